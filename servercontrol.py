@@ -1,0 +1,4250 @@
+#!/usr/bin/env python3
+"""ServerControl: run commands on a server and watch them live, from anywhere.
+
+    python3 servercontrol.py                       start, on this machine only
+    curl -d 'uptime' localhost:8080/exec           run a command
+    curl -d 'make' 'localhost:8080/exec?follow'    run it and watch it
+    ws://localhost:8082/                           every event of every task, live, as JSON
+
+One file, standard library only. `psutil` and `uvloop` are used when they are installed.
+Read it from top to bottom: each section uses only names that stand above it. Sections 5 to 11
+are pure: they turn bytes into meaning and back, and touch no socket, clock, file or event loop.
+Sections 12 to 16 are thin loops around them.
+
+The way of the data:
+
+    socket bytes -> HttpParser -> check_access -> ROUTES -+-> answer
+                                                          +-> POST /exec -> Task (child) --+
+                                                          +-> upgrade -> WebSocket commands |
+    /proc or psutil -> Sampler -> stats_update, cpu_alert ----------------------------------+
+                                                                                            v
+                       Viewers.publish -> Feed: one ordered, bounded log; a cursor per viewer
+                                                                                            v
+                                          one flush per turn of the event loop -> transport.write
+
+Map (search for the number and a dot):
+
+    1. Imports and version
+    2. Constants
+    3. Errors
+    4. Configuration
+    5. HTTP messages
+    6. Access
+    7. WebSocket handshake and frames
+    8. WebSocket connection
+    9. Statistics and alerts
+    10. Feed and kept output
+    11. Messages and datagrams
+    12. Log and state folder
+    13. Tasks
+    14. Viewers
+    15. Background loops
+    16. Server
+    17. Command line
+
+Security stance: whoever may use this server owns the account it runs under. So by default it
+listens on loopback only and serves only processes of that same account, which it asks the kernel
+about; web pages, other accounts, rebinding names and proxies are refused (section 6). Every
+buffer, wait and count that a peer can fill has a limit (section 2). It never runs anything but
+what `POST /exec` names.
+
+What it does not do: no scheduler, no file manager, no plug-ins, no stored metrics, no Windows.
+"""
+
+from __future__ import annotations
+
+# 1. Imports and version ──────────────────────────────────────────────────────────────────────
+# The standard library, and two optional packages that are each used in one place: psutil as a
+# source of statistics (section 15), uvloop as the event loop (section 17).
+import argparse
+import asyncio
+import base64
+import binascii
+import codecs
+import email.utils
+import enum
+import errno
+import functools
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import urllib.parse
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+
+try:
+    import fcntl
+    import resource
+    import termios
+except ImportError:
+    sys.exit("servercontrol.py: needs Linux (or another Unix); this system is " + sys.platform)
+
+try:
+    import psutil
+except ImportError:
+    psutil = None  # type: ignore[assignment,unused-ignore]  # /proc is read instead
+
+try:
+    import uvloop
+except ImportError:
+    uvloop = None  # asyncio's own event loop is used
+
+if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+
+    IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+    Endpoint = tuple[IpAddress, int]  # with a port
+    Publish = Callable[..., dict[str, Any]]  # Viewers.publish
+    Command = Callable[["Server", "Viewer", dict[str, Any]], "dict[str, Any] | None"]
+
+__version__ = "0.1.0"
+
+# 2. Constants ────────────────────────────────────────────────────────────────────────────────
+# Every limit, time-out and protocol number, with its unit in the name and its reason beside it.
+# What a user may want to change is an option (section 4); what stands here is not.
+
+KIB = 1024
+MIB = 1024 * 1024
+
+# HTTP: generous for people and scripts, small enough that 10,000 connections cannot hurt.
+MAX_REQUEST_LINE_BYTES = 8 * KIB  # beyond: 414
+MAX_FIELD_BYTES = 8 * KIB  # one header field line; beyond: 431
+MAX_FIELDS = 100
+MAX_HEAD_BYTES = 32 * KIB
+MAX_BODY_BYTES = 256 * KIB  # beyond: 413, from the head alone where it says so
+MAX_CHUNK_EXTENSION_BYTES = 256
+MAX_TRAILER_BYTES = 4 * KIB
+HEAD_SECONDS = 10.0  # for the whole head, however slowly it drips
+BODY_SECONDS = 30.0  # for the whole body
+IDLE_SECONDS = 15.0  # between two requests of one connection
+LINGER_SECONDS = 2.0  # how long a refused client may go on sending, so that it reads the answer
+MAX_LINGER_BYTES = 4 * MIB  # and how much
+WRITE_STALL_SECONDS = 30.0  # no byte taken for so long while something waits: closed
+
+# WebSocket, RFC 6455.
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
+WEBSOCKET_VERSION = "13"
+WEBSOCKET_PROTOCOL = "servercontrol.v1"
+MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
+MAX_FRAGMENTS = 1024
+MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
+PING_SECONDS = 20.0  # keeps NAT tables and proxies awake
+PONG_SECONDS = 20.0  # silence after a ping: the peer is gone
+CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
+STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes under one second
+
+# Sending: a viewer is handed about this much a write. It bounds what one stalled viewer costs
+# beyond the kept events; larger writes gained nothing measurable.
+BATCH_BYTES = 64 * KIB
+HIGH_WATER_BYTES = 64 * KIB  # asyncio's default, made explicit: above it a viewer is stalled
+MAX_PERSONAL_BYTES = 256 * KIB  # replies waiting for a client that asks but does not read
+FLUSH_TURN_SECONDS = 0.01  # then the flush lets other work of the event loop pass
+
+# Feed and tasks.
+KEEP_EVENTS_BYTES = 16 * MIB  # SPEC: the newest 16 MiB of events can be replayed
+EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
+KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
+READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity; escaped it stays under 1 MiB, which is the
+# largest message that common WebSocket clients take by default
+OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
+MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
+MAX_NAME_CHARACTERS = 200
+MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
+KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
+DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
+TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
+
+# Statistics.
+HISTORY_SAMPLES = 600  # ten minutes at the default interval
+
+# Discovery (UDP).
+DISCOVERY_PROBE = b"DISCOVER_SERVER"
+MAX_DISCOVERY_REPLY_BYTES = 256  # a reply is small, so that the server is no amplifier
+DISCOVERY_TTL = 1  # never leaves the link
+MAX_REPLIES_PER_SECOND = 50
+MAX_REPLIES_PER_SOURCE = 5
+ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is believed
+
+# Server.
+PORT_TRIES = 100  # the wanted port and 99 further
+LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
+ACCEPTS_PER_TURN = 64  # asyncio accepts this many before other work gets its turn
+SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
+STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
+LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
+
+# 3. Errors ───────────────────────────────────────────────────────────────────────────────────
+# What can go wrong by somebody else's doing. Each type carries its wire form, and each is turned
+# into that form in exactly one place. Anything else that is raised is a bug in this file.
+#
+#   ServerControlError
+#   ├── ConfigError       bad option or configuration: one line on stderr, exit status 2
+#   ├── StartError        a port or folder cannot be had: one line on stderr, exit status 1
+#   ├── HttpError         answered with a status and a JSON body; the connection may close
+#   ├── WebSocketError    closes the WebSocket connection with a code
+#   └── CommandError      a request that cannot be carried out: an HTTP answer or `error` message
+
+
+class ServerControlError(Exception):
+    """Base of all errors that are not bugs of this file."""
+
+
+class ConfigError(ServerControlError):
+    """An option, environment variable or file that cannot be used."""
+
+
+class StartError(ServerControlError):
+    """The options are fine, but this machine does not let us start."""
+
+
+class HttpError(ServerControlError):
+    """A request that is answered with an error.
+
+    fields: header fields that the answer must carry, e.g. `Allow` with 405 (RFC 9110, 15.5.6).
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, fields: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(status, code, message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = tuple(fields)
+
+
+class WebSocketError(ServerControlError):
+    """A violation of RFC 6455, or of our limits, that ends the connection."""
+
+    def __init__(self, close_code: int, reason: str) -> None:
+        super().__init__(close_code, reason)
+        self.close_code = close_code
+        self.reason = reason
+
+
+class CommandError(ServerControlError):
+    """A well-formed request that cannot be carried out. COMMAND_STATUS has its HTTP status."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+
+# The HTTP status of each CommandError code; any other code is 400.
+COMMAND_STATUS = {
+    "exec_disabled": 403,
+    "forbidden": 403,
+    "unknown_task": 404,
+    "task_ended": 409,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "too_many_tasks": 429,
+    "spawn_failed": 500,
+    "no_resources": 503,
+}
+
+# 4. Configuration ────────────────────────────────────────────────────────────────────────────
+# What the command line and the environment decide, checked and frozen. Section 17 makes it.
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of `serve`, under the names that the command line gives them."""
+
+    host: tuple[str, ...] = ("127.0.0.1",)
+    port: int = 8080
+    ws_port: int = 8082
+    discovery_port: int = 8081
+    no_discovery: bool = False
+    no_auth: bool = False
+    no_exec: bool = False
+    allow_origin: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
+    interval: float = 1.0
+    cpu_alert: float = 90.0
+    alert_cooldown: float = 60.0
+    alert_for: float = 0.0
+    shell: str = "/bin/sh"
+    max_tasks: int = 64
+    max_clients: int = 10000
+    keep_output: int = 8 * MIB
+    keep_tasks: int = 200
+    loop: str = "auto"
+    log_format: str = "text"
+    log_level: str = "info"
+
+    def limits(self) -> dict[str, int]:
+        """What `hello` and `/info` tell clients about the bounds they will meet."""
+        return {
+            "max_tasks": self.max_tasks,
+            "max_clients": self.max_clients,
+            "max_message_bytes": MAX_MESSAGE_BYTES,
+            "max_body_bytes": MAX_BODY_BYTES,
+            "max_command_bytes": MAX_COMMAND_BYTES,
+            "keep_output_bytes": self.keep_output,
+            "keep_events_bytes": KEEP_EVENTS_BYTES,
+            "keep_tasks": self.keep_tasks,
+        }
+
+
+# 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
+# HTTP/1.1 requests and responses (RFC 9110, RFC 9112), stricter than the RFCs where they allow
+# it, because two readings of one message are how requests get smuggled: no bare LF, no obs-fold,
+# no repeated Content-Length, no Transfer-Encoding but a single `chunked`. One departure: a target
+# in absolute-form is refused too, since this is no proxy and Host is what the gate judges.
+# HttpParser is fed whatever arrives and gives whole heads and whole bodies; None is "not yet".
+
+TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
+TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # origin-form without "#" and control bytes
+VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])")
+DIGITS = re.compile(r"[0-9]{1,18}")  # int() alone takes "1_0", " +5 " and Arabic digits
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
+
+
+@dataclass(frozen=True)
+class RequestHead:
+    """A request line and its header fields.
+
+    fields: (lower-case name, value) in the order received.
+    content_length: None when the request has no such field.
+    """
+
+    method: str
+    target: str
+    http_1_0: bool
+    fields: tuple[tuple[str, str], ...]
+    content_length: int | None = None
+    chunked: bool = False
+
+    @property
+    def path(self) -> str:
+        """The target up to the question mark, not decoded: routes match it exactly."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The target after the question mark, not decoded."""
+        return self.target.partition("?")[2]
+
+    @property
+    def has_body(self) -> bool:
+        """Whether any byte of a body follows."""
+        return self.chunked or bool(self.content_length)
+
+    def values(self, name: str) -> list[str]:
+        """All values of the field `name` (lower-case)."""
+        return [value for key, value in self.fields if key == name]
+
+    def value(self, name: str) -> str | None:
+        """The first value of the field `name` (lower-case), or None."""
+        return next((value for key, value in self.fields if key == name), None)
+
+    def tokens(self, name: str) -> list[str]:
+        """The comma-separated members of a list field, lower-case (RFC 9110, 5.6.1)."""
+        members = ",".join(self.values(name)).lower().split(",")
+        return [member.strip(" \t") for member in members if member.strip(" \t")]
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the client wants to send another request (RFC 9112, 9.3)."""
+        if self.http_1_0:
+            return "keep-alive" in self.tokens("connection")
+        return "close" not in self.tokens("connection")
+
+    @property
+    def media_type(self) -> str:
+        """Content-Type without parameters, lower-case; "" when absent."""
+        return (self.value("content-type") or "").partition(";")[0].strip(" \t").lower()
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, bool]:
+    """Return (method, target, is HTTP/1.0). RFC 9112, 3.
+
+    Raises HttpError 400 or 505.
+    """
+    parts = line.split(b" ")
+    if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
+        raise HttpError(400, "bad_request", "the request line is malformed")
+    method, target, version = parts
+    match = VERSION.fullmatch(version)
+    if match is None:
+        raise HttpError(505, "bad_version", "the request line does not end with HTTP/1.1")
+    if match.groups() not in ((b"1", b"0"), (b"1", b"1")):
+        raise HttpError(505, "bad_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    if not TARGET.fullmatch(target):
+        raise HttpError(400, "bad_target", "the request target must be a path")
+    return method.decode("ascii"), target.decode("ascii"), match.group(2) == b"0"
+
+
+def parse_field(line: bytes) -> tuple[str, str]:
+    """Return (lower-case name, value) of a header field line. RFC 9112, 5.
+
+    Raises HttpError 400, also for obs-fold and for space before the colon.
+    """
+    name, colon, value = line.partition(b":")
+    if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+        raise HttpError(400, "bad_field", "a header field is malformed")
+    # Names are ASCII here, so lower() cannot meet letters like the Kelvin sign.
+    return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+
+
+def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
+    """Return (Content-Length or None, chunked) of a head. RFC 9112, 6.
+
+    Raises HttpError 400, 413, 415 or 501.
+    """
+    lengths = head.values("content-length")
+    codings = head.values("transfer-encoding")
+    if lengths and codings:
+        raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
+    if (head.value("content-encoding") or "identity").lower() != "identity":
+        raise HttpError(415, "bad_encoding", "a Content-Encoding is not understood here")
+    if codings:
+        check_transfer_encoding(head, codings)
+        return None, True
+    if not lengths:
+        return None, False
+    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+        raise HttpError(400, "bad_length", "Content-Length must be one number")
+    length = int(lengths[0])
+    if length > MAX_BODY_BYTES:
+        raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
+    return length, False
+
+
+def check_transfer_encoding(head: RequestHead, codings: list[str]) -> None:
+    """Accept exactly one `chunked`, on HTTP/1.1 (RFC 9112, 6.1)."""
+    if head.http_1_0:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
+    if len(codings) > 1 or codings[0].lower().count("chunked") > 1:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
+    if codings[0].lower() != "chunked":
+        raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
+
+
+def parse_query(query: str) -> dict[str, str]:
+    """Return the parameters of a query; a name without "=" has the value "".
+
+    Raises HttpError 400 for a name that stands twice and for broken UTF-8.
+    """
+    parameters: dict[str, str] = {}
+    for pair in filter(None, query.split("&")):
+        try:
+            name, _, value = (
+                urllib.parse.unquote_to_bytes(part.replace("+", " ")).decode("utf-8")
+                for part in pair.partition("=")
+            )
+        except UnicodeDecodeError:
+            raise HttpError(400, "bad_query", "the query is not UTF-8") from None
+        if name in parameters:
+            raise HttpError(400, "bad_query", "a parameter stands twice in the query")
+        parameters[name] = value
+    return parameters
+
+
+def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
+    """Whether the flag `name` is set: `?wait`, `?wait=1`, `?wait=true`; `?wait=0` is not set."""
+    value = parameters.get(name, "0").lower()
+    if value not in ("", "1", "true", "yes", "0", "false", "no"):
+        raise HttpError(400, "bad_query", f"{name} is a flag: leave it away or set it to 1")
+    return value in ("", "1", "true", "yes")
+
+
+class HttpParser:
+    """Cuts the bytes of one connection into request heads and bodies.
+
+    Call feed() with what arrived, then next_head() until it gives a head, then next_body() until
+    it gives that request's body, and so on. Both give None when they need more bytes and raise
+    HttpError when no more can come of this connection.
+    """
+
+    def __init__(self) -> None:
+        # What was fed and not yet consumed.
+        self._buffer = bytearray()
+        # Up to here the buffer holds no LF: a dripping line is not searched again.
+        self._scanned = 0
+        # The lines of the head that is being read, and their size.
+        self._lines: list[bytes] = []
+        self._head_bytes = 0
+        # The head whose body is due.
+        self._head: RequestHead | None = None
+        # The chunked body so far, and what is due next: a size, data, its CRLF, or trailers.
+        self._body = bytearray()
+        self._chunk_due = "size"
+        self._chunk_left = 0
+        self._trailer_bytes = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the connection."""
+        self._buffer += data
+
+    @property
+    def is_idle(self) -> bool:
+        """True between two requests, when no byte of the next one has come."""
+        return not self._buffer and not self._lines and self._head is None
+
+    def take_rest(self) -> bytes:
+        """Give what follows the head of an upgrade: it belongs to the other protocol."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def next_head(self) -> RequestHead | None:
+        """Return the next head, or None. Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
+        assert self._head is None, "the body of the request before was not read"
+        while True:
+            line = self._next_head_line()
+            if line is None:
+                return None
+            if line:
+                self._lines.append(line)
+            elif self._lines:
+                return self._finish_head()
+            # An empty line before the request line is skipped (RFC 9112, 2.2).
+
+    def _next_head_line(self) -> bytes | None:
+        if not self._lines:
+            # A TLS ClientHello, for one, must not wait for an LF that may never come.
+            if self._buffer and self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
+                raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
+            too_long = HttpError(414, "uri_too_long", "the request line is too long")
+            line = self._next_line(MAX_REQUEST_LINE_BYTES, too_long)
+        else:
+            too_long = HttpError(431, "field_too_large", "a header field is too long")
+            line = self._next_line(MAX_FIELD_BYTES, too_long)
+        if line is not None:
+            self._head_bytes += len(line) + 2
+        if self._head_bytes > MAX_HEAD_BYTES or len(self._lines) > MAX_FIELDS + (line == b""):
+            raise HttpError(431, "head_too_large", "there are too many header fields")
+        return line
+
+    def _finish_head(self) -> RequestHead:
+        lines, self._lines, self._head_bytes = self._lines, [], 0
+        method, target, http_1_0 = parse_request_line(lines[0])
+        fields = tuple(parse_field(line) for line in lines[1:])
+        head = RequestHead(method, target, http_1_0, fields)
+        length, chunked = parse_body_framing(head)
+        self._head = RequestHead(method, target, http_1_0, fields, length, chunked)
+        return self._head
+
+    def _next_line(self, limit: int, too_long: HttpError) -> bytes | None:
+        """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
+        end = self._buffer.find(b"\n", self._scanned)
+        if (len(self._buffer) if end < 0 else end - 1) > limit:
+            raise too_long
+        if end < 0:
+            self._scanned = len(self._buffer)
+            return None
+        if end == 0 or self._buffer[end - 1] != 0x0D:
+            raise HttpError(400, "bad_line", "a line does not end with CRLF")
+        line = bytes(self._buffer[: end - 1])
+        del self._buffer[: end + 1]
+        self._scanned = 0
+        return line
+
+    def next_body(self) -> bytes | None:
+        """Return the whole body of the last head, b"" if it has none, or None.
+
+        Raises HttpError 400 or 413.
+        """
+        assert self._head is not None, "next_head() comes first"
+        if self._head.chunked:
+            return self._next_chunked_body()
+        length = self._head.content_length or 0
+        if len(self._buffer) < length:
+            return None
+        body = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        self._head = None
+        return body
+
+    def _next_chunked_body(self) -> bytes | None:
+        """RFC 9112, 7.1. Every step consumes bytes, or says that it needs more."""
+        steps = {
+            "size": self._take_chunk_size,
+            "data": self._take_chunk_data,
+            "crlf": self._take_chunk_end,
+            "trailers": self._take_trailer,
+        }
+        while self._chunk_due != "done":
+            if not steps[self._chunk_due]():
+                return None
+        body = bytes(self._body)
+        self._body.clear()
+        self._head, self._chunk_due, self._trailer_bytes = None, "size", 0
+        return body
+
+    def _take_chunk_size(self) -> bool:
+        bad_chunk = HttpError(400, "bad_chunk", "a chunk size is malformed")
+        line = self._next_line(16 + MAX_CHUNK_EXTENSION_BYTES, bad_chunk)
+        if line is None:
+            return False
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None or len(match.group(2) or b"") > MAX_CHUNK_EXTENSION_BYTES:
+            raise bad_chunk
+        self._chunk_left = int(match.group(1), 16)
+        if len(self._body) + self._chunk_left > MAX_BODY_BYTES:
+            raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
+        self._chunk_due = "data" if self._chunk_left else "trailers"
+        return True
+
+    def _take_chunk_data(self) -> bool:
+        data = self._buffer[: self._chunk_left]
+        self._body += data
+        del self._buffer[: len(data)]
+        self._chunk_left -= len(data)
+        if self._chunk_left == 0:
+            self._chunk_due = "crlf"
+        return self._chunk_left == 0
+
+    def _take_chunk_end(self) -> bool:
+        """Exactly CRLF must follow (h11 took any two bytes once: CVE-2025-43859)."""
+        if not b"\r\n".startswith(bytes(self._buffer[:2])):
+            raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
+        if len(self._buffer) < 2:
+            return False
+        del self._buffer[:2]
+        self._chunk_due = "size"
+        return True
+
+    def _take_trailer(self) -> bool:
+        too_long = HttpError(431, "trailers_too_large", "the trailers are too long")
+        line = self._next_line(MAX_TRAILER_BYTES, too_long)
+        if line is None:
+            return False
+        self._trailer_bytes += len(line) + 2
+        if self._trailer_bytes > MAX_TRAILER_BYTES:
+            raise too_long
+        if line:
+            parse_field(line)  # must be well-formed, and is of no use to us
+        else:
+            self._chunk_due = "done"
+        return True
+
+
+STATUS_PHRASES = {
+    101: "Switching Protocols",
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    417: "Expectation Failed",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+
+
+def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Return the status line and the fields, with the empty line (RFC 9112, 4)."""
+    lines = [f"HTTP/1.1 {status} {STATUS_PHRASES[status]}"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """Return one chunk of a chunked body; data must not be empty (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def encode_last_chunk(trailers: Iterable[tuple[str, str]]) -> bytes:
+    """Return the end of a chunked body with its trailer fields."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in trailers)
+    return b"0\r\n" + lines.encode("latin-1") + b"\r\n"
+
+
+# 6. Access ───────────────────────────────────────────────────────────────────────────────────
+# One function, check_access, decides about every request, page and upgrade. It is given facts
+# and decides from nothing else. Its rules, in this order:
+#
+#   1. Syntax. One well-formed Host (HTTP/1.0 may have none). 400.
+#   2. Origin. A browser names the page that sends the request. It must be our own, or listed by
+#      --allow-origin. So must the site that Sec-Fetch-Site speaks of, except that a link from
+#      anywhere may open the page `/`. 403. A browser's POST must be JSON: a form, which any page
+#      may send, is not. 415.
+#   3. Tokens: not there yet. (`?token=` is refused all the same: it would end up in logs.) 401.
+#   4. Implicit trust. On a loopback listener a process of our own account may do everything, if
+#      the Host is a loopback name (else 403: that is how a rebinding attack looks) and no proxy
+#      has put its mark on the request (else 401).
+#   5. `GET /` and `GET /health` hold no data: they pass 1, 2 and, on loopback, the Host rule.
+#
+# With --no-auth rule 4 asks only for a Host that no attacker's DNS can choose.
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
+SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
+FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip"}
+DEFAULT_PORTS = {"http": 80, "https": 443}
+OPEN_PATHS = ("/", "/health")
+
+
+class Role(enum.Enum):
+    """What a client may do: watch, or also run, stop and type."""
+
+    VIEW = "view"
+    RUN = "run"
+
+
+@dataclass(frozen=True)
+class AccessPolicy:
+    """What the options say about access. hostnames: our own names, lower-case."""
+
+    no_auth: bool = False
+    allow_origins: frozenset[str] = frozenset()
+    allow_hosts: frozenset[str] = frozenset()
+    hostnames: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is at the other end of a connection, as the kernel says.
+
+    on_loopback: listener, local address and peer address are all loopback.
+    same_account: the peer's socket belongs to our own effective uid.
+    """
+
+    address: str
+    scheme: str
+    on_loopback: bool
+    same_account: bool
+
+
+def parse_ip(text: str) -> IpAddress | None:
+    """Return an address, or None; without zone, and IPv4 where it is mapped into IPv6.
+
+    Python 3.8 and 3.13 differ about both, so neither is left to `ipaddress`.
+    """
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_loopback(text: str) -> bool:
+    """Whether the text is a literal of 127.0.0.0/8 or ::1, also as ::ffff:127.0.0.1."""
+    address = parse_ip(text)
+    return address is not None and address.is_loopback
+
+
+def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
+    """Ask netlink for the TCP socket whose own end is `peer`: sock_diag(7), exact lookup."""
+    family = 2 if peer[0].version == 4 else 10  # AF_INET, AF_INET6
+    request = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
+    request += struct.pack("!HH16s16s", peer[1], local[1], peer[0].packed, local[0].packed)
+    request += struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface, no cookie
+    return struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, 1, 0, 0) + request
+
+
+def parse_diag_reply(reply: bytes) -> tuple[int, int]:
+    """Return (uid, inode) of the socket. Raises ValueError when there is none."""
+    (kind,) = struct.unpack_from("=H", reply, 4)
+    if kind != SOCK_DIAG_BY_FAMILY or len(reply) < 88:
+        raise ValueError("no such socket")
+    uid, inode = struct.unpack_from("=II", reply, 80)
+    return uid, inode
+
+
+def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> tuple[int, int]:
+    """The same from the text of /proc/net/tcp or tcp6 (proc(5)). Raises ValueError."""
+
+    def encode_end(end: Endpoint) -> str:
+        packed = end[0].packed
+        words = (packed[at : at + 4] for at in range(0, len(packed), 4))
+        address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+        return f"{address}:{end[1]:04X}"
+
+    _, found, row = table.partition(f" {encode_end(peer)} {encode_end(local)} ")
+    if not found:
+        raise ValueError("no such socket")
+    columns = row.split(None, 7)
+    return int(columns[4]), int(columns[6])
+
+
+def parse_host(value: str) -> tuple[str, int | None]:
+    """Return (lower-case name or address without brackets, port or None). RFC 9110, 7.2.
+
+    Raises HttpError 400.
+    """
+    match = HOST.fullmatch(value)
+    if match is None or (match.group(2) and int(match.group(2)) > 65535):
+        raise HttpError(400, "bad_host", "the Host field is malformed")
+    name = match.group(1).lower().strip("[]")
+    if match.group(1).startswith("[") and parse_ip(name) is None:
+        raise HttpError(400, "bad_host", "the Host field is malformed")
+    return name, int(match.group(2)) if match.group(2) else None
+
+
+def check_host_syntax(head: RequestHead) -> str | None:
+    """Rule 1. Return the Host field, or None where HTTP/1.0 has none."""
+    hosts = head.values("host")
+    if len(hosts) > 1 or (not hosts and not head.http_1_0):
+        raise HttpError(400, "bad_host", "exactly one Host field is needed")
+    if hosts:
+        parse_host(hosts[0])
+    return hosts[0] if hosts else None
+
+
+def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
+    """Whether the origin is `scheme://host`, an absent port being the scheme's default."""
+    prefix = scheme + "://"
+    if host is None or not origin.startswith(prefix):
+        return False
+    try:
+        name, port = parse_host(origin[len(prefix) :])
+    except HttpError:
+        return False
+    own_name, own_port = parse_host(host)
+    default = DEFAULT_PORTS[scheme]
+    return (name, port or default) == (own_name, own_port or default)
+
+
+def is_top_level_visit(head: RequestHead) -> bool:
+    """Whether somebody follows a link to the page: the one thing a foreign page may cause."""
+    return (
+        head.method == "GET"
+        and head.path == "/"
+        and head.value("sec-fetch-mode") == "navigate"
+        and head.value("sec-fetch-dest") == "document"
+    )
+
+
+def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
+    """Rule 2. Raises HttpError 403 or 415."""
+    origins = head.values("origin")
+    listed = len(origins) == 1 and origins[0] in policy.allow_origins
+    own = len(origins) == 1 and is_own_origin(origins[0], scheme, host)
+    if origins and not listed and not own:
+        raise HttpError(403, "bad_origin", "this web page may not use this server")
+    site = head.value("sec-fetch-site")
+    if site in ("cross-site", "same-site") and not listed and not is_top_level_visit(head):
+        raise HttpError(403, "bad_origin", "another site's page may not use this server")
+    from_browser = bool(origins) or any(name.startswith("sec-fetch-") for name, _ in head.fields)
+    form = head.has_body and head.media_type != "application/json"
+    if from_browser and head.method == "POST" and form:
+        raise HttpError(415, "json_only", "from a browser the body must be application/json")
+
+
+def is_forwarded(head: RequestHead) -> bool:
+    """Whether a proxy says that it speaks for somebody else."""
+    return any(
+        name in FORWARDING_FIELDS or name.startswith("x-forwarded-") for name, _ in head.fields
+    )
+
+
+def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
+    """The Host rule: a name that no attacker's DNS can point at us."""
+    if host is None:
+        return False
+    name, _ = parse_host(host)
+    if name in policy.allow_hosts or host.lower() in policy.allow_hosts or name == "localhost":
+        return True
+    if policy.no_auth:
+        return parse_ip(name) is not None or name in policy.hostnames
+    return is_loopback(name)
+
+
+def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | None:
+    """The gate: return the role of a request, None where it passes without one (rule 5).
+
+    Raises HttpError 400, 401, 403 or 415.
+    """
+    host = check_host_syntax(head)
+    check_origin(policy, peer.scheme, host, head)
+    if any(pair.partition("=")[0] == "token" for pair in head.query.split("&")):
+        raise HttpError(401, "bad_token", "a token does not belong into an address")
+    if (policy.no_auth or peer.on_loopback) and not is_trusted_host(policy, host):
+        raise HttpError(403, "bad_host", "this Host is not served; --allow-host lists more")
+    if policy.no_auth:
+        return Role.RUN
+    if peer.on_loopback and peer.same_account and not is_forwarded(head):
+        return Role.RUN
+    if head.method in ("GET", "HEAD") and head.path in OPEN_PATHS:
+        return None
+    raise HttpError(
+        401,
+        "unauthorized",
+        "only processes of the server's own account on the same machine get in, not by a proxy",
+        [("WWW-Authenticate", "Bearer")],
+    )
+
+
+# 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
+# RFC 6455, sections 4 and 5, for both roles: a server gets masked frames and sends bare ones, a
+# client the other way round. Extensions are never negotiated, so the reserved bits must be 0.
+# Must not keep state: that is section 8.
+
+
+class Opcode(enum.IntEnum):
+    """RFC 6455, 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(enum.IntEnum):
+    """RFC 6455, 7.4.1, and the registry it founded: the codes this server sends."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    INVALID_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    TRY_AGAIN_LATER = 1013
+
+
+# What a close frame may carry: registered codes, and 3000 to 4999 for libraries and applications.
+# 1004 to 1006 and 1015 are reserved and never sent (7.4.1).
+VALID_CLOSE_CODES = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014}
+
+
+class FrameHeader(NamedTuple):
+    """The part of a frame before its payload. mask: 4 bytes, or None; size: of this header."""
+
+    fin: bool
+    opcode: Opcode
+    mask: bytes | None
+    length: int
+    size: int
+
+
+def compute_accept(key: str) -> str:
+    """Return the Sec-WebSocket-Accept value for a key (RFC 6455, 4.2.2)."""
+    digest = hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()
+    return base64.b64encode(digest).decode("ascii")
+
+
+def is_upgrade(head: RequestHead) -> bool:
+    """Whether the request asks for another protocol (RFC 9110, 7.8)."""
+    return "upgrade" in head.tokens("connection") and bool(head.values("upgrade"))
+
+
+def check_upgrade(head: RequestHead) -> str:
+    """Check a WebSocket handshake and return its key (RFC 6455, 4.2.1).
+
+    Raises HttpError 400, 405 or 426.
+    """
+    if head.method != "GET":
+        raise HttpError(405, "not_get", "a WebSocket upgrade is a GET", [("Allow", "GET")])
+    if head.http_1_0 or head.has_body or head.tokens("upgrade") != ["websocket"]:
+        raise HttpError(400, "bad_upgrade", "the only upgrade known here is a WebSocket's")
+    if head.values("sec-websocket-version") != [WEBSOCKET_VERSION]:
+        raise upgrade_required("WebSocket version 13 is needed")
+    keys = head.values("sec-websocket-key")
+    try:
+        decoded = base64.b64decode(keys[0], validate=True) if len(keys) == 1 else b""
+    except (binascii.Error, ValueError):
+        decoded = b""
+    if len(decoded) != 16:
+        raise HttpError(400, "bad_key", "one Sec-WebSocket-Key of 16 bytes is needed")
+    return keys[0]
+
+
+def upgrade_required(message: str) -> HttpError:
+    """The answer to a WebSocket client that must do otherwise (RFC 6455, 4.4)."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+    ]
+    return HttpError(426, "upgrade_required", message, fields)
+
+
+def encode_upgrade_response(head: RequestHead, key: str) -> bytes:
+    """Return the 101 answer; our subprotocol is chosen where it is offered."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Accept", compute_accept(key)),
+    ]
+    if WEBSOCKET_PROTOCOL in head.tokens("sec-websocket-protocol"):
+        fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
+    return encode_response_head(101, fields)
+
+
+def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
+    """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3).
+
+    One XOR of two long integers: some 400 MB/s, a loop over bytes 20 MB/s.
+    """
+    size = len(data)
+    start = offset % 4
+    key = (mask * (size // 4 + 2))[start : start + size]
+    xored = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
+    return xored.to_bytes(size, "little")
+
+
+def encode_frame(
+    opcode: Opcode, payload: bytes, mask: bytes | None = None, fin: bool = True
+) -> bytes:
+    """Return one frame (RFC 6455, 5.2). mask: 4 random bytes where a client sends."""
+    first = (0x80 if fin else 0) | opcode
+    mask_bit = 0 if mask is None else 0x80
+    length = len(payload)
+    if length < 126:
+        header = struct.pack("!BB", first, mask_bit | length)
+    elif length < 65536:
+        header = struct.pack("!BBH", first, mask_bit | 126, length)
+    else:
+        header = struct.pack("!BBQ", first, mask_bit | 127, length)
+    if mask is None:
+        return header + payload
+    return header + mask + apply_mask(payload, mask)
+
+
+def parse_frame_header(data: bytearray) -> FrameHeader | None:
+    """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
+
+    Raises WebSocketError 1002 as soon as the bytes at hand cannot become a valid header.
+    """
+    if len(data) < 2:
+        return None
+    fin, opcode = bool(data[0] & 0x80), data[0] & 0x0F
+    length = data[1] & 0x7F
+    check_frame_start(data[0], opcode, length)
+    size = 2 + {126: 2, 127: 8}.get(length, 0)
+    masked = bool(data[1] & 0x80)
+    if len(data) < size:
+        return None
+    if length == 126:
+        (length,) = struct.unpack_from("!H", data, 2)
+        shortest = length >= 126
+    elif length == 127:
+        (length,) = struct.unpack_from("!Q", data, 2)
+        shortest = 65536 <= length < 2**63
+    else:
+        shortest = True
+    if not shortest:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "frame length not in its shortest form")
+    if masked and len(data) < size + 4:
+        return None
+    mask = bytes(data[size : size + 4]) if masked else None
+    return FrameHeader(fin, Opcode(opcode), mask, length, size + (4 if masked else 0))
+
+
+def check_frame_start(first: int, opcode: int, length: int) -> None:
+    """What the first two bytes of a frame already decide (RFC 6455, 5.2, 5.5)."""
+    if first & 0x70:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+    if opcode not in OPCODES:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
+    if opcode >= Opcode.CLOSE and (not first & 0x80 or length > MAX_CONTROL_PAYLOAD_BYTES):
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
+
+
+OPCODES = frozenset(int(opcode) for opcode in Opcode)
+
+
+def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
+    """Return (code or None, reason) of a close frame (RFC 6455, 5.5.1, 7.4).
+
+    Raises WebSocketError 1002 or 1007.
+    """
+    if not payload:
+        return None, ""
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) == 1 or not (code in VALID_CLOSE_CODES or 3000 <= code <= 4999):
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "invalid close code")
+    try:
+        return code, payload[2:].decode("utf-8")
+    except UnicodeDecodeError:
+        raise WebSocketError(CloseCode.INVALID_DATA, "close reason is not UTF-8") from None
+
+
+def encode_close_payload(code: int, reason: str = "") -> bytes:
+    """Return the payload of a close frame; the reason is cut to fit, on a character."""
+    room = MAX_CONTROL_PAYLOAD_BYTES - 2
+    text = reason.encode("utf-8")[:room].decode("utf-8", "ignore")
+    return struct.pack("!H", code) + text.encode("utf-8")
+
+
+# 8. WebSocket connection ─────────────────────────────────────────────────────────────────────
+# The life of one connection after the handshake (RFC 6455, sections 5.4 to 8.1), for both roles,
+# without a socket: bytes go in, messages come out, and frames to send are returned.
+#
+#   OPEN ──close() or fail──► CLOSING ──peer's close──► CLOSED
+#   OPEN ──peer's close, answered───────────────────► CLOSED
+#
+# After a violation nothing more is read. Text is checked as it arrives, inside a frame too, so a
+# bad byte ends the connection at once and not when a long message is complete.
+
+
+class WebSocketState(enum.Enum):
+    """OPEN: both send. CLOSING: our close is out, or the peer failed. CLOSED: both are done."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Message(NamedTuple):
+    """What receive() gives: TEXT with str, BINARY, PING and PONG with bytes, CLOSE with bytes."""
+
+    opcode: Opcode
+    data: str | bytes
+
+
+class WebSocketConnection:
+    """One end of a WebSocket connection.
+
+    make_mask: None for a server; for a client a source of 4 unpredictable bytes (5.3).
+    """
+
+    __slots__ = (
+        "state",
+        "close_code",
+        "close_reason",
+        "_make_mask",
+        "_max_message_bytes",
+        "_max_fragments",
+        "_buffer",
+        "_header",
+        "_payload_read",
+        "_control",
+        "_message_opcode",
+        "_message",
+        "_message_bytes",
+        "_fragments",
+        "_decoder",
+        "_outgoing",
+    )
+
+    def __init__(
+        self,
+        make_mask: Callable[[], bytes] | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_fragments: int = MAX_FRAGMENTS,
+    ) -> None:
+        self.state = WebSocketState.OPEN
+        # How the connection ended: the peer's code and reason, or those of our failure.
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self._make_mask = make_mask
+        self._max_message_bytes = max_message_bytes
+        self._max_fragments = max_fragments
+        # Bytes of a header that is not whole yet, or of what follows it.
+        self._buffer = bytearray()
+        # The frame whose payload is arriving, and how much of it has.
+        self._header: FrameHeader | None = None
+        self._payload_read = 0
+        # The payload of a control frame, which may stand between two fragments of a message.
+        self._control = b""
+        # The data message that is arriving: TEXT or BINARY, its parts, its size.
+        self._message_opcode: Opcode | None = None
+        self._message: list[Any] = []
+        self._message_bytes = 0
+        self._fragments = 0
+        self._decoder: codecs.IncrementalDecoder | None = None
+        # A close frame that answers what was received.
+        self._outgoing = b""
+
+    def encode(self, opcode: Opcode, payload: bytes, fin: bool = True) -> bytes:
+        """Return a frame, masked where we are the client."""
+        return encode_frame(opcode, payload, self._make_mask and self._make_mask(), fin)
+
+    def close(self, code: int, reason: str = "") -> bytes:
+        """Begin the closing handshake: return our close frame, b"" if it has been sent."""
+        if self.state is not WebSocketState.OPEN:
+            return b""
+        self.state = WebSocketState.CLOSING
+        return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
+
+    def take_outgoing(self) -> bytes:
+        """Give the close frame that receive() made, once."""
+        outgoing, self._outgoing = self._outgoing, b""
+        return outgoing
+
+    def receive(self, data: bytes) -> list[Message]:
+        """Take bytes from the peer and return the messages they complete.
+
+        Never raises. After a violation the state is CLOSED, close_code tells, the close frame is
+        in take_outgoing(), and the messages that came before it are returned all the same.
+        """
+        messages: list[Message] = []
+        self._buffer += data
+        try:
+            while self.state is not WebSocketState.CLOSED and self._receive_step(messages):
+                pass
+        except WebSocketError as error:
+            self._end(error.close_code, error.reason)
+        if self.state is WebSocketState.CLOSED:
+            self._buffer.clear()
+        return messages
+
+    def _end(self, code: int | None, reason: str, answer: bytes | None = None) -> None:
+        self.close_code, self.close_reason = code, reason
+        if self.state is WebSocketState.OPEN:
+            payload = encode_close_payload(code or 1000, reason) if answer is None else answer
+            self._outgoing = self.encode(Opcode.CLOSE, payload)
+        self.state = WebSocketState.CLOSED
+
+    def _receive_step(self, messages: list[Message]) -> bool:
+        """Take a header, or some payload. False: more bytes are needed."""
+        if self._header is None:
+            header = parse_frame_header(self._buffer)
+            if header is None:
+                return False
+            del self._buffer[: header.size]
+            self._begin_frame(header)
+            self._header, self._payload_read = header, 0
+        return self._take_payload(self._header, messages)
+
+    def _begin_frame(self, header: FrameHeader) -> None:
+        """Check a header against the role and the message that is open (5.1, 5.4)."""
+        if (header.mask is None) == (self._make_mask is None):
+            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "wrongly masked frame")
+        if header.opcode >= Opcode.CLOSE:
+            self._control = b""
+            return
+        if (header.opcode is Opcode.CONTINUATION) == (self._message_opcode is None):
+            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "fragment out of sequence")
+        if header.opcode is not Opcode.CONTINUATION:
+            self._message_opcode = header.opcode
+            if header.opcode is Opcode.TEXT:
+                self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self._message_bytes += header.length
+        self._fragments += 1
+        if self._message_bytes > self._max_message_bytes:
+            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+        if self._fragments > self._max_fragments:
+            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+
+    def _take_payload(self, header: FrameHeader, messages: list[Message]) -> bool:
+        part = bytes(self._buffer[: header.length - self._payload_read])
+        del self._buffer[: len(part)]
+        if header.mask is not None:
+            part = apply_mask(part, header.mask, self._payload_read)
+        self._payload_read += len(part)
+        whole = self._payload_read == header.length
+        if header.opcode >= Opcode.CLOSE:
+            self._control += part
+            if whole:
+                self._finish_control(header.opcode, messages)
+        else:
+            self._take_data(part, whole and header.fin, messages)
+        if whole:
+            self._header = None
+        return whole
+
+    def _finish_control(self, opcode: Opcode, messages: list[Message]) -> None:
+        payload = self._control
+        if opcode is Opcode.CLOSE:
+            code, reason = parse_close_payload(payload)
+            # The answer echoes the code (5.5.1).
+            self._end(code, reason, answer=payload[:2])
+        if self.state is not WebSocketState.CLOSING:
+            messages.append(Message(opcode, payload))
+
+    def _take_data(self, part: bytes, last: bool, messages: list[Message]) -> None:
+        try:
+            self._message.append(self._decoder.decode(part, last) if self._decoder else part)
+        except UnicodeDecodeError:
+            raise WebSocketError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+        if not last:
+            return
+        assert self._message_opcode is not None
+        data = "".join(self._message) if self._decoder else b"".join(self._message)
+        # What arrives after our close frame is ignored (1.4).
+        if self.state is WebSocketState.OPEN:
+            messages.append(Message(self._message_opcode, data))
+        self._message_opcode, self._decoder = None, None
+        self._message, self._message_bytes, self._fragments = [], 0, 0
+
+
+# 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
+# What the kernel counts, as one Sample whichever source it came from; rates from two samples;
+# and the rule when to raise an alert. Time is passed in, on the monotonic clock, so that a
+# stepped wall clock changes nothing.
+
+
+class Sample(NamedTuple):
+    """One reading. now: monotonic s; *_ticks: since boot, any unit; sizes and net in bytes."""
+
+    now: float
+    busy_ticks: float
+    total_ticks: float
+    ram_used: int
+    ram_total: int
+    swap_used: int
+    swap_total: int
+    disk_used: int
+    disk_total: int
+    net_recv: int
+    net_sent: int
+    load_avg: tuple[float, float, float]
+    uptime: float
+
+
+def parse_cpu_times(stat: str) -> tuple[int, int]:
+    """Return (busy, total) ticks of all cores from /proc/stat (proc(5)).
+
+    Waiting for a disk is idle time; guest time is already part of user time.
+    """
+    numbers = [int(number) for number in stat.split("\n", 1)[0].split()[1:]]
+    user, nice, system, idle, iowait, irq, softirq, steal = (numbers + [0] * 8)[:8]
+    busy = user + nice + system + irq + softirq + steal
+    return busy, busy + idle + iowait
+
+
+def parse_meminfo(meminfo: str) -> dict[str, int]:
+    """Return the fields of /proc/meminfo in bytes (proc(5))."""
+    pairs = (line.partition(":")[::2] for line in meminfo.splitlines())
+    return {name: int(value.split()[0]) * KIB for name, value in pairs if value}
+
+
+def parse_net_dev(net_dev: str) -> tuple[int, int]:
+    """Return bytes (received, sent) of all interfaces but loopback from /proc/net/dev."""
+    received = sent = 0
+    for line in net_dev.splitlines():
+        name, colon, counters = line.partition(":")
+        if colon and name.strip() != "lo":
+            columns = counters.split()
+            received += int(columns[0])
+            sent += int(columns[8])
+    return received, sent
+
+
+def compute_cpu_percent(before: Sample, after: Sample) -> float:
+    """Return the share of busy time between two samples, 0 to 100, with one decimal."""
+    total = after.total_ticks - before.total_ticks
+    busy = after.busy_ticks - before.busy_ticks
+    # Counters of a virtual machine may go back a little.
+    return round(min(max(100.0 * busy / total, 0.0), 100.0), 1) if total > 0 else 0.0
+
+
+def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
+    """Return the fields of `stats_update` that come from two samples."""
+    seconds = max(after.now - before.now, 1e-6)
+    return {
+        "cpu": compute_cpu_percent(before, after),
+        "ram_used": after.ram_used // MIB,
+        "ram_total": after.ram_total // MIB,
+        "load_avg": [round(load, 2) for load in after.load_avg],
+        "swap_used": after.swap_used // MIB,
+        "swap_total": after.swap_total // MIB,
+        "disk_used": after.disk_used // MIB,
+        "disk_total": after.disk_total // MIB,
+        "net_recv": max(0, round((after.net_recv - before.net_recv) / seconds)),
+        "net_sent": max(0, round((after.net_sent - before.net_sent) / seconds)),
+        "uptime": int(after.uptime),
+    }
+
+
+class AlertRule:
+    """When CPU usage is worth an alert, and when that is over. Percent and monotonic seconds."""
+
+    def __init__(self, threshold: float, cooldown: float, hold: float) -> None:
+        self._threshold = threshold
+        self._cooldown = cooldown
+        # How long the value must stay above before the first alert.
+        self._hold = hold
+        self._above_since: float | None = None
+        self._raised_at: float | None = None
+        # Whether an alert was sent that is not resolved yet.
+        self._is_raised = False
+
+    def update(self, cpu: float, now: float) -> str | None:
+        """Take a value; return "cpu_alert", "alert_resolved" or None."""
+        if cpu > self._threshold:
+            return self._update_above(now)
+        self._above_since = None
+        resolved, self._is_raised = self._is_raised, False
+        return "alert_resolved" if resolved else None
+
+    def _update_above(self, now: float) -> str | None:
+        if self._above_since is None:
+            self._above_since = now
+        cooling = self._raised_at is not None and now - self._raised_at < self._cooldown
+        if cooling or now - self._above_since < self._hold:
+            return None
+        self._raised_at, self._is_raised = now, True
+        return "cpu_alert"
+
+
+# 10. Feed and kept output ────────────────────────────────────────────────────────────────────
+# The heart of the server. Every broadcast event is appended to the Feed once and gets the next
+# seq; it becomes a WebSocket frame once, when the first viewer needs it; and every viewer reads
+# the same bytes from a cursor of its own, which is just the seq it wants next. So a viewer costs
+# an integer, replay and lag are normal delivery from another cursor, and what no longer is there
+# is a gap that can be named. (Kafka's consumers and the kernel's /dev/kmsg work like this.)
+# OutputLog is the same idea for the output of one task, in bytes instead of events.
+
+
+class Feed:
+    """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
+
+    encode: makes the wire frame of an event.
+    """
+
+    def __init__(
+        self, encode: Callable[[dict[str, Any]], bytes], capacity_bytes: int = KEEP_EVENTS_BYTES
+    ) -> None:
+        self._encode = encode
+        self._capacity_bytes = capacity_bytes
+        # Events, or their frames once encoded; the first _dropped entries are gone already and
+        # are cut off in bulk, which keeps both append and access by seq at constant cost.
+        self._entries: list[Any] = []
+        self._dropped = 0
+        self._bytes = 0
+        # seq of _entries[0].
+        self._base = 1
+
+    @property
+    def first(self) -> int:
+        """The seq of the oldest kept event (equal to `next` when none is kept)."""
+        return self._base + self._dropped
+
+    @property
+    def next(self) -> int:
+        """The seq that the next event will get."""
+        return self._base + len(self._entries)
+
+    @staticmethod
+    def _size(entry: Any) -> int:
+        if isinstance(entry, bytes):
+            return len(entry) + EVENT_OVERHEAD_BYTES
+        text = entry.get("output") or entry.get("command") or ""
+        return len(text) + 2 * EVENT_OVERHEAD_BYTES
+
+    def append(self, event: dict[str, Any]) -> int:
+        """Add an event, set its `seq`, drop the oldest beyond the capacity. Return the seq."""
+        seq = event["seq"] = self.next
+        self._entries.append(event)
+        self._bytes += self._size(event)
+        self._trim()
+        return seq
+
+    def _trim(self) -> None:
+        while self._bytes > self._capacity_bytes and self._dropped < len(self._entries) - 1:
+            self._bytes -= self._size(self._entries[self._dropped])
+            self._entries[self._dropped] = None
+            self._dropped += 1
+        if self._dropped > 1024 and self._dropped * 2 > len(self._entries):
+            del self._entries[: self._dropped]
+            self._base += self._dropped
+            self._dropped = 0
+
+    def read_batch(self, cursor: int, max_bytes: int = BATCH_BYTES) -> tuple[bytes, int]:
+        """Return (frames from the cursor on, the cursor after them).
+
+        At least one frame, then as many as begin before max_bytes; b"" at the end of the feed.
+        The cursor must not lie before `first`.
+        """
+        assert cursor >= self.first
+        frames: list[bytes] = []
+        size = 0
+        for index in range(cursor - self._base, len(self._entries)):
+            frame = self._frame_at(index)
+            frames.append(frame)
+            size += len(frame)
+            if size >= max_bytes:
+                break
+        return frames[0] if len(frames) == 1 else b"".join(frames), cursor + len(frames)
+
+    def _frame_at(self, index: int) -> bytes:
+        entry = self._entries[index]
+        if isinstance(entry, bytes):
+            return entry
+        frame = self._encode(entry)
+        self._bytes += self._size(frame) - self._size(entry)
+        self._entries[index] = frame
+        return frame
+
+    def find_cursor(self, since: int, same_boot: bool) -> tuple[int, tuple[int, int] | None]:
+        """Return (where a viewer that has seen `since` goes on, the gap before it or None).
+
+        A gap is (from, to), both missing. Of another boot nothing can be known but that events
+        are missing: such a gap begins at 0, a seq that no event has.
+        """
+        if not same_boot or since >= self.next:
+            return self.first, (0, self.first - 1)
+        if since + 1 < self.first:
+            return self.first, (since + 1, self.first - 1)
+        return since + 1, None
+
+
+def find_character(data: bytes, start: int) -> int:
+    """Return the first index from `start` on at which a UTF-8 character begins."""
+    while start < len(data) and data[start] & 0xC0 == 0x80:
+        start += 1
+    return start
+
+
+class OutputLog:
+    """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        # Blocks are never changed, so a reader can hold them while the log goes on.
+        self._blocks: deque[bytes] = deque()
+        # Offset of the first byte of the first block, which may be cut off already.
+        self._blocks_start = 0
+        # The newest bytes, until they fill a block.
+        self._tail = bytearray()
+        # Offsets of the first kept byte and after the last one.
+        self.start = 0
+        self.end = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much can be read."""
+        return self.end - self.start
+
+    def append(self, data: bytes) -> None:
+        """Add output (whole characters) and drop the oldest beyond the capacity."""
+        self.end += len(data)
+        if not self._tail and len(data) >= OUTPUT_BLOCK_BYTES:
+            self._blocks.append(data)
+            return self.drop_to(self._capacity_bytes)
+        self._tail += data
+        if len(self._tail) >= OUTPUT_BLOCK_BYTES:
+            self._blocks.append(bytes(self._tail))
+            self._tail.clear()
+        self.drop_to(self._capacity_bytes)
+
+    def drop_to(self, capacity_bytes: int) -> None:
+        """Drop the oldest output beyond `capacity_bytes`, cutting on a character."""
+        if self.kept_bytes <= capacity_bytes:
+            return
+        self.start = self.end - capacity_bytes
+        while self._blocks and self._blocks_start + len(self._blocks[0]) <= self.start:
+            self._blocks_start += len(self._blocks.popleft())
+        if not self._blocks and self.start > self._blocks_start:
+            del self._tail[: self.start - self._blocks_start]
+            self._blocks_start = self.start
+        first = self._blocks[0] if self._blocks else bytes(self._tail[:4])
+        # Blocks begin on a character, so the next beginning is in this one or at its end.
+        self.start = self._blocks_start + find_character(first, self.start - self._blocks_start)
+
+    def read(self, offset: int = 0) -> list[bytes]:
+        """Return all the output from `offset` on, in pieces that share the kept blocks.
+
+        An offset before `start` means `start`; one inside a character means the next one.
+        """
+        offset = max(offset, self.start)
+        pieces: list[bytes] = []
+        begin = self._blocks_start
+        for block in (*self._blocks, bytes(self._tail)):
+            at = find_character(block, max(0, offset - begin))
+            if at < len(block):
+                pieces.append(block[at:])
+            begin += len(block)
+        return pieces
+
+
+# 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
+# JSON as it goes over the wire: events out, requests in, and the two discovery datagrams. Every
+# text that leaves is valid UTF-8, every request that comes in is checked to its last field here.
+
+ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
+NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
+
+
+def encode_json(value: Any) -> bytes:
+    """Return compact JSON in UTF-8. Lone surrogates (undecodable file names) become "?"."""
+    return ENCODE_JSON(value).encode("utf-8", "replace")
+
+
+def escape_json_text(text: bytes) -> bytes:
+    """Return UTF-8 text as it stands inside a JSON string (RFC 8259, 7).
+
+    Four times as fast as json.dumps for text without rare control characters, which is nearly
+    all there is; this is the dearest step of a flood.
+    """
+    if text.translate(None, NOT_ESCAPED):
+        return ENCODE_JSON(text.decode("utf-8")).encode("utf-8")[1:-1]
+    text = text.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+    return text.replace(b"\r", b"\\r").replace(b"\t", b"\\t")
+
+
+def encode_event(event: dict[str, Any]) -> bytes:
+    """Return an event as a WebSocket text frame. Its `output`, if any, is UTF-8 in bytes."""
+    output = event.get("output")
+    if output is None:
+        return encode_frame(Opcode.TEXT, encode_json(event))
+    rest = encode_json({name: value for name, value in event.items() if name != "output"})
+    body = b'%b,"output":"%b"}' % (rest[:-1], escape_json_text(output))
+    return encode_frame(Opcode.TEXT, body)
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: two readers could see different values of a repeated name."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return result
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """For json.loads: NaN and Infinity are not JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object (RFC 8259). Raises CommandError `bad_json`."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CommandError("bad_json", f"not JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise CommandError("bad_json", "not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """What `POST /exec` asks for. timeout: seconds, 0 is none."""
+
+    command: str
+    cwd: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 0.0
+    name: str | None = None
+
+
+def is_plain_text(value: Any) -> bool:
+    """Whether a value is text that the kernel takes: no NUL, and encodable."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_command(value: Any) -> str:
+    """Return the command, or raise CommandError `bad_command` or `too_large`."""
+    if not is_plain_text(value):
+        raise CommandError("bad_command", "the command must be text without NUL and surrogates")
+    if not value.strip():
+        raise CommandError("bad_command", "the command is empty")
+    if len(value.encode("utf-8")) > MAX_COMMAND_BYTES:
+        raise CommandError("too_large", f"a command may have {MAX_COMMAND_BYTES} bytes")
+    return str(value)
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return the value of a text field such as `cwd`."""
+    if not is_plain_text(value) or not value:
+        raise CommandError("bad_field", f"{name} must be non-empty text without NUL")
+    return str(value)
+
+
+def check_name(name: str, value: Any) -> str:
+    """Return the label of a task."""
+    if len(check_text(name, value)) > MAX_NAME_CHARACTERS:
+        raise CommandError("bad_field", f"{name} may have {MAX_NAME_CHARACTERS} characters")
+    return str(value)
+
+
+def check_env(name: str, value: Any) -> dict[str, str]:
+    """Return additions to the environment."""
+    if not isinstance(value, dict):
+        raise CommandError("bad_field", f"{name} must be an object of strings")
+    for key, text in value.items():
+        if not key or "=" in key or not is_plain_text(key) or not is_plain_text(text):
+            raise CommandError("bad_field", f"{name} must be an object of strings without NUL")
+    return value
+
+
+def check_timeout(name: str, value: Any) -> float:
+    """Return a time-out in seconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CommandError("bad_field", f"{name} must be a number of seconds")
+    if not 0 <= value <= MAX_TIMEOUT_SECONDS:
+        raise CommandError("bad_field", f"{name} must be 0 to {MAX_TIMEOUT_SECONDS:.0f} seconds")
+    return float(value)
+
+
+EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "cwd": check_text,
+    "env": check_env,
+    "timeout": check_timeout,
+    "name": check_name,
+}
+
+
+def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
+    """Return what the body of `POST /exec` asks for. Raises CommandError.
+
+    JSON where it says so or begins with "{"; anything else is the command itself, verbatim.
+    """
+    if media_type.startswith("multipart/"):
+        message = "send the command as the body itself (curl -d) or as JSON"
+        raise CommandError("unsupported_media_type", message)
+    if media_type == "application/json" or (media_type != "text/plain" and body[:1] == b"{"):
+        return parse_exec_fields(parse_json_object(body))
+    if media_type == "application/x-www-form-urlencoded" and re.match(rb"(cmd|command)=", body):
+        message = "a form would change + and & in the command: send it as the body itself"
+        raise CommandError("form_body", message)
+    try:
+        return ExecRequest(check_command(body.decode("utf-8")))
+    except UnicodeDecodeError:
+        raise CommandError("bad_command", "the command is not UTF-8") from None
+
+
+def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
+    """Return what a JSON object asks for. Raises CommandError."""
+    commands = [fields[name] for name in ("cmd", "command") if name in fields]
+    if len(commands) != 1:
+        raise CommandError("bad_command", 'one of "cmd" and "command" is needed')
+    unknown = sorted(set(fields) - set(EXEC_FIELDS) - {"cmd", "command"})
+    if unknown:
+        known = ", ".join(["cmd", *EXEC_FIELDS])
+        raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
+    given = {name: fields[name] for name in EXEC_FIELDS if name in fields}
+    checked = {name: EXEC_FIELDS[name](name, value) for name, value in given.items()}
+    return ExecRequest(check_command(commands[0]), **checked)
+
+
+def parse_task_id(value: Any) -> str:
+    """Return a task id. Raises CommandError `bad_field` for what never is one."""
+    if not isinstance(value, str) or not DIGITS.fullmatch(value):
+        raise CommandError("bad_field", "a task id is a decimal number")
+    return value
+
+
+SIGNALS = {name[3:]: number for name, number in signal.Signals.__members__.items()}
+
+
+def parse_signal(value: Any) -> int:
+    """Return the number of a signal named like TERM or SIGTERM. Raises CommandError."""
+    name = value.upper() if isinstance(value, str) else ""
+    number = SIGNALS.get(name[3:] if name.startswith("SIG") else name)
+    if number is None:
+        raise CommandError("bad_signal", "signal must be a name such as TERM, INT or KILL")
+    return number
+
+
+def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
+    """Return the answer to a probe, in at most 256 bytes: the hostname is cut to fit."""
+    hostname = str(facts["hostname"])
+    while True:
+        reply = encode_json({"type": "SERVER_RESPONSE", **facts, "hostname": hostname})
+        if len(reply) <= MAX_DISCOVERY_REPLY_BYTES:
+            return reply
+        hostname = hostname[:-1]
+
+
+def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
+    """Return the networks that are on-link, from /proc/net/route (proc(5)).
+
+    A default route without gateway (a tunnel) would make the whole world on-link: left out.
+    """
+    networks = []
+    for line in route.splitlines()[1:]:
+        columns = line.split()
+        destination, gateway, mask = (int(columns[i], 16) for i in (1, 2, 7))
+        if gateway == 0 and mask != 0:
+            # The kernel prints the number as it lies in memory.
+            pair = tuple(value.to_bytes(4, sys.byteorder) for value in (destination, mask))
+            networks.append(
+                ipaddress.IPv4Network((pair[0], bin(int.from_bytes(pair[1], "big")).count("1")))
+            )
+    return networks
+
+
+class ReplyLimit:
+    """How many datagrams may be answered: per second, and per second and source."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._sources: Counter[str] = Counter()
+
+    def allow(self, source: str, now: float) -> bool:
+        """Count an answer to `source`, if it may be given. now: monotonic seconds."""
+        if int(now) != self._second:
+            self._second = int(now)
+            self._sources.clear()
+        if sum(self._sources.values()) >= MAX_REPLIES_PER_SECOND:
+            return False
+        if self._sources[source] >= MAX_REPLIES_PER_SOURCE:
+            return False
+        self._sources[source] += 1
+        return True
+
+
+# ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
+
+# 12. Log and state folder ────────────────────────────────────────────────────────────────────
+# Lines on stderr, and the little that must survive a restart. Neither may ever stop the server:
+# stderr can be full, closed, or a pipe that nobody reads; the folder can be read-only.
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def format_time(timestamp: float) -> str:
+    """Return RFC 3339 with milliseconds, in UTC."""
+    seconds, milliseconds = divmod(int(timestamp * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"
+
+
+def format_value(value: Any) -> str:
+    """Return a value for a text log line: quoted and escaped unless it is plain."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch(r"[!-~]*", text) and '"' not in text:
+        return text
+    return json.dumps(text)
+
+
+class Log:
+    """Writes one line per event. Drops lines, and says how many, rather than wait."""
+
+    def __init__(self, log_format: str, level: str, fd: int = 2) -> None:
+        self._json = log_format == "json"
+        self._level = LEVELS.index(level)
+        self._fd = fd
+        self._dropped = 0
+        # When an event of a limited kind was last written (monotonic seconds).
+        self._last: dict[str, float] = {}
+
+    def write(self, level: str, event: str, **fields: Any) -> None:
+        """Write an event. Never raises and never waits."""
+        if LEVELS.index(level) < self._level:
+            return
+        fields = {
+            name: value[:1500] if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
+        if self._dropped:
+            fields["lines_dropped"] = self._dropped
+        if self._write_line(self._format(level, event, fields)):
+            self._dropped = 0
+        else:
+            self._dropped += 1
+
+    def write_limited(self, level: str, event: str, **fields: Any) -> None:
+        """Write an event unless one of this kind was written less than a second ago."""
+        now = time.monotonic()
+        if now - self._last.get(event, -1.0) >= 1.0:
+            self._last[event] = now
+            self.write(level, event, **fields)
+
+    def _format(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
+        when = format_time(time.time())
+        if self._json:
+            record = {"time": when, "level": level, "event": event, **fields}
+            return encode_json(record) + b"\n"
+        words = [f"{name}={format_value(value)}" for name, value in fields.items()]
+        return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
+
+    def _write_line(self, line: bytes) -> bool:
+        if len(line) > LOG_LINE_BYTES and not self._json:
+            line = line[: LOG_LINE_BYTES - 1] + b"\n"
+        try:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            if not any(events & select.POLLOUT for _, events in poll.poll(0)):
+                return False
+            return os.write(self._fd, line) == len(line)
+        except OSError:
+            return False
+
+
+class TaskIds:
+    """Task ids that go on rising across restarts, shared by all instances of this account.
+
+    Numbers are reserved in blocks, so most ids cost no I/O and a crash skips a few. Without a
+    usable folder ids begin at the wall clock's milliseconds, which rises across restarts too.
+    """
+
+    def __init__(self, folder: str | None, log: Log) -> None:
+        self._path = None if folder is None else os.path.join(folder, "last-task-id")
+        self._log = log
+        self._next = 1
+        self._end = 1
+
+    def take(self) -> str:
+        """Return the next id."""
+        if self._next >= self._end:
+            self._reserve()
+        self._next += 1
+        return str(self._next - 1)
+
+    def _reserve(self) -> None:
+        last = None
+        if self._path is not None:
+            try:
+                last = self._reserve_in_file(self._path)
+            except OSError as error:
+                self._log.write("warning", "state_not_written", error=error.strerror or "")
+                self._path = None
+        if last is None:
+            last = max(self._next - 1, int(time.time() * 1000))
+        self._next, self._end = last + 1, last + 1 + TASK_ID_BLOCK
+
+    @staticmethod
+    def _reserve_in_file(path: str) -> int:
+        """Add a block to the number in the file, under its lock; return the number before."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            text = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
+            # After damage go on above anything that counting from 1 can have reached.
+            damaged = bool(text) and not DIGITS.fullmatch(text)
+            last = int(time.time() * 1000) if damaged else int(text or 0)
+            # Fixed width: one write replaces the number whole.
+            os.pwrite(fd, b"%18d\n" % (last + TASK_ID_BLOCK), 0)
+            return last
+        finally:
+            os.close(fd)
+
+
+def find_state_folder(environ: Mapping[str, str]) -> str:
+    """Return $XDG_STATE_HOME/servercontrol, else ~/.local/state/servercontrol."""
+    base = environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+        base = os.path.expanduser("~/.local/state")
+    return os.path.join(base, "servercontrol")
+
+
+def open_state_folder(environ: Mapping[str, str], log: Log) -> str | None:
+    """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
+    folder = find_state_folder(environ)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        os.chmod(folder, 0o700)
+    except OSError as error:
+        log.write("warning", "no_state_folder", folder=folder, error=error.strerror or "")
+        return None
+    return folder
+
+
+# 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
+# Child processes, from spawn to reap. Each runs as SHELL -c COMMAND in a session of its own, with
+# stdout and stderr as one pipe that the event loop reads; what is read is published in the same
+# turn. A task is complete when its shell has ended and all that the shell wrote has been read,
+# whether or not a background child still holds the pipe: what such a child writes later is read
+# and dropped, so that it neither waits nor breaks. asyncio's own subprocess support hangs there.
+#
+# Stopping is one function for kill, time-out and the server's own end:
+#
+#   signal to every process of the session ─► wait KILL_GRACE_SECONDS ─► KILL to every process
+#
+# The shell stays unreaped until that is over, so its pid, which names the session, cannot be
+# given to a stranger meanwhile. A process that left the session (setsid) is out of reach.
+
+RESTORED_BY_PYTHON = {signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)}
+
+
+class TaskState(enum.Enum):
+    """How a task stands, in the words of the protocol."""
+
+    RUNNING = "running"
+    DONE = "done"
+    KILLED = "killed"
+    TIMEOUT = "timeout"
+
+
+class Task:
+    """One command, its process and its output."""
+
+    def __init__(self, task_id: str, request: ExecRequest, by: str, keep_output: int) -> None:
+        self.task_id = task_id
+        self.request = request
+        # Who asked: address and role.
+        self.by = by
+        # The shell; also the id of its session and first process group.
+        self.pid = 0
+        self.cwd = ""
+        self.state = TaskState.RUNNING
+        # Wall clock in ms, for people; durations are measured on the monotonic clock.
+        self.started_timestamp = 0
+        self.ended_timestamp: int | None = None
+        self.started_now = time.monotonic()
+        self.exit_code: int | None = None
+        self.signal_name: str | None = None
+        self.output = OutputLog(keep_output)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Our end of the pipe; -1 when it is closed.
+        self.fd = -1
+        # The shell has ended, but is not reaped yet.
+        self.is_shell_gone = False
+        # What the state will be once it has ended, when it is being stopped.
+        self.verdict: TaskState | None = None
+        self.timers: dict[str, asyncio.TimerHandle] = {}
+        # Done when the task is complete.
+        self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `GET /tasks` says."""
+        return {
+            "task_id": self.task_id,
+            "command": self.request.command,
+            "name": self.request.name,
+            "state": self.state.value,
+            "exit_code": self.exit_code,
+            "signal": self.signal_name,
+            "started": self.started_timestamp,
+            "ended": self.ended_timestamp,
+            "pid": self.pid,
+            "output_bytes": self.output.end,
+            "by": self.by,
+        }
+
+    def wake(self) -> None:
+        """Let everyone go on who waits in changed()."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Wait for more output or the end."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def set_timer(self, name: str, seconds: float, callback: Callable[..., None]) -> None:
+        """Call callback(task) later, unless the task is complete by then."""
+        loop = asyncio.get_running_loop()
+        self.cancel_timer(name)
+        self.timers[name] = loop.call_later(seconds, callback, self)
+
+    def cancel_timer(self, name: str) -> None:
+        """Forget a timer, if it is set."""
+        timer = self.timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def list_pids() -> list[int]:
+    """Return all process ids of this pid namespace; [] where there is no /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether a process has ended and only waits for its parent."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True
+
+
+def find_session(session: int) -> list[int]:
+    """Return the processes of a session, zombies included.
+
+    getsid() for every pid takes a third of the time that reading /proc/*/stat takes.
+    """
+    members = []
+    for pid in list_pids():
+        try:
+            if os.getsid(pid) == session:
+                members.append(pid)
+        except OSError:
+            pass  # it has ended meanwhile
+    return members
+
+
+def signal_session(session: int, number: int) -> None:
+    """Send a signal to every process of a session, also in other process groups.
+
+    The group goes first, in one system call that no fork can outrun.
+    """
+    try:
+        os.killpg(session, number)
+    except OSError:
+        pass  # no such group any more, or all of it belongs to somebody else
+    for pid in find_session(session):
+        try:
+            if os.getpgid(pid) != session:
+                os.kill(pid, number)
+        except OSError:
+            pass  # it has ended meanwhile, or belongs to somebody else (sudo)
+
+
+def has_exited(pid: int) -> bool:
+    """Whether our child has ended; it is not reaped."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return is_zombie(pid)
+    try:
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, pid, flags) is not None
+    except ChildProcessError:
+        return True
+
+
+def reap_orphans(shells: set[int]) -> None:
+    """Reap whatever was left to us; only PID 1 is left any."""
+    for pid in list_pids():
+        if pid not in shells:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except OSError:
+                pass  # not our child
+
+
+def count_pipe_bytes(fd: int) -> int:
+    """Return how many bytes can be read at once."""
+    (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
+    return int(count)
+
+
+def spawn_error(error: OSError, cwd: str | None) -> CommandError:
+    """Say why a process could not be started, without naming paths."""
+    reason = error.strerror or "unknown error"
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+        return CommandError("no_resources", f"no process can be started now: {reason}")
+    if error.errno == errno.E2BIG:
+        return CommandError("too_large", "command and environment are too large together")
+    if cwd is not None and not (os.path.isdir(cwd) and os.access(cwd, os.X_OK)):
+        return CommandError("bad_cwd", f"the working folder cannot be entered: {reason}")
+    return CommandError("spawn_failed", f"the shell cannot be run: {reason}")
+
+
+def read_cwd() -> str:
+    """Return our working folder; the kernel marks one that was deleted."""
+    try:
+        return os.readlink("/proc/self/cwd")
+    except OSError:
+        return ""
+
+
+class Tasks:
+    """All tasks: the running ones, and the finished ones that are kept."""
+
+    def __init__(
+        self,
+        config: Config,
+        ids: TaskIds,
+        publish: Publish,
+        log: Log,
+        environment: Mapping[str, str],
+        descriptor_limit: tuple[int, int] | None = None,
+    ) -> None:
+        self._config = config
+        self._ids = ids
+        self._publish = publish
+        self._log = log
+        # What every child gets, before its own additions.
+        self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
+        # RLIMIT_NOFILE as it was before we raised our own.
+        self._descriptor_limit = descriptor_limit
+        # All kept tasks by id, oldest first, and the running ones among them.
+        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self.running: dict[str, Task] = {}
+        self._kept_bytes = 0
+        # Set when the server stops: no new tasks.
+        self.is_stopping = False
+
+    # Looking things up
+
+    def get(self, task_id: str) -> Task:
+        """Return a task. Raises CommandError `unknown_task`."""
+        task = self._tasks.get(task_id)
+        if task is None:
+            raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
+        return task
+
+    def list(self) -> Iterable[Task]:
+        """Return all kept tasks, newest last."""
+        return self._tasks.values()
+
+    # Starting
+
+    def start(self, request: ExecRequest, by: str) -> Task:
+        """Start a command. Raises CommandError; then nothing was started."""
+        if self._config.no_exec:
+            raise CommandError("exec_disabled", "this server was started with --no-exec")
+        if self.is_stopping:
+            raise CommandError("no_resources", "the server is stopping")
+        if len(self.running) >= self._config.max_tasks:
+            raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
+        task = Task(self._ids.take(), request, by, self._config.keep_output)
+        task.cwd = os.path.abspath(request.cwd) if request.cwd else read_cwd()
+        try:
+            self._spawn(task)
+        except OSError as error:
+            raise spawn_error(error, request.cwd) from None
+        self._tasks[task.task_id] = self.running[task.task_id] = task
+        self._announce(task)
+        asyncio.get_running_loop().add_reader(task.fd, self._read, task)
+        if request.timeout:
+            task.set_timer("timeout", request.timeout, self._time_out)
+        return task
+
+    def _spawn(self, task: Task) -> None:
+        request = task.request
+        environment = {
+            **self._environment,
+            **request.env,
+            "SERVERCONTROL_TASK_ID": task.task_id,
+        }
+        read_fd, write_fd = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [self._config.shell, "-c", request.command],
+                stdin=subprocess.DEVNULL,
+                stdout=write_fd,
+                stderr=write_fd,
+                cwd=request.cwd,
+                env=environment,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(read_fd)
+            raise
+        finally:
+            os.close(write_fd)
+        # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
+        process.returncode = 0
+        os.set_blocking(read_fd, False)
+        task.fd, task.pid = read_fd, process.pid
+        self._restore_descriptor_limit(process.pid)
+
+    def _restore_descriptor_limit(self, pid: int) -> None:
+        """Give the child the limit that we were started with: select() breaks above 1024."""
+        if self._descriptor_limit is None or not hasattr(resource, "prlimit"):
+            return
+        try:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
+        except (OSError, ValueError):
+            pass  # it has ended already; the limit is a courtesy
+
+    def _announce(self, task: Task) -> None:
+        event = self._publish(
+            "task_start",
+            task_id=task.task_id,
+            command=task.request.command,
+            pid=task.pid,
+            cwd=task.cwd,
+            tty=False,
+            by=task.by,
+            name=task.request.name,
+        )
+        task.started_timestamp = event["timestamp"]
+        command = task.request.command[:200]
+        self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
+
+    # Output
+
+    def _read(self, task: Task) -> None:
+        chunk = self._read_chunk(task, READ_CHUNK_BYTES)
+        if chunk:
+            self._take_output(task, chunk)
+
+    def _read_chunk(self, task: Task, size: int) -> bytes:
+        """Read from the pipe; at its end close it."""
+        try:
+            chunk = os.read(task.fd, size)
+        except BlockingIOError:
+            return b""
+        if not chunk:
+            self._close_pipe(task)
+        return chunk
+
+    def _close_pipe(self, task: Task) -> None:
+        if task.fd >= 0:
+            asyncio.get_running_loop().remove_reader(task.fd)
+            os.close(task.fd)
+            task.fd = -1
+
+    def _take_output(self, task: Task, chunk: bytes, final: bool = False) -> None:
+        """Publish and keep a chunk; characters that are cut wait for their other half."""
+        if not chunk.isascii() or final or task.decoder.getstate()[0]:
+            chunk = task.decoder.decode(chunk, final).encode("utf-8")
+        if not chunk:
+            return
+        offset, kept = task.output.end, task.output.kept_bytes
+        task.output.append(chunk)
+        self._kept_bytes += task.output.kept_bytes - kept
+        self._publish("task_output", task_id=task.task_id, output=chunk, offset=offset)
+        if self._kept_bytes > KEEP_ALL_OUTPUT_BYTES:
+            self._drop_output()
+        task.wake()
+
+    def _drop_output(self) -> None:
+        """Keep the output of all tasks in bounds: finished tasks give way first, oldest first."""
+        finished = [task for task in self._tasks.values() if task.task_id not in self.running]
+        running = sorted(self.running.values(), key=lambda task: -task.output.kept_bytes)
+        for task in finished + running:
+            excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
+            if excess <= 0:
+                return
+            kept = task.output.kept_bytes
+            task.output.drop_to(max(0, kept - excess))
+            self._kept_bytes += task.output.kept_bytes - kept
+
+    def _discard(self, task: Task) -> None:
+        """Read what a background child writes after the end, slowly, and forget it."""
+        task.timers.pop("discard", None)
+        if self._read_chunk(task, READ_CHUNK_BYTES):
+            asyncio.get_running_loop().remove_reader(task.fd)
+            task.set_timer("discard", DISCARD_PAUSE_SECONDS, self._resume_discard)
+
+    def _resume_discard(self, task: Task) -> None:
+        asyncio.get_running_loop().add_reader(task.fd, self._discard, task)
+
+    # Stopping
+
+    def stop(
+        self,
+        task: Task,
+        number: int = signal.SIGTERM,
+        verdict: TaskState = TaskState.KILLED,
+    ) -> None:
+        """Signal the whole session, and KILL it after the grace time.
+
+        Raises CommandError `task_ended`; then no signal was sent.
+        """
+        if task.state is not TaskState.RUNNING:
+            raise CommandError("task_ended", f"task {task.task_id} has ended")
+        if task.verdict is None:
+            task.verdict = verdict
+            task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
+        if number == signal.SIGKILL:
+            return self._kill(task)
+        signal_session(task.pid, number)
+        if number not in (signal.SIGSTOP, signal.SIGTSTP):
+            # A stopped process takes a signal only when it goes on.
+            signal_session(task.pid, signal.SIGCONT)
+
+    def _kill(self, task: Task) -> None:
+        task.cancel_timer("kill")
+        signal_session(task.pid, signal.SIGKILL)
+        if task.is_shell_gone:
+            self._finish(task)
+
+    def _time_out(self, task: Task) -> None:
+        self.stop(task, verdict=TaskState.TIMEOUT)
+
+    def stop_all(self) -> None:
+        """Begin to stop every task, because the server stops."""
+        self.is_stopping = True
+        for task in list(self.running.values()):
+            self.stop(task)
+
+    def kill_all(self) -> None:
+        """KILL every task at once, without waiting for anything."""
+        for task in self.running.values():
+            signal_session(task.pid, signal.SIGKILL)
+
+    # Ending
+
+    def reap(self) -> None:
+        """Look which shells have ended. Called for every SIGCHLD, which may stand for many."""
+        for task in list(self.running.values()):
+            if not task.is_shell_gone and has_exited(task.pid):
+                task.is_shell_gone = True
+                self._finish_when_session_is_gone(task)
+        if os.getpid() == 1:
+            reap_orphans({task.pid for task in self.running.values()})
+
+    def _finish_when_session_is_gone(self, task: Task, delay: float = 0.01) -> None:
+        """A task that is being stopped ends with the last of its processes, or with the KILL."""
+        others = set(find_session(task.pid)) - {task.pid} if task.verdict else set()
+        if all(is_zombie(pid) for pid in others):
+            return self._finish(task)
+        again = self._finish_when_session_is_gone
+        task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
+
+    def _finish(self, task: Task) -> None:
+        """Read what the shell left in the pipe, reap it, publish the end."""
+        left = count_pipe_bytes(task.fd) if task.fd >= 0 else 0
+        while left > 0:
+            chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
+            if not chunk:
+                break
+            left -= len(chunk)
+            self._take_output(task, chunk)
+        self._take_output(task, b"", final=True)
+        for name in list(task.timers):
+            task.cancel_timer(name)
+        self._publish_complete(task, self._wait(task))
+        del self.running[task.task_id]
+        if task.fd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(task.fd)
+            loop.add_reader(task.fd, self._discard, task)
+        self._forget_oldest()
+        task.completed.set_result(None)
+        task.wake()
+
+    @staticmethod
+    def _wait(task: Task) -> tuple[float, int]:
+        """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
+        try:
+            _, status, usage = os.wait4(task.pid, 0)
+        except ChildProcessError:  # somebody ignores or reaps our children; the code is lost
+            task.exit_code = 255
+            return 0.0, 0
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            task.exit_code = 128 + number
+            task.signal_name = next(
+                (name for name, value in SIGNALS.items() if value == number), str(number)
+            )
+        else:
+            task.exit_code = os.WEXITSTATUS(status)
+        rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
+        return round(usage.ru_utime + usage.ru_stime, 6), rss
+
+    def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
+        task.state = task.verdict or TaskState.DONE
+        duration = time.monotonic() - task.started_now
+        event = self._publish(
+            "task_complete",
+            task_id=task.task_id,
+            exit_code=task.exit_code,
+            signal=task.signal_name,
+            state=task.state.value,
+            duration_ms=int(duration * 1000),
+            output_bytes=task.output.end,
+            cpu_s=usage[0],
+            max_rss_kb=usage[1],
+        )
+        task.ended_timestamp = event["timestamp"]
+        state = task.state.value
+        self._log.write(
+            "info", "task_complete", task_id=task.task_id, state=state, exit_code=task.exit_code
+        )
+
+    def _forget_oldest(self) -> None:
+        excess = len(self._tasks) - len(self.running) - self._config.keep_tasks
+        finished = (task for task in self._tasks.values() if task.task_id not in self.running)
+        for task in [task for _, task in zip(range(excess), finished)]:
+            self._kept_bytes -= task.output.kept_bytes
+            del self._tasks[task.task_id]
+
+
+# 14. Viewers ─────────────────────────────────────────────────────────────────────────────────
+# One Viewer per WebSocket client, and the flush that hands all of them what is new in the Feed.
+# publish() never waits and never touches a socket: it appends, and one flush per turn of the
+# event loop gives each viewer everything from its cursor on in one write. A viewer whose write
+# buffer is above the high-water mark is stalled: it is passed over until the transport says that
+# it has drained, and then goes on from its cursor. So it costs its buffer and an integer, however
+# slow it is, and delays nobody.
+
+
+class Viewer:
+    """One WebSocket client."""
+
+    __slots__ = (
+        "transport",
+        "websocket",
+        "role",
+        "by",
+        "cursor",
+        "is_stalled",
+        "pong_due",
+        "heard_at",
+        "ping_at",
+    )
+
+    def __init__(
+        self, transport: asyncio.Transport, websocket: WebSocketConnection, role: Role, by: str
+    ) -> None:
+        self.transport = transport
+        self.websocket = websocket
+        self.role = role
+        self.by = by
+        # The seq this viewer gets next.
+        self.cursor = 0
+        # The transport has more than enough to write.
+        self.is_stalled = False
+        # The newest ping that is not answered yet, because we are stalled.
+        self.pong_due: bytes | None = None
+        # Monotonic time of the last byte from the peer, and of the next ping.
+        self.heard_at = time.monotonic()
+        self.ping_at = self.heard_at + PING_SECONDS
+
+    def send_json(self, message: Mapping[str, Any]) -> None:
+        """Send a message to this client alone; close it when it asks but never reads."""
+        self._write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
+        if self.transport.get_write_buffer_size() > MAX_PERSONAL_BYTES:
+            self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
+
+    def send_pong(self, payload: bytes) -> None:
+        """Answer a ping; while we are stalled only the newest (RFC 6455, 5.5.3)."""
+        if self.is_stalled:
+            self.pong_due = payload
+        else:
+            self._write(self.websocket.encode(Opcode.PONG, payload))
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the closing handshake."""
+        self._write(self.websocket.close(code, reason))
+
+    def keep_alive(self, now: float) -> bool:
+        """Ping when it is time; False when the peer is gone."""
+        if now >= self.ping_at:
+            if self.heard_at < self.ping_at - PING_SECONDS:
+                return False
+            self._write(self.websocket.encode(Opcode.PING, b""))
+            self.ping_at = now + PONG_SECONDS
+        return True
+
+    def _write(self, data: bytes) -> None:
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
+
+
+class Viewers:
+    """All viewers, and the feed they read."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.feed = Feed(encode_event)
+        self.all: set[Viewer] = set()
+        # Who is to be served, in this order, and whether that is everybody anew.
+        self._queue: dict[Viewer, None] = {}
+        self._is_dirty = False
+        self._is_scheduled = False
+
+    def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Broadcast an event and return it, with its timestamp and seq."""
+        event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
+        self.feed.append(event)
+        self._is_dirty = True
+        self._schedule()
+        return event
+
+    def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
+        """Add a viewer: from now on, or from what it has seen before."""
+        viewer.cursor = self.feed.next
+        if since is not None:
+            viewer.cursor, gap = self.feed.find_cursor(since, same_boot)
+            if gap is not None:
+                self._send_gap(viewer, *gap)
+        self.all.add(viewer)
+        self.serve(viewer)
+
+    def leave(self, viewer: Viewer) -> None:
+        """Send nothing more to a viewer."""
+        self.all.discard(viewer)
+        self._queue.pop(viewer, None)
+
+    def serve(self, viewer: Viewer) -> None:
+        """Go on with a viewer that has drained or has just joined."""
+        if viewer.pong_due is not None:
+            payload, viewer.pong_due = viewer.pong_due, None
+            viewer.send_pong(payload)
+        if viewer in self.all:
+            self._queue[viewer] = None
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Serve the queue, for a limited time; what is left goes on in the next turn."""
+        self._is_scheduled = False
+        if self._is_dirty:
+            self._is_dirty = False
+            self._queue.update(dict.fromkeys(self.all))
+        batches: dict[int, tuple[bytes, int]] = {}
+        end = time.perf_counter() + FLUSH_TURN_SECONDS
+        while self._queue:
+            viewer = next(iter(self._queue))
+            del self._queue[viewer]
+            self._send(viewer, batches)
+            if time.perf_counter() > end:
+                break
+        if self._queue:
+            self._schedule()
+
+    def _send(self, viewer: Viewer, batches: dict[int, tuple[bytes, int]]) -> None:
+        """Write everything from the viewer's cursor on, until it is stalled."""
+        while viewer.cursor < self.feed.next and not viewer.is_stalled:
+            if viewer.transport.is_closing():
+                return
+            if viewer.cursor < self.feed.first:
+                self._send_gap(viewer, viewer.cursor, self.feed.first - 1)
+                viewer.cursor = self.feed.first
+            batch = batches.get(viewer.cursor)
+            if batch is None:
+                batch = batches[viewer.cursor] = self.feed.read_batch(viewer.cursor)
+            viewer.cursor = batch[1]
+            viewer.transport.write(batch[0])
+
+    @staticmethod
+    def _send_gap(viewer: Viewer, first: int, last: int) -> None:
+        viewer.send_json({"type": "gap", "from": first, "to": last})
+
+
+# 15. Background loops ────────────────────────────────────────────────────────────────────────
+# What happens without a request: reading statistics every interval, and answering discovery
+# probes. A fault in one round is logged and the next round comes all the same.
+
+
+class ProcSource:
+    """Reads a Sample from /proc, with the standard library."""
+
+    def read(self) -> Sample:
+        """Return what the kernel counts now."""
+        busy, total = parse_cpu_times(self._read_file("/proc/stat"))
+        memory = parse_meminfo(self._read_file("/proc/meminfo"))
+        received, sent = parse_net_dev(self._read_file("/proc/net/dev"))
+        disk = os.statvfs("/")
+        return Sample(
+            now=time.monotonic(),
+            busy_ticks=busy,
+            total_ticks=total,
+            ram_used=memory["MemTotal"] - memory["MemAvailable"],
+            ram_total=memory["MemTotal"],
+            swap_used=memory["SwapTotal"] - memory["SwapFree"],
+            swap_total=memory["SwapTotal"],
+            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+            disk_total=disk.f_blocks * disk.f_frsize,
+            net_recv=received,
+            net_sent=sent,
+            load_avg=os.getloadavg(),
+            uptime=float(self._read_file("/proc/uptime").split()[0]),
+        )
+
+    @staticmethod
+    def _read_file(path: str) -> str:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+
+
+class PsutilSource:
+    """Reads the same Sample with psutil."""
+
+    def read(self) -> Sample:
+        """Return what psutil counts now."""
+        times = psutil.cpu_times()
+        # Guest time is already part of user time; waiting for a disk is idle time.
+        total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
+        memory, swap, disk = psutil.virtual_memory(), psutil.swap_memory(), os.statvfs("/")
+        nics = [nic for name, nic in psutil.net_io_counters(pernic=True).items() if name != "lo"]
+        return Sample(
+            now=time.monotonic(),
+            busy_ticks=total - times.idle - getattr(times, "iowait", 0),
+            total_ticks=total,
+            ram_used=memory.total - memory.available,
+            ram_total=memory.total,
+            swap_used=swap.used,
+            swap_total=swap.total,
+            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+            disk_total=disk.f_blocks * disk.f_frsize,
+            net_recv=sum(nic.bytes_recv for nic in nics),
+            net_sent=sum(nic.bytes_sent for nic in nics),
+            load_avg=os.getloadavg(),
+            uptime=time.time() - psutil.boot_time(),
+        )
+
+
+def choose_source() -> ProcSource | PsutilSource:
+    """Return psutil's source where it is installed, else that of /proc. Raises StartError."""
+    if psutil is not None:
+        return PsutilSource()
+    if not os.path.exists("/proc/stat"):
+        raise StartError("there is no /proc here: install psutil")
+    return ProcSource()
+
+
+class Sampler:
+    """Publishes `stats_update` every interval, and alerts."""
+
+    def __init__(
+        self, config: Config, publish: Publish, log: Log, running: Mapping[str, Task]
+    ) -> None:
+        self._config = config
+        self._publish = publish
+        self._log = log
+        # The running tasks, for alerts.
+        self._running = running
+        self._source = choose_source()
+        self._before = self._source.read()
+        self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
+        # Monotonic time since when the CPU is above the threshold, once an alert was raised.
+        self._alert_since = 0.0
+        self.hostname = read_hostname()
+        # The newest event, None before the first; done when there is one.
+        self.newest: dict[str, Any] | None = None
+        self.has_newest: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
+        self.history: deque[list[Any]] = deque(maxlen=HISTORY_SAMPLES)
+
+    async def run(self) -> None:
+        """Tick for ever, on a grid of monotonic time: late ticks do not shift later ones."""
+        interval = self._config.interval
+        start, count = time.monotonic(), 0
+        while True:
+            count = max(count + 1, int((time.monotonic() - start) / interval))
+            await asyncio.sleep(start + count * interval - time.monotonic())
+            try:
+                self.tick()
+            except Exception:
+                self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
+
+    def tick(self) -> None:
+        """Take one sample and publish what it says."""
+        sample = self._source.read()
+        stats = build_stats(self._before, sample)
+        self._before = sample
+        self.hostname = read_hostname()
+        event = self._publish(
+            "stats_update", **stats, hostname=self.hostname, cpus=os.cpu_count() or 1
+        )
+        columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
+        self.history.append([event[name] for name in columns])
+        self.newest = event
+        if not self.has_newest.done():
+            self.has_newest.set_result(None)
+        self._check_alert(stats["cpu"], sample.now)
+
+    def _check_alert(self, cpu: float, now: float) -> None:
+        change = self._rule.update(cpu, now)
+        if change == "cpu_alert":
+            self._alert_since = self._alert_since or now
+            message = f"CPU usage exceeded {self._config.cpu_alert:g}%!"
+            self._publish(
+                "cpu_alert",
+                cpu=cpu,
+                hostname=self.hostname,
+                message=message,
+                tasks=list(self._running),
+            )
+            self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
+        elif change == "alert_resolved":
+            duration_ms = int((now - self._alert_since) * 1000)
+            self._alert_since = 0.0
+            self._publish(
+                "alert_resolved",
+                alert="cpu_alert",
+                cpu=cpu,
+                hostname=self.hostname,
+                duration_ms=duration_ms,
+            )
+            self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=duration_ms)
+
+
+def read_hostname() -> str:
+    """Return our host name as valid text."""
+    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
+
+
+class DiscoveryEndpoint(asyncio.DatagramProtocol):
+    """Answers probes on one UDP socket.
+
+    make_facts: gives the reply's fields; loopback_only: the server is not on the network.
+    """
+
+    def __init__(
+        self, make_facts: Callable[[], dict[str, Any]], limit: ReplyLimit, loopback_only: bool
+    ) -> None:
+        self._make_facts = make_facts
+        self._limit = limit
+        self._loopback_only = loopback_only
+        self._transport: asyncio.DatagramTransport | None = None
+        self._networks: list[ipaddress.IPv4Network] = []
+        self._networks_until = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the socket's transport."""
+        self._transport = cast("asyncio.DatagramTransport", transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        """Answer an exact probe from a neighbour; anything else gets silence."""
+        if data != DISCOVERY_PROBE or self._transport is None:
+            return
+        now = time.monotonic()
+        if self._is_neighbour(addr[0], now) and self._limit.allow(addr[0], now):
+            self._transport.sendto(encode_discovery_reply(self._make_facts()), addr)
+
+    def error_received(self, exc: Exception) -> None:
+        """An unreachable prober is no news."""
+
+    def _is_neighbour(self, source: str, now: float) -> bool:
+        if is_loopback(source):
+            return True
+        if self._loopback_only:
+            return False
+        if now >= self._networks_until:
+            self._networks_until = now + ROUTES_CACHE_SECONDS
+            self._networks = read_link_networks()
+        address = parse_ip(source)
+        return any(address in network for network in self._networks)
+
+
+def read_link_networks() -> list[ipaddress.IPv4Network]:
+    """Return the networks that are on-link; [] where the kernel does not say."""
+    try:
+        with open("/proc/net/route", encoding="ascii") as file:
+            return parse_link_routes(file.read())
+    except (OSError, ValueError):
+        return []
+
+
+def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket]:
+    """Return the bound UDP sockets. Raises OSError.
+
+    On loopback there are two, since a socket bound to 127.0.0.1 gets no broadcast. Instances on
+    one host share the port: then each gets every broadcast, and one of them every unicast.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for address in ("127.0.0.1", "127.255.255.255") if loopback_only else ("0.0.0.0",):
+            udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sockets.append(udp)
+            udp.setblocking(False)
+            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if sys.platform == "darwin":
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
+            udp.bind((address, port))
+            port = udp.getsockname()[1]
+    except OSError:
+        for udp in sockets:
+            udp.close()
+        raise
+    return sockets
+
+
+# 16. Server ──────────────────────────────────────────────────────────────────────────────────
+# Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
+# answer; or become a Viewer. One sweep looks at every connection's deadline. Each kind of error
+# becomes an answer in one place: Connection._make_error_response, Server.handle_message.
+
+NETLINK_SOCK_DIAG = 4  # linux/netlink.h
+
+
+def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
+    """Ask the kernel for (uid, inode) of the socket whose own end is `peer`.
+
+    0.2 ms, however many sockets there are. Raises OSError or ValueError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1.0)
+        netlink.sendto(encode_diag_request(peer, local), (0, 0))
+        return parse_diag_reply(netlink.recv(4096))
+
+
+def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
+    """The same where netlink is not to be had: 33 ms among 16,000 sockets."""
+    with open("/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6") as file:
+        return parse_proc_tcp(file.read(), peer, local)
+
+
+def is_same_account(peer: tuple[str, int], local: tuple[str, int]) -> bool:
+    """Whether the process behind a loopback connection runs as our own effective uid.
+
+    A socket that its process has closed already is listed with uid 0 and inode 0: no answer.
+    Unknown means no. A mapped address is in the kernel's IPv4 tables, and so parse_ip() gives it.
+    """
+    peer_ip, local_ip = parse_ip(peer[0]), parse_ip(local[0])
+    if peer_ip is None or local_ip is None or not hasattr(socket, "AF_NETLINK"):
+        return False
+    for ask in (query_socket_owner, scan_socket_owner):
+        try:
+            uid, inode = ask((peer_ip, peer[1]), (local_ip, local[1]))
+        except (OSError, ValueError, struct.error):
+            continue
+        return uid == os.geteuid() and inode != 0
+    return False
+
+
+@dataclass
+class Request:
+    """A request that has passed the gate. by: who asks, for events and logs."""
+
+    head: RequestHead
+    route: Route
+    parameters: Mapping[str, str]
+    role: Role | None
+    by: str
+    body: bytes = b""
+
+
+@dataclass
+class Response:
+    """An answer. pieces: the body as it comes, instead of `body`; trailers: filled meanwhile."""
+
+    status: int = 200
+    body: bytes = b""
+    media_type: str = "application/json"
+    fields: list[tuple[str, str]] = field(default_factory=list)
+    pieces: AsyncIterator[bytes] | None = None
+    trailers: dict[str, str] = field(default_factory=dict)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return an answer in JSON."""
+    return Response(status, encode_json(value) + b"\n")
+
+
+async def iterate_json(
+    fields: dict[str, Any], name: str, pieces: Sequence[bytes]
+) -> AsyncIterator[bytes]:
+    """Give a JSON object whose text field `name` is long, piece by piece."""
+    yield b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
+    for piece in pieces:
+        yield escape_json_text(piece)
+    yield b'"}\n'
+
+
+async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
+    """Give pieces one after the other."""
+    for piece in pieces:
+        yield piece
+
+
+async def follow_output(task: Task, offset: int, trailers: dict[str, str]) -> AsyncIterator[bytes]:
+    """Give a task's output from `offset` on until it is complete."""
+    skipped = 0
+    while True:
+        skipped += max(0, task.output.start - offset)
+        pieces = task.output.read(offset)
+        offset = task.output.end
+        for piece in pieces:
+            yield piece
+        if offset == task.output.end:
+            if task.completed.done():
+                break
+            await task.changed()
+    trailers["X-Exit-Code"] = str(task.exit_code)
+    trailers["X-Dropped-Bytes"] = str(skipped)
+
+
+@dataclass(frozen=True)
+class Route:
+    """What answers a path and method. role: who may (None: everybody); parameters: known ones."""
+
+    path: str
+    method: str
+    role: Role | None
+    parameters: frozenset[str]
+    answer: Callable[[Server, Request], Awaitable[Response]]
+
+
+# The answers of the routes
+
+
+async def answer_page(server: Server, request: Request) -> Response:
+    """`GET /`: what this is and how to connect. Holds no data."""
+    return Response(body=PAGE.encode("utf-8"), media_type="text/plain; charset=utf-8")
+
+
+async def answer_health(server: Server, request: Request) -> Response:
+    """`GET /health`."""
+    return json_response({"ok": True})
+
+
+async def answer_preflight(server: Server, request: Request) -> Response:
+    """A browser asks whether a page of a listed origin may send what it wants to."""
+    fields = [
+        ("Access-Control-Allow-Methods", "GET, POST"),
+        ("Access-Control-Allow-Headers", "authorization, content-type"),
+        ("Access-Control-Max-Age", "600"),
+    ]
+    return Response(204, fields=fields)
+
+
+async def answer_exec(server: Server, request: Request) -> Response:
+    """`POST /exec`: start a command; wait for its end or follow its output on request."""
+    wait = parse_flag(request.parameters, "wait")
+    follow = parse_flag(request.parameters, "follow")
+    if wait and follow:
+        raise HttpError(400, "bad_query", "wait or follow, not both")
+    task = server.tasks.start(parse_exec_body(request.head.media_type, request.body), request.by)
+    if follow:
+        return follow_response(task, 0)
+    fields = {"task_id": task.task_id, "command": task.request.command, "pid": task.pid}
+    if not wait:
+        return json_response(fields)
+    await asyncio.shield(task.completed)
+    truncated = task.output.start > 0
+    fields.update(exit_code=task.exit_code, signal=task.signal_name, truncated=truncated)
+    return Response(pieces=iterate_json(fields, "output", task.output.read()))
+
+
+async def answer_tasks(server: Server, request: Request) -> Response:
+    """`GET /tasks`: all kept tasks, newest last, or the one with `id`."""
+    if "id" in request.parameters:
+        return json_response(find_task(server, request).describe())
+    return json_response([task.describe() for task in server.tasks.list()])
+
+
+async def answer_logs(server: Server, request: Request) -> Response:
+    """`GET /logs`: the kept output of a task from `offset` on."""
+    task = find_task(server, request)
+    offset = parse_offset(request.parameters)
+    if offset > task.output.end:
+        raise HttpError(400, "bad_offset", f"the output has {task.output.end} bytes so far")
+    if parse_flag(request.parameters, "follow"):
+        return follow_response(task, offset)
+    pieces = task.output.read(offset)
+    if parse_flag(request.parameters, "raw"):
+        return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
+    fields = {
+        "task_id": task.task_id,
+        "offset": task.output.end - sum(map(len, pieces)),
+        "next_offset": task.output.end,
+        "dropped": task.output.start,
+        "running": task.state is TaskState.RUNNING,
+    }
+    return Response(pieces=iterate_json(fields, "logs", pieces))
+
+
+async def answer_kill(server: Server, request: Request) -> Response:
+    """`POST /kill`: stop a task and everything that it started."""
+    task = find_task(server, request)
+    name = request.parameters.get("signal", "TERM")
+    server.stop_task(task, name, request.by)
+    return json_response({"task_id": task.task_id, "signal": name})
+
+
+async def answer_stats(server: Server, request: Request) -> Response:
+    """`GET /stats`: the newest `stats_update`, or the history."""
+    if parse_flag(request.parameters, "history"):
+        samples = list(server.sampler.history)
+        return json_response({"interval": server.config.interval, "samples": samples})
+    await asyncio.shield(server.sampler.has_newest)
+    return json_response(server.sampler.newest)
+
+
+async def answer_info(server: Server, request: Request) -> Response:
+    """`GET /info`: the server itself."""
+    return json_response(
+        {
+            **describe_server(server, request.role),
+            "ports": server.listeners.ports,
+            "uptime": int(time.monotonic() - server.started_now),
+            "clients": len(server.viewers.all),
+            "tasks_running": len(server.tasks.running),
+        }
+    )
+
+
+def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
+    """Return what both `/info` and `hello` say."""
+    return {
+        "version": __version__,
+        "hostname": server.sampler.hostname,
+        "boot_id": server.boot_id,
+        "seq": server.viewers.feed.next - 1,
+        "role": role.value if role else None,
+        "exec": not server.config.no_exec,
+        "auth": not server.config.no_auth,
+        "limits": server.config.limits(),
+    }
+
+
+def follow_response(task: Task, offset: int) -> Response:
+    """Return the output as it comes, with the exit code in the trailers."""
+    response = Response(media_type=PLAIN_TEXT)
+    response.fields = [("X-Task-Id", task.task_id), ("Trailer", "X-Exit-Code, X-Dropped-Bytes")]
+    response.pieces = follow_output(task, offset, response.trailers)
+    return response
+
+
+def find_task(server: Server, request: Request) -> Task:
+    """Return the task that the parameter `id` names. Raises HttpError or CommandError."""
+    if "id" not in request.parameters:
+        raise HttpError(400, "bad_query", "the parameter id is missing")
+    return server.tasks.get(parse_task_id(request.parameters["id"]))
+
+
+PLAIN_TEXT = "text/plain; charset=utf-8"
+WEBSOCKET_PATHS = ("/", "/ws")
+
+ROUTES = (
+    Route("/", "GET", None, frozenset(), answer_page),
+    Route("/health", "GET", None, frozenset(), answer_health),
+    Route("/exec", "POST", Role.RUN, frozenset({"wait", "follow"}), answer_exec),
+    Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
+    Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
+    Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
+    Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
+    Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
+)
+
+PAGE = """\
+ServerControl: run commands on this server and watch them live.
+
+Run a command, and see its output as it comes:
+
+    curl -d 'uptime' http://HOST:PORT/exec
+    curl -N -d 'make' 'http://HOST:PORT/exec?follow'
+
+Watch everything (tasks, output, CPU, memory) with any WebSocket client at /ws:
+
+    const socket = new WebSocket("ws://HOST:PORT/ws");
+    socket.onmessage = (message) => console.log(JSON.parse(message.data));
+
+More: /tasks, /logs?id=1, /stats, /info; POST /kill?id=1 stops a task.
+"""
+
+
+# The messages of WebSocket clients
+
+
+def answer_ping(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+    """`ping` -> `pong`."""
+    return {"type": "pong", "timestamp": int(time.time() * 1000)}
+
+
+def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+    """`hello` -> the server and its running tasks."""
+    tasks = [task.describe() for task in server.tasks.running.values()]
+    return {"type": "hello", **describe_server(server, viewer.role), "tasks": tasks}
+
+
+def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+    """`task_kill`: no answer but the events it causes."""
+    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    server.stop_task(task, message.get("signal", "TERM"), viewer.by)
+
+
+# The role that each message needs, and what carries it out.
+COMMANDS: dict[str, tuple[Role, Command]] = {
+    "ping": (Role.VIEW, answer_ping),
+    "hello": (Role.VIEW, answer_hello),
+    "task_kill": (Role.RUN, answer_task_kill),
+}
+
+
+def find_command(message: dict[str, Any], role: Role) -> Command:
+    """Return what carries a message out. Raises CommandError."""
+    kind = message.get("type")
+    if not isinstance(kind, str):
+        raise CommandError("bad_message", 'the field "type" is missing')
+    if kind not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise CommandError("unknown_type", f"unknown type; known: {known}")
+    needed, command = COMMANDS[kind]
+    if needed is Role.RUN and role is not Role.RUN:
+        raise CommandError("forbidden", "this needs the role run")
+    return command
+
+
+# Finding the way
+
+
+def find_route(head: RequestHead, role: Role | None) -> Route:
+    """Return the route of a request. Raises HttpError 403, 404, 405 or 426."""
+    routes = [route for route in ROUTES if route.path == head.path]
+    if not routes:
+        if head.path in WEBSOCKET_PATHS:
+            raise upgrade_required("this path is for WebSocket clients")
+        raise HttpError(404, "not_found", "there is nothing at this path")
+    methods = sorted({route.method for route in routes})
+    if head.method == "OPTIONS" and head.values("access-control-request-method"):
+        return Route(head.path, "OPTIONS", None, frozenset(), answer_preflight)
+    method = "GET" if head.method == "HEAD" else head.method
+    route = next((route for route in routes if route.method == method), None)
+    if route is None:
+        allow = ", ".join(methods + ["HEAD"] * ("GET" in methods))
+        raise HttpError(405, "bad_method", f"this path takes {allow}", [("Allow", allow)])
+    if route.role is Role.RUN and role is not Role.RUN:
+        raise HttpError(403, "forbidden", "this needs the role run")
+    return route
+
+
+def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
+    """Return the query's parameters. Raises HttpError 400 for one that the route lacks."""
+    parameters = parse_query(head.query)
+    if set(parameters) - route.parameters:
+        known = ", ".join(sorted(route.parameters)) or "none"
+        raise HttpError(400, "bad_query", f"unknown parameter; this path knows: {known}")
+    return parameters
+
+
+def parse_since(query: str, boot_id: str) -> tuple[int | None, bool]:
+    """Return (the seq to replay after or None, whether it is of this boot)."""
+    parameters = parse_query(query)
+    since = parameters.get("since")
+    if since is None:
+        return None, True
+    if not DIGITS.fullmatch(since):
+        raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
+    return int(since), parameters.get("boot", boot_id) == boot_id
+
+
+def parse_offset(parameters: Mapping[str, str]) -> int:
+    """Return `offset` in bytes, 0 when absent. Raises HttpError 400."""
+    offset = parameters.get("offset", "0")
+    if not DIGITS.fullmatch(offset):
+        raise HttpError(400, "bad_query", "offset must be a number of bytes")
+    return int(offset)
+
+
+class Phase(enum.Enum):
+    """What a connection is doing; it decides what its deadline means."""
+
+    IDLE = "idle"
+    READING = "reading"
+    ANSWERING = "answering"
+    WEBSOCKET = "websocket"
+    CLOSING = "closing"
+
+
+class Connection:
+    """One TCP connection: HTTP requests, and possibly a WebSocket after them."""
+
+    __slots__ = (
+        "server",
+        "reader",
+        "writer",
+        "transport",
+        "peer",
+        "address",
+        "phase",
+        "deadline",
+        "viewer",
+        "task",
+        "_is_expired",
+        "_waiting_bytes",
+        "_progress_at",
+        "__weakref__",
+    )
+
+    def __init__(
+        self,
+        server: Server,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        is_loopback_listener: bool,
+    ) -> None:
+        self.server = server
+        self.reader = reader
+        self.writer = writer
+        self.transport = cast("asyncio.Transport", writer.transport)
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.phase = Phase.READING
+        now = time.monotonic()
+        # Monotonic time when the present phase must be over, or None.
+        self.deadline: float | None = now + HEAD_SECONDS
+        self.viewer: Viewer | None = None
+        # The deadline has passed while a request was being read.
+        self._is_expired = False
+        # What the transport had to write at the last sweep, and when that last became less.
+        self._waiting_bytes = 0
+        self._progress_at = now
+        self.peer, self.address = self._identify(is_loopback_listener)
+        server.connections.add(self)
+        self.task = asyncio.get_running_loop().create_task(self.run())
+
+    def _identify(self, is_loopback_listener: bool) -> tuple[Peer, str]:
+        """Find out who is there, right after accept: a closed socket loses its owner."""
+        peer = self.transport.get_extra_info("peername") or ("", 0)
+        local = self.transport.get_extra_info("sockname") or ("", 0)
+        local_only = is_loopback_listener and is_loopback(peer[0]) and is_loopback(local[0])
+        same_account = local_only and is_same_account(peer[:2], local[:2])
+        host = f"[{peer[0]}]" if ":" in peer[0] else peer[0]
+        return Peer(peer[0], "http", local_only, same_account), f"{host}:{peer[1]}"
+
+    # Life
+
+    async def run(self) -> None:
+        """Serve the connection until either side ends it."""
+        try:
+            if len(self.server.connections) > self.server.config.max_clients:
+                error = HttpError(503, "too_many_clients", "too many connections are open")
+                response = self._make_error_response(error)
+                self._write_response_head(None, response, keep_alive=False)
+                self.writer.write(response.body)
+            else:
+                await self._serve()
+        except (asyncio.CancelledError, ConnectionError):
+            pass  # the peer has gone, or its time was up
+        except Exception:
+            self.server.log.write_limited(
+                "error", "connection_failed", trace=traceback.format_exc()
+            )
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close after what is still to be written; a client that does not take it is swept."""
+        if self.viewer is not None:
+            self.server.viewers.leave(self.viewer)
+        self.phase = Phase.CLOSING
+        self.transport.close()
+
+    def forget(self) -> None:
+        """The transport is gone."""
+        self.server.connections.discard(self)
+        if self.viewer is not None:
+            self.server.viewers.leave(self.viewer)
+        if not self.task.done():
+            self.task.cancel()
+
+    def sweep(self, now: float) -> None:
+        """Look at the deadlines. Called every SWEEP_SECONDS."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting == 0 or waiting < self._waiting_bytes:
+            self._progress_at = now
+        self._waiting_bytes = waiting
+        if now - self._progress_at >= WRITE_STALL_SECONDS:
+            self.transport.abort()
+        elif self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now):
+            self.transport.abort()
+        elif self.deadline is not None and now >= self.deadline:
+            self.deadline = None
+            self._expire()
+
+    def _expire(self) -> None:
+        if self.phase in (Phase.IDLE, Phase.READING):
+            # Waiting for bytes is interrupted, so that 408 can be answered.
+            self._is_expired = self.phase is Phase.READING
+            self.task.cancel()
+        else:
+            self.transport.abort()
+
+    # HTTP
+
+    async def _serve(self) -> None:
+        """Answer requests in the order in which they come (RFC 9112, 9.3.2)."""
+        parser = HttpParser()
+        try:
+            while await self._serve_request(parser):
+                pass
+        except Exception as error:
+            await self._refuse(error)
+        if self.viewer is not None:
+            backlog = parser.take_rest()
+            # Nothing of HTTP is needed any more: it would be much of an idle viewer's memory.
+            del parser
+            await self._serve_websocket(self.viewer, backlog)
+
+    async def _serve_request(self, parser: HttpParser) -> bool:
+        """Answer one request. False when no other can follow."""
+        self._begin_phase(Phase.IDLE if parser.is_idle else Phase.READING, HEAD_SECONDS)
+        head = await self._read_head(parser)
+        if head is None:
+            return False
+        try:
+            request = self._admit(head)
+            if request is None:
+                return False
+        except HttpError as error:
+            if head.has_body:
+                raise
+            parser.next_body()
+            response = self._make_error_response(error)
+        else:
+            request.body = await self._read_body(parser)
+            response = await self._answer(request)
+        self._begin_phase(Phase.ANSWERING, None)
+        return await self._write_response(head, response)
+
+    async def _read(self, parser: HttpParser) -> bytes:
+        """Read what there is; b"" at the end. Raises HttpError 408 when time is up."""
+        try:
+            data = await self.reader.read(READ_CHUNK_BYTES)
+        except asyncio.CancelledError:
+            if not self._is_expired or parser.is_idle:
+                raise
+            self._is_expired = False
+            raise HttpError(408, "timeout", "the request took too long to arrive") from None
+        parser.feed(data)
+        return data
+
+    async def _read_head(self, parser: HttpParser) -> RequestHead | None:
+        """Read the next head; None when the client has nothing more to say."""
+        while True:
+            head = parser.next_head()
+            if head is not None:
+                return head
+            if not await self._read(parser):
+                if parser.is_idle:
+                    return None
+                raise HttpError(400, "bad_request", "the request ends in its middle")
+            if self.phase is Phase.IDLE:
+                self._begin_phase(Phase.READING, HEAD_SECONDS)
+
+    async def _read_body(self, parser: HttpParser) -> bytes:
+        self._begin_phase(Phase.READING, BODY_SECONDS)
+        while True:
+            body = parser.next_body()
+            if body is not None:
+                self._begin_phase(Phase.ANSWERING, None)
+                return body
+            if not await self._read(parser):
+                raise HttpError(400, "bad_request", "the body ends too early")
+
+    def _begin_phase(self, phase: Phase, seconds: float | None) -> None:
+        self.phase = phase
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def _admit(self, head: RequestHead) -> Request | None:
+        """Let a request pass the gate and find its route; None when it was an upgrade."""
+        role = check_access(self.server.policy, self.peer, head)
+        if is_upgrade(head):
+            self._upgrade(head, role)
+            return None
+        route = find_route(head, role)
+        parameters = check_parameters(route, head)
+        self._check_expectation(head)
+        return Request(head, route, parameters, role, self._name_client(role))
+
+    def _name_client(self, role: Role | None) -> str:
+        return f"{self.address} {role.value if role else '-'}"
+
+    def _check_expectation(self, head: RequestHead) -> None:
+        """RFC 9110, 10.1.1: say "go on" only to a request that may pass."""
+        expectations = head.tokens("expect")
+        if not expectations or head.http_1_0:
+            return
+        if expectations != ["100-continue"]:
+            raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
+        if head.has_body:
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            return await request.route.answer(self.server, request)
+        except Exception as error:
+            return self._make_error_response(error)
+
+    def _make_error_response(self, error: Exception) -> Response:
+        """The one place where an error becomes an HTTP answer."""
+        if isinstance(error, CommandError):
+            status = COMMAND_STATUS.get(error.code, 400)
+            error = HttpError(status, error.code, error.message)
+        if not isinstance(error, HttpError):
+            trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self.server.log.write_limited("error", "request_failed", trace=trace)
+            error = HttpError(500, "internal_error", "the server failed; its log says more")
+        response = json_response({"error": error.code, "message": error.message}, error.status)
+        response.fields = list(error.fields)
+        return response
+
+    async def _write_response(self, head: RequestHead, response: Response) -> bool:
+        """Write an answer, at the pace of the client. Whether another request may follow."""
+        keep_alive = head.keep_alive and not self.server.is_stopping
+        if response.pieces is not None and head.http_1_0:
+            keep_alive = False  # the end of the connection is the end of the body
+        self._write_response_head(head, response, keep_alive)
+        if head.method != "HEAD":
+            self.writer.write(response.body)
+            await self._write_pieces(head, response)
+        await self.writer.drain()
+        return keep_alive
+
+    def _write_response_head(
+        self, head: RequestHead | None, response: Response, keep_alive: bool
+    ) -> None:
+        fields = [
+            ("Date", email.utils.formatdate(usegmt=True)),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            *self._cors_fields(head),
+            *response.fields,
+        ]
+        if response.status != 204:
+            fields.append(("Content-Type", response.media_type))
+            if response.pieces is None:
+                fields.append(("Content-Length", str(len(response.body))))
+            elif head is not None and not head.http_1_0:
+                fields.append(("Transfer-Encoding", "chunked"))
+        if not keep_alive:
+            fields.append(("Connection", "close"))
+        elif head is not None and head.http_1_0:
+            fields.append(("Connection", "keep-alive"))
+        self.writer.write(encode_response_head(response.status, fields))
+
+    def _cors_fields(self, head: RequestHead | None) -> list[tuple[str, str]]:
+        """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
+        if not self.server.policy.allow_origins:
+            return []
+        origin = head.value("origin") if head is not None else None
+        if origin not in self.server.policy.allow_origins or origin is None:
+            return [("Vary", "Origin")]
+        return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin)]
+
+    async def _write_pieces(self, head: RequestHead, response: Response) -> None:
+        if response.pieces is None:
+            return
+        async for piece in response.pieces:
+            self.writer.write(piece if head.http_1_0 else encode_chunk(piece))
+            await self.writer.drain()
+        if not head.http_1_0:
+            self.writer.write(encode_last_chunk(response.trailers.items()))
+
+    async def _refuse(self, error: Exception) -> None:
+        """Answer an error after which the input cannot be trusted, and end the connection."""
+        if isinstance(error, ConnectionError) or self.transport.is_closing():
+            return
+        response = self._make_error_response(error)
+        self._write_response_head(None, response, keep_alive=False)
+        self.writer.write(response.body)
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Let the client read the answer: closing with unread input would reset the connection
+        and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
+        self._begin_phase(Phase.CLOSING, LINGER_SECONDS)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        left = MAX_LINGER_BYTES
+        while left > 0:
+            data = await self.reader.read(READ_CHUNK_BYTES)
+            if not data:
+                return
+            left -= len(data)
+
+    # WebSocket
+
+    def _upgrade(self, head: RequestHead, role: Role | None) -> None:
+        """Turn the connection into a viewer's (RFC 6455, 4.2)."""
+        if head.path not in WEBSOCKET_PATHS:
+            raise HttpError(404, "not_found", "WebSocket clients connect to / or /ws")
+        key = check_upgrade(head)
+        assert role is not None, "the gate lets no upgrade pass without a role"
+        since, same_boot = parse_since(head.query, self.server.boot_id)
+        if self.server.is_stopping:
+            raise HttpError(503, "stopping", "the server is stopping")
+        self.writer.write(encode_upgrade_response(head, key))
+        self._begin_phase(Phase.WEBSOCKET, None)
+        by = self._name_client(role)
+        self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
+        self.server.viewers.join(self.viewer, since, same_boot)
+
+    async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
+        """Take messages, `data` first, until the connection is closed by either side."""
+        websocket = viewer.websocket
+        while True:
+            if data:
+                viewer.heard_at = time.monotonic()
+                for message in websocket.receive(data):
+                    self.server.handle_message(viewer, message)
+                self.writer.write(websocket.take_outgoing())
+            if websocket.state is not WebSocketState.OPEN:
+                self.server.viewers.leave(viewer)
+                self.deadline = self.deadline or time.monotonic() + CLOSE_SECONDS
+            if websocket.state is WebSocketState.CLOSED:
+                return
+            data = await self.reader.read(READ_CHUNK_BYTES)
+            if not data:
+                return
+
+
+class ConnectionProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's stream protocol, which also passes on what a Viewer wants to know."""
+
+    def __init__(self, server: Server, is_loopback_listener: bool) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = server
+        self._is_loopback_listener = is_loopback_listener
+        self._connection: Connection | None = None
+        reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
+        super().__init__(reader, self._begin, loop=loop)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connection = Connection(self._server, reader, writer, self._is_loopback_listener)
+
+    def pause_writing(self) -> None:
+        """The transport has more than enough to write."""
+        super().pause_writing()
+        if self._connection is not None and self._connection.viewer is not None:
+            self._connection.viewer.is_stalled = True
+
+    def resume_writing(self) -> None:
+        """It has written nearly all of it."""
+        super().resume_writing()
+        if self._connection is not None and self._connection.viewer is not None:
+            self._connection.viewer.is_stalled = False
+            self._server.viewers.serve(self._connection.viewer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, whoever ended it."""
+        super().connection_lost(exc)
+        if self._connection is not None:
+            self._connection.forget()
+            self._connection = None
+
+
+class Listeners:
+    """The bound TCP sockets: one HTTP port, one WebSocket port, possibly the same."""
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self._log = log
+        self.sockets: list[socket.socket] = []
+        # Real ports; discovery is None when it is off.
+        self.ports: dict[str, int | None] = {"http": 0, "ws": 0, "discovery": None}
+        try:
+            self.ports["http"] = self._open("http", config.host, config.port)
+            same = config.port == config.ws_port and config.port != 0
+            self.ports["ws"] = (
+                self.ports["http"] if same else self._open("ws", config.host, config.ws_port)
+            )
+        except OSError as error:
+            self.close()
+            address = " ".join(config.host)
+            raise StartError(f"cannot listen on {address}: {error.strerror or error}") from None
+
+    def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
+        """Bind the first free port from `port` on. Raises OSError."""
+        addresses = resolve_hosts(hosts)
+        last = min(port + PORT_TRIES - 1, 65535) if port else 0
+        for candidate in range(port, last + 1):
+            try:
+                sockets = bind_all(addresses, candidate)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or candidate == last:
+                    raise
+                continue
+            if candidate != port:
+                self._log.write("warning", "port_busy", port=port, used=candidate, listener=name)
+            self.sockets += sockets
+            return int(sockets[0].getsockname()[1])
+        raise OSError(errno.EADDRINUSE, f"no port from {port} to {last} is free")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether every socket is bound to loopback: asked of the sockets, not the options."""
+        return all(is_loopback(listener.getsockname()[0]) for listener in self.sockets)
+
+    def url(self, scheme: str, name: str) -> str:
+        """Return the URL of the listener `name`."""
+        host = self.sockets[0].getsockname()[0]
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.ports[name]}"
+
+    def close(self) -> None:
+        """Stop listening."""
+        for listener in self.sockets:
+            listener.close()
+
+
+def resolve_hosts(hosts: Sequence[str]) -> list[tuple[int, str]]:
+    """Return (family, address) of each host, without repetition. Raises OSError."""
+    found: dict[tuple[int, str], None] = {}
+    for host in hosts:
+        flags = socket.AI_PASSIVE
+        for family, _, _, _, address in socket.getaddrinfo(
+            host.strip("[]") or None, None, type=socket.SOCK_STREAM, flags=flags
+        ):
+            found[(int(family), str(address[0]))] = None
+    return list(found)
+
+
+def bind_all(addresses: Sequence[tuple[int, str]], port: int) -> list[socket.socket]:
+    """Bind and listen on one port at all addresses. Raises OSError; then nothing is bound.
+
+    An address family that this machine lacks is left out as long as another is there.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, address in addresses:
+        try:
+            sockets.append(
+                bind_one(family, address, port, (socket.AF_INET, "0.0.0.0") in addresses)
+            )
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
+                missing = error
+                continue
+            for listener in sockets:
+                listener.close()
+            raise
+        port = sockets[-1].getsockname()[1]
+    if not sockets and missing:
+        raise missing
+    return sockets
+
+
+def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
+    """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            only = v6_only or address != "::"
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        listener.setblocking(False)
+        listener.bind((address, port))
+        listener.listen(LISTEN_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Server:
+    """All parts together, from the listening sockets to the last byte."""
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        ids: TaskIds,
+        listeners: Listeners,
+        environment: Mapping[str, str],
+        descriptor_limit: tuple[int, int] | None = None,
+    ) -> None:
+        self.config = config
+        self.log = log
+        self.listeners = listeners
+        self.policy = AccessPolicy(
+            no_auth=config.no_auth,
+            allow_origins=frozenset(config.allow_origin),
+            allow_hosts=frozenset(host.lower() for host in config.allow_host),
+            hostnames=frozenset({read_hostname().lower()}),
+        )
+        self._loop = asyncio.get_running_loop()
+        # Names this run of the server: a seq means something only together with it.
+        self.boot_id = secrets.token_hex(8)
+        self.started_now = time.monotonic()
+        self.viewers = Viewers(self._loop)
+        self.tasks = Tasks(config, ids, self.viewers.publish, log, environment, descriptor_limit)
+        self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
+        self.connections: set[Connection] = set()
+        self.is_stopping = False
+        self._servers: list[asyncio.AbstractServer] = []
+        self._discovery: list[asyncio.BaseTransport] = []
+        self._background: list[asyncio.Task[None]] = []
+
+    # Starting
+
+    async def start(self) -> None:
+        """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
+        self._loop.set_exception_handler(self._log_loop_error)
+        # Not by the loop, since uvloop keeps SIGCHLD for itself.
+        reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
+        signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
+        for listener in self.listeners.sockets:
+            is_local = is_loopback(listener.getsockname()[0])
+            self._servers.append(await self._accept_on(listener, is_local))
+        if not self.config.no_discovery:
+            await self._start_discovery()
+        for work in (self.sampler.run(), self._sweep()):
+            self._background.append(self._loop.create_task(work))
+        discovery = self.listeners.ports["discovery"]
+        address = "127.0.0.1" if self.listeners.is_loopback else "0.0.0.0"
+        self.log.write(
+            "info",
+            "listening",
+            http=self.listeners.url("http", "http"),
+            ws=self.listeners.url("ws", "ws"),
+            discovery=None if discovery is None else f"udp://{address}:{discovery}",
+            pid=os.getpid(),
+            version=__version__,
+        )
+
+    async def _accept_on(self, listener: socket.socket, is_local: bool) -> asyncio.AbstractServer:
+        server = await self._loop.create_server(
+            lambda: ConnectionProtocol(self, is_local), sock=listener, backlog=ACCEPTS_PER_TURN
+        )
+        # asyncio's backlog is both the kernel's queue and the accepts a turn: widen the queue.
+        listener.listen(LISTEN_BACKLOG)
+        return server
+
+    async def _start_discovery(self) -> None:
+        loopback_only = self.listeners.is_loopback
+        limit = ReplyLimit()
+        try:
+            sockets = open_discovery_sockets(self.config.discovery_port, loopback_only)
+        except OSError as error:
+            port = self.config.discovery_port
+            reason = error.strerror or str(error)
+            self.log.write("warning", "discovery_off", port=port, error=reason)
+            return
+        self.listeners.ports["discovery"] = sockets[0].getsockname()[1]
+        for udp in sockets:
+            transport, _ = await self._loop.create_datagram_endpoint(
+                lambda: DiscoveryEndpoint(self._describe_for_probe, limit, loopback_only), sock=udp
+            )
+            self._discovery.append(transport)
+
+    def _describe_for_probe(self) -> dict[str, Any]:
+        return {
+            "hostname": self.sampler.hostname,
+            "port": self.listeners.ports["http"],
+            "ws_port": self.listeners.ports["ws"],
+            "discovery_port": self.listeners.ports["discovery"],
+            "version": __version__,
+            "tls": False,
+            "auth": not self.config.no_auth,
+            "exec": not self.config.no_exec,
+        }
+
+    # Running
+
+    async def _sweep(self) -> None:
+        """Look at every connection's deadline, for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            for connection in list(self.connections):
+                try:
+                    connection.sweep(now)
+                except Exception:
+                    self.log.write_limited("error", "sweep_failed", trace=traceback.format_exc())
+
+    def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio could not tell anybody else, such as EMFILE from accept."""
+        error = context.get("exception")
+        fields = {"message": context.get("message", "")}
+        if isinstance(error, OSError):
+            fields["error"] = str(error)
+        elif error is not None:
+            trace = traceback.format_exception(type(error), error, error.__traceback__)
+            fields["trace"] = "".join(trace)
+        self.log.write_limited("error", "loop_error", **fields)
+
+    def handle_message(self, viewer: Viewer, message: Message) -> None:
+        """Carry out what a WebSocket client sent. The one place where an error is answered."""
+        if message.opcode is Opcode.PING:
+            assert isinstance(message.data, bytes)
+            viewer.send_pong(message.data)
+        elif message.opcode is Opcode.BINARY:
+            viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
+        elif message.opcode is Opcode.TEXT:
+            self._handle_text(viewer, message.data)
+
+    def _handle_text(self, viewer: Viewer, text: str | bytes) -> None:
+        reference: dict[str, Any] = {}
+        try:
+            message = parse_json_object(text)
+            if isinstance(message.get("ref"), (str, int, float)):
+                reference = {"ref": message["ref"]}
+            reply = find_command(message, viewer.role)(self, viewer, message)
+        except CommandError as error:
+            reply = {"type": "error", "code": error.code, "message": error.message}
+        except Exception:
+            self.log.write_limited("error", "message_failed", trace=traceback.format_exc())
+            viewer.close(CloseCode.INTERNAL_ERROR, "internal error")
+            return
+        if reply is not None:
+            viewer.send_json({**reply, **reference})
+
+    def stop_task(self, task: Task, signal_name: Any, by: str) -> None:
+        """Stop a task for a client. Raises CommandError."""
+        if self.config.no_exec:
+            raise CommandError("exec_disabled", "this server was started with --no-exec")
+        number = parse_signal(signal_name)
+        self.tasks.stop(task, number)
+        self.log.write("info", "task_kill", task_id=task.task_id, signal=signal_name, by=by)
+
+    # Stopping
+
+    async def stop(self) -> None:
+        """End everything in order: listeners, tasks, viewers, connections."""
+        self.is_stopping = True
+        for server in self._servers:
+            server.close()
+        self.listeners.close()
+        for transport in self._discovery:
+            transport.close()
+        self.tasks.stop_all()
+        completions = [task.completed for task in self.tasks.running.values()]
+        if completions:
+            await asyncio.wait(completions, timeout=STOP_SECONDS - STOP_CLOSE_SECONDS)
+            self.tasks.kill_all()
+        self._close_connections()
+        end = time.monotonic() + STOP_CLOSE_SECONDS
+        while self.connections and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        await self._end_background()
+
+    def _close_connections(self) -> None:
+        self.viewers.flush()
+        for connection in list(self.connections):
+            if connection.viewer is not None:
+                connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
+            elif connection.phase in (Phase.IDLE, Phase.READING):
+                connection.task.cancel()
+
+    async def _end_background(self) -> None:
+        work = [*self._background, *(connection.task for connection in self.connections)]
+        for task in work:
+            task.cancel()
+        await asyncio.wait(work, timeout=1.0)
+
+
+# 17. Command line ────────────────────────────────────────────────────────────────────────────
+# Options and their environment twins to a Config, the order in which things are built, signals,
+# exit status, and all that is printed for people.
+
+DESCRIPTION = "Run commands on this server over HTTP and watch them live over WebSocket."
+EPILOG = """\
+Every option has an environment twin: --ws-port is SERVERCONTROL_WS_PORT. The option wins.
+
+  python3 servercontrol.py                     serve, for this account on this machine
+  curl -d 'uptime' localhost:8080/exec         run a command
+  python3 servercontrol.py --no-auth --host 0.0.0.0
+                                               let the whole network in (no password!)
+"""
+SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
+TRUE_WORDS = {"1": True, "true": True, "yes": True, "on": True}
+FALSE_WORDS = {"0": False, "false": False, "no": False, "off": False, "": False}
+
+
+def parse_port(text: str) -> int:
+    """For argparse: a port number, 0 for any."""
+    if not DIGITS.fullmatch(text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not DIGITS.fullmatch(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """For argparse: bytes, also as 512K, 8M, 1GiB."""
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
+    return int(match.group(1)) * int(1024 ** " kmg".index(match.group(2).lower() or " "))
+
+
+def parse_number(low: float, high: float) -> Callable[[str], float]:
+    """For argparse: a number in a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number, {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def parse_origin(text: str) -> str:
+    """For argparse: an origin as browsers send it, `scheme://host[:port]` (RFC 6454, 6.2)."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
+    return text
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        raise ConfigError(message.replace("argument ", "", 1))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `serve`, its options in groups."""
+    parser = OneLineParser(
+        prog="servercontrol.py",
+        usage="python3 servercontrol.py [serve] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
+    add_network_options(parser.add_argument_group("where to listen"))
+    add_access_options(parser.add_argument_group("who may connect"))
+    add_statistics_options(parser.add_argument_group("statistics and alerts"))
+    add_task_options(parser.add_argument_group("tasks"))
+    add_running_options(parser.add_argument_group("running"))
+    return parser
+
+
+def add_network_options(group: argparse._ArgumentGroup) -> None:
+    """Addresses and ports."""
+    group.add_argument(
+        "--host",
+        action="append",
+        metavar="ADDRESS",
+        help="address to listen on; may be given more than once (default: 127.0.0.1)",
+    )
+    group.add_argument("--port", type=parse_port, metavar="N", help="HTTP (default: 8080)")
+    group.add_argument(
+        "--ws-port",
+        type=parse_port,
+        metavar="N",
+        help="WebSocket (default: 8082); both ports speak both protocols",
+    )
+    group.add_argument(
+        "--discovery-port", type=parse_port, metavar="N", help="UDP discovery (default: 8081)"
+    )
+    group.add_argument("--no-discovery", action="store_true", help="answer no discovery probes")
+
+
+def add_access_options(group: argparse._ArgumentGroup) -> None:
+    """What the gate is told."""
+    group.add_argument(
+        "--no-auth",
+        action="store_true",
+        help="let everybody in who can reach the server. They own this account!",
+    )
+    group.add_argument(
+        "--no-exec",
+        action="store_true",
+        help="monitor only: nothing can be run or killed",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        type=parse_origin,
+        metavar="ORIGIN",
+        help="let web pages of this origin in, such as https://example.org (repeatable)",
+    )
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="HOST",
+        help="serve requests for this Host name too (repeatable)",
+    )
+
+
+def add_statistics_options(group: argparse._ArgumentGroup) -> None:
+    """Sampling and alerts."""
+    group.add_argument(
+        "--interval",
+        type=parse_number(0.05, 3600),
+        metavar="SECONDS",
+        help="between two stats_update (default: 1)",
+    )
+    group.add_argument(
+        "--cpu-alert",
+        type=parse_number(0, 100),
+        metavar="PERCENT",
+        help="alert above this CPU usage (default: 90)",
+    )
+    group.add_argument(
+        "--alert-cooldown",
+        type=parse_number(0, 86400 * 366),
+        metavar="SECONDS",
+        help="at most one alert in this time (default: 60)",
+    )
+    group.add_argument(
+        "--alert-for",
+        type=parse_number(0, 86400 * 366),
+        metavar="SECONDS",
+        help="how long usage must stay above before the alert (default: 0)",
+    )
+
+
+def add_task_options(group: argparse._ArgumentGroup) -> None:
+    """Commands and what is kept of them."""
+    group.add_argument("--shell", metavar="PATH", help="runs commands (default: /bin/sh)")
+    group.add_argument(
+        "--max-tasks", type=parse_count, metavar="N", help="running at once (default: 64)"
+    )
+    group.add_argument(
+        "--keep-output", type=parse_size, metavar="SIZE", help="output kept per task (8MiB)"
+    )
+    group.add_argument(
+        "--keep-tasks", type=parse_count, metavar="N", help="finished tasks kept (default: 200)"
+    )
+
+
+def add_running_options(group: argparse._ArgumentGroup) -> None:
+    """The process itself."""
+    group.add_argument(
+        "--max-clients",
+        type=parse_count,
+        metavar="N",
+        help="open connections at once (default: 10000)",
+    )
+    group.add_argument(
+        "--loop",
+        choices=("auto", "asyncio", "uvloop"),
+        help="event loop; auto is uvloop where it is installed (default: auto)",
+    )
+    group.add_argument("--log-format", choices=("text", "json"), help="on stderr (default: text)")
+    group.add_argument("--log-level", choices=LEVELS, help="default: info")
+
+
+def read_environment(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> list[str]:
+    """Return the environment twins as options. Raises ConfigError."""
+    arguments: list[str] = []
+    for action in parser._actions:
+        option = action.option_strings[-1]
+        name = "SERVERCONTROL_" + option[2:].upper().replace("-", "_")
+        # --no-auth must be typed by somebody who sees what they do.
+        if name not in environ or option in ("--no-auth", "--help", "--version"):
+            continue
+        value = environ[name]
+        if action.nargs == 0:
+            known = {**TRUE_WORDS, **FALSE_WORDS}
+            if value.lower() not in known:
+                raise ConfigError(f"{name}: {value!r} is neither 1 nor 0")
+            arguments += [option] * known[value.lower()]
+        elif isinstance(action, argparse._AppendAction):
+            arguments += [f"{option}={item}" for item in value.replace(",", " ").split()]
+        else:
+            arguments.append(f"{option}={value}")
+    return arguments
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Return the options of `serve`. Raises ConfigError."""
+    parser = build_parser()
+    argv = list(argv)
+    if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
+        raise ConfigError("unknown command; there is: serve")
+    given = vars(parser.parse_args(argv))
+    twins = vars(parser.parse_args(read_environment(parser, environ)))
+    values: dict[str, Any] = {}
+    for name in Config.__dataclass_fields__:
+        value = given[name] or twins[name] if given[name] in (None, False) else given[name]
+        if value is not None:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    config = Config(**values)
+    if config.loop == "uvloop" and uvloop is None:
+        raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
+    return config
+
+
+def check_exposure(config: Config, listeners: Listeners) -> None:
+    """Refuse to stand open on a network by accident. Raises ConfigError."""
+    if not listeners.is_loopback and not config.no_auth:
+        raise ConfigError(
+            "--host: without --no-auth only loopback addresses can be served; reach a loopback "
+            "server from elsewhere through ssh -L 8080:localhost:8080"
+        )
+
+
+def print_banner(config: Config, listeners: Listeners) -> None:
+    """Tell a person at a terminal what to do next."""
+    http, ws = listeners.url("http", "http"), listeners.url("ws", "ws")
+    who = "processes of this account on this machine"
+    if config.no_auth:
+        who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
+    print(f"ServerControl {__version__}")
+    print(f"  page     {http}/")
+    print(f"  run      curl -d 'uptime' {http}/exec")
+    print(f"  watch    {ws}/")
+    print(f"  open to  {who}")
+    print("  stop     Ctrl-C", flush=True)
+
+
+def reset_signals() -> set[int]:
+    """Give children default signals, whatever we were started with; return what was ignored.
+
+    A handler, unlike "ignore", is reset by exec (signal(7)); a blocked signal stays blocked.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    ignored = {int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
+    for number in ignored - RESTORED_BY_PYTHON - {signal.SIGCHLD}:
+        signal.signal(number, lambda *_: None)
+    # Ignored, it would make the kernel reap our children and lose their exit codes.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return ignored
+
+
+def raise_descriptor_limit() -> tuple[int, int]:
+    """Allow ourselves as many descriptors as we may have; return the limits before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # macOS has a lower bound that it does not tell
+    return soft, hard
+
+
+def make_loop(config: Config) -> asyncio.AbstractEventLoop:
+    """Return the event loop that was chosen."""
+    if uvloop is not None and config.loop != "asyncio":
+        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        return loop
+    return asyncio.new_event_loop()
+
+
+async def serve(config: Config, log: Log) -> None:
+    """Run the server until a signal stops it. Raises ConfigError or StartError."""
+    ignored = reset_signals()
+    descriptor_limit = raise_descriptor_limit()
+    listeners = Listeners(config, log)
+    try:
+        check_exposure(config, listeners)
+        ids = TaskIds(open_state_folder(os.environ, log), log)
+        server = Server(config, log, ids, listeners, os.environ, descriptor_limit)
+    except ServerControlError:
+        listeners.close()
+        raise
+    if config.no_auth:
+        log.write("warning", "no_auth", message="anybody who can connect can run commands")
+    stopped = watch_signals(server, ignored)
+    await server.start()
+    if sys.stdout.isatty():
+        print_banner(config, listeners)
+    await stopped
+    log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
+    await server.stop()
+
+
+def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
+    """Return a future of the first signal's name; a second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+
+    def take(number: signal.Signals) -> None:
+        if not stopped.done():
+            stopped.set_result(number.name)
+            return
+        server.tasks.kill_all()
+        os._exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or number not in ignored:
+            loop.add_signal_handler(number, take, number)
+    return stopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv, os.environ)
+        log = Log(config.log_format, config.log_level)
+        loop = make_loop(config)
+        try:
+            loop.run_until_complete(serve(config, log))
+        finally:
+            loop.close()
+    except ServerControlError as error:
+        print(f"servercontrol.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
