@@ -61,7 +61,6 @@ import asyncio
 import base64
 import binascii
 import codecs
-import email.utils
 import enum
 import errno
 import functools
@@ -70,7 +69,6 @@ import ipaddress
 import json
 import os
 import re
-import secrets
 import select
 import signal
 import socket
@@ -99,7 +97,7 @@ except ImportError:
 try:
     import uvloop
 except ImportError:
-    uvloop = None  # asyncio's own event loop is used
+    uvloop = None  # type: ignore[assignment,unused-ignore]  # asyncio has a loop of its own
 
 if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -402,6 +400,16 @@ def parse_field(line: bytes) -> tuple[str, str]:
     return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
 
 
+def check_transfer_encoding(head: RequestHead, codings: list[str]) -> None:
+    """Accept exactly one `chunked`, on HTTP/1.1 (RFC 9112, 6.1)."""
+    if head.http_1_0:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
+    if len(codings) > 1 or codings[0].lower().count("chunked") > 1:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
+    if codings[0].lower() != "chunked":
+        raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
+
+
 def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
     """Return (Content-Length or None, chunked) of a head. RFC 9112, 6.
 
@@ -424,16 +432,6 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
     if length > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
     return length, False
-
-
-def check_transfer_encoding(head: RequestHead, codings: list[str]) -> None:
-    """Accept exactly one `chunked`, on HTTP/1.1 (RFC 9112, 6.1)."""
-    if head.http_1_0:
-        raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
-    if len(codings) > 1 or codings[0].lower().count("chunked") > 1:
-        raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
-    if codings[0].lower() != "chunked":
-        raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
 
 
 def parse_query(query: str) -> dict[str, str]:
@@ -951,6 +949,16 @@ def is_upgrade(head: RequestHead) -> bool:
     return "upgrade" in head.tokens("connection") and bool(head.values("upgrade"))
 
 
+def upgrade_required(message: str) -> HttpError:
+    """The answer to a WebSocket client that must do otherwise (RFC 6455, 4.4)."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+    ]
+    return HttpError(426, "upgrade_required", message, fields)
+
+
 def check_upgrade(head: RequestHead) -> str:
     """Check a WebSocket handshake and return its key (RFC 6455, 4.2.1).
 
@@ -970,16 +978,6 @@ def check_upgrade(head: RequestHead) -> str:
     if len(decoded) != 16:
         raise HttpError(400, "bad_key", "one Sec-WebSocket-Key of 16 bytes is needed")
     return keys[0]
-
-
-def upgrade_required(message: str) -> HttpError:
-    """The answer to a WebSocket client that must do otherwise (RFC 6455, 4.4)."""
-    fields = [
-        ("Upgrade", "websocket"),
-        ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-    ]
-    return HttpError(426, "upgrade_required", message, fields)
 
 
 def encode_upgrade_response(head: RequestHead, key: str) -> bytes:
@@ -1024,6 +1022,19 @@ def encode_frame(
     return header + mask + apply_mask(payload, mask)
 
 
+OPCODES = frozenset(int(opcode) for opcode in Opcode)
+
+
+def check_frame_start(first: int, opcode: int, length: int) -> None:
+    """What the first two bytes of a frame already decide (RFC 6455, 5.2, 5.5)."""
+    if first & 0x70:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+    if opcode not in OPCODES:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
+    if opcode >= Opcode.CLOSE and (not first & 0x80 or length > MAX_CONTROL_PAYLOAD_BYTES):
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
+
+
 def parse_frame_header(data: bytearray) -> FrameHeader | None:
     """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
 
@@ -1052,19 +1063,6 @@ def parse_frame_header(data: bytearray) -> FrameHeader | None:
         return None
     mask = bytes(data[size : size + 4]) if masked else None
     return FrameHeader(fin, Opcode(opcode), mask, length, size + (4 if masked else 0))
-
-
-def check_frame_start(first: int, opcode: int, length: int) -> None:
-    """What the first two bytes of a frame already decide (RFC 6455, 5.2, 5.5)."""
-    if first & 0x70:
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-    if opcode not in OPCODES:
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
-    if opcode >= Opcode.CLOSE and (not first & 0x80 or length > MAX_CONTROL_PAYLOAD_BYTES):
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
-
-
-OPCODES = frozenset(int(opcode) for opcode in Opcode)
 
 
 def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
@@ -1526,9 +1524,9 @@ class OutputLog:
         """Add output (whole characters) and drop the oldest beyond the capacity."""
         self.end += len(data)
         if not self._tail and len(data) >= OUTPUT_BLOCK_BYTES:
-            self._blocks.append(data)
-            return self.drop_to(self._capacity_bytes)
-        self._tail += data
+            self._blocks.append(data)  # the common case of a flood: nothing is copied
+        else:
+            self._tail += data
         if len(self._tail) >= OUTPUT_BLOCK_BYTES:
             self._blocks.append(bytes(self._tail))
             self._tail.clear()
@@ -1703,6 +1701,20 @@ EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
+    """Return what a JSON object asks for. Raises CommandError."""
+    commands = [fields[name] for name in ("cmd", "command") if name in fields]
+    if len(commands) != 1:
+        raise CommandError("bad_command", 'one of "cmd" and "command" is needed')
+    unknown = sorted(set(fields) - set(EXEC_FIELDS) - {"cmd", "command"})
+    if unknown:
+        known = ", ".join(["cmd", *EXEC_FIELDS])
+        raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
+    given = {name: fields[name] for name in EXEC_FIELDS if name in fields}
+    checked = {name: EXEC_FIELDS[name](name, value) for name, value in given.items()}
+    return ExecRequest(check_command(commands[0]), **checked)
+
+
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     """Return what the body of `POST /exec` asks for. Raises CommandError.
 
@@ -1720,20 +1732,6 @@ def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
         return ExecRequest(check_command(body.decode("utf-8")))
     except UnicodeDecodeError:
         raise CommandError("bad_command", "the command is not UTF-8") from None
-
-
-def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
-    """Return what a JSON object asks for. Raises CommandError."""
-    commands = [fields[name] for name in ("cmd", "command") if name in fields]
-    if len(commands) != 1:
-        raise CommandError("bad_command", 'one of "cmd" and "command" is needed')
-    unknown = sorted(set(fields) - set(EXEC_FIELDS) - {"cmd", "command"})
-    if unknown:
-        known = ", ".join(["cmd", *EXEC_FIELDS])
-        raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
-    given = {name: fields[name] for name in EXEC_FIELDS if name in fields}
-    checked = {name: EXEC_FIELDS[name](name, value) for name, value in given.items()}
-    return ExecRequest(check_command(commands[0]), **checked)
 
 
 def parse_task_id(value: Any) -> str:
@@ -2337,7 +2335,8 @@ class Tasks:
             task.verdict = verdict
             task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
         if number == signal.SIGKILL:
-            return self._kill(task)
+            self._kill(task)
+            return
         signal_session(task.pid, number)
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
             # A stopped process takes a signal only when it goes on.
@@ -2378,7 +2377,8 @@ class Tasks:
         """A task that is being stopped ends with the last of its processes, or with the KILL."""
         others = set(find_session(task.pid)) - {task.pid} if task.verdict else set()
         if all(is_zombie(pid) for pid in others):
-            return self._finish(task)
+            self._finish(task)
+            return
         again = self._finish_when_session_is_gone
         task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
 
@@ -2680,6 +2680,11 @@ def choose_source() -> ProcSource | PsutilSource:
     return ProcSource()
 
 
+def read_hostname() -> str:
+    """Return our host name as valid text."""
+    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
+
+
 class Sampler:
     """Publishes `stats_update` every interval, and alerts."""
 
@@ -2757,9 +2762,13 @@ class Sampler:
             self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=duration_ms)
 
 
-def read_hostname() -> str:
-    """Return our host name as valid text."""
-    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
+def read_link_networks() -> list[ipaddress.IPv4Network]:
+    """Return the networks that are on-link; [] where the kernel does not say."""
+    try:
+        with open("/proc/net/route", encoding="ascii") as file:
+            return parse_link_routes(file.read())
+    except (OSError, ValueError):
+        return []
 
 
 class DiscoveryEndpoint(asyncio.DatagramProtocol):
@@ -2803,15 +2812,6 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
             self._networks = read_link_networks()
         address = parse_ip(source)
         return any(address in network for network in self._networks)
-
-
-def read_link_networks() -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link; [] where the kernel does not say."""
-    try:
-        with open("/proc/net/route", encoding="ascii") as file:
-            return parse_link_routes(file.read())
-    except (OSError, ValueError):
-        return []
 
 
 def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket]:
@@ -2958,6 +2958,23 @@ class Route:
 # The answers of the routes
 
 
+PAGE = """\
+ServerControl: run commands on this server and watch them live.
+
+Run a command, and see its output as it comes:
+
+    curl -d 'uptime' http://HOST:PORT/exec
+    curl -N -d 'make' 'http://HOST:PORT/exec?follow'
+
+Watch everything (tasks, output, CPU, memory) with any WebSocket client at /ws:
+
+    const socket = new WebSocket("ws://HOST:PORT/ws");
+    socket.onmessage = (message) => console.log(JSON.parse(message.data));
+
+More: /tasks, /logs?id=1, /stats, /info; POST /kill?id=1 stops a task.
+"""
+
+
 async def answer_page(server: Server, request: Request) -> Response:
     """`GET /`: what this is and how to connect. Holds no data."""
     return Response(body=PAGE.encode("utf-8"), media_type="text/plain; charset=utf-8")
@@ -2978,6 +2995,17 @@ async def answer_preflight(server: Server, request: Request) -> Response:
     return Response(204, fields=fields)
 
 
+PLAIN_TEXT = "text/plain; charset=utf-8"
+
+
+def follow_response(task: Task, offset: int) -> Response:
+    """Return the output as it comes, with the exit code in the trailers."""
+    response = Response(media_type=PLAIN_TEXT)
+    response.fields = [("X-Task-Id", task.task_id), ("Trailer", "X-Exit-Code, X-Dropped-Bytes")]
+    response.pieces = follow_output(task, offset, response.trailers)
+    return response
+
+
 async def answer_exec(server: Server, request: Request) -> Response:
     """`POST /exec`: start a command; wait for its end or follow its output on request."""
     wait = parse_flag(request.parameters, "wait")
@@ -2996,11 +3024,26 @@ async def answer_exec(server: Server, request: Request) -> Response:
     return Response(pieces=iterate_json(fields, "output", task.output.read()))
 
 
+def find_task(server: Server, request: Request) -> Task:
+    """Return the task that the parameter `id` names. Raises HttpError or CommandError."""
+    if "id" not in request.parameters:
+        raise HttpError(400, "bad_query", "the parameter id is missing")
+    return server.tasks.get(parse_task_id(request.parameters["id"]))
+
+
 async def answer_tasks(server: Server, request: Request) -> Response:
     """`GET /tasks`: all kept tasks, newest last, or the one with `id`."""
     if "id" in request.parameters:
         return json_response(find_task(server, request).describe())
     return json_response([task.describe() for task in server.tasks.list()])
+
+
+def parse_offset(parameters: Mapping[str, str]) -> int:
+    """Return `offset` in bytes, 0 when absent. Raises HttpError 400."""
+    offset = parameters.get("offset", "0")
+    if not DIGITS.fullmatch(offset):
+        raise HttpError(400, "bad_query", "offset must be a number of bytes")
+    return int(offset)
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
@@ -3041,19 +3084,6 @@ async def answer_stats(server: Server, request: Request) -> Response:
     return json_response(server.sampler.newest)
 
 
-async def answer_info(server: Server, request: Request) -> Response:
-    """`GET /info`: the server itself."""
-    return json_response(
-        {
-            **describe_server(server, request.role),
-            "ports": server.listeners.ports,
-            "uptime": int(time.monotonic() - server.started_now),
-            "clients": len(server.viewers.all),
-            "tasks_running": len(server.tasks.running),
-        }
-    )
-
-
 def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
     """Return what both `/info` and `hello` say."""
     return {
@@ -3068,22 +3098,19 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
     }
 
 
-def follow_response(task: Task, offset: int) -> Response:
-    """Return the output as it comes, with the exit code in the trailers."""
-    response = Response(media_type=PLAIN_TEXT)
-    response.fields = [("X-Task-Id", task.task_id), ("Trailer", "X-Exit-Code, X-Dropped-Bytes")]
-    response.pieces = follow_output(task, offset, response.trailers)
-    return response
+async def answer_info(server: Server, request: Request) -> Response:
+    """`GET /info`: the server itself."""
+    return json_response(
+        {
+            **describe_server(server, request.role),
+            "ports": server.listeners.ports,
+            "uptime": int(time.monotonic() - server.started_now),
+            "clients": len(server.viewers.all),
+            "tasks_running": len(server.tasks.running),
+        }
+    )
 
 
-def find_task(server: Server, request: Request) -> Task:
-    """Return the task that the parameter `id` names. Raises HttpError or CommandError."""
-    if "id" not in request.parameters:
-        raise HttpError(400, "bad_query", "the parameter id is missing")
-    return server.tasks.get(parse_task_id(request.parameters["id"]))
-
-
-PLAIN_TEXT = "text/plain; charset=utf-8"
 WEBSOCKET_PATHS = ("/", "/ws")
 
 ROUTES = (
@@ -3096,22 +3123,6 @@ ROUTES = (
     Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
     Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
 )
-
-PAGE = """\
-ServerControl: run commands on this server and watch them live.
-
-Run a command, and see its output as it comes:
-
-    curl -d 'uptime' http://HOST:PORT/exec
-    curl -N -d 'make' 'http://HOST:PORT/exec?follow'
-
-Watch everything (tasks, output, CPU, memory) with any WebSocket client at /ws:
-
-    const socket = new WebSocket("ws://HOST:PORT/ws");
-    socket.onmessage = (message) => console.log(JSON.parse(message.data));
-
-More: /tasks, /logs?id=1, /stats, /info; POST /kill?id=1 stops a task.
-"""
 
 
 # The messages of WebSocket clients
@@ -3197,14 +3208,6 @@ def parse_since(query: str, boot_id: str) -> tuple[int | None, bool]:
     if not DIGITS.fullmatch(since):
         raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
     return int(since), parameters.get("boot", boot_id) == boot_id
-
-
-def parse_offset(parameters: Mapping[str, str]) -> int:
-    """Return `offset` in bytes, 0 when absent. Raises HttpError 400."""
-    offset = parameters.get("offset", "0")
-    if not DIGITS.fullmatch(offset):
-        raise HttpError(400, "bad_query", "offset must be a number of bytes")
-    return int(offset)
 
 
 class Phase(enum.Enum):
@@ -3465,7 +3468,7 @@ class Connection:
         self, head: RequestHead | None, response: Response, keep_alive: bool
     ) -> None:
         fields = [
-            ("Date", email.utils.formatdate(usegmt=True)),
+            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
             *self._cors_fields(head),
@@ -3594,6 +3597,60 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._connection = None
 
 
+def resolve_hosts(hosts: Sequence[str]) -> list[tuple[int, str]]:
+    """Return (family, address) of each host, without repetition. Raises OSError."""
+    found: dict[tuple[int, str], None] = {}
+    for host in hosts:
+        flags = socket.AI_PASSIVE
+        for family, _, _, _, address in socket.getaddrinfo(
+            host.strip("[]") or None, None, type=socket.SOCK_STREAM, flags=flags
+        ):
+            found[(int(family), str(address[0]))] = None
+    return list(found)
+
+
+def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
+    """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            only = v6_only or address != "::"
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        listener.setblocking(False)
+        listener.bind((address, port))
+        listener.listen(LISTEN_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def bind_all(addresses: Sequence[tuple[int, str]], port: int) -> list[socket.socket]:
+    """Bind and listen on one port at all addresses. Raises OSError; then nothing is bound.
+
+    An address family that this machine lacks is left out as long as another is there.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, address in addresses:
+        try:
+            sockets.append(
+                bind_one(family, address, port, (socket.AF_INET, "0.0.0.0") in addresses)
+            )
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
+                missing = error
+                continue
+            for listener in sockets:
+                listener.close()
+            raise
+        port = sockets[-1].getsockname()[1]
+    if not sockets and missing:
+        raise missing
+    return sockets
+
+
 class Listeners:
     """The bound TCP sockets: one HTTP port, one WebSocket port, possibly the same."""
 
@@ -3647,60 +3704,6 @@ class Listeners:
             listener.close()
 
 
-def resolve_hosts(hosts: Sequence[str]) -> list[tuple[int, str]]:
-    """Return (family, address) of each host, without repetition. Raises OSError."""
-    found: dict[tuple[int, str], None] = {}
-    for host in hosts:
-        flags = socket.AI_PASSIVE
-        for family, _, _, _, address in socket.getaddrinfo(
-            host.strip("[]") or None, None, type=socket.SOCK_STREAM, flags=flags
-        ):
-            found[(int(family), str(address[0]))] = None
-    return list(found)
-
-
-def bind_all(addresses: Sequence[tuple[int, str]], port: int) -> list[socket.socket]:
-    """Bind and listen on one port at all addresses. Raises OSError; then nothing is bound.
-
-    An address family that this machine lacks is left out as long as another is there.
-    """
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, address in addresses:
-        try:
-            sockets.append(
-                bind_one(family, address, port, (socket.AF_INET, "0.0.0.0") in addresses)
-            )
-        except OSError as error:
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
-                missing = error
-                continue
-            for listener in sockets:
-                listener.close()
-            raise
-        port = sockets[-1].getsockname()[1]
-    if not sockets and missing:
-        raise missing
-    return sockets
-
-
-def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
-    """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            only = v6_only or address != "::"
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        listener.setblocking(False)
-        listener.bind((address, port))
-        listener.listen(LISTEN_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
 class Server:
     """All parts together, from the listening sockets to the last byte."""
 
@@ -3724,7 +3727,7 @@ class Server:
         )
         self._loop = asyncio.get_running_loop()
         # Names this run of the server: a seq means something only together with it.
-        self.boot_id = secrets.token_hex(8)
+        self.boot_id = os.urandom(8).hex()
         self.started_now = time.monotonic()
         self.viewers = Viewers(self._loop)
         self.tasks = Tasks(config, ids, self.viewers.publish, log, environment, descriptor_limit)
@@ -3965,25 +3968,6 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(message.replace("argument ", "", 1))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `serve`, its options in groups."""
-    parser = OneLineParser(
-        prog="servercontrol.py",
-        usage="python3 servercontrol.py [serve] [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
-    add_network_options(parser.add_argument_group("where to listen"))
-    add_access_options(parser.add_argument_group("who may connect"))
-    add_statistics_options(parser.add_argument_group("statistics and alerts"))
-    add_task_options(parser.add_argument_group("tasks"))
-    add_running_options(parser.add_argument_group("running"))
-    return parser
-
-
 def add_network_options(group: argparse._ArgumentGroup) -> None:
     """Addresses and ports."""
     group.add_argument(
@@ -4091,6 +4075,25 @@ def add_running_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log-level", choices=LEVELS, help="default: info")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `serve`, its options in groups."""
+    parser = OneLineParser(
+        prog="servercontrol.py",
+        usage="python3 servercontrol.py [serve] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
+    add_network_options(parser.add_argument_group("where to listen"))
+    add_access_options(parser.add_argument_group("who may connect"))
+    add_statistics_options(parser.add_argument_group("statistics and alerts"))
+    add_task_options(parser.add_argument_group("tasks"))
+    add_running_options(parser.add_argument_group("running"))
+    return parser
+
+
 def read_environment(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> list[str]:
     """Return the environment twins as options. Raises ConfigError."""
     arguments: list[str] = []
@@ -4123,7 +4126,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     twins = vars(parser.parse_args(read_environment(parser, environ)))
     values: dict[str, Any] = {}
     for name in Config.__dataclass_fields__:
-        value = given[name] or twins[name] if given[name] in (None, False) else given[name]
+        absent = given[name] is None or given[name] is False
+        value = twins[name] if absent else given[name]
         if value is not None:
             values[name] = tuple(value) if isinstance(value, list) else value
     config = Config(**values)
@@ -4187,6 +4191,24 @@ def make_loop(config: Config) -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
 
 
+def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
+    """Return a future of the first signal's name; a second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+
+    def take(number: signal.Signals) -> None:
+        if not stopped.done():
+            stopped.set_result(number.name)
+            return
+        server.tasks.kill_all()
+        os._exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or number not in ignored:
+            loop.add_signal_handler(number, take, number)
+    return stopped
+
+
 async def serve(config: Config, log: Log) -> None:
     """Run the server until a signal stops it. Raises ConfigError or StartError."""
     ignored = reset_signals()
@@ -4208,24 +4230,6 @@ async def serve(config: Config, log: Log) -> None:
     await stopped
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
     await server.stop()
-
-
-def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
-    """Return a future of the first signal's name; a second signal ends the process at once."""
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[str] = loop.create_future()
-
-    def take(number: signal.Signals) -> None:
-        if not stopped.done():
-            stopped.set_result(number.name)
-            return
-        server.tasks.kill_all()
-        os._exit(1)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or number not in ignored:
-            loop.add_signal_handler(number, take, number)
-    return stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -267,7 +267,10 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
     parser = sc.HttpParser()
     head = None
     while head is None:
-        parser.feed(await reader.read(65536))
+        data = await reader.read(65536)
+        if not data:
+            return writer.close()
+        parser.feed(data)
         head = parser.next_head()
     writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head)))
     websocket = sc.WebSocketConnection(max_message_bytes=32 * sc.MIB, max_fragments=sys.maxsize)

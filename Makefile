@@ -1,0 +1,41 @@
+# Everything a developer types. A user of ServerControl needs only servercontrol.py.
+PYTHON ?= python3
+BIN := .venv/bin
+# What the tests stand on, and the two packages that the server uses when they are there.
+TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
+EXTRA_PACKAGES := psutil uvloop
+CHECK_PACKAGES := ruff mypy types-psutil
+PYTEST := -m pytest -q -ra -n 4 --dist loadgroup -p no:cacheprovider
+export TEST_PACKAGES EXTRA_PACKAGES PYTEST
+
+help:            ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+run:             ## start the server on this machine
+	$(PYTHON) servercontrol.py
+
+test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipped
+	$(BIN)/python $(PYTEST) test_servercontrol.py
+
+check: .venv/ok  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict servercontrol.py
+
+matrix:          ## tests on every CPython 3.8 to 3.14 found, with and without the extras
+	@.ci/matrix
+
+bench: .venv/ok  ## measure beside the websockets package
+	$(BIN)/python test_servercontrol.py bench
+
+clean:           ## remove what make made
+	rm -rf .venv .venv-* __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/ok: Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade $(TEST_PACKAGES) $(CHECK_PACKAGES)
+	$(BIN)/python -m pip install --quiet --upgrade $(EXTRA_PACKAGES) || \
+	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
+	touch .venv/ok
+
+.PHONY: help run test check matrix bench clean
