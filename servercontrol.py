@@ -359,9 +359,8 @@ class RequestHead:
     @property
     def keep_alive(self) -> bool:
         """Whether the client wants to send another request (RFC 9112, 9.3)."""
-        if self.http_1_0:
-            return "keep-alive" in self.tokens("connection")
-        return "close" not in self.tokens("connection")
+        options = self.tokens("connection")
+        return "close" not in options and (not self.http_1_0 or "keep-alive" in options)
 
     @property
     def media_type(self) -> str:
@@ -419,16 +418,17 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
     codings = head.values("transfer-encoding")
     if lengths and codings:
         raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
-    if (head.value("content-encoding") or "identity").lower() != "identity":
+    if set(head.tokens("content-encoding")) - {"identity"}:
         raise HttpError(415, "bad_encoding", "a Content-Encoding is not understood here")
     if codings:
         check_transfer_encoding(head, codings)
         return None, True
     if not lengths:
         return None, False
-    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+    if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise HttpError(400, "bad_length", "Content-Length must be one number")
-    length = int(lengths[0])
+    # More digits than this are too large whatever they are, and slow to read as a number.
+    length = int(lengths[0]) if len(lengths[0]) <= 18 else sys.maxsize
     if length > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
     return length, False
@@ -509,6 +509,8 @@ class HttpParser:
             if line is None:
                 return None
             if line:
+                if not self._lines:
+                    parse_request_line(line)  # an HTTP/0.9 client sends nothing else
                 self._lines.append(line)
             elif self._lines:
                 return self._finish_head()
@@ -524,8 +526,9 @@ class HttpParser:
         else:
             too_long = HttpError(431, "field_too_large", "a header field is too long")
             line = self._next_line(MAX_FIELD_BYTES, too_long)
-        if line is not None:
-            self._head_bytes += len(line) + 2
+        if line is None:
+            return None
+        self._head_bytes += len(line) + 2
         if self._head_bytes > MAX_HEAD_BYTES or len(self._lines) > MAX_FIELDS + (line == b""):
             raise HttpError(431, "head_too_large", "there are too many header fields")
         return line
@@ -542,7 +545,9 @@ class HttpParser:
     def _next_line(self, limit: int, too_long: HttpError) -> bytes | None:
         """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
         end = self._buffer.find(b"\n", self._scanned)
-        if (len(self._buffer) if end < 0 else end - 1) > limit:
+        # The CR of the line end does not count, nor does it while its LF is still to come.
+        size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
+        if size > limit:
             raise too_long
         if end < 0:
             self._scanned = len(self._buffer)
@@ -819,7 +824,8 @@ def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
         return False
     own_name, own_port = parse_host(host)
     default = DEFAULT_PORTS[scheme]
-    return (name, port or default) == (own_name, own_port or default)
+    own_port = default if own_port is None else own_port
+    return (name, default if port is None else port) == (own_name, own_port)
 
 
 def is_top_level_visit(head: RequestHead) -> bool:
@@ -882,7 +888,9 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return Role.RUN
     if peer.on_loopback and peer.same_account and not is_forwarded(head):
         return Role.RUN
-    if head.method in ("GET", "HEAD") and head.path in OPEN_PATHS:
+    # An upgrade on `/` is no page: it would watch everything.
+    is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
+    if is_page and head.path in OPEN_PATHS:
         return None
     raise HttpError(
         401,
@@ -966,7 +974,7 @@ def check_upgrade(head: RequestHead) -> str:
     """
     if head.method != "GET":
         raise HttpError(405, "not_get", "a WebSocket upgrade is a GET", [("Allow", "GET")])
-    if head.http_1_0 or head.has_body or head.tokens("upgrade") != ["websocket"]:
+    if head.http_1_0 or head.has_body or "websocket" not in head.tokens("upgrade"):
         raise HttpError(400, "bad_upgrade", "the only upgrade known here is a WebSocket's")
     if head.values("sec-websocket-version") != [WEBSOCKET_VERSION]:
         raise upgrade_required("WebSocket version 13 is needed")
@@ -987,7 +995,8 @@ def encode_upgrade_response(head: RequestHead, key: str) -> bytes:
         ("Connection", "Upgrade"),
         ("Sec-WebSocket-Accept", compute_accept(key)),
     ]
-    if WEBSOCKET_PROTOCOL in head.tokens("sec-websocket-protocol"):
+    offers = ",".join(head.values("sec-websocket-protocol")).split(",")
+    if WEBSOCKET_PROTOCOL in (offer.strip(" \t") for offer in offers):  # case matters
         fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
     return encode_response_head(101, fields)
 
@@ -1939,6 +1948,8 @@ def open_state_folder(environ: Mapping[str, str], log: Log) -> str | None:
     """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
     folder = find_state_folder(environ)
     try:
+        if not os.path.isabs(folder):  # no home
+            raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         os.makedirs(folder, mode=0o700, exist_ok=True)
         os.chmod(folder, 0o700)
     except OSError as error:
@@ -2492,6 +2503,11 @@ class Viewer:
         self.heard_at = time.monotonic()
         self.ping_at = self.heard_at + PING_SECONDS
 
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can be sent: none may follow our close frame (RFC 6455, 5.5.1)."""
+        return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
+
     def send_json(self, message: Mapping[str, Any]) -> None:
         """Send a message to this client alone; close it when it asks but never reads."""
         self._write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
@@ -2589,11 +2605,15 @@ class Viewers:
         if self._queue:
             self._schedule()
 
+    def flush_all(self) -> None:
+        """Serve everybody who is not stalled, however long it takes."""
+        self.flush()
+        while self._queue:
+            self.flush()
+
     def _send(self, viewer: Viewer, batches: dict[int, tuple[bytes, int]]) -> None:
         """Write everything from the viewer's cursor on, until it is stalled."""
-        while viewer.cursor < self.feed.next and not viewer.is_stalled:
-            if viewer.transport.is_closing():
-                return
+        while viewer.cursor < self.feed.next and not viewer.is_stalled and viewer.is_open:
             if viewer.cursor < self.feed.first:
                 self._send_gap(viewer, viewer.cursor, self.feed.first - 1)
                 viewer.cursor = self.feed.first
@@ -3556,6 +3576,7 @@ class Connection:
                 self.server.viewers.leave(viewer)
                 self.deadline = self.deadline or time.monotonic() + CLOSE_SECONDS
             if websocket.state is WebSocketState.CLOSED:
+                await self._linger()
                 return
             data = await self.reader.read(READ_CHUNK_BYTES)
             if not data:
@@ -3884,7 +3905,7 @@ class Server:
         await self._end_background()
 
     def _close_connections(self) -> None:
-        self.viewers.flush()
+        self.viewers.flush_all()
         for connection in list(self.connections):
             if connection.viewer is not None:
                 connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
@@ -3968,111 +3989,58 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(message.replace("argument ", "", 1))
 
 
-def add_network_options(group: argparse._ArgumentGroup) -> None:
-    """Addresses and ports."""
-    group.add_argument(
-        "--host",
-        action="append",
-        metavar="ADDRESS",
-        help="address to listen on; may be given more than once (default: 127.0.0.1)",
-    )
-    group.add_argument("--port", type=parse_port, metavar="N", help="HTTP (default: 8080)")
-    group.add_argument(
-        "--ws-port",
-        type=parse_port,
-        metavar="N",
-        help="WebSocket (default: 8082); both ports speak both protocols",
-    )
-    group.add_argument(
-        "--discovery-port", type=parse_port, metavar="N", help="UDP discovery (default: 8081)"
-    )
-    group.add_argument("--no-discovery", action="store_true", help="answer no discovery probes")
+# Group -> option -> (what checks the value, or what it may be; its placeholder; help). Whether it
+# is a flag or may be repeated, and its default, is what Config says.
+OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
+    "where to listen": {
+        "--host": (str, "ADDRESS", "address to listen on; beyond loopback only with --no-auth"),
+        "--port": (parse_port, "N", "HTTP port; 0 is any"),
+        "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
+        "--discovery-port": (parse_port, "N", "UDP port for discovery"),
+        "--no-discovery": (None, "", "answer no discovery probes"),
+    },
+    "who may connect": {
+        "--no-auth": (None, "", "let everybody in who can connect: they own this account!"),
+        "--no-exec": (None, "", "monitor only: nothing can be run or killed"),
+        "--allow-origin": (parse_origin, "ORIGIN", "let pages of https://example.org in"),
+        "--allow-host": (str, "HOST", "serve requests for this Host name too"),
+    },
+    "statistics and alerts": {
+        "--interval": (parse_number(0.05, 3600), "SECONDS", "between two stats_update"),
+        "--cpu-alert": (parse_number(0, 100), "PERCENT", "alert above this CPU usage"),
+        "--alert-cooldown": (parse_number(0, 1e9), "SECONDS", "at most one alert in this time"),
+        "--alert-for": (parse_number(0, 1e9), "SECONDS", "usage must stay above for so long"),
+    },
+    "tasks": {
+        "--shell": (str, "PATH", "runs commands as PATH -c COMMAND"),
+        "--max-tasks": (parse_count, "N", "running at once"),
+        "--keep-output": (parse_size, "SIZE", "bytes of output kept per task, such as 8MiB"),
+        "--keep-tasks": (parse_count, "N", "finished tasks kept"),
+    },
+    "running": {
+        "--max-clients": (parse_count, "N", "open connections at once"),
+        "--loop": (("auto", "asyncio", "uvloop"), "", "event loop; auto: uvloop if installed"),
+        "--log-format": (("text", "json"), "", "of the log on stderr"),
+        "--log-level": (LEVELS, "", "what is logged"),
+    },
+}
 
 
-def add_access_options(group: argparse._ArgumentGroup) -> None:
-    """What the gate is told."""
-    group.add_argument(
-        "--no-auth",
-        action="store_true",
-        help="let everybody in who can reach the server. They own this account!",
-    )
-    group.add_argument(
-        "--no-exec",
-        action="store_true",
-        help="monitor only: nothing can be run or killed",
-    )
-    group.add_argument(
-        "--allow-origin",
-        action="append",
-        type=parse_origin,
-        metavar="ORIGIN",
-        help="let web pages of this origin in, such as https://example.org (repeatable)",
-    )
-    group.add_argument(
-        "--allow-host",
-        action="append",
-        metavar="HOST",
-        help="serve requests for this Host name too (repeatable)",
-    )
-
-
-def add_statistics_options(group: argparse._ArgumentGroup) -> None:
-    """Sampling and alerts."""
-    group.add_argument(
-        "--interval",
-        type=parse_number(0.05, 3600),
-        metavar="SECONDS",
-        help="between two stats_update (default: 1)",
-    )
-    group.add_argument(
-        "--cpu-alert",
-        type=parse_number(0, 100),
-        metavar="PERCENT",
-        help="alert above this CPU usage (default: 90)",
-    )
-    group.add_argument(
-        "--alert-cooldown",
-        type=parse_number(0, 86400 * 366),
-        metavar="SECONDS",
-        help="at most one alert in this time (default: 60)",
-    )
-    group.add_argument(
-        "--alert-for",
-        type=parse_number(0, 86400 * 366),
-        metavar="SECONDS",
-        help="how long usage must stay above before the alert (default: 0)",
-    )
-
-
-def add_task_options(group: argparse._ArgumentGroup) -> None:
-    """Commands and what is kept of them."""
-    group.add_argument("--shell", metavar="PATH", help="runs commands (default: /bin/sh)")
-    group.add_argument(
-        "--max-tasks", type=parse_count, metavar="N", help="running at once (default: 64)"
-    )
-    group.add_argument(
-        "--keep-output", type=parse_size, metavar="SIZE", help="output kept per task (8MiB)"
-    )
-    group.add_argument(
-        "--keep-tasks", type=parse_count, metavar="N", help="finished tasks kept (default: 200)"
-    )
-
-
-def add_running_options(group: argparse._ArgumentGroup) -> None:
-    """The process itself."""
-    group.add_argument(
-        "--max-clients",
-        type=parse_count,
-        metavar="N",
-        help="open connections at once (default: 10000)",
-    )
-    group.add_argument(
-        "--loop",
-        choices=("auto", "asyncio", "uvloop"),
-        help="event loop; auto is uvloop where it is installed (default: auto)",
-    )
-    group.add_argument("--log-format", choices=("text", "json"), help="on stderr (default: text)")
-    group.add_argument("--log-level", choices=LEVELS, help="default: info")
+def add_option(group: argparse._ArgumentGroup, option: str) -> None:
+    """Add one option of OPTIONS to its group."""
+    check, metavar, text = OPTIONS[str(group.title)][option]
+    default = getattr(Config, option[2:].replace("-", "_"))
+    if isinstance(default, bool):
+        group.add_argument(option, action="store_true", help=text)
+    elif isinstance(default, tuple):
+        text += f"; repeatable (default: {' '.join(default) or 'none'})"
+        group.add_argument(option, action="append", type=check, metavar=metavar, help=text)
+    elif isinstance(check, tuple):
+        group.add_argument(option, choices=check, help=f"{text} (default: {default})")
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else default
+        text += f" (default: {shown})"
+        group.add_argument(option, type=check, metavar=metavar, help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4086,11 +4054,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
-    add_network_options(parser.add_argument_group("where to listen"))
-    add_access_options(parser.add_argument_group("who may connect"))
-    add_statistics_options(parser.add_argument_group("statistics and alerts"))
-    add_task_options(parser.add_argument_group("tasks"))
-    add_running_options(parser.add_argument_group("running"))
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            add_option(group, option)
     return parser
 
 
