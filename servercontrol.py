@@ -148,6 +148,8 @@ STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes 
 BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default, made explicit: above it a viewer is stalled
 MAX_PERSONAL_BYTES = 256 * KIB  # replies waiting for a client that asks but does not read
+TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
+UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 FLUSH_TURN_SECONDS = 0.01  # then the flush lets other work of the event loop pass
 
 # Feed and tasks.
@@ -479,7 +481,7 @@ class HttpParser:
         self._lines: list[bytes] = []
         self._head_bytes = 0
         # The head whose body is due.
-        self._head: RequestHead | None = None
+        self.head: RequestHead | None = None
         # The chunked body so far, and what is due next: a size, data, its CRLF, or trailers.
         self._body = bytearray()
         self._chunk_due = "size"
@@ -493,7 +495,7 @@ class HttpParser:
     @property
     def is_idle(self) -> bool:
         """True between two requests, when no byte of the next one has come."""
-        return not self._buffer and not self._lines and self._head is None
+        return not self._buffer and not self._lines and self.head is None
 
     def take_rest(self) -> bytes:
         """Give what follows the head of an upgrade: it belongs to the other protocol."""
@@ -503,7 +505,7 @@ class HttpParser:
 
     def next_head(self) -> RequestHead | None:
         """Return the next head, or None. Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
-        assert self._head is None, "the body of the request before was not read"
+        assert self.head is None, "the body of the request before was not read"
         while True:
             line = self._next_head_line()
             if line is None:
@@ -539,8 +541,8 @@ class HttpParser:
         fields = tuple(parse_field(line) for line in lines[1:])
         head = RequestHead(method, target, http_1_0, fields)
         length, chunked = parse_body_framing(head)
-        self._head = RequestHead(method, target, http_1_0, fields, length, chunked)
-        return self._head
+        self.head = RequestHead(method, target, http_1_0, fields, length, chunked)
+        return self.head
 
     def _next_line(self, limit: int, too_long: HttpError) -> bytes | None:
         """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
@@ -564,15 +566,15 @@ class HttpParser:
 
         Raises HttpError 400 or 413.
         """
-        assert self._head is not None, "next_head() comes first"
-        if self._head.chunked:
+        assert self.head is not None, "next_head() comes first"
+        if self.head.chunked:
             return self._next_chunked_body()
-        length = self._head.content_length or 0
+        length = self.head.content_length or 0
         if len(self._buffer) < length:
             return None
         body = bytes(self._buffer[:length])
         del self._buffer[:length]
-        self._head = None
+        self.head = None
         return body
 
     def _next_chunked_body(self) -> bytes | None:
@@ -588,7 +590,7 @@ class HttpParser:
                 return None
         body = bytes(self._body)
         self._body.clear()
-        self._head, self._chunk_due, self._trailer_bytes = None, "size", 0
+        self.head, self._chunk_due, self._trailer_bytes = None, "size", 0
         return body
 
     def _take_chunk_size(self) -> bool:
@@ -1620,13 +1622,24 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def parse_finite(text: str) -> float:
+    """For json.loads: what would become Infinity, such as 1e999, could not be sent back."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Return a JSON object (RFC 8259). Raises CommandError `bad_json`."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
+            text,
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=parse_finite,
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -1870,7 +1883,7 @@ class Log:
         when = format_time(time.time())
         if self._json:
             record = {"time": when, "level": level, "event": event, **fields}
-            return encode_json(record) + b"\n"
+            return json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
         words = [f"{name}={format_value(value)}" for name, value in fields.items()]
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
 
@@ -2058,11 +2071,8 @@ class Task:
 
 
 def list_pids() -> list[int]:
-    """Return all process ids of this pid namespace; [] where there is no /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
+    """Return all process ids of this pid namespace. Raises OSError."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def is_zombie(pid: int) -> bool:
@@ -2098,7 +2108,11 @@ def signal_session(session: int, number: int) -> None:
         os.killpg(session, number)
     except OSError:
         pass  # no such group any more, or all of it belongs to somebody else
-    for pid in find_session(session):
+    try:
+        members = find_session(session)
+    except OSError:
+        return  # no descriptor free, or no /proc: the group must do
+    for pid in members:
         try:
             if os.getpgid(pid) != session:
                 os.kill(pid, number)
@@ -2119,7 +2133,11 @@ def has_exited(pid: int) -> bool:
 
 def reap_orphans(shells: set[int]) -> None:
     """Reap whatever was left to us; only PID 1 is left any."""
-    for pid in list_pids():
+    try:
+        pids = list_pids()
+    except OSError:
+        return  # the next SIGCHLD comes
+    for pid in pids:
         if pid not in shells:
             try:
                 os.waitpid(pid, os.WNOHANG)
@@ -2140,7 +2158,7 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
         return CommandError("no_resources", f"no process can be started now: {reason}")
     if error.errno == errno.E2BIG:
         return CommandError("too_large", "command and environment are too large together")
-    if cwd is not None and not (os.path.isdir(cwd) and os.access(cwd, os.X_OK)):
+    if cwd is not None and not os.access(cwd.encode("utf-8") + b"/.", os.X_OK):
         return CommandError("bad_cwd", f"the working folder cannot be entered: {reason}")
     return CommandError("spawn_failed", f"the shell cannot be run: {reason}")
 
@@ -2170,12 +2188,19 @@ class Tasks:
         self._publish = publish
         self._log = log
         # What every child gets, before its own additions.
-        self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
+        self._environment = {
+            os.fsencode(name): os.fsencode(value)
+            for name, value in environment.items()
+            if name not in ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
+        }
+        self._environment[b"PYTHONUNBUFFERED"] = b"1"
         # RLIMIT_NOFILE as it was before we raised our own.
         self._descriptor_limit = descriptor_limit
         # All kept tasks by id, oldest first, and the running ones among them.
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self.running: dict[str, Task] = {}
+        # The finished ones, in the order in which they ended.
+        self._finished: deque[Task] = deque()
         self._kept_bytes = 0
         # Set when the server stops: no new tasks.
         self.is_stopping = False
@@ -2204,7 +2229,7 @@ class Tasks:
         if len(self.running) >= self._config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         task = Task(self._ids.take(), request, by, self._config.keep_output)
-        task.cwd = os.path.abspath(request.cwd) if request.cwd else read_cwd()
+        task.cwd = os.path.join(read_cwd(), request.cwd or "")
         try:
             self._spawn(task)
         except OSError as error:
@@ -2220,17 +2245,18 @@ class Tasks:
         request = task.request
         environment = {
             **self._environment,
-            **request.env,
-            "SERVERCONTROL_TASK_ID": task.task_id,
+            **{name.encode("utf-8"): text.encode("utf-8") for name, text in request.env.items()},
+            b"SERVERCONTROL_TASK_ID": task.task_id.encode("ascii"),
         }
         read_fd, write_fd = os.pipe()
+        self._set_descriptor_limit(write_fd)
         try:
             process = subprocess.Popen(
-                [self._config.shell, "-c", request.command],
+                [self._config.shell, "-c", request.command.encode("utf-8")],
                 stdin=subprocess.DEVNULL,
                 stdout=write_fd,
                 stderr=write_fd,
-                cwd=request.cwd,
+                cwd=None if request.cwd is None else request.cwd.encode("utf-8"),
                 env=environment,
                 start_new_session=True,
             )
@@ -2238,12 +2264,31 @@ class Tasks:
             os.close(read_fd)
             raise
         finally:
+            self._set_descriptor_limit(None)
             os.close(write_fd)
         # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
         process.returncode = 0
         os.set_blocking(read_fd, False)
         task.fd, task.pid = read_fd, process.pid
         self._restore_descriptor_limit(process.pid)
+
+    def _set_descriptor_limit(self, newest_fd: int | None) -> None:
+        """Lower our limit to what the child is to inherit; None raises it again.
+
+        Nothing runs in between, but Popen itself needs a few descriptors: without room for them
+        the limit is left, and given to the child when it runs already.
+        """
+        if self._descriptor_limit is None:
+            return
+        soft, hard = self._descriptor_limit
+        try:
+            if newest_fd is None:
+                soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            elif newest_fd + 16 > soft:
+                return
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (OSError, ValueError):
+            pass  # macOS
 
     def _restore_descriptor_limit(self, pid: int) -> None:
         """Give the child the limit that we were started with: select() breaks above 1024."""
@@ -2308,9 +2353,8 @@ class Tasks:
 
     def _drop_output(self) -> None:
         """Keep the output of all tasks in bounds: finished tasks give way first, oldest first."""
-        finished = [task for task in self._tasks.values() if task.task_id not in self.running]
         running = sorted(self.running.values(), key=lambda task: -task.output.kept_bytes)
-        for task in finished + running:
+        for task in [*self._finished, *running]:
             excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
             if excess <= 0:
                 return
@@ -2386,12 +2430,20 @@ class Tasks:
 
     def _finish_when_session_is_gone(self, task: Task, delay: float = 0.01) -> None:
         """A task that is being stopped ends with the last of its processes, or with the KILL."""
-        others = set(find_session(task.pid)) - {task.pid} if task.verdict else set()
-        if all(is_zombie(pid) for pid in others):
+        if not task.verdict or self._is_session_gone(task):
             self._finish(task)
             return
         again = self._finish_when_session_is_gone
         task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
+
+    @staticmethod
+    def _is_session_gone(task: Task) -> bool:
+        """Whether only the shell is left; False when that cannot be found out now."""
+        try:
+            others = set(find_session(task.pid)) - {task.pid}
+        except OSError:
+            return False
+        return all(is_zombie(pid) for pid in others)
 
     def _finish(self, task: Task) -> None:
         """Read what the shell left in the pipe, reap it, publish the end."""
@@ -2407,6 +2459,7 @@ class Tasks:
             task.cancel_timer(name)
         self._publish_complete(task, self._wait(task))
         del self.running[task.task_id]
+        self._finished.append(task)
         if task.fd >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(task.fd)
@@ -2455,9 +2508,8 @@ class Tasks:
         )
 
     def _forget_oldest(self) -> None:
-        excess = len(self._tasks) - len(self.running) - self._config.keep_tasks
-        finished = (task for task in self._tasks.values() if task.task_id not in self.running)
-        for task in [task for _, task in zip(range(excess), finished)]:
+        while len(self._finished) > self._config.keep_tasks:
+            task = self._finished.popleft()
             self._kept_bytes -= task.output.kept_bytes
             del self._tasks[task.task_id]
 
@@ -2482,6 +2534,7 @@ class Viewer:
         "cursor",
         "is_stalled",
         "pong_due",
+        "written_bytes",
         "heard_at",
         "ping_at",
     )
@@ -2499,6 +2552,8 @@ class Viewer:
         self.is_stalled = False
         # The newest ping that is not answered yet, because we are stalled.
         self.pong_due: bytes | None = None
+        # All that was handed to the transport.
+        self.written_bytes = 0
         # Monotonic time of the last byte from the peer, and of the next ping.
         self.heard_at = time.monotonic()
         self.ping_at = self.heard_at + PING_SECONDS
@@ -2510,7 +2565,7 @@ class Viewer:
 
     def send_json(self, message: Mapping[str, Any]) -> None:
         """Send a message to this client alone; close it when it asks but never reads."""
-        self._write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
+        self.write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
         if self.transport.get_write_buffer_size() > MAX_PERSONAL_BYTES:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
 
@@ -2519,23 +2574,25 @@ class Viewer:
         if self.is_stalled:
             self.pong_due = payload
         else:
-            self._write(self.websocket.encode(Opcode.PONG, payload))
+            self.write(self.websocket.encode(Opcode.PONG, payload))
 
     def close(self, code: int, reason: str) -> None:
         """Begin the closing handshake."""
-        self._write(self.websocket.close(code, reason))
+        self.write(self.websocket.close(code, reason))
 
     def keep_alive(self, now: float) -> bool:
         """Ping when it is time; False when the peer is gone."""
         if now >= self.ping_at:
             if self.heard_at < self.ping_at - PING_SECONDS:
                 return False
-            self._write(self.websocket.encode(Opcode.PING, b""))
+            self.write(self.websocket.encode(Opcode.PING, b""))
             self.ping_at = now + PONG_SECONDS
         return True
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
+        """Hand frames to the transport."""
         if data and not self.transport.is_closing():
+            self.written_bytes += len(data)
             self.transport.write(data)
 
 
@@ -2621,7 +2678,7 @@ class Viewers:
             if batch is None:
                 batch = batches[viewer.cursor] = self.feed.read_batch(viewer.cursor)
             viewer.cursor = batch[1]
-            viewer.transport.write(batch[0])
+            viewer.write(batch[0])
 
     @staticmethod
     def _send_gap(viewer: Viewer, first: int, last: int) -> None:
@@ -2737,6 +2794,8 @@ class Sampler:
             await asyncio.sleep(start + count * interval - time.monotonic())
             try:
                 self.tick()
+            except OSError as error:  # out of descriptors, most likely
+                self._log.write_limited("error", "sampler_failed", error=str(error))
             except Exception:
                 self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
 
@@ -2834,6 +2893,12 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         return any(address in network for network in self._networks)
 
 
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close sockets."""
+    for one in sockets:
+        one.close()
+
+
 def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket]:
     """Return the bound UDP sockets. Raises OSError.
 
@@ -2853,8 +2918,7 @@ def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket
             udp.bind((address, port))
             port = udp.getsockname()[1]
     except OSError:
-        for udp in sockets:
-            udp.close()
+        close_all(sockets)
         raise
     return sockets
 
@@ -2862,7 +2926,7 @@ def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
 # answer; or become a Viewer. One sweep looks at every connection's deadline. Each kind of error
-# becomes an answer in one place: Connection._make_error_response, Server.handle_message.
+# becomes an answer in one place: Connection._make_error_response, Server._handle_text.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 
@@ -2978,6 +3042,8 @@ class Route:
 # The answers of the routes
 
 
+PLAIN_TEXT = "text/plain; charset=utf-8"
+
 PAGE = """\
 ServerControl: run commands on this server and watch them live.
 
@@ -2997,7 +3063,9 @@ More: /tasks, /logs?id=1, /stats, /info; POST /kill?id=1 stops a task.
 
 async def answer_page(server: Server, request: Request) -> Response:
     """`GET /`: what this is and how to connect. Holds no data."""
-    return Response(body=PAGE.encode("utf-8"), media_type="text/plain; charset=utf-8")
+    policy = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    fields = [("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer")]
+    return Response(body=PAGE.encode("utf-8"), media_type=PLAIN_TEXT, fields=fields)
 
 
 async def answer_health(server: Server, request: Request) -> Response:
@@ -3013,9 +3081,6 @@ async def answer_preflight(server: Server, request: Request) -> Response:
         ("Access-Control-Max-Age", "600"),
     ]
     return Response(204, fields=fields)
-
-
-PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
 def follow_response(task: Task, offset: int) -> Response:
@@ -3236,6 +3301,7 @@ class Phase(enum.Enum):
     IDLE = "idle"
     READING = "reading"
     ANSWERING = "answering"
+    WAITING = "waiting"  # for a task: given up when the client goes away
     WEBSOCKET = "websocket"
     CLOSING = "closing"
 
@@ -3255,7 +3321,8 @@ class Connection:
         "viewer",
         "task",
         "_is_expired",
-        "_waiting_bytes",
+        "_written_bytes",
+        "_taken_bytes",
         "_progress_at",
         "__weakref__",
     )
@@ -3272,6 +3339,10 @@ class Connection:
         self.writer = writer
         self.transport = cast("asyncio.Transport", writer.transport)
         self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        if sys.platform == "linux":
+            # Else the kernel would take megabytes for each client that does not read.
+            tcp = self.transport.get_extra_info("socket")
+            tcp.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.phase = Phase.READING
         now = time.monotonic()
         # Monotonic time when the present phase must be over, or None.
@@ -3279,8 +3350,10 @@ class Connection:
         self.viewer: Viewer | None = None
         # The deadline has passed while a request was being read.
         self._is_expired = False
-        # What the transport had to write at the last sweep, and when that last became less.
-        self._waiting_bytes = 0
+        # What was written, how much of it the kernel had taken at the last sweep, and when that
+        # last grew.
+        self._written_bytes = 0
+        self._taken_bytes = 0
         self._progress_at = now
         self.peer, self.address = self._identify(is_loopback_listener)
         server.connections.add(self)
@@ -3304,7 +3377,7 @@ class Connection:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
                 self._write_response_head(None, response, keep_alive=False)
-                self.writer.write(response.body)
+                self._write(response.body)
             else:
                 await self._serve()
         except (asyncio.CancelledError, ConnectionError):
@@ -3334,16 +3407,20 @@ class Connection:
     def sweep(self, now: float) -> None:
         """Look at the deadlines. Called every SWEEP_SECONDS."""
         waiting = self.transport.get_write_buffer_size()
-        if waiting == 0 or waiting < self._waiting_bytes:
+        written = self._written_bytes + (self.viewer.written_bytes if self.viewer else 0)
+        if waiting == 0 or written - waiting > self._taken_bytes:
             self._progress_at = now
-        self._waiting_bytes = waiting
-        if now - self._progress_at >= WRITE_STALL_SECONDS:
-            self.transport.abort()
-        elif self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now):
+        self._taken_bytes = written - waiting
+        is_dead = self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now)
+        if is_dead or now - self._progress_at >= WRITE_STALL_SECONDS:
             self.transport.abort()
         elif self.deadline is not None and now >= self.deadline:
             self.deadline = None
             self._expire()
+
+    def _write(self, data: bytes) -> None:
+        self._written_bytes += len(data)
+        self.writer.write(data)
 
     def _expire(self) -> None:
         if self.phase in (Phase.IDLE, Phase.READING):
@@ -3362,7 +3439,7 @@ class Connection:
             while await self._serve_request(parser):
                 pass
         except Exception as error:
-            await self._refuse(error)
+            await self._refuse(parser.head, error)
         if self.viewer is not None:
             backlog = parser.take_rest()
             # Nothing of HTTP is needed any more: it would be much of an idle viewer's memory.
@@ -3371,7 +3448,11 @@ class Connection:
 
     async def _serve_request(self, parser: HttpParser) -> bool:
         """Answer one request. False when no other can follow."""
-        self._begin_phase(Phase.IDLE if parser.is_idle else Phase.READING, HEAD_SECONDS)
+        if self.phase is not Phase.READING:  # not the first request
+            if parser.is_idle:
+                self._begin_phase(Phase.IDLE, IDLE_SECONDS)
+            else:
+                self._begin_phase(Phase.READING, HEAD_SECONDS)
         head = await self._read_head(parser)
         if head is None:
             return False
@@ -3383,11 +3464,13 @@ class Connection:
             if head.has_body:
                 raise
             parser.next_body()
+            self._begin_phase(Phase.ANSWERING, None)
             response = self._make_error_response(error)
         else:
             request.body = await self._read_body(parser)
+            waits = not request.parameters.keys().isdisjoint(("wait", "follow"))
+            self._begin_phase(Phase.WAITING if waits else Phase.ANSWERING, None)
             response = await self._answer(request)
-        self._begin_phase(Phase.ANSWERING, None)
         return await self._write_response(head, response)
 
     async def _read(self, parser: HttpParser) -> bytes:
@@ -3420,7 +3503,6 @@ class Connection:
         while True:
             body = parser.next_body()
             if body is not None:
-                self._begin_phase(Phase.ANSWERING, None)
                 return body
             if not await self._read(parser):
                 raise HttpError(400, "bad_request", "the body ends too early")
@@ -3451,7 +3533,7 @@ class Connection:
         if expectations != ["100-continue"]:
             raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
         if head.has_body:
-            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _answer(self, request: Request) -> Response:
         try:
@@ -3479,7 +3561,7 @@ class Connection:
             keep_alive = False  # the end of the connection is the end of the body
         self._write_response_head(head, response, keep_alive)
         if head.method != "HEAD":
-            self.writer.write(response.body)
+            self._write(response.body)
             await self._write_pieces(head, response)
         await self.writer.drain()
         return keep_alive
@@ -3504,7 +3586,7 @@ class Connection:
             fields.append(("Connection", "close"))
         elif head is not None and head.http_1_0:
             fields.append(("Connection", "keep-alive"))
-        self.writer.write(encode_response_head(response.status, fields))
+        self._write(encode_response_head(response.status, fields))
 
     def _cors_fields(self, head: RequestHead | None) -> list[tuple[str, str]]:
         """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
@@ -3519,18 +3601,19 @@ class Connection:
         if response.pieces is None:
             return
         async for piece in response.pieces:
-            self.writer.write(piece if head.http_1_0 else encode_chunk(piece))
+            self._write(piece if head.http_1_0 else encode_chunk(piece))
             await self.writer.drain()
         if not head.http_1_0:
-            self.writer.write(encode_last_chunk(response.trailers.items()))
+            self._write(encode_last_chunk(response.trailers.items()))
 
-    async def _refuse(self, error: Exception) -> None:
+    async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
         """Answer an error after which the input cannot be trusted, and end the connection."""
         if isinstance(error, ConnectionError) or self.transport.is_closing():
             return
         response = self._make_error_response(error)
-        self._write_response_head(None, response, keep_alive=False)
-        self.writer.write(response.body)
+        self._write_response_head(head, response, keep_alive=False)
+        if head is None or head.method != "HEAD":
+            self._write(response.body)
         await self._linger()
 
     async def _linger(self) -> None:
@@ -3557,7 +3640,7 @@ class Connection:
         since, same_boot = parse_since(head.query, self.server.boot_id)
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
-        self.writer.write(encode_upgrade_response(head, key))
+        self._write(encode_upgrade_response(head, key))
         self._begin_phase(Phase.WEBSOCKET, None)
         by = self._name_client(role)
         self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
@@ -3571,7 +3654,7 @@ class Connection:
                 viewer.heard_at = time.monotonic()
                 for message in websocket.receive(data):
                     self.server.handle_message(viewer, message)
-                self.writer.write(websocket.take_outgoing())
+                self._write(websocket.take_outgoing())
             if websocket.state is not WebSocketState.OPEN:
                 self.server.viewers.leave(viewer)
                 self.deadline = self.deadline or time.monotonic() + CLOSE_SECONDS
@@ -3610,6 +3693,12 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._connection.viewer.is_stalled = False
             self._server.viewers.serve(self._connection.viewer)
 
+    def eof_received(self) -> bool | None:
+        """The client sends nothing more. One that waits for a task has most likely gone."""
+        if self._connection is not None and self._connection.phase is Phase.WAITING:
+            self._connection.task.cancel()
+        return super().eof_received()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""
         super().connection_lost(exc)
@@ -3618,16 +3707,16 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._connection = None
 
 
-def resolve_hosts(hosts: Sequence[str]) -> list[tuple[int, str]]:
-    """Return (family, address) of each host, without repetition. Raises OSError."""
-    found: dict[tuple[int, str], None] = {}
+def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
+    """Return the (family, address) pairs of each host, none twice. Raises OSError, UnicodeError."""
+    found: list[list[tuple[int, str]]] = []
     for host in hosts:
-        flags = socket.AI_PASSIVE
-        for family, _, _, _, address in socket.getaddrinfo(
-            host.strip("[]") or None, None, type=socket.SOCK_STREAM, flags=flags
-        ):
-            found[(int(family), str(address[0]))] = None
-    return list(found)
+        rows = socket.getaddrinfo(
+            host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        pairs = dict.fromkeys((int(row[0]), str(row[4][0])) for row in rows)
+        found.append([pair for pair in pairs if not any(pair in other for other in found)])
+    return found
 
 
 def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
@@ -3647,29 +3736,42 @@ def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.sock
     return listener
 
 
-def bind_all(addresses: Sequence[tuple[int, str]], port: int) -> list[socket.socket]:
-    """Bind and listen on one port at all addresses. Raises OSError; then nothing is bound.
+def bind_host(
+    addresses: Sequence[tuple[int, str]], port: int, v6_only: bool
+) -> list[socket.socket]:
+    """Bind and listen on all addresses of one host. Raises OSError; then nothing is bound.
 
-    An address family that this machine lacks is left out as long as another is there.
+    An address that this machine lacks is left out where there is another one: `localhost` is
+    ::1 too, also where there is no IPv6.
     """
-    sockets: list[socket.socket] = []
+    bound: list[socket.socket] = []
     missing: OSError | None = None
     for family, address in addresses:
         try:
-            sockets.append(
-                bind_one(family, address, port, (socket.AF_INET, "0.0.0.0") in addresses)
-            )
+            bound.append(bind_one(family, address, port, v6_only))
+            port = bound[0].getsockname()[1]
         except OSError as error:
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
-                missing = error
-                continue
-            for listener in sockets:
-                listener.close()
-            raise
-        port = sockets[-1].getsockname()[1]
-    if not sockets and missing:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                close_all(bound)
+                raise
+            missing = error
+    if missing is not None and not bound:
         raise missing
-    return sockets
+    return bound
+
+
+def bind_all(hosts: Sequence[Sequence[tuple[int, str]]], port: int) -> list[socket.socket]:
+    """Bind and listen on one port at all hosts. Raises OSError; then nothing is bound."""
+    v6_only = [(socket.AF_INET, "0.0.0.0")] in hosts
+    bound: list[socket.socket] = []
+    try:
+        for addresses in hosts:
+            bound += bind_host(addresses, port, v6_only)
+            port = bound[0].getsockname()[1]
+    except OSError:
+        close_all(bound)
+        raise
+    return bound
 
 
 class Listeners:
@@ -3686,10 +3788,12 @@ class Listeners:
             self.ports["ws"] = (
                 self.ports["http"] if same else self._open("ws", config.host, config.ws_port)
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
             self.close()
             address = " ".join(config.host)
-            raise StartError(f"cannot listen on {address}: {error.strerror or error}") from None
+            raise StartError(
+                f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
+            ) from None
 
     def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
         """Bind the first free port from `port` on. Raises OSError."""
@@ -3721,8 +3825,7 @@ class Listeners:
 
     def close(self) -> None:
         """Stop listening."""
-        for listener in self.sockets:
-            listener.close()
+        close_all(self.sockets)
 
 
 class Server:
@@ -3848,7 +3951,9 @@ class Server:
         self.log.write_limited("error", "loop_error", **fields)
 
     def handle_message(self, viewer: Viewer, message: Message) -> None:
-        """Carry out what a WebSocket client sent. The one place where an error is answered."""
+        """Carry out what a WebSocket client sent, unless we have closed (RFC 6455, 1.4)."""
+        if not viewer.is_open:
+            return
         if message.opcode is Opcode.PING:
             assert isinstance(message.data, bytes)
             viewer.send_pong(message.data)
@@ -3858,6 +3963,7 @@ class Server:
             self._handle_text(viewer, message.data)
 
     def _handle_text(self, viewer: Viewer, text: str | bytes) -> None:
+        """The one place where the error of a message is answered."""
         reference: dict[str, Any] = {}
         try:
             message = parse_json_object(text)
@@ -3974,6 +4080,13 @@ def parse_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def parse_host_option(text: str) -> str:
+    """For argparse: a name or address."""
+    if not text.strip("[]"):
+        raise argparse.ArgumentTypeError("an address is missing")
+    return text
+
+
 def parse_origin(text: str) -> str:
     """For argparse: an origin as browsers send it, `scheme://host[:port]` (RFC 6454, 6.2)."""
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
@@ -3986,14 +4099,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
-        raise ConfigError(message.replace("argument ", "", 1))
+        message = message.replace("argument ", "", 1)
+        raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 # Group -> option -> (what checks the value, or what it may be; its placeholder; help). Whether it
 # is a flag or may be repeated, and its default, is what Config says.
 OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
     "where to listen": {
-        "--host": (str, "ADDRESS", "address to listen on; beyond loopback only with --no-auth"),
+        "--host": (
+            parse_host_option,
+            "ADDRESS",
+            "address to listen on; beyond loopback only with --no-auth",
+        ),
         "--port": (parse_port, "N", "HTTP port; 0 is any"),
         "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
         "--discovery-port": (parse_port, "N", "UDP port for discovery"),
@@ -4140,6 +4258,17 @@ def reset_signals() -> set[int]:
     return ignored
 
 
+def open_standard_descriptors() -> None:
+    """Put /dev/null where we were started with stdin, stdout or stderr closed.
+
+    Otherwise the next socket gets that number, and the log is written into it.
+    """
+    fd = -1
+    while fd < 3:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def raise_descriptor_limit() -> tuple[int, int]:
     """Allow ourselves as many descriptors as we may have; return the limits before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4192,7 +4321,7 @@ async def serve(config: Config, log: Log) -> None:
         log.write("warning", "no_auth", message="anybody who can connect can run commands")
     stopped = watch_signals(server, ignored)
     await server.start()
-    if sys.stdout.isatty():
+    if os.isatty(1):
         print_banner(config, listeners)
     await stopped
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
@@ -4201,6 +4330,7 @@ async def serve(config: Config, log: Log) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    open_standard_descriptors()
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv, os.environ)
         log = Log(config.log_format, config.log_level)

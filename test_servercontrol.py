@@ -15,26 +15,119 @@ for an event with a deadline.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
+import codecs
+import concurrent.futures
 import contextlib
+import ctypes
+import datetime
+import errno
+import fcntl
+import functools
+import gc
 import http.client
+import importlib.metadata
+import importlib.util
+import io
+import ipaddress
+import itertools
 import json
+import math
+import operator
 import os
+import platform
+import pty
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
 import signal
 import socket
+import stat
+import statistics
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
 import time
+import tokenize
+import urllib.parse
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from unittest import mock
 
 import servercontrol as sc
 
-try:
-    import pytest
-except ImportError:  # the echo server needs nothing but the module
-    pytest = None  # type: ignore[assignment]
+# An echo server, for conformance suites ──────────────────────────────────────────────────────
+
+
+async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Echo the messages of one WebSocket client, on the module's own handshake and codec."""
+    parser = sc.HttpParser()
+    head = None
+    while head is None:
+        data = await reader.read(65536)
+        if not data:
+            writer.close()
+            return
+        parser.feed(data)
+        head = parser.next_head()
+    writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head)))
+    websocket = sc.WebSocketConnection(max_message_bytes=32 * sc.MIB, max_fragments=sys.maxsize)
+    data = parser.take_rest()
+    while websocket.state is sc.WebSocketState.OPEN:
+        for opcode, payload in websocket.receive(data):
+            echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
+            raw = payload.encode("utf-8") if isinstance(payload, str) else payload
+            if opcode not in (sc.Opcode.CLOSE, sc.Opcode.PONG):
+                writer.write(websocket.encode(echo, raw))
+        writer.write(websocket.take_outgoing())
+        await writer.drain()
+        if websocket.state is sc.WebSocketState.OPEN:
+            data = await reader.read(65536)
+            if not data:
+                break
+    writer.close()
+
+
+async def run_echo(port: int) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, sc.HttpError):
+            await serve_echo(reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    print("ready", flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+def run_echo_command(argv: list[str]) -> int:
+    """Run `echo --port N` until it is interrupted."""
+    parser = argparse.ArgumentParser(prog="test_servercontrol.py echo")
+    parser.add_argument("--port", type=int, required=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run_echo(parser.parse_args(argv).port))
+    return 0
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["echo"]:
+    # Here, since the echo server shall run where nothing but the module is installed.
+    sys.exit(run_echo_command(sys.argv[2:]))
+
+import h11
+import hypothesis
+import pytest
+from hypothesis import given, settings, strategies
+from hypothesis import strategies as st
+from websockets.exceptions import ProtocolError
+from websockets.frames import Frame
+from websockets.streams import StreamReader
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "servercontrol.py"
@@ -246,71 +339,6017 @@ def is_complete(task_id: str) -> Callable[[dict[str, Any]], bool]:
     return lambda event: event["type"] == "task_complete" and event["task_id"] == task_id
 
 
-if pytest is not None:
-
-    def loops() -> list[str]:
-        return ["asyncio"] + (["uvloop"] if sc.uvloop is not None else [])
-
-    @pytest.fixture(scope="class", params=loops())
-    def server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]:
-        """A server with default options, shared by the tests of a class; once per event loop."""
-        state = tmp_path_factory.mktemp("state")
-        with ServerProcess(state, f"--loop={request.param}") as server:
-            yield server
+def loops() -> list[str]:
+    """Return the event loops to test on."""
+    return ["asyncio"] + (["uvloop"] if sc.uvloop is not None else [])
 
 
-# An echo server, for conformance suites ──────────────────────────────────────────────────────
+@pytest.fixture(scope="class", params=loops())
+def server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]:
+    """A server with default options, shared by the tests of a class; once per event loop."""
+    state = tmp_path_factory.mktemp("state")
+    with ServerProcess(state, f"--loop={request.param}") as server:
+        yield server
 
 
-async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Echo the messages of one WebSocket client, on the module's own handshake and codec."""
+# Shared pieces of the wire tests ─────────────────────────────────────────────────────────────
+
+ANY_PROPERTY = settings(max_examples=200, deadline=None, database=None)
+
+
+class Outcome(NamedTuple):
+    """What a parser made of some bytes: whole items, and how it ended (None: it would go on)."""
+
+    items: list[Any]
+    end: Any
+
+
+def feed_every_way(
+    parse: Callable[[Iterable[bytes]], Outcome], data: bytes, tail: bytes, tail_item: Any
+) -> Outcome:
+    """Return what `parse` makes of data: the same whole, byte by byte, and with a tail.
+
+    After the end the tail must not be understood; elsewhere it must give its item.
+    """
+    outcome = parse([data])
+    assert parse(data[at : at + 1] for at in range(len(data))) == outcome
+    if outcome != Outcome([], None):  # half a message would take the tail for its rest
+        tail_items = [tail_item] if outcome.end is None else []
+        assert parse([data + tail]) == Outcome(outcome.items + tail_items, outcome.end)
+    return outcome
+
+
+def cut_bytes(data: bytes, places: Iterable[int]) -> list[bytes]:
+    """Return data in pieces."""
+    ends = sorted({place % (len(data) + 1) for place in places})
+    return [data[start:end] for start, end in zip([0, *ends], [*ends, len(data)])]
+
+
+def mutate_bytes(chance: random.Random, data: bytes, pool: list[bytes]) -> bytes:
+    """Return data with a few pieces of the pool put in, or in place of some bytes."""
+    for _ in range(chance.randint(1, 3)):
+        at, size = chance.randint(0, len(data)), chance.choice([0, 0, 1, 2])
+        data = data[:at] + chance.choice(pool) + data[at + size :]
+    return data
+
+
+def parametrize_rows(names: str, rows: Iterable[tuple[Any, ...]]) -> Any:
+    """One test for each row of a table; a row begins with the name of its case."""
+    rows = list(rows)
+    return pytest.mark.parametrize(names, [row[1:] for row in rows], ids=[row[0] for row in rows])
+
+
+def name_rows(name: str, build: Callable[[Any], bytes], expected: Any, values: Any) -> list[Any]:
+    """Return a row for each value: its name, the bytes that build makes of it, what is expected."""
+    return [(f"{name} {value!r}", build(value), expected) for value in values]
+
+
+def status_of(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns, or the status of its HttpError."""
+    try:
+        return call(*arguments)
+    except sc.HttpError as error:
+        return error.status
+
+
+def http_message(*lines: str, body: bytes = b"") -> bytes:
+    """Return a request of these lines, each as latin-1 with CRLF, and the body."""
+    return "".join(line + "\r\n" for line in [*lines, ""]).encode("latin-1") + body
+
+
+def http_get(*fields: str) -> bytes:
+    return http_message("GET / HTTP/1.1", "Host: a", *fields)
+
+
+def http_post(*fields: str, body: bytes = b"") -> bytes:
+    return http_message("POST /exec HTTP/1.1", "Host: a", *fields, body=body)
+
+
+def http_chunked(body: bytes) -> bytes:
+    return http_post("Transfer-Encoding: chunked", body=body)
+
+
+def http_head_of(size: int) -> bytes:
+    """Return a request whose head has exactly `size` bytes, in fields of 4 KiB at most."""
+    fields = ["x: " + "v" * 2048] * (size // 2053 - 1)
+    return http_get(*fields, "x: " + "v" * (size - len(http_get(*fields, "x: "))))
+
+
+def parse_requests(pieces: Iterable[bytes]) -> Outcome:
+    """Run an HttpParser. Items: (head, body). End: the status of its error."""
+    parser, items, head = sc.HttpParser(), [], None
+    try:
+        for piece in pieces:
+            parser.feed(piece)
+            while True:
+                head = head or parser.next_head()
+                body = parser.next_body() if head else None
+                if body is None:
+                    break
+                items.append((head, body))
+                head = None
+    except sc.HttpError as error:
+        return Outcome(items, error.status)
+    return Outcome(items, None)
+
+
+def feed_http(data: bytes) -> Outcome:
+    tail = sc.RequestHead("GET", "/tail", False, (("host", "tail"),))
+    request = http_message("GET /tail HTTP/1.1", "Host: tail")
+    return feed_every_way(parse_requests, data, request, (tail, b""))
+
+
+def parse_head(line: str, *fields: str) -> sc.RequestHead:
+    """Return the head of a request line such as `GET /`; HTTP/1.1 unless it says otherwise."""
     parser = sc.HttpParser()
-    head = None
-    while head is None:
-        data = await reader.read(65536)
-        if not data:
-            return writer.close()
-        parser.feed(data)
-        head = parser.next_head()
-    writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head)))
-    websocket = sc.WebSocketConnection(max_message_bytes=32 * sc.MIB, max_fragments=sys.maxsize)
-    data = parser.take_rest()
-    while websocket.state is sc.WebSocketState.OPEN:
-        for opcode, payload in websocket.receive(data):
-            echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
-            raw = payload.encode("utf-8") if isinstance(payload, str) else payload
-            if opcode not in (sc.Opcode.CLOSE, sc.Opcode.PONG):
-                writer.write(websocket.encode(echo, raw))
-        writer.write(websocket.take_outgoing())
-        await writer.drain()
-        if websocket.state is sc.WebSocketState.OPEN:
-            data = await reader.read(65536)
-            if not data:
+    parser.feed(http_message(line if " HTTP/" in line else line + " HTTP/1.1", *fields))
+    head = parser.next_head()
+    assert head is not None
+    return head
+
+
+def parse_with_h11(data: bytes) -> Any:
+    """Return (method, target, fields, body) as h11 reads the first request, None if it does not."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=sc.MIB)
+    connection.receive_data(data)
+    try:
+        events = [connection.next_event()]
+        while isinstance(events[-1], (h11.Request, h11.Data)):
+            events.append(connection.next_event())
+    except h11.RemoteProtocolError:
+        return None
+    if not isinstance(events[-1], h11.EndOfMessage):
+        return None
+    head, body = events[0], b"".join(bytes(event.data) for event in events[1:-1])
+    fields = tuple((k.decode("latin-1"), v.decode("latin-1")) for k, v in head.headers)
+    return head.method.decode(), head.target.decode(), fields, body
+
+
+SMALL_ACCEPTED = [
+    ("plain", http_get(), "/", b""),
+    ("empty lines before", b"\r\n\r\n" + http_get(), "/", b""),
+    ("HTTP/1.0", http_message("GET /x HTTP/1.0"), "/x", b""),
+    ("query and quotes", http_message('GET /a?b="{|}\\^` HTTP/1.1'), '/a?b="{|}\\^`', b""),
+    ("path not decoded", http_message("GET //%65xec/ HTTP/1.1", "Host: a"), "//%65xec/", b""),
+    ("odd method", http_message("!#$%&'*+-.^_`|~09 / HTTP/1.1"), "/", b""),
+    ("tab and obs-text", http_get("x: a\tb \xff\x80"), "/", b""),
+    ("length 0", http_post("Content-Length: 0"), "/exec", b""),
+    ("length 5", http_post("Content-Length: 5", body=b"G\r\n\r\n"), "/exec", b"G\r\n\r\n"),
+    ("length in spaces", http_post("Content-Length: \t 5 ", body=b"hello"), "/exec", b"hello"),
+    ("identity", http_post("Content-Encoding: Identity"), "/exec", b""),
+    ("no chunk", http_chunked(b"0\r\n\r\n"), "/exec", b""),
+    ("one chunk", http_chunked(b"5\r\nhello\r\n0\r\n\r\n"), "/exec", b"hello"),
+    ("hex sizes",
+     http_chunked(b"A\r\n0123456789\r\n00b\r\n0\r\n\r\nabcdef\r\n0000000000000000\r\n\r\n"),
+     "/exec", b"01234567890\r\n\r\nabcdef"),
+    ("chunk extensions", http_chunked(b'1;a="b c"\r\nx\r\n0; \t\xff\r\n\r\n'), "/exec", b"x"),
+]  # fmt: skip
+
+FULL_BODY = b"x" * 256 * 1024
+EDGE_ACCEPTED = [
+    ("Chunked", http_post("transfer-encoding: ChunKed", body=b"0\r\n\r\n"), "/exec", b""),
+    ("trailers", http_chunked(b"0\r\nx: y\r\nContent-Length: 9\r\n\r\n"), "/exec", b""),
+    ("line of 8 KiB", http_message(f"GET /{'x' * 8178} HTTP/1.1"), "/" + "x" * 8178, b""),
+    ("field of 8 KiB", http_get("x:" + "v" * 8190), "/", b""),
+    ("100 fields", http_get(*["x: y"] * 99), "/", b""),
+    ("head of 32 KiB", http_head_of(32 * 1024), "/", b""),
+    ("largest body", http_post("Content-Length: 262144", body=FULL_BODY), "/exec", FULL_BODY),
+    ("largest chunk", http_chunked(b"40000\r\n" + FULL_BODY + b"\r\n0\r\n\r\n"), "/exec",
+     FULL_BODY),
+    ("longest extension", http_chunked(b"0" * 15 + b"1;" + b"e" * 255 + b"\r\nx\r\n0\r\n\r\n"),
+     "/exec", b"x"),
+    ("longest trailers", http_chunked(b"0\r\nx:" + b"v" * 4090 + b"\r\n\r\n"), "/exec", b""),
+]  # fmt: skip
+
+SMUGGLED = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+HTTP_REJECTED = [
+    *name_rows("framing", lambda fields: http_post(*fields, body=SMUGGLED), 400, [
+        ("Content-Length: 5", "Transfer-Encoding: chunked"),
+        ("Content-Length: 5", "Content-Length: 6"),
+        ("Transfer-Encoding: chunked", "Content-Length: 5"),
+        ("Content-Length: 5", "Content-Length: 5"), ("Content-Length: 5, 5",),
+        ("Transfer-Encoding: chunked, chunked",),
+        ("Transfer-Encoding: chunked", "Transfer-Encoding: identity")]),
+    *name_rows("length", lambda text: http_post(f"Content-Length: {text}", body=b"hello"), 400, [
+        "", "+5", "-5", "0x5", "5_0", "5 5", "5.0", "5;", "\xb2", "\xa05", "five", "\x1f5"]),
+    *name_rows("length", lambda text: http_post(f"Content-Length: {text}"), 413,
+        ["262145", "9" * 18, "9" * 20]),
+    ("length of 5,000 digits", http_post("Content-Length: " + "9" * 5000), 413),
+    ("coding on HTTP/1.0",
+     http_message("POST / HTTP/1.0", "Transfer-Encoding: chunked", body=SMUGGLED), 400),
+    *name_rows("coding", lambda text: http_post(f"Transfer-Encoding: {text}", body=SMUGGLED), 501, [
+        "gzip", "gzip, chunked", "identity", "xchunked", "\xa0chunked", "chun\xe2\x84\xaaed"]),
+    *name_rows("coding after", lambda char: http_post(f"Transfer-Encoding: {char}chunked"), 400,
+        "\v\f\x1c\0"),
+    *name_rows("encoding", lambda text: http_post(f"Content-Encoding: {text}"), 415,
+        ["gzip", "identity, gzip"]),
+    ("encoding twice", http_post("Content-Encoding: identity", "Content-Encoding: gzip"), 415),
+    *name_rows("chunk size", lambda size: http_chunked(size + b"hello\r\n0\r\n\r\n"), 400, [
+        b"5\n", *(size + b"\r\n" for size in (
+            b"-5", b"+5", b"0x5", b"5_0", b"", b"5 ", b" 5", b"5\t;a", b"0" * 16 + b"5", b"g",
+            b"\xb2", b"5,", b"5\r", b"5;a\nb", b"5;a\rb", b"5;\0"))]),
+    ("extension too long", http_chunked(b"5;" + b"e" * 256 + b"\r\nhello\r\n0\r\n\r\n"), 400),
+    ("extension without end", http_chunked(b"5;" + b"e" * 300), 400),
+    *name_rows("chunk then", lambda end: http_chunked(b"5\r\nhello" + end + b"0\r\n\r\n"), 400, [
+        b"\n", b"\r", b"XX", b"\rX", b"\n\r", b" \r\n"]),
+    *name_rows("chunk too large", http_chunked, 413, [b"40001\r\n", b"ffffffffffffffff\r\n"]),
+    ("chunks too large", http_chunked(b"40000\r\n" + FULL_BODY + b"\r\n1\r\n"), 413),
+    ("bad trailer", http_chunked(b"0\r\nx y\r\n\r\n"), 400),
+    ("trailers too long", http_chunked(b"0\r\n" + b"x: yyyy\r\n" * 456), 431),
+    *name_rows("bytes", bytes, 400, [
+        http_get().replace(b"\r\n", b"\n"), b"GET / HTTP/1.1\r\nHost: a\nx: y\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\n\n", b"\n" + http_get(), b"\r" + http_get(), b"GET /\r\n",
+        bytes.fromhex("16030100f1010000ed0303"), b"\r\n\x16\x03\x01"]),
+    *name_rows("field", http_get, 400, [
+        "x: a\rb", "x: a\r", "x: a\0", "x: \a", "x: \x7f", "x: \x1b", " x: y", "\tx: y", "x : y",
+        "x\t: y", ": y", "x", "x y: z", "x\xe9: y", "(x): y", "x\0: y", "x\x7f: y", '"x": y',
+        "x: a\r\n b"]),
+    ("obs-fold first", http_message("GET / HTTP/1.1", " Host: a"), 400),
+    *name_rows("line", lambda line: http_message(line, "Host: a"), 400, [
+        "GET", "GET /", "GET / HTTP/1.1 ", *(f"{start} HTTP/1.1" for start in (
+            "GET *", "GET foo", "CONNECT x:1", "OPTIONS *", "GET http://a/", "GET /#", "GET /\1",
+            "GET /\x7f", "GET /\xe9", "GET /\t", "GET /\r", "GET  /", "GET / a", "G@T /"))]),
+    *name_rows("line", lambda line: http_message(line, "Host: a"), 505, [
+        "PRI * HTTP/2.0", "GET / ", *(f"GET / {version}" for version in (
+            "HTTP/2.0", "HTTP/1.10", "HTTP/1.2", "HTTP/0.9", "http/1.1", "HTTP/11", "HTTP/1.\xb2",
+            "HTTP/1.1\r"))]),
+    ("line over 8 KiB", http_message(f"GET /{'x' * 8179} HTTP/1.1"), 414),
+    ("line without end", b"GET /" + b"x" * 9000, 414),
+    ("field over 8 KiB", http_get("x:" + "v" * 8191), 431),
+    ("field without end", http_get()[:-2] + b"x:" + b"v" * 9000, 431),
+    ("101 fields", http_get(*["x: y"] * 100), 431),
+    ("5,000 fields", http_get("Connection: Upgrade", "Upgrade: websocket", *["x: y"] * 5000), 431),
+    ("head over 32 KiB", http_head_of(32 * 1024 + 1), 431),
+    ("empty lines without end", b"\r\n" * 16385, 431),
+]  # fmt: skip
+
+HTTP_POOL = [bytes([byte]) for byte in b"\0\t\n\r \"#,-/09:;AZ\x7f\x80\xa0\xff"] + [
+    b"\r\n", b"\r\n\r\n", b"\r\n ", b"Host: a\r\n", b"Content-Length: 3\r\n", b"0\r\n\r\n",
+    b"1;a\r\n",
+    b"HTTP/1.0", b"Transfer-Encoding: chunked\r\n", b"chunked", b", ",
+]  # fmt: skip
+
+
+class TestHttpParser:
+    """RFC 9112, 2 to 7: request heads and bodies."""
+
+    @parametrize_rows("data, target, body", SMALL_ACCEPTED + EDGE_ACCEPTED)
+    def test_request_is_parsed_when(self, data: bytes, target: str, body: bytes) -> None:
+        outcome = feed_http(data)
+        assert [(head.target, got) for head, got in outcome.items] == [(target, body)]
+        assert outcome.end is None
+
+    @parametrize_rows("data, status", HTTP_REJECTED)
+    def test_request_is_refused_when(self, data: bytes, status: int) -> None:
+        assert feed_http(data) == Outcome([], status)
+
+    @pytest.mark.parametrize("data", [http_get(), http_chunked(b"1;a\r\nx\r\n0\r\nx: y\r\n\r\n")])
+    def test_every_beginning_of_a_request_waits(self, data: bytes) -> None:
+        for size in range(len(data)):
+            assert parse_requests([data[:size]]) == Outcome([], None)
+
+    def test_head_keeps_fields_in_order_with_values_stripped(self) -> None:
+        data = http_message("GET / HTTP/1.1", "B:  one\t", "a:", "b: \xe9 two ")
+        head = sc.RequestHead("GET", "/", False, (("b", "one"), ("a", ""), ("b", "\xe9 two")))
+        assert feed_http(data) == Outcome([(head, b"")], None)
+
+    def test_hundred_pipelined_requests_are_parsed_in_order(self) -> None:
+        data = b"".join(http_message(f"GET /{n} HTTP/1.1") for n in range(100))
+        assert [head.target for head, _ in feed_http(data).items] == [f"/{n}" for n in range(100)]
+
+    def test_limits_start_anew_with_each_request(self) -> None:
+        largest = [http_head_of(32 * 1024), http_chunked(b"0\r\nx:" + b"v" * 4090 + b"\r\n\r\n")]
+        outcome = parse_requests(largest * 2)
+        assert (len(outcome.items), outcome.end) == (4, None)
+
+    def test_request_is_refused_after_a_good_one(self) -> None:
+        outcome = feed_http(http_get() + b"GET foo HTTP/1.1\r\n\r\n")
+        assert (len(outcome.items), outcome.end) == (1, 400)
+
+    def test_rest_is_given_away_after_an_upgrade(self) -> None:
+        parser = sc.HttpParser()
+        parser.feed(http_get() + b"\x81\x80")
+        assert parser.next_head() is not None and parser.next_body() == b"" and not parser.is_idle
+        assert parser.take_rest() == b"\x81\x80"
+        assert parser.is_idle and parser.take_rest() == b""
+
+    def test_parser_is_idle_only_between_requests(self) -> None:
+        parser = sc.HttpParser()
+        assert parser.is_idle
+        for piece in (b"P", b"OST / HTTP/1.1\r\n", b"Content-Length: 1\r\n"):
+            parser.feed(piece)
+            assert parser.next_head() is None and not parser.is_idle
+        parser.feed(b"\r\n")
+        assert parser.next_head() is not None and parser.next_body() is None and not parser.is_idle
+        parser.feed(b"x")
+        assert parser.next_body() == b"x" and parser.is_idle
+
+    @ANY_PROPERTY
+    @given(
+        st.lists(st.sampled_from(SMALL_ACCEPTED + HTTP_REJECTED[:80:4]), max_size=3),
+        st.lists(st.integers(0, 9999)),
+    )
+    def test_requests_are_the_same_however_they_are_cut(self, rows: Any, places: Any) -> None:
+        data = b"".join(row[1] for row in rows)
+        assert parse_requests(cut_bytes(data, places)) == parse_requests([data])
+
+    @ANY_PROPERTY
+    @given(st.lists(st.binary(min_size=1), max_size=5))
+    def test_chunked_body_round_trips(self, chunks: list[bytes]) -> None:
+        data = b"".join(map(sc.encode_chunk, chunks)) + sc.encode_last_chunk([("x", "y")])
+        assert [body for _, body in parse_requests([http_chunked(data)]).items] == [
+            b"".join(chunks)
+        ]
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_random_bytes_raise_nothing_but_http_errors(self, seed: int) -> None:
+        chance, ends = random.Random(seed), set()
+        for _ in range(2000):
+            data = mutate_bytes(chance, chance.choice(SMALL_ACCEPTED)[1], HTTP_POOL)
+            data += bytes(chance.choices(range(256), k=20))
+            ends.add(parse_requests(cut_bytes(data, [chance.randrange(300)])).end)
+        assert ends >= {None, 400, 505}
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_request_is_never_read_otherwise_than_by_h11(self, seed: int) -> None:
+        chance, accepted = random.Random(seed), 0
+        for _ in range(2000):
+            data = mutate_bytes(chance, chance.choice(SMALL_ACCEPTED)[1], HTTP_POOL)
+            outcome = parse_requests([data])
+            # A Host is demanded by the gate; h11 takes no empty line before a request.
+            if not outcome.items or status_of(sc.check_host_syntax, outcome.items[0][0]) == 400:
+                continue
+            head, body = outcome.items[0]
+            expected = (head.method, head.target, head.fields, body)
+            assert parse_with_h11(data.lstrip(b"\r\n")) == expected, data
+            accepted += 1
+        assert accepted > 100
+
+
+class TestHttpMessages:
+    """RFC 9110, 5 to 10 and RFC 9112, 4 to 9: what a head says, queries, responses."""
+
+    @parametrize_rows("line, fields, keep", [
+        ("1.1", "GET /", [], True), ("1.1 close", "GET /", ["Connection: x, Close"], False),
+        ("1.1 second field", "GET /", ["Connection: x", "Connection: close"], False),
+        ("1.1 longer word", "GET /", ["Connection: closed"], True),
+        ("1.0", "GET / HTTP/1.0", [], False),
+        ("1.0 keep-alive", "GET / HTTP/1.0", ["Connection: Keep-Alive"], True),
+        ("1.0 both", "GET / HTTP/1.0", ["Connection: keep-alive, close"], False),
+    ])  # fmt: skip
+    def test_connection_persists_when(self, line: str, fields: list[str], keep: bool) -> None:
+        assert parse_head(line, *fields).keep_alive is keep
+
+    def test_head_tells_path_query_and_values(self) -> None:
+        head = parse_head("GET /a?b?c", "X: 1", "x: 2", "Content-Type: Text/JSON ; a=b")
+        assert (head.path, head.query, head.media_type) == ("/a", "b?c", "text/json")
+        assert (head.values("x"), head.value("x"), head.value("y")) == (["1", "2"], "1", None)
+        assert (parse_head("GET /").query, parse_head("GET /").media_type) == ("", "")
+
+    def test_tokens_are_split_and_lower_case(self) -> None:
+        assert parse_head("GET /", "x: A,, b\t,", "X: c d").tokens("x") == ["a", "b", "c d"]
+        assert parse_head("GET /").tokens("x") == []
+
+    def test_body_is_announced_by_length_or_coding(self) -> None:
+        fields = ["x: y", "Content-Length: 0", "Content-Length: 1", "Transfer-Encoding: chunked"]
+        heads = [parse_head("POST /", field) for field in fields]
+        assert [head.has_body for head in heads] == [False, False, True, True]
+
+    @pytest.mark.parametrize("query, expected", [
+        ("", {}), ("wait", {"wait": ""}), ("id=1&&raw=&", {"id": "1", "raw": ""}),
+        ("a=b=c", {"a": "b=c"}), ("a+b=c+d%2B%26%3d", {"a b": "c d+&="}),
+        ("a=%E2%82%ac&%69d=1", {"a": "\u20ac", "id": "1"}), ("a=%zz%", {"a": "%zz%"}),
+        ("id=1&id=2", 400), ("id=1&%69d=1", 400), ("a=%ff", 400), ("%ed%a0%80=a", 400),
+    ])  # fmt: skip
+    def test_query_is_parsed(self, query: str, expected: Any) -> None:
+        assert status_of(sc.parse_query, query) == expected
+
+    def test_flag_is_parsed(self) -> None:
+        values = [{}, *({"f": value} for value in ("", "1", "True", "yes", "0", "no", "x", "on"))]
+        expected = [False, True, True, True, True, False, False, 400, 400]
+        assert [status_of(sc.parse_flag, value, "f") for value in values] == expected
+
+    def test_response_is_understood_by_h11(self) -> None:
+        client = h11.Connection(h11.CLIENT)
+        client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+        client.send(h11.EndOfMessage())
+        client.receive_data(sc.encode_response_head(200, [("Transfer-Encoding", "chunked")]))
+        client.receive_data(sc.encode_chunk(b"x" * 26) + sc.encode_last_chunk([("X-Code", "7")]))
+        head, data, end = (client.next_event() for _ in range(3))
+        assert (head.status_code, bytes(head.reason), bytes(data.data)) == (200, b"OK", b"x" * 26)
+        assert list(end.headers) == [(b"x-code", b"7")]
+
+    def test_status_has_its_phrase(self) -> None:
+        assert sc.encode_response_head(404, []) == b"HTTP/1.1 404 Not Found\r\n\r\n"
+        assert set(sc.COMMAND_STATUS.values()) <= set(sc.STATUS_PHRASES)
+
+
+POLICY = sc.AccessPolicy(
+    allow_origins=frozenset({"https://app.test"}),
+    allow_hosts=frozenset({"box.test", "port.test:9"}),
+    hostnames=frozenset({"myname"}),
+)
+OPEN_POLICY = sc.AccessPolicy(True, POLICY.allow_origins, POLICY.allow_hosts, POLICY.hostnames)
+OWN_PEER = sc.Peer("127.0.0.1", "http", on_loopback=True, same_account=True)
+OTHER_PEER = sc.Peer("127.0.0.1", "http", on_loopback=True, same_account=False)
+NETWORK_PEER = sc.Peer("192.0.2.9", "http", on_loopback=False, same_account=False)
+TLS_PEER = sc.Peer("127.0.0.1", "https", on_loopback=True, same_account=True)
+# From 127.0.0.1 to a listener on the network: the account would not be asked for, nor believed.
+LOCAL_NETWORK_PEER = sc.Peer("127.0.0.1", "http", on_loopback=False, same_account=True)
+
+# The last column: the kinds of Host that are served, None for all.
+ACCESS_SITUATIONS = [
+    ("own account", POLICY, OWN_PEER, {"loopback", "listed"}),
+    ("other account", POLICY, OTHER_PEER, {"loopback", "listed"}),
+    ("network", POLICY, NETWORK_PEER, None),
+    ("network from 127.0.0.1", POLICY, LOCAL_NETWORK_PEER, None),
+    ("no_auth", OPEN_POLICY, OTHER_PEER, {"loopback", "listed", "address", "own"}),
+    ("no_auth on the network", OPEN_POLICY, NETWORK_PEER, {"loopback", "listed", "address", "own"}),
+]
+ACCESS_HOSTS = [
+    ("localhost:8080", "loopback"), ("127.0.0.1", "loopback"), ("[::1]:8080", "loopback"),
+    ("a@b", "broken"),
+    ("192.0.2.7:8080", "address"), ("[fe80::1]", "address"), ("Box.test:1", "listed"),
+    ("myname:8080", "own"),
+    ("evil.test:8080", "foreign"),
+]  # fmt: skip
+VISIT = ["Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"]
+ACCESS_FETCHES = [
+    ("no metadata", []),
+    ("same-origin", ["Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors"]),
+    ("typed by the user", ["Sec-Fetch-Site: none", *VISIT]),
+    ("cross", ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"]),
+    ("cross", ["Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"]),
+    ("visit", ["Sec-Fetch-Site: cross-site", *VISIT]),
+    ("visit", ["Sec-Fetch-Site: same-site", *VISIT]),
+]
+UPGRADE = ["Connection: Upgrade", "Upgrade: websocket"]
+FORM = ["Content-Length: 1", "Content-Type: text/plain"]
+ACCESS_REQUESTS = [
+    ("GET /", []), ("GET /?", []), ("HEAD /health", []), ("GET /health", []), ("POST /", []),
+    ("GET /tasks", []),
+    ("GET /", UPGRADE), ("GET /ws", UPGRADE), ("POST /kill?id=1", []), ("POST /exec", FORM),
+    ("OPTIONS /exec", []),
+    ("POST /exec", ["Transfer-Encoding: chunked", "Content-Type: application/JSON; a"]),
+]  # fmt: skip
+
+
+def expect_access(
+    situation: Any, host_kind: str, origin: str, fetch: str, proxied: bool, request: Any
+) -> Any:
+    """The rules of the gate, in the words of the contract: a role, None (no role) or a status."""
+    (policy, peer, served), (line, fields) = situation, request
+    is_visit = fetch == "visit" and line in ("GET /", "GET /?")
+    by_browser = origin != "none" or fetch != "no metadata"
+    is_open = line in ("GET /", "GET /?", "HEAD /health", "GET /health")
+    trusted = peer.on_loopback and peer.same_account and not proxied
+    rules = [
+        (host_kind == "broken", 400),
+        (origin == "foreign", 403),
+        (fetch in ("cross", "visit") and origin != "listed" and not is_visit, 403),
+        (by_browser and fields is FORM, 415),
+        (served is not None and host_kind not in served, 403),
+        (policy.no_auth or trusted, sc.Role.RUN),
+        (is_open and fields is not UPGRADE, None),
+    ]
+    return next((verdict for applies, verdict in rules if applies), 401)
+
+
+def check_get(policy: sc.AccessPolicy, peer: sc.Peer, *fields: str, path: str = "/tasks") -> Any:
+    """Return the role of a GET, or the status with which it is refused."""
+    return status_of(sc.check_access, policy, peer, parse_head(f"GET {path}", *fields))
+
+
+class TestAccess:
+    """SPEC "Who may connect": RFC 6454 origins, RFC 9110 7.2 Host, Fetch Metadata."""
+
+    @parametrize_rows("policy, peer, served", ACCESS_SITUATIONS)
+    def test_gate_follows_the_contract_in_every_combination(
+        self, policy: sc.AccessPolicy, peer: sc.Peer, served: Any
+    ) -> None:
+        origins, proxies = ["none", "own", "listed", "foreign"], [[], ["X-Forwarded-For: ::1"]]
+        for case in itertools.product(
+            ACCESS_HOSTS, origins, ACCESS_FETCHES, proxies, ACCESS_REQUESTS
+        ):
+            (host, host_kind), origin, (fetch, marks), proxy, (line, fields) = case
+            values = {"own": f"http://{host}", "listed": "https://app.test", "foreign": "http://x"}
+            named = [f"Origin: {values[origin]}"] if origin in values else []
+            head = parse_head(line, f"Host: {host}", *named, *marks, *proxy, *fields)
+            situation = policy, peer, served
+            expected = expect_access(situation, host_kind, origin, fetch, bool(proxy), case[4])
+            assert status_of(sc.check_access, policy, peer, head) == expected, case
+
+    @pytest.mark.parametrize("value", [
+        "", "a b", "a\tb", "\xe9", "a\\b",
+        *["a@b", "a/b", "a,b", "a:", "a:x", "a:65536", "a:123456", ":80", "::1", "[::1", "::1]"],
+        *["[::1]x", "[]", "[::g]", "[1:2]", "a?b", "a#b", "http://a", "%31", "[::1%lo]", "a:+1"],
+    ])  # fmt: skip
+    def test_host_is_refused_when_it_is(self, value: str) -> None:
+        assert check_get(OPEN_POLICY, OWN_PEER, f"Host: {value}") == 400
+
+    def test_host_is_needed_once(self) -> None:
+        hosts = ["Host: localhost"] * 2
+        assert check_get(POLICY, OWN_PEER) == check_get(POLICY, OWN_PEER, *hosts) == 400
+        expected = [403, sc.Role.RUN, 400]  # with none, one and two, on HTTP/1.0
+        heads = [parse_head("GET / HTTP/1.0", *hosts[:count]) for count in range(3)]
+        assert [status_of(sc.check_access, POLICY, OWN_PEER, head) for head in heads] == expected
+
+    @pytest.mark.parametrize("policy", [POLICY, OPEN_POLICY], ids=["loopback", "no_auth"])
+    def test_host_is_served_by_name(self, policy: sc.AccessPolicy) -> None:
+        for host in [
+            "LocalHost",
+            "localhost:65535",
+            "127.255.0.1",
+            "[0:0::1]:1",
+            "BOX.test",
+            "port.test:9",
+        ]:
+            assert check_get(policy, OWN_PEER, f"Host: {host}") is sc.Role.RUN, host
+        refused = "port.test localhost. localhost.evil.test 127.0.0.1.evil.test 127.1 xbox.test"
+        for host in (refused + " 0x7f000001 2130706433").split():
+            assert check_get(policy, OWN_PEER, f"Host: {host}") == 403, host
+
+    @pytest.mark.parametrize("peer, host, origin, own", [
+        (OWN_PEER, "localhost:8080", "http://localhost:8080", True),
+        (OWN_PEER, "LOCALHOST", "http://localhost", True),
+        (OWN_PEER, "localhost", "http://localhost:80", True),
+        (OWN_PEER, "localhost:80", "http://localhost", True),
+        (OWN_PEER, "[::1]:8080", "http://[::1]:8080", True),
+        (TLS_PEER, "localhost", "https://localhost:443", True),
+        (TLS_PEER, "localhost:80", "https://localhost", False),
+        (TLS_PEER, "localhost:8080", "http://localhost:8080", False),
+        *((OWN_PEER, "localhost:8080", origin, False) for origin in (
+            "https://localhost:8080", "http://localhost:3000", "http://localhost",
+            "http://127.0.0.1:8080", "null", "", "http://localhost:8080.evil.test",
+            "http://localhost:8080@evil.test", "http://localhost:8080/", "ws://localhost:8080",
+            "https://app.test.evil.test", "https://app.test:443", "http://localhost:8080 x")),
+        (OWN_PEER, "localhost", "http://localhost:443", False),
+        (OWN_PEER, "localhost", "http://localhost:0", False),
+    ])  # fmt: skip
+    def test_origin_is_compared(self, peer: sc.Peer, host: str, origin: str, own: bool) -> None:
+        role = check_get(POLICY, peer, f"Host: {host}", f"Origin: {origin}", *UPGRADE, path="/ws")
+        assert role == (sc.Role.RUN if own else 403)
+
+    @pytest.mark.parametrize("origin", ["http://localhost", "https://app.test"])
+    def test_origin_is_refused_when_it_stands_twice(self, origin: str) -> None:
+        twice = [f"Origin: {origin}"] * 2
+        assert check_get(POLICY, OWN_PEER, "Host: localhost", *twice, path="/") == 403
+
+    @pytest.mark.parametrize("name", [
+        "Forwarded", "X-Forwarded-For", "x-forwarded-any", "X-Real-IP", "VIA", "CF-Connecting-IP",
+        "True-Client-IP",
+    ])  # fmt: skip
+    def test_trust_ends_when_a_proxy_names_itself_by(self, name: str) -> None:
+        assert check_get(POLICY, OWN_PEER, "Host: localhost", f"{name}:") == 401
+        assert check_get(OPEN_POLICY, OWN_PEER, "Host: localhost", f"{name}:") is sc.Role.RUN
+
+    @pytest.mark.parametrize("query", ["token=x", "a=b&token=x", "token", "token="])
+    def test_token_in_the_query_is_refused(self, query: str) -> None:
+        for policy, path in itertools.product((POLICY, OPEN_POLICY), ("/", "/tasks", "/health")):
+            assert check_get(policy, OWN_PEER, "Host: localhost", path=f"{path}?{query}") == 401
+        role = check_get(POLICY, OWN_PEER, "Host: localhost", path="/?tokens=x&x=token")
+        assert role is sc.Role.RUN
+
+    def test_challenge_is_named_when_unauthorized(self) -> None:
+        with pytest.raises(sc.HttpError) as caught:
+            sc.check_access(POLICY, OTHER_PEER, parse_head("GET /x", "Host: localhost"))
+        assert caught.value.fields == (("WWW-Authenticate", "Bearer"),)
+
+    def test_loopback_addresses_are_told_apart(self) -> None:
+        yes = ["127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1", "::1%lo"]
+        no = ["128.0.0.1", "::ffff:128.0.0.1", "0.0.0.0", "::", "::2", "localhost", "", "127.1"]
+        assert [text for text in yes + no if sc.is_loopback(text)] == yes
+
+    def test_socket_owner_is_found_by_both_ends_alone(self) -> None:
+        rows = "  sl  local rem st tx:rx tr:tm->when retrnsmt uid timeout inode\n"
+        rows += "0: 0100007F:1F90 0100007F:A4D2 01 0:0 0:0 0 1001 0 11 1 0\n"
+        rows += "1: 0100007F:A4D2 0100007F:1F90 01 0:0 0:0 0 1002 0 22 1 0\n"
+        rows += f"2: {'0' * 24}01000000:0001 {'0' * 24}01000000:0002 01 0:0 0:0 0 3 0 33 1 0\n"
+        v4, v6 = ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")
+        assert sc.parse_proc_tcp(rows, (v4, 42194), (v4, 8080)) == (1002, 22)
+        assert sc.parse_proc_tcp(rows, (v6, 1), (v6, 2)) == (3, 33)
+        for peer, local in (((v4, 42194), (v4, 8081)), ((v4, 1), (v4, 2)), ((v6, 2), (v6, 1))):
+            with pytest.raises(ValueError):
+                sc.parse_proc_tcp(rows, peer, local)
+
+    @pytest.mark.parametrize("text, family", [("127.0.0.1", 2), ("::1", 10)])
+    def test_diag_request_names_both_ends(self, text: str, family: int) -> None:
+        address = ipaddress.ip_address(text)
+        request = sc.encode_diag_request((address, 42194), (address, 8080))
+        assert struct.unpack_from("=IHH", request) == (72, 20, 1) and len(request) == 72
+        assert tuple(request[16:18]) == (family, 6)
+        assert struct.unpack_from("!HH", request, 24) == (42194, 8080)
+        assert request[28:44] == request[44:60] == address.packed.ljust(16, b"\0")
+
+    def test_diag_reply_tells_the_owner_or_nothing(self) -> None:
+        reply = struct.pack("=IHHII", 88, 20, 0, 0, 0) + b"\xee" * 64 + struct.pack("=II", 1000, 7)
+        assert sc.parse_diag_reply(reply) == (1000, 7)
+        error = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + b"\0" * 100
+        for bad in (error, reply[:87]):
+            with pytest.raises(ValueError):
+                sc.parse_diag_reply(bad)
+
+
+RFC_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+KEY_FIELD = f"Sec-WebSocket-Key: {RFC_KEY}"
+VERSION_FIELD = "Sec-WebSocket-Version: 13"
+
+
+class TestUpgrade:
+    """RFC 6455, 1.3 and 4.2: the opening handshake."""
+
+    def test_accept_is_computed_as_in_the_rfc(self) -> None:
+        assert sc.compute_accept(RFC_KEY) == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+    @parametrize_rows("connection, upgrade, expected", [
+        ("plain", "Upgrade", "websocket", RFC_KEY),
+        ("any case", "uPGRADE", "WebSocket", RFC_KEY),
+        ("list", "keep-alive, Upgrade", "websocket", RFC_KEY),
+        ("lists", "x,\tupgrade ,y", "h2c, websocket", RFC_KEY),
+        ("other protocol", "Upgrade", "h2c", 400),
+        ("longer name", "Upgrade", "websockets", 400),
+        ("Kelvin sign", "Upgrade", "websoc\xe2\x84\xaaet", 400),
+        ("no connection", "keep-alive", "websocket", "no upgrade"),
+        ("longer option", "upgraded", "websocket", "no upgrade"),
+    ])  # fmt: skip
+    def test_upgrade_is_recognized(self, connection: str, upgrade: str, expected: Any) -> None:
+        fields = [f"Connection: {connection}", f"Upgrade: {upgrade}", KEY_FIELD, VERSION_FIELD]
+        head = parse_head("GET /", *fields)
+        assert sc.is_upgrade(head) is (expected != "no upgrade")
+        if sc.is_upgrade(head):
+            assert status_of(sc.check_upgrade, head) == expected
+        assert not sc.is_upgrade(parse_head("GET /", "Connection: Upgrade"))
+
+    @parametrize_rows("line, fields, status", [
+        ("POST", "POST /", [KEY_FIELD, VERSION_FIELD], 405),
+        ("HEAD", "HEAD /", [KEY_FIELD, VERSION_FIELD], 405),
+        ("HTTP/1.0", "GET / HTTP/1.0", [KEY_FIELD, VERSION_FIELD], 400),
+        ("body", "GET /", [KEY_FIELD, VERSION_FIELD, "Content-Length: 1"], 400),
+        ("chunked body", "GET /", [KEY_FIELD, VERSION_FIELD, "Transfer-Encoding: chunked"], 400),
+        ("no key", "GET /", [VERSION_FIELD], 400),
+        ("two keys", "GET /", [KEY_FIELD, KEY_FIELD, VERSION_FIELD], 400),
+        *((f"key {key!r}", "GET /", [f"Sec-WebSocket-Key: {key}", VERSION_FIELD], 400) for key in (
+            "", "AAAA", RFC_KEY[:-1], RFC_KEY[:-2], "A" * 24, "A" * 20, "!" + RFC_KEY, "\xe9" * 24,
+            "A" * 22, f"{RFC_KEY}, {RFC_KEY}", RFC_KEY[:9] + " " + RFC_KEY[9:], "A" * 26 + "==")),
+        ("no version", "GET /", [KEY_FIELD], 426),
+        ("two versions", "GET /", [KEY_FIELD, VERSION_FIELD, VERSION_FIELD], 426),
+        *((f"version {text!r}", "GET /", [KEY_FIELD, f"Sec-WebSocket-Version: {text}"], 426)
+          for text in ("", "12", "14", "8", "013", "13, 8", "x")),
+    ])  # fmt: skip
+    def test_upgrade_is_refused_when(self, line: str, fields: list[str], status: int) -> None:
+        with pytest.raises(sc.HttpError) as caught:
+            sc.check_upgrade(parse_head(line, *UPGRADE, *fields))
+        needed = {405: [("Allow", "GET")], 426: [("Sec-WebSocket-Version", "13")]}.get(status, [])
+        assert caught.value.status == status and set(needed) <= set(caught.value.fields)
+
+    @pytest.mark.parametrize("offers, chosen", [
+        ([], False), (["servercontrol.v1"], True), (["servercontrol.v1, bearer.S3cret"], True),
+        (["x", "servercontrol.v1"], True), (["x, bearer.S3cret"], False),
+        (["SERVERCONTROL.V1"], False),
+    ])  # fmt: skip
+    def test_answer_chooses_only_our_protocol(self, offers: list[str], chosen: bool) -> None:
+        extension = "Sec-WebSocket-Extensions: permessage-deflate"  # never negotiated
+        head = parse_head("GET /", *(f"Sec-WebSocket-Protocol: {o}" for o in offers), extension)
+        assert sc.encode_upgrade_response(head, RFC_KEY) == (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+            + b"Sec-WebSocket-Protocol: servercontrol.v1\r\n" * chosen
+            + b"\r\n"
+        )
+
+
+# The mask of the examples in RFC 6455, 5.7, and masks that reveal a wrong byte order or offset.
+RFC_MASK = bytes.fromhex("37fa213d")
+FRAME_MASKS = [RFC_MASK, b"\0\0\0\0", b"\xff\0\0\0", b"\0\0\0\x01", b"\x01\x02\x03\x04"]
+EDGE_LENGTHS = [0, 1, 125, 126, 127, 65535, 65536]
+TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A  # first bytes, FIN set
+TEXT_START, BINARY_START, CONTINUE, CONTINUE_END = 0x01, 0x02, 0x00, 0x80
+
+
+def xor_bytes(data: bytes, mask: bytes) -> bytes:
+    return bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+
+
+def build_frame(first: int, payload: bytes = b"", mask: bytes | None = RFC_MASK) -> bytes:
+    """Return a frame, written down from RFC 6455, 5.2, without the code under test."""
+    size, bit = len(payload), 0 if mask is None else 0x80
+    if size < 126:
+        header = bytes([first, bit + size])
+    elif size < 65536:
+        header = bytes([first, bit + 126]) + size.to_bytes(2, "big")
+    else:
+        header = bytes([first, bit + 127]) + size.to_bytes(8, "big")
+    return header + payload if mask is None else header + mask + xor_bytes(payload, mask)
+
+
+def build_text(*parts: bytes) -> bytes:
+    """Return a text message in fragments."""
+    firsts = [TEXT_START] + [CONTINUE] * (len(parts) - 2) + [CONTINUE_END]
+    return b"".join(map(build_frame, firsts, parts))
+
+
+def parse_with_websockets(data: bytes, masked: bool) -> Any:
+    """Return the frame that the `websockets` package reads, None when it needs more."""
+    reader = StreamReader()
+    reader.feed_data(data)
+    try:
+        next(Frame.parse(reader.read_exact, mask=masked))
+    except StopIteration as stop:
+        return stop.value
+    return None
+
+
+def close_code_of(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns, or ("failed", the close code of its WebSocketError)."""
+    try:
+        return call(*arguments)
+    except sc.WebSocketError as error:
+        return "failed", error.close_code
+
+
+class TestFrames:
+    """RFC 6455, 5: frames and masking; 7.4: close codes."""
+
+    @parametrize_rows("wire, opcode, payload, mask, fin", [
+        ("text", "8105 48656c6c6f", 1, b"Hello", None, True),
+        ("masked text", "8185 37fa213d 7f9f4d5158", 1, b"Hello", RFC_MASK, True),
+        ("first fragment", "0103 48656c", 1, b"Hel", None, False),
+        ("last fragment", "8002 6c6f", 0, b"lo", None, True),
+        ("ping", "8905 48656c6c6f", 9, b"Hello", None, True),
+        ("masked pong", "8a85 37fa213d 7f9f4d5158", 10, b"Hello", RFC_MASK, True),
+        ("256 bytes", "827e0100" + "00" * 256, 2, bytes(256), None, True),
+        ("64 KiB", "827f0000000000010000" + "00" * 65536, 2, bytes(65536), None, True),
+        ("masked empty close", "8880 37fa213d", 8, b"", RFC_MASK, True),
+    ])  # fmt: skip
+    def test_frame_of_the_rfc_is_encoded_and_parsed(
+        self, wire: str, opcode: int, payload: bytes, mask: bytes | None, fin: bool
+    ) -> None:
+        data = bytes.fromhex(wire)
+        assert sc.encode_frame(sc.Opcode(opcode), payload, mask, fin) == data
+        size = len(data) - len(payload)
+        assert sc.parse_frame_header(bytearray(data)) == (fin, opcode, mask, len(payload), size)
+        for short in range(size):
+            assert sc.parse_frame_header(bytearray(data[:short])) is None
+
+    @pytest.mark.parametrize("mask", [None, *FRAME_MASKS], ids=str)
+    @pytest.mark.parametrize("length", EDGE_LENGTHS)
+    def test_frame_is_encoded_at_every_length(self, length: int, mask: bytes | None) -> None:
+        payload = bytes(at * 7 % 251 for at in range(length))
+        data = sc.encode_frame(sc.Opcode.BINARY, payload, mask)
+        assert data == build_frame(BINARY, payload, mask)
+        frame = parse_with_websockets(data, mask is not None)
+        assert (frame.opcode, bytes(frame.data), frame.fin) == (2, payload, True)
+
+    def test_header_start_is_judged_in_every_value(self) -> None:
+        more = {126: (126, struct.pack("!H", 126)), 127: (65536, struct.pack("!Q", 65536))}
+        for first, second in itertools.product(range(256), range(256)):
+            opcode, short = first & 15, second & 127
+            length, extended = more.get(short, (short, b""))
+            data = bytes([first, second]) + extended + RFC_MASK
+            mask, size = (RFC_MASK, len(data)) if second & 128 else (None, len(data) - 4)
+            expected: Any = (first >= 128, opcode, mask, length, size)
+            bad_control = opcode >= 8 and (first < 128 or short > 125)
+            if first & 0x70 or opcode not in (0, 1, 2, 8, 9, 10) or bad_control:
+                expected = ("failed", 1002)
+            assert close_code_of(sc.parse_frame_header, bytearray(data)) == expected
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_header_start_is_never_laxer_than_websockets(self, masked: bool) -> None:
+        refused = 0
+        for first, short in itertools.product(range(256), range(128)):
+            data = bytes([first, short | masked << 7]) + bytes(200)
+            try:
+                parse_with_websockets(data, masked)
+            except ProtocolError:
+                refused += 1
+                assert close_code_of(sc.parse_frame_header, bytearray(data)) == ("failed", 1002)
+        assert refused > 10000
+
+    @pytest.mark.parametrize("short, size, length", [
+        (126, 2, 0), (126, 2, 125), (127, 8, 0), (127, 8, 125), (127, 8, 126), (127, 8, 65535),
+        (127, 8, 2**63), (127, 8, 2**64 - 1),
+    ])  # fmt: skip
+    def test_length_is_refused_in_a_wrong_form(self, short: int, size: int, length: int) -> None:
+        for bit in (0, 128):
+            data = bytearray([BINARY, bit + short]) + length.to_bytes(size, "big")
+            assert close_code_of(sc.parse_frame_header, data) == ("failed", 1002)
+
+    def test_mask_is_applied_at_every_size_and_offset(self) -> None:
+        data = bytes(range(1, 20))
+        for size, offset, mask in itertools.product(range(20), range(9), FRAME_MASKS):
+            expected = xor_bytes(bytes(offset) + data[:size], mask)[offset:]
+            assert sc.apply_mask(data[:size], mask, offset) == expected
+
+    def test_close_code_is_judged_in_every_value(self) -> None:
+        valid = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
+        for code in range(65536):
+            expected = (code, "why") if code in valid else ("failed", 1002)
+            payload = code.to_bytes(2, "big") + b"why"
+            assert close_code_of(sc.parse_close_payload, payload) == expected
+
+    @parametrize_rows("reason, kept", [
+        ("none", "", ""), ("exact", "x" * 123, "x" * 123), ("one too long", "x" * 124, "x" * 123),
+        ("two bytes", "\xe9" * 62, "\xe9" * 61),
+        ("four bytes", "\U0001f600" * 31, "\U0001f600" * 30),
+    ])  # fmt: skip
+    def test_close_reason_is_cut_on_a_character(self, reason: str, kept: str) -> None:
+        payload = sc.encode_close_payload(1001, reason)
+        assert payload == b"\x03\xe9" + kept.encode("utf-8") and len(payload) <= 125
+        assert sc.parse_close_payload(payload) == (1001, kept)
+
+
+def receive_as_server(pieces: Iterable[bytes]) -> Outcome:
+    """Run a server's end. Items: messages. End: its close code and the frame it answers."""
+    connection = sc.WebSocketConnection()
+    items = [message for piece in pieces for message in connection.receive(piece)]
+    answer = connection.take_outgoing()
+    assert connection.take_outgoing() == b""
+    if connection.state is sc.WebSocketState.OPEN:
+        assert answer == b"" and connection.close_code is None
+        return Outcome(items, None)
+    assert connection.state is sc.WebSocketState.CLOSED
+    return Outcome(items, (connection.close_code, answer))
+
+
+def feed_websocket(data: bytes) -> Outcome:
+    # A pong may stand everywhere between two frames.
+    pong = sc.Message(sc.Opcode.PONG, b"tail")
+    return feed_every_way(receive_as_server, data, build_frame(PONG, b"tail"), pong)
+
+
+LIMIT = sc.MAX_MESSAGE_BYTES
+WEBSOCKET_ACCEPTED = [
+    ("text", build_frame(TEXT, b"Hello"), [(1, "Hello")]),
+    ("binary", build_frame(BINARY, b"\xff\0"), [(2, b"\xff\0")]),
+    ("ping", build_frame(PING, b"Hello"), [(9, b"Hello")]),
+    ("ping of 125 bytes", build_frame(PING, b"p" * 125), [(9, b"p" * 125)]),
+    ("pong unasked", build_frame(PONG), [(10, b"")]),
+    *((f"text masked by {m.hex()}", build_frame(TEXT, b"Hello", m),
+        [(1, "Hello")]) for m in FRAME_MASKS),
+    *((f"text of {n}", build_frame(TEXT, b"x" * n), [(1, "x" * n)]) for n in EDGE_LENGTHS),
+    *((f"binary of {n}", build_frame(BINARY, b"\xfe" * n),
+        [(2, b"\xfe" * n)]) for n in EDGE_LENGTHS),
+    ("two messages", build_frame(TEXT, b"a") + build_frame(BINARY, b"b"), [(1, "a"), (2, b"b")]),
+    ("fragments", build_text(b"Hel", b"", b"lo"), [(1, "Hello")]),
+    ("empty fragments", build_text(b"", b""), [(1, "")]),
+    ("binary fragments", build_frame(BINARY_START, b"\xff") + build_frame(CONTINUE_END, b"a"),
+     [(2, b"\xffa")]),
+    ("fragments at the limit twice", build_text(b"x" * (LIMIT - 1), b"y") * 2,
+     [(1, "x" * (LIMIT - 1) + "y")] * 2),
+    ("1,024 fragments twice", build_text(*[b"x"] * 1024) * 2, [(1, "x" * 1024)] * 2),
+    ("ping between fragments",
+     build_frame(TEXT_START, b"a") + build_frame(PING, b"p") + build_frame(CONTINUE_END, b"b"),
+     [(9, b"p"), (1, "ab")]),
+    ("split code points", build_text(b"\xce", b"\xba\xe2\x82", b"\xac"), [(1, "\u03ba\u20ac")]),
+    *((f"UTF-8 {text!r}", build_frame(TEXT, text.encode("utf-8")), [(1, text)]) for text in (
+        "\0", "\x7f", "\x80", "\u07ff", "\u0800", "\ud7ff", "\ue000", "\ufeff", "\uffff",
+        "\U00010000", "\U0010ffff")),
+]  # fmt: skip
+
+WEBSOCKET_REJECTED = [
+    *name_rows("RSV", lambda bit: build_frame(TEXT | bit, b"x"), 1002, [0x40, 0x20, 0x10]),
+    *name_rows("opcode", lambda code: build_frame(0x80 | code), 1002,
+        [3, 4, 5, 6, 7, 11, 12, 13, 14, 15]),
+    *name_rows("control of 126", lambda first: build_frame(first, bytes(126)), 1002,
+        [CLOSE, PING, PONG]),
+    *name_rows("control unfinished", build_frame, 1002, [0x08, 0x09, 0x0A]),
+    *name_rows("unmasked", lambda first: build_frame(first, b"", None), 1002,
+        [TEXT, BINARY, CLOSE, PING, PONG]),
+    ("length 2**63", b"\x82\xff" + struct.pack("!Q", 2**63), 1002),
+    ("length 2**62", b"\x82\xff" + struct.pack("!Q", 2**62) + RFC_MASK, 1009),
+    ("one byte too big", build_frame(BINARY, bytes(LIMIT + 1))[:14], 1009),
+    ("too big in fragments",
+     build_frame(TEXT_START, bytes(LIMIT)) + build_frame(CONTINUE_END, b"x")[:6], 1009),
+    *name_rows("1,025 fragments of", lambda part: build_text(*[part] * 1025), 1009, [b"x", b""]),
+    ("continuation first", build_frame(CONTINUE_END, b"x"), 1002),
+    ("continuation after the end", build_text(b"a", b"b") + build_frame(CONTINUE, b"x"), 1002),
+    ("text in fragments", build_frame(TEXT_START, b"x") + build_frame(TEXT, b"y"), 1002),
+    ("binary in fragments", build_frame(TEXT_START, b"x") + build_frame(BINARY_START, b"y"), 1002),
+    *name_rows("UTF-8", lambda bad: build_frame(TEXT, b"ok" + bad), 1007, [
+        b"\x80", b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xe0\x9f\xbf", b"\xf0\x80\x80\x80",
+        b"\xed\xa0\x80", b"\xfe", b"\xed\xbf\xbf", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80",
+        b"\xff", b"\xe2\x82", b"\xce", b"\xf0\x9f\x98"]),
+    ("UTF-8 cut in fragments", build_text(b"\xe2", b"\x82"), 1007),
+    ("UTF-8 cut by an empty end", build_text(b"\xe2\x82", b""), 1007),
+    ("UTF-8 in half a frame", build_frame(TEXT, b"\xff" + bytes(99))[:7], 1007),
+    ("UTF-8 in an open message", build_frame(TEXT_START, b"\xff"), 1007),
+    ("close of 1 byte", build_frame(CLOSE, b"\x03"), 1002),
+    *name_rows("close", lambda code: build_frame(CLOSE, struct.pack("!H", code)), 1002, [
+        0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535]),
+    ("close reason", build_frame(CLOSE, b"\x03\xe8\xff"), 1007),
+    *name_rows("HTTP", lambda verb: verb + b" /exec HTTP/1.1\r\n\r\n", 1002,
+        [b"GET", b"POST", b"HEAD", b"PUT"]),
+]  # fmt: skip
+
+
+def any_frames() -> Any:
+    """For hypothesis: frames of a client, mostly right, in any order."""
+    rights = [TEXT, BINARY, CLOSE, PING, PONG, TEXT_START, BINARY_START, CONTINUE, CONTINUE_END]
+    firsts = st.sampled_from(rights * 4 + [0xC1, 0x83, 0x09])
+    texts = st.text(max_size=9).map(lambda text: text.encode("utf-8"))
+    payloads = st.one_of(texts, st.binary(max_size=9), st.just(b"\x03\xe8"))
+    masks = st.binary(min_size=4, max_size=4)
+    return st.lists(st.builds(build_frame, firsts, payloads, masks), max_size=8).map(b"".join)
+
+
+class TestWebSocketConnection:
+    """RFC 6455, 5.4 to 8.1: messages, control frames, closing and failing, in both roles."""
+
+    @parametrize_rows("data, messages", WEBSOCKET_ACCEPTED)
+    def test_message_is_received_when(self, data: bytes, messages: list[Any]) -> None:
+        assert feed_websocket(data) == Outcome(messages, None)
+
+    @parametrize_rows("data, code", WEBSOCKET_REJECTED)
+    def test_connection_fails_when(self, data: bytes, code: int) -> None:
+        close_code, answer = feed_websocket(data).end
+        assert close_code == code and answer[:1] == b"\x88" and answer[1] == len(answer) - 2
+        assert answer[2:4] == code.to_bytes(2, "big")
+
+    def test_messages_before_a_violation_are_received(self) -> None:
+        outcome = feed_websocket(build_frame(TEXT, b"a") + build_frame(PING) + b"\xff\xff")
+        assert outcome.items == [(1, "a"), (9, b"")] and outcome.end[0] == 1002
+
+    @pytest.mark.parametrize("code", [1000, 1001, 1014, 3000, 4999])
+    def test_close_is_echoed_with_its_code(self, code: int) -> None:
+        payload = struct.pack("!H", code) + b"b\xc3\xa9"
+        outcome = feed_websocket(build_frame(CLOSE, payload))
+        echo = build_frame(CLOSE, payload[:2], None)
+        assert outcome == Outcome([(8, payload)], (code, echo))
+
+    def test_close_without_a_code_is_answered_without_one(self) -> None:
+        assert feed_websocket(build_frame(CLOSE)) == Outcome([(8, b"")], (None, b"\x88\x00"))
+
+    def test_data_after_the_close_is_ignored(self) -> None:
+        connection = sc.WebSocketConnection()
+        assert len(connection.receive(build_frame(CLOSE) + build_frame(TEXT, b"x"))) == 1
+        assert connection.take_outgoing() == b"\x88\x00"
+        assert connection.receive(build_frame(TEXT, b"x") + b"\xff\xff") == []
+        assert (connection.close_code, connection.take_outgoing()) == (None, b"")
+        assert connection.close(1001) == b""
+
+    def test_our_close_is_sent_once_and_waits_for_the_answer(self) -> None:
+        connection = sc.WebSocketConnection()
+        assert connection.close(1001, "bye") == b"\x88\x05\x03\xe9bye"
+        assert connection.close(1000) == b""
+        ignored = build_frame(TEXT, b"x") + build_frame(PING) + build_text(b"a", b"b")
+        assert connection.receive(ignored) == []
+        assert connection.state is sc.WebSocketState.CLOSING
+        payload = b"\x03\xe9why"
+        assert connection.receive(build_frame(CLOSE, payload)) == [(8, payload)]
+        assert connection.state is sc.WebSocketState.CLOSED and connection.take_outgoing() == b""
+        assert (connection.close_code, connection.close_reason) == (1001, "why")
+
+    def test_violation_after_our_close_is_not_answered(self) -> None:
+        connection = sc.WebSocketConnection()
+        connection.close(1000)
+        assert connection.receive(b"\xff\xff") == [] and connection.take_outgoing() == b""
+        assert connection.state is sc.WebSocketState.CLOSED and connection.close_code == 1002
+
+    @pytest.mark.parametrize("first", [TEXT, BINARY, PING, CLOSE])
+    def test_client_refuses_masked_frames(self, first: int) -> None:
+        connection = sc.WebSocketConnection(make_mask=lambda: RFC_MASK)
+        assert connection.receive(build_frame(first)) == [] and connection.close_code == 1002
+        payload = b"\x03\xea" + connection.close_reason.encode("utf-8")
+        assert connection.take_outgoing() == build_frame(CLOSE, payload)
+
+    def test_client_masks_each_frame_anew(self) -> None:
+        masks = iter(FRAME_MASKS)
+        connection = sc.WebSocketConnection(make_mask=lambda: next(masks))
+        for mask in FRAME_MASKS[:3]:
+            assert connection.encode(sc.Opcode.TEXT, b"Hello") == build_frame(TEXT, b"Hello", mask)
+        fragment = connection.encode(sc.Opcode.TEXT, b"x", fin=False)
+        assert fragment == build_frame(TEXT_START, b"x", FRAME_MASKS[3])
+        assert connection.receive(build_frame(TEXT, b"hi", None)) == [(1, "hi")]
+        assert connection.close(1000) == build_frame(CLOSE, b"\x03\xe8", FRAME_MASKS[4])
+
+    @parametrize_rows("data, code", [
+        ("3 bytes", build_frame(TEXT, b"abc"), None), ("4 bytes", build_frame(TEXT, b"abcd"), 1009),
+        ("2 fragments", build_text(b"a", b"b"), None),
+        ("3 fragments", build_text(b"a", b"b", b"c"), 1009),
+        ("a ping", build_frame(PING, b"four"), None),
+    ])  # fmt: skip
+    def test_limits_are_those_that_were_given(self, data: bytes, code: int | None) -> None:
+        connection = sc.WebSocketConnection(max_message_bytes=3, max_fragments=2)
+        assert len(connection.receive(data)) == (code is None)
+        assert connection.close_code == code
+
+    @ANY_PROPERTY
+    @given(any_frames(), st.lists(st.integers(0, 999)))
+    def test_messages_are_the_same_however_they_are_cut(self, data: bytes, places: Any) -> None:
+        assert receive_as_server(cut_bytes(data, places)) == receive_as_server([data])
+
+    @ANY_PROPERTY
+    @given(st.lists(st.lists(st.text(), min_size=1)), st.booleans(), st.lists(st.integers(0, 9999)))
+    def test_texts_round_trip(self, texts: list[list[str]], to_server: bool, places: Any) -> None:
+        make_masks = [lambda: b"\x01\x02\x03\x04", None]
+        sender, receiver = map(sc.WebSocketConnection, make_masks[:: 1 if to_server else -1])
+        wire = b""
+        for parts in texts:
+            for at, part in enumerate(parts):
+                opcode = sc.Opcode.CONTINUATION if at else sc.Opcode.TEXT
+                wire += sender.encode(opcode, part.encode("utf-8"), fin=at == len(parts) - 1)
+        wire += sender.close(3000, "end")
+        received = [m for piece in cut_bytes(wire, places) for m in receiver.receive(piece)]
+        assert received[:-1] == [(1, "".join(parts)) for parts in texts]
+        assert sender.receive(receiver.take_outgoing()) == [(8, b"\x0b\xb8")]
+        assert sender.state is receiver.state is sc.WebSocketState.CLOSED
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_random_bytes_raise_nothing(self, seed: int) -> None:
+        chance, ends = random.Random(seed), set()
+        pool = [
+            build_frame(TEXT, b"\xe2\x82\xac"),
+            build_frame(PING),
+            build_frame(CLOSE, b"\x03\xe8"),
+        ]
+        pool += [bytes(chance.choices(range(256), k=n)) for n in range(20)] + [b"\x81", b"\xfe"]
+        for _ in range(3000):
+            data = mutate_bytes(chance, chance.choice(pool) * 3, pool)
+            end = receive_as_server(cut_bytes(data, [chance.randrange(99)])).end
+            ends.add(end and end[0])
+        assert ends >= {None, 1000, 1002, 1007}
+
+
+each_loop = pytest.mark.parametrize("loop", loops())
+
+
+def cases(*rows: tuple[Any, ...]) -> Any:
+    """Parametrize a test with rows whose first column is the id and the argument `name`."""
+
+    def decorate(test: Any) -> Any:
+        arguments = test.__code__.co_varnames[1 : test.__code__.co_argcount]
+        names = [name for name in arguments if name not in ("server", "servers")]
+        values = [row[1:] if len(names) > 1 else row[1] for row in rows]
+        return pytest.mark.parametrize(",".join(names), values, ids=[row[0] for row in rows])(test)
+
+    return decorate
+
+
+# Section 9 ───────────────────────────────────────────────────────────────────────────────────
+
+
+def make_sample(**fields: Any) -> sc.Sample:
+    empty = sc.Sample(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (0.0, 0.0, 0.0), 0.0)
+    return empty._replace(**fields)
+
+
+class TestStatistics:
+    """Section 9: what /proc says, rates, the alert rule."""
+
+    @cases(
+        ("today's kernels", "cpu  10 20 30 400 50 6 7 8 9 9\ncpu0 1 1 1 1\n", (81, 531)),
+        ("no steal", "cpu 1 2 3 4 5 6 7\n", (19, 28)),
+        ("linux 2.4", "cpu 1 2 3 4", (6, 10)),
+    )
+    def test_cpu_times(self, stat: str, expected: tuple[int, int]) -> None:
+        assert sc.parse_cpu_times(stat) == expected
+
+    def test_meminfo_is_in_bytes(self) -> None:
+        parsed = sc.parse_meminfo("MemTotal:  2 kB\nHugePages_Total:   3\nX(y): 1 kB\nEmpty:\n")
+        assert parsed["MemTotal"] == 2048 and parsed["X(y)"] == 1024
+
+    @cases(
+        ("all but loopback", " lo: 9 1 0 0 0 0 0 0 9\neth0:5 1 0 0 0 0 0 0 7\nb: 1" + " 0" * 15, (6, 7)),
+        ("head lines alone", "Inter-| Receive\n face |bytes\n", (0, 0)),
+        ("a name like loopback's", "lo0: 3 1 0 0 0 0 0 0 4 0", (3, 4)),
+    )  # fmt: skip
+    def test_net_dev(self, text: str, expected: tuple[int, int]) -> None:
+        assert sc.parse_net_dev(text) == expected
+
+    @cases(
+        ("a third", 1, 3, 33.3),
+        ("nothing elapsed", 0, 0, 0.0),
+        ("all", 7, 7, 100.0),
+        ("busy went back", -1, 10, 0.0),
+        ("total went back", 5, -10, 0.0),
+        ("more busy than total", 11, 10, 100.0),
+        ("seconds instead of ticks", 0.02, 0.16, 12.5),
+    )
+    def test_cpu_percent(self, busy: float, total: float, expected: float) -> None:
+        before = make_sample(busy_ticks=100, total_ticks=1000)
+        after = make_sample(busy_ticks=100 + busy, total_ticks=1000 + total)
+        assert sc.compute_cpu_percent(before, after) == pytest.approx(expected)
+
+    def test_stats_are_mib_and_rates(self) -> None:
+        before = make_sample(now=10.0, net_recv=1000, net_sent=5000, total_ticks=0)
+        after = sc.Sample(
+            12.0, 1, 8, 3 * sc.MIB - 1, 4 * sc.MIB, 1, 2 * sc.MIB, 5 * sc.MIB, 9 * sc.MIB,
+            2001, 4000, (0.123, 1.006, 2.0), 77.9,
+        )  # fmt: skip
+        assert sc.build_stats(before, after) == {
+            "cpu": 12.5, "ram_used": 2, "ram_total": 4, "load_avg": [0.12, 1.01, 2.0],
+            "swap_used": 0, "swap_total": 2, "disk_used": 5, "disk_total": 9,
+            "net_recv": 500, "net_sent": 0, "uptime": 77,
+        }  # fmt: skip
+
+    def test_stats_of_one_moment_do_not_divide_by_zero(self) -> None:
+        assert sc.build_stats(make_sample(), make_sample(net_recv=0))["net_recv"] == 0
+
+    # Letters: A alert, r resolved, - nothing; one value a second.
+    @cases(
+        ("above, not equal", (90, 60, 0), [90, 90.1, 90], "-Ar"),
+        ("once while it lasts", (90, 60, 0), [95] * 5 + [1, 1], "A----r-"),
+        ("again after the cool-down", (90, 3, 0), [95] * 7, "A--A--A"),
+        ("cool-down over a dip", (90, 3, 0), [95, 1, 95, 1, 95, 1], "Ar--Ar"),
+        ("no alert, nothing to resolve", (90, 60, 0), [1, 1, 90], "---"),
+        ("must last", (90, 60, 2), [95, 95, 95, 1], "--Ar"),
+        ("a dip begins anew", (90, 60, 2), [95, 95, 1, 95, 95, 95], "-----A"),
+        ("no cool-down", (90, 0, 0), [95, 95, 1], "AAr"),
+    )
+    def test_alert_rule(
+        self, options: tuple[float, float, float], values: list[float], expected: str
+    ) -> None:
+        rule = sc.AlertRule(*options)
+        letters = {"cpu_alert": "A", "alert_resolved": "r", None: "-"}
+        got = [letters[rule.update(value, 1000.0 + now)] for now, value in enumerate(values)]
+        assert "".join(got) == expected
+
+    def test_psutil_and_proc_give_equal_numbers(self) -> None:
+        if sc.psutil is None or not os.path.exists("/proc/stat"):
+            pytest.skip("needs psutil and /proc: the two sources are NOT compared")
+        ticks = os.sysconf("SC_CLK_TCK")
+        slack = {"ram_used": 256 * sc.MIB, "swap_used": 64 * sc.MIB, "disk_used": 256 * sc.MIB}
+        proc, other, later = (
+            source.read() for source in (sc.ProcSource(), sc.PsutilSource(), sc.ProcSource())
+        )
+        other = other._replace(
+            busy_ticks=other.busy_ticks * ticks, total_ticks=other.total_ticks * ticks
+        )
+        for name in sc.Sample._fields:
+            if name != "load_avg":
+                low, high = sorted((getattr(proc, name), getattr(later, name)))
+                room = slack.get(name, 0.51 if name == "uptime" else 0.01)
+                assert low - room <= getattr(other, name) <= high + room, name
+        assert other.load_avg == pytest.approx(proc.load_avg, abs=0.5)
+
+
+# Section 10 ──────────────────────────────────────────────────────────────────────────────────
+
+
+def make_feed(count: int, capacity: int, **fields: Any) -> tuple[sc.Feed, list[int]]:
+    """Return a feed after `count` events, and the list of the seqs that were encoded."""
+    encoded: list[int] = []
+
+    def encode(event: dict[str, Any]) -> bytes:
+        encoded.append(event["seq"])
+        return b"<%d>" % event["seq"]
+
+    feed = sc.Feed(encode, capacity)
+    for number in range(count):
+        assert feed.append({"type": "x", "seq": 0, **fields}) == number + 1
+    return feed, encoded
+
+
+class TestFeed:
+    """Section 10: one ordered, bounded log."""
+
+    def test_empty_feed(self) -> None:
+        feed, _ = make_feed(0, 1000)
+        assert (feed.first, feed.next, feed.read_batch(1)) == (1, 1, (b"", 1))
+
+    def test_each_event_is_encoded_once_when_first_read(self) -> None:
+        feed, encoded = make_feed(5, sc.MIB)
+        assert encoded == []
+        assert feed.read_batch(3) == (b"<3><4><5>", 6)
+        assert feed.read_batch(1) == (b"<1><2><3><4><5>", 6)
+        assert encoded == [3, 4, 5, 1, 2]
+        assert feed.read_batch(5)[0] is feed.read_batch(5)[0], "a single frame is not copied"
+
+    @cases(
+        ("at least one", 1, b"<1>", 2),
+        ("exactly full", 3, b"<1>", 2),
+        ("one begins before the limit", 4, b"<1><2>", 3),
+        ("all", 99, b"<1><2><3><4>", 5),
+    )
+    def test_batch_size(self, max_bytes: int, frames: bytes, cursor: int) -> None:
+        assert make_feed(4, sc.MIB)[0].read_batch(1, max_bytes) == (frames, cursor)
+
+    @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
+    @pytest.mark.parametrize("output", [None, b"x" * 3000], ids=["small", "output"])
+    def test_oldest_are_dropped_beyond_the_capacity(
+        self, is_read: bool, output: bytes | None
+    ) -> None:
+        capacity, cost = 100_000, 2 * sc.EVENT_OVERHEAD_BYTES + len(output or b"")
+        feed, _ = make_feed(0, capacity)
+        for seq in range(1, 6001):
+            feed.append({"seq": 0, "output": output})
+            if is_read:
+                feed.read_batch(seq)
+            assert feed.next == seq + 1 and feed.first <= seq
+        room, cost = cost, len(b"<6000>") + sc.EVENT_OVERHEAD_BYTES if is_read else cost
+        assert capacity - room - cost <= (6001 - feed.first) * cost <= capacity
+        expected = b"".join(b"<%d>" % seq for seq in range(feed.first, 6001))
+        assert feed.read_batch(feed.first, 10**9) == (expected, 6001)
+        assert len(feed._entries) < 4 * (6001 - feed.first) + 2048, "dropped entries are freed"
+
+    def test_newest_event_is_kept_however_large(self) -> None:
+        feed, _ = make_feed(3, 1000, output=b"x" * 5000)
+        assert (feed.first, feed.next) == (3, 4)
+
+    # Of 100 events 91 to 100 are kept.
+    @cases(
+        ("nothing missed", 100, True, 101, None),
+        ("one missed", 99, True, 100, None),
+        ("all kept ones missed", 90, True, 91, None),
+        ("one too old", 89, True, 91, (90, 90)),
+        ("from the beginning", 0, True, 91, (1, 90)),
+        ("from the future", 101, True, 91, (0, 90)),
+        ("other boot", 95, False, 91, (0, 90)),
+    )
+    def test_find_cursor(
+        self, since: int, same_boot: bool, cursor: int, gap: tuple[int, int] | None
+    ) -> None:
+        feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
+        assert (feed.first, feed.next) == (91, 101)
+        assert feed.find_cursor(since, same_boot) == (cursor, gap)
+
+
+class TestOutputLog:
+    """Section 10: the newest output of a task, beside a plain bytes object."""
+
+    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.given(
+        strategies.integers(0, 60),
+        strategies.lists(
+            strategies.one_of(
+                strategies.text("ab\n", max_size=40),
+                strategies.text("aé€😀", max_size=20),
+                strategies.integers(0, 60),
+            ),
+            max_size=25,
+        ),
+        strategies.integers(0, 200),
+    )
+    def test_equals_a_simple_model(self, capacity: int, steps: list[Any], offset: int) -> None:
+        def next_character(at: int) -> int:
+            while at < len(everything) and everything[at] & 0xC0 == 0x80:
+                at += 1
+            return at
+
+        with mock.patch.object(sc, "OUTPUT_BLOCK_BYTES", 16):
+            log, everything, start = sc.OutputLog(capacity), b"", 0
+            for step in steps:
+                if isinstance(step, int):
+                    log.drop_to(step)
+                    start = next_character(max(start, len(everything) - step))
+                else:
+                    everything += step.encode("utf-8")
+                    log.append(step.encode("utf-8"))
+                    start = next_character(max(start, len(everything) - capacity))
+                assert (log.start, log.end) == (start, len(everything))
+                assert log.kept_bytes == len(everything) - start
+                assert b"".join(log.read()) == everything[start:]
+            begin = next_character(max(start, min(offset, len(everything))))
+            assert b"".join(log.read(offset)) == everything[begin:]
+
+    def test_readers_share_blocks_and_keep_them(self) -> None:
+        log = sc.OutputLog(3 * sc.OUTPUT_BLOCK_BYTES)
+        blocks = [bytes([number]) * sc.OUTPUT_BLOCK_BYTES for number in range(65, 75)]
+        log.append(blocks[0])
+        pieces = log.read()
+        assert pieces[0] is blocks[0]
+        for block in blocks[1:]:
+            log.append(block)
+        assert pieces == blocks[:1] and log.read() == blocks[-3:]
+        assert (log.start, log.end) == (7 * sc.OUTPUT_BLOCK_BYTES, 10 * sc.OUTPUT_BLOCK_BYTES)
+
+    def test_small_pieces_are_gathered_in_blocks(self) -> None:
+        log = sc.OutputLog(sc.MIB)
+        for _ in range(100_000):
+            log.append(b"0123456789")
+        assert b"".join(log.read()) == b"0123456789" * 100_000
+        assert len(log.read()) <= sc.MIB // sc.OUTPUT_BLOCK_BYTES + 1
+
+
+# Section 11 ──────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_strict_json(text: Any) -> Any:
+    """Parse JSON as RFC 8259 has it: NaN and Infinity are an error."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def code_of(error: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(error) as caught:
+        function(*arguments)
+    return str(getattr(caught.value, "code"))  # noqa: B009
+
+
+class TestMessages:
+    """Section 11: JSON out, requests in, datagrams."""
+
+    @hypothesis.given(strategies.text(strategies.characters(exclude_categories=["Cs"])))
+    def test_escaping_equals_json_dumps(self, text: str) -> None:
+        escaped = b'"' + sc.escape_json_text(text.encode("utf-8")) + b'"'
+        assert escaped == json.dumps(text, ensure_ascii=False).encode("utf-8")
+
+    @pytest.mark.parametrize("around", ["%s", 'a"\\\n\r\t%s\\"é', "\x00%s\x1b"])
+    def test_escaping_of_every_character(self, around: str) -> None:
+        for code in itertools.chain(range(0xD800), range(0xE000, 0x10FFFF, 97)):
+            text = around % chr(code)
+            escaped = b'"' + sc.escape_json_text(text.encode("utf-8")) + b'"'
+            assert escaped == json.dumps(text, ensure_ascii=False).encode("utf-8"), hex(code)
+
+    @pytest.mark.parametrize("size", [0, 1, 100, 60_000, 70_000])
+    def test_event_is_one_text_frame(self, size: int) -> None:
+        output = ('"\\\x07\n€😀' * size)[:size]
+        event = {"type": "task_output", "seq": 3, "output": output.encode("utf-8"), "offset": 5}
+        frames = read_frames_of(sc.encode_event(event))
+        assert [frame[0] for frame in frames] == [0x81]
+        assert parse_strict_json(frames[0][1]) == {**event, "output": output}
+        frame = read_frames_of(sc.encode_event({"type": "x", "command": "é\ud800"}))[0]
+        assert json.loads(frame[1].decode("utf-8")) == {"type": "x", "command": "é?"}
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[]", "5", "null", '"x"', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":NaN}',
+         '{"a":-Infinity}', '{"a":1}x', "\ufeff{}", b"\xff{}", '{"a":"\n"}', "{'a':1}",
+         "[" * 100_000, '{"a":' * 100_000],
+        ids=lambda text: repr(text)[:20],
+    )  # fmt: skip
+    def test_what_is_no_json_object(self, text: Any) -> None:
+        assert code_of(sc.CommandError, sc.parse_json_object, text) == "bad_json"
+
+    @cases(
+        ("json", "application/json", '{"cmd":"ls"}', sc.ExecRequest("ls")),
+        ("json, other name", "application/json", '{"command":"ls"}', sc.ExecRequest("ls")),
+        ("json by its first byte", "application/x-www-form-urlencoded", '{"cmd":"é"}',
+         sc.ExecRequest("é")),
+        ("all fields", "", '{"cmd":"x","cwd":"/","env":{"A":"=b"},"timeout":1.5,"name":"n"}',
+         sc.ExecRequest("x", "/", {"A": "=b"}, 1.5, "n")),
+        ("json spaces", "application/json", ' \n{"cmd":"ls", "timeout":0} ', sc.ExecRequest("ls")),
+        ("verbatim, as curl -d sends", "application/x-www-form-urlencoded", "echo a+b & c=%41",
+         sc.ExecRequest("echo a+b & c=%41")),
+        ("verbatim, no type", "", " uptime\n", sc.ExecRequest(" uptime\n")),
+        ("plain text with a brace", "text/plain", "{ ls; }", sc.ExecRequest("{ ls; }")),
+        ("plain text that looks like a form", "text/plain", "cmd=5 ls", sc.ExecRequest("cmd=5 ls")),
+        ("longest", "", "x" * 65536, sc.ExecRequest("x" * 65536)),
+        ("timeout of a year", "", '{"cmd":"x","timeout":31622400}',
+         sc.ExecRequest("x", timeout=31622400)),
+    )  # fmt: skip
+    def test_exec_body(self, media_type: str, body: str, expected: Any) -> None:
+        assert sc.parse_exec_body(media_type, body.encode("utf-8")) == expected
+
+    @cases(
+        *[(f"not an object: {body[:9]!r}", "application/json", body, "bad_json") for body in
+          (b"", b"ls", b"[]", b"5", b"[" * 1000, b"\xef\xbb\xbf{}", b'{"cmd":"\xff"}',
+           b'{"cmd":"a","cmd":"a"}', b'{"cmd":"x","timeout":NaN}')],
+        ("brace is json", "", b"{ ls; }", "bad_json"),
+        *[(f"no command: {body!r}", "", body, "bad_command") for body in
+          (b"{}", b'{"cmd":5}', b'{"cmd":""}', b'{"cmd":" "}', b'{"cmd":null}', b'{"cmd":["a"]}',
+           b'{"cmd":"a","command":"a"}', b"", b" \n", b"a\0b", b'{"cmd":"a\\u0000"}',
+           b'{"cmd":"\\ud800"}', b"\xff\xfe")],
+        ("form", "application/x-www-form-urlencoded", b"cmd=ls", "form_body"),
+        ("form, other name", "application/x-www-form-urlencoded", b"command=ls&x=1", "form_body"),
+        ("multipart", "multipart/form-data", b"--x", "unsupported_media_type"),
+        ("a byte too long", "", b"x" * 65537, "too_large"),
+        ("too long in bytes", "", "é".encode() * 32769, "too_large"),
+        *[(f"field {field}", "", b'{"cmd":"x",%b}' % field.encode(), "bad_field") for field in
+          ('"cwd":5', '"cwd":""', '"cwd":"\\u0000"', '"env":[]', '"env":{"A":1}', '"env":{"":"x"}',
+           '"env":{"A=":"x"}', '"env":{"A":"\\u0000"}', '"env":{"\\udfff":""}', '"timeout":"1"',
+           '"timeout":true', '"timeout":-1', '"timeout":31622401',
+           '"timeout":null', '"name":""', '"name":"%s"' % ("n" * 201))],
+        ("unknown field", "", b'{"cmd":"x","comand":"y"}', "unknown_field"),
+    )  # fmt: skip
+    def test_exec_body_refused(self, media_type: str, body: bytes, code: str) -> None:
+        assert code_of(sc.CommandError, sc.parse_exec_body, media_type, body) == code
+        assert sc.COMMAND_STATUS.get(code, 400) in (400, 413, 415)
+
+    @pytest.mark.parametrize("value", ["", "1_0", "+1", " 1", "-1", "٣", "9" * 10240, 1, None, "x"])
+    def test_task_id_refused(self, value: Any) -> None:
+        assert sc.parse_task_id("107") == "107"
+        assert code_of(sc.CommandError, sc.parse_task_id, value) == "bad_field"
+
+    @cases(("short", "TERM", 15), ("long", "SIGKILL", 9), ("lower", "int", 2), ("1", "sighup", 1))
+    def test_signal(self, value: str, number: int) -> None:
+        assert sc.parse_signal(value) == number
+
+    @pytest.mark.parametrize("value", ["", "SIG", "9", 9, None, [], "SIGSIGTERM", "TERM ", "XYZ"])
+    def test_signal_refused(self, value: Any) -> None:
+        assert code_of(sc.CommandError, sc.parse_signal, value) == "bad_signal"
+
+    @cases(
+        ("plain", "web1", "web1"), ("empty", "", ""), ("64 letters", "h" * 64, "h" * 64),
+        ("quotes", '"' * 64, None), ("backslashes", "\\" * 64, None), ("NUL", "\0" * 64, None),
+        ("two bytes", "ü" * 64, None), ("four bytes", "😀" * 64, None), ("surrogates", "\udcff", "?"),
+        ("1,000", "x" * 1000, None), ("escape", '","auth":true,"x":"', '","auth":true,"x":"'),
+    )  # fmt: skip
+    def test_discovery_reply_fits(self, hostname: str, expected: str | None) -> None:
+        facts = {"hostname": hostname, "port": 65535, "ws_port": 65535, "discovery_port": 65535,
+                 "version": "10.10.10", "tls": False, "auth": False, "exec": False}  # fmt: skip
+        reply = sc.encode_discovery_reply(facts)
+        parsed = parse_strict_json(reply.decode("utf-8"))
+        assert len(reply) <= 256 and parsed.pop("type") == "SERVER_RESPONSE"
+        name = parsed["hostname"]
+        assert name == expected if expected is not None else hostname.startswith(name)
+        assert len(name) == len(hostname) or len(reply) > 240, "no more is cut than needed"
+        assert {**parsed, "hostname": hostname} == facts
+
+    def test_link_routes(self) -> None:
+        def row(destination: str, gateway: str, mask: str) -> str:
+            def raw(address: str) -> int:
+                return struct.unpack("=I", socket.inet_aton(address))[0]
+
+            return "eth0 %08X %08X 0001 0 0 0 %08X 0 0 0\n" % (
+                raw(destination), raw(gateway), raw(mask),
+            )  # fmt: skip
+
+        table = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"
+        table += row("0.0.0.0", "192.0.2.1", "0.0.0.0") + row("0.0.0.0", "0.0.0.0", "0.0.0.0")
+        table += row("192.0.2.0", "0.0.0.0", "255.255.255.128") + row(
+            "198.51.100.0", "192.0.2.1", "255.255.255.0"
+        )
+        table += row("203.0.113.7", "0.0.0.0", "255.255.255.255")
+        expected = ["192.0.2.0/25", "203.0.113.7/32"]
+        assert [str(network) for network in sc.parse_link_routes(table)] == expected
+        assert sc.parse_link_routes(table.split("\n", 1)[0]) == []
+
+    def test_reply_limit(self) -> None:
+        limit = sc.ReplyLimit()
+        assert [limit.allow("a", 7.0 + n / 100) for n in range(7)] == [True] * 5 + [False] * 2
+        assert limit.allow("b", 7.5) and limit.allow("a", 8.0)
+        granted = [limit.allow(str(n), 9.0) for n in range(100)]
+        assert granted == [True] * 50 + [False] * 50
+        assert limit.allow("99", 10.0)
+
+    @cases(
+        ("loopback", True, "127.0.0.1", True), ("loopback net", True, "127.9.9.9", True),
+        ("other on loopback bind", True, "192.0.2.7", False),
+        ("on link", False, "192.0.2.7", True), ("off link", False, "198.51.100.1", False),
+        ("loopback on network bind", False, "127.0.0.1", True),
+    )  # fmt: skip
+    def test_probe_of_a_neighbour(self, only: bool, source: str, answered: bool) -> None:
+        facts = {"hostname": "h"}
+        endpoint = sc.DiscoveryEndpoint(lambda: facts, sc.ReplyLimit(), loopback_only=only)
+        transport = mock.Mock()
+        endpoint.connection_made(transport)
+        network = ipaddress.IPv4Network("192.0.2.0/24")
+        with mock.patch.object(sc, "read_link_networks", lambda: [network]):
+            endpoint.datagram_received(sc.DISCOVERY_PROBE, (source, 9))
+        reply = sc.encode_discovery_reply(facts)
+        assert transport.sendto.mock_calls == [mock.call(reply, (source, 9))] * answered
+        endpoint.error_received(OSError(errno.ENETUNREACH, "unreachable"))
+
+
+# End to end: pieces ──────────────────────────────────────────────────────────────────────────
+
+NONCE = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455, 1.3, and what must answer it
+ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+UPGRADE_WS = f"""\
+GET /ws HTTP/1.1
+Host: localhost
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Version: 13
+Sec-WebSocket-Key: {NONCE}
+
+""".replace("\n", "\r\n")
+
+
+def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> bytes:
+    """Return a client's frame from its first byte on, valid or not; written for the tests."""
+    data = payload.encode("utf-8", "surrogatepass") if isinstance(payload, str) else payload
+    if len(data) < 126:
+        header = struct.pack("!BB", first, len(data) | 0x80 * masked)
+    elif len(data) < 65536:
+        header = struct.pack("!BBH", first, 126 | 0x80 * masked, len(data))
+    else:
+        header = struct.pack("!BBQ", first, 127 | 0x80 * masked, len(data))
+    if not masked:
+        return header + data
+    mask = b"\x11\x00\xfe\x5a"
+    return header + mask + bytes(a ^ b for a, b in zip(data, itertools.cycle(mask)))
+
+
+def read_frames_of(data: bytes) -> list[tuple[int, bytes]]:
+    """Return (first byte, payload) of a server's whole frames."""
+    buffer, frames = bytearray(data), []
+    while buffer:
+        frame = take_frame(buffer)
+        assert frame is not None
+        frames.append(frame)
+    return frames
+
+
+def take_frame(buffer: bytearray) -> tuple[int, bytes] | None:
+    """Cut the first frame off a buffer; None when it is not whole."""
+    if len(buffer) < 2:
+        return None
+    assert not buffer[1] & 0x80, "a server's frame is not masked"
+    size = {126: 2, 127: 8}.get(buffer[1], 0)
+    length = int.from_bytes(buffer[2 : 2 + size], "big") if size else buffer[1]
+    if len(buffer) < 2 + size + length:
+        return None
+    frame = buffer[0], bytes(buffer[2 + size : 2 + size + length])
+    del buffer[: 2 + size + length]
+    return frame
+
+
+class RawPeer:
+    """A WebSocket client on a bare socket: it reads when it is told to and can break any rule."""
+
+    def __init__(
+        self, server: ServerProcess, path: str = "/", extra: bytes = b"", receive_bytes: int = 0
+    ) -> None:
+        self.socket = socket.socket()
+        if receive_bytes:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.socket.settimeout(PATIENCE_SECONDS)
+        self.socket.connect(("127.0.0.1", server.ws_port))
+        self.socket.sendall(UPGRADE_WS.replace("/ws", path).encode("utf-8") + extra)
+        self.buffer = bytearray()
+        while b"\r\n\r\n" not in self.buffer:
+            assert self.read_some(), "no answer to the upgrade"
+        end = self.buffer.index(b"\r\n\r\n") + 4
+        self.head = bytes(self.buffer[:end])
+        assert self.head.startswith(b"HTTP/1.1 101 "), self.head
+        del self.buffer[:end]
+
+    def __enter__(self) -> RawPeer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.socket.close()
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.sendall(b"".join(frames))
+
+    def say(self, **message: Any) -> None:
+        self.send(make_frame(0x81, json.dumps(message)))
+
+    def read_some(self, size: int = 65536) -> int:
+        data = self.socket.recv(size)
+        self.buffer += data
+        return len(data)
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """Give frames until the server closes; a reset is an error: it can destroy what was
+        sent before it."""
+        while True:
+            frame = take_frame(self.buffer)
+            if frame is not None:
+                yield frame
+            elif not self.read_some():
+                assert not self.buffer, "the end cuts a frame"
+                return
+
+    def read_until(self, first: int, payload: bytes | None = None) -> list[tuple[int, bytes]]:
+        """Return the frames up to one that begins with `first` (and has this payload)."""
+        seen = []
+        for frame in self.frames():
+            seen.append(frame)
+            if frame[0] == first and payload in (None, frame[1]):
+                return seen
+        raise AssertionError(f"closed before {first:#x}: {seen[-3:]}")
+
+    def receive(self, until: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Return the JSON messages up to the first that `until` accepts."""
+        messages = []
+        for first, payload in self.frames():
+            if first == 0x81:
+                messages.append(parse_strict_json(payload.decode("utf-8")))
+                if until(messages[-1]):
+                    return messages
+        raise AssertionError(f"closed before it came: {messages[-3:]}")
+
+    def read_close(self) -> tuple[int | None, str]:
+        """Return (code, reason) of the close frame. It must be the last frame, then the end."""
+        frames = list(self.frames())
+        closes = [n for n, frame in enumerate(frames) if frame[0] == 0x88]
+        assert closes == [len(frames) - 1], f"close frames at {closes} of {len(frames)} frames"
+        payload = frames[-1][1]
+        code = int.from_bytes(payload[:2], "big") if payload else None
+        return code, payload[2:].decode("utf-8")
+
+
+def is_type(*kinds: str) -> Callable[[dict[str, Any]], bool]:
+    """For receive: one of these types."""
+    return lambda message: message["type"] in kinds
+
+
+def write_launcher(folder: Path, code: str = "", **constants: Any) -> str:
+    """Return a script that starts the server with other constants."""
+    lines = [
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})",
+        "import servercontrol as sc",
+    ]
+    for name, value in constants.items():
+        assert hasattr(sc, name)
+        lines.append(f"sc.{name} = {value!r}")
+    path = folder / "launcher.py"
+    path.write_text("\n".join([*lines, code, "sys.exit(sc.main())\n"]), encoding="utf-8")
+    return str(path)
+
+
+def check_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Check that seqs rise by one, but over gaps, which name exactly what is missing; and that
+    each task's events are in order. Return the gaps."""
+    expected, gaps = None, []
+    offsets: dict[str, Any] = {}
+    for event in events:
+        if event["type"] == "gap":
+            assert set(event) == {"type", "from", "to"} and event["from"] <= event["to"]
+            assert expected is None or event["from"] == expected
+            expected, offsets = event["to"] + 1, {}
+            gaps.append(event)
+            continue
+        assert expected is None or event["seq"] == expected
+        expected = event["seq"] + 1
+        task_id = event.get("task_id")
+        if event["type"] == "task_start":
+            assert task_id not in offsets
+            offsets[task_id] = 0
+        elif event["type"] == "task_output":
+            assert event["offset"] == offsets.get(task_id, event["offset"])
+            offsets[task_id] = event["offset"] + len(event["output"].encode("utf-8"))
+        elif event["type"] == "task_complete":
+            assert event["output_bytes"] == offsets.get(task_id, event["output_bytes"])
+            offsets[task_id] = "ended"
+    return gaps
+
+
+# End to end: WebSocket ───────────────────────────────────────────────────────────────────────
+
+
+class TestWebSocketHandshake:
+    """SPEC 2, CASES 22 to 25, on a real server."""
+
+    @cases(
+        ("as it is", "", "", "101"),
+        ("list of connection tokens", "Connection: Upgrade", "Connection: keep-alive, Upgrade", "101"),
+        ("letter case", "Upgrade: websocket\r\nConnection: Upgrade",
+         "uPGRADE: WebSocket\r\nCONNECTION: upgrade", "101"),
+        ("two connection fields", "Connection:", "Connection: x\r\nConnection:", "101"),
+        ("path /", "/ws", "/", "101"),
+        ("unknown parameter of a proxy", "/ws", "/ws?x=1", "101"),
+        ("other path", "/ws", "/socket", "404"), ("a route's path", "/ws", "/tasks", "404"),
+        ("slash", "/ws", "/ws/", "404"), ("letter case of the path", "/ws", "/WS", "404"),
+        ("no key", f"Sec-WebSocket-Key: {NONCE}\r\n", "", "400"),
+        ("two keys", "Sec-WebSocket-Key:", f"Sec-WebSocket-Key: {NONCE}\r\nSec-WebSocket-Key:", "400"),
+        ("key of 15 bytes", NONCE, "MTIzNDU2Nzg5MDEyMzQ1", "400"),
+        ("key of 17 bytes", NONCE, "MTIzNDU2Nzg5MDEyMzQ1Njc=", "400"),
+        ("key not base64", NONCE, "!" * 24, "400"), ("empty key", NONCE, "", "400"),
+        ("no version", "Sec-WebSocket-Version: 13\r\n", "", "426"),
+        ("version 8", "Version: 13", "Version: 8", "426"),
+        ("version list", "Version: 13", "Version: 13, 8", "426"),
+        ("version twice", "Key:", "Version: 13\r\nSec-WebSocket-Key:", "426"),
+        ("POST", "GET", "POST", "405"), ("HTTP/1.0", "HTTP/1.1", "HTTP/1.0", "400"),
+        ("a body", "Host:", "Content-Length: 3\r\nHost:", "400"),
+        ("a chunked body", "Host:", "Transfer-Encoding: chunked\r\nHost:", "400"),
+        ("h2c", "websocket", "h2c", "400"),
+        ("not an upgrade", "Upgrade: websocket\r\nConnection: Upgrade\r\n", "", "426"),
+        ("connection alone", "Upgrade: websocket\r\n", "", "426"),
+        ("other host", "localhost", "evil.test", "403"),
+        ("other origin", "Host:", "Origin: http://evil.test\r\nHost:", "403"),
+        ("proxy, /ws", "Host:", "X-Forwarded-For: 192.0.2.1\r\nHost:", "401"),
+        ("proxy, /", "/ws HTTP/1.1\r\n", "/ HTTP/1.1\r\nVia: 1.1 proxy\r\n", "401"),
+        *[(f"since={since}", "/ws", f"/ws?since={since}", "400") for since in
+          ("", "x", "-1", "1_0", "%D9%A3", "1.0", "9" * 30, "1&since=1")],
+    )  # fmt: skip
+    def test_answer(self, server: ServerProcess, old: str, new: str, status: str) -> None:
+        request = UPGRADE_WS.replace(old, new, 1) if old else UPGRADE_WS
+        assert request != UPGRADE_WS or not old
+        failed = len(server.log("request_failed"))
+        for port in (server.port, server.ws_port):
+            with server.connect(port) as connection:
+                connection.sendall(request.encode("ascii"))
+                answer = connection.recv(65536)
+                head = answer.partition(b"\r\n\r\n")[0] + b"\r\n"
+                assert head.startswith(b"HTTP/1.1 %b " % status.encode("ascii")), answer
+                if status == "101":
+                    assert b"\r\nSec-WebSocket-Accept: %b\r\n" % ACCEPT in head
+                    assert b"Extensions:" not in head and b"Protocol:" not in head
+                    connection.sendall(make_frame(0x88))
+                    assert read_all(connection).endswith(b"\x88\x00")
+                elif status == "426":
+                    assert b"\r\nSec-WebSocket-Version: 13\r\n" in head
+                elif status == "405":
+                    assert b"\r\nAllow: GET\r\n" in head
+        assert len(server.log("request_failed")) == failed
+
+    def test_compression_is_not_negotiated(self, server: ServerProcess) -> None:
+        from websockets.sync.client import connect
+
+        with connect(f"ws://127.0.0.1:{server.ws_port}/", compression="deflate") as websocket:
+            assert websocket.protocol.extensions == []
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0xC1, b"{}"))
+            assert peer.read_close()[0] == 1002
+
+    def test_own_subprotocol_is_chosen(self, server: ServerProcess) -> None:
+        with server.websocket(subprotocols=["other", "servercontrol.v1"]) as websocket:
+            assert websocket.subprotocol == "servercontrol.v1"
+
+    def test_messages_in_the_segment_of_the_upgrade(self, server: ServerProcess) -> None:
+        with RawPeer(server, extra=make_frame(0x81, '{"type":"hello"}')) as peer:
+            assert peer.receive(is_type("hello"))
+
+    def test_node(self, server: ServerProcess) -> None:
+        node = shutil.which("node")
+        probe = [node or "", "--experimental-websocket", "-e", "process.exit(+(typeof WebSocket != 'function'))"]  # fmt: skip
+        if node is None or subprocess.run(probe, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("no node with a WebSocket: Node is NOT tested as a client")
+        script = """
+            const socket = new WebSocket(process.argv[1]);
+            socket.onopen = () => socket.send('{"type":"hello"}');
+            socket.onmessage = ({data}) => {
+                const event = JSON.parse(data);
+                console.log(data);
+                if (event.type == "task_complete") socket.close(1000);
+            };
+            socket.onclose = (event) => console.log(JSON.stringify({type: "closed", code: event.code}));
+        """
+        command = [node, *probe[1:3], script, f"ws://localhost:{server.ws_port}/ws"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        ) as process:
+            watchdog = threading.Timer(PATIENCE_SECONDS, process.kill)
+            watchdog.start()
+            assert process.stdout is not None
+            messages = []
+            for line in process.stdout:
+                messages.append(json.loads(line))
+                if messages[-1]["type"] == "hello":
+                    server.start("printf 'é€😀'; exit 3")
+            watchdog.cancel()
+        assert messages[-1] == {"type": "closed", "code": 1000}
+        assert [m["exit_code"] for m in messages if m["type"] == "task_complete"] == [3]
+        assert "".join(m["output"] for m in messages if m["type"] == "task_output") == "é€😀"
+
+
+class TestWebSocketRules:
+    """RFC 6455 on a real server; CASES 26 to 37."""
+
+    @cases(
+        ("unmasked", make_frame(0x81, "{}", masked=False), 1002),
+        *[(f"reserved bit {bit:#x}", make_frame(0x81 | bit, "{}"), 1002) for bit in (64, 32, 16)],
+        *[(f"opcode {code}", make_frame(0x80 | code), 1002) for code in (3, 4, 5, 6, 7, 11, 15)],
+        ("ping of 126", make_frame(0x89, b"x" * 126), 1002),
+        ("ping in fragments", make_frame(0x09, b"x"), 1002),
+        ("close of 126", make_frame(0x88, b"\x03\xe8" + b"x" * 124), 1002),
+        ("length 2^63, header alone", b"\x81\xff" + b"\x80" + bytes(7), 1002),
+        ("length 2^62, header alone", b"\x81\xff" + b"\x40" + bytes(7) + b"mask", 1009),
+        ("length not shortest", b"\x81\xfe\x00\x05mask", 1002),
+        ("a byte too long", make_frame(0x81, b"x" * 65537), 1009),
+        ("far too long", make_frame(0x81, b"x" * 3_000_000), 1009),
+        ("too long in fragments", make_frame(0x01, b"x" * 40000) + make_frame(0x80, b"x" * 25537), 1009),
+        ("too many fragments", make_frame(0x01) + make_frame(0x00) * 1024, 1009),
+        ("continuation of nothing", make_frame(0x80, b"x"), 1002),
+        ("text in a fragmented text", make_frame(0x01, b"x") + make_frame(0x81, b"x"), 1002),
+        ("overlong", make_frame(0x81, b"\xc0\xaf"), 1007),
+        ("surrogate", make_frame(0x81, b"\xed\xa0\x80"), 1007),
+        ("above 10FFFF", make_frame(0x81, b"\xf4\x90\x80\x80"), 1007),
+        ("character cut at the end", make_frame(0x81, b"{}\xe2\x82"), 1007),
+        ("bad byte in a first fragment", make_frame(0x01, b"\xff"), 1007),
+        ("close of 1 byte", make_frame(0x88, b"\x03"), 1002),
+        *[(f"close {code}", make_frame(0x88, struct.pack("!H", code)), 1002) for code in
+          (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)],
+        ("close reason not UTF-8", make_frame(0x88, b"\x03\xe8\xff"), 1007),
+        *[(f"close {code} echoed", make_frame(0x88, struct.pack("!H", code) + b"bye"), code)
+          for code in (1000, 1001, 3000, 4999)],
+        ("close without a code", make_frame(0x88), None),
+        ("binary", make_frame(0x82, b"{}"), 1003),
+        ("HTTP request", b"POST /exec HTTP/1.1\r\nHost: localhost\r\n\r\nuptime" * 20, 1002),
+    )  # fmt: skip
+    def test_ends_with_the_right_code(
+        self, server: ServerProcess, data: bytes, code: int | None
+    ) -> None:
+        tasks = server.get("/tasks")
+        with RawPeer(server) as peer:
+            with contextlib.suppress(ConnectionError):  # what is too long need not be taken
+                peer.send(data)
+            if code == 1003:
+                peer.send(make_frame(0x88, b"\x03\xeb"))
+            got = peer.read_close()
+            assert got[0] == code and len(got[1].encode("utf-8")) <= 123
+        assert server.get("/tasks") == tasks
+
+    @cases(
+        ("longest message", [make_frame(0x81, '{"type":"ping"%s}' % (" " * 65521))]),
+        ("1,024 fragments", [make_frame(0x01, '{"type":"ping"}'), make_frame(0x00) * 1022, make_frame(0x80)]),
+        ("byte by byte", [bytes([byte]) for byte in make_frame(0x81, '{"type":"ping"}')]),
+        ("characters cut by fragments", [make_frame(0x01, b'{"type":"ping","x":"\xf0\x9f'), make_frame(0x00, b"\x98"),
+                                         make_frame(0x80, b'\x80"}')]),
+    )  # fmt: skip
+    def test_is_accepted(self, server: ServerProcess, parts: list[bytes]) -> None:
+        with RawPeer(server) as peer:
+            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in parts:
+                peer.send(part)
+            assert set(peer.receive(is_type("pong", "error"))[-1]) == {"type", "timestamp"}
+
+    def test_ping_between_fragments(self, server: ServerProcess) -> None:
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0x01, '{"type":'), make_frame(0x89, b"now"))
+            assert peer.read_until(0x8A)[-1] == (0x8A, b"now")
+            peer.send(make_frame(0x80, '"ping"}'))
+            assert peer.receive(is_type("pong"))
+
+    def test_unsolicited_pongs_are_ignored(self, server: ServerProcess) -> None:
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0x8A, b"x") * 1000, make_frame(0x89, b"end"))
+            kinds = {first for first, _ in peer.read_until(0x8A)[:-1]}
+            assert kinds <= {0x81}
+
+    def test_descriptors_are_freed(self, server: ServerProcess) -> None:
+        before = server.descriptors()
+        peers = [RawPeer(server) for _ in range(30)]
+        assert server.get("/info")["clients"] == 30
+        for number, peer in enumerate(peers):
+            peer.send((b"", make_frame(0x88), b"\xff\xff")[number % 3])
+            peer.socket.close()
+        wait_until(lambda: server.descriptors() <= before and server.get("/info")["clients"] == 0)
+
+    def test_ping_flood_that_reads_nothing(self, server: ServerProcess) -> None:
+        with RawPeer(server, receive_bytes=4096) as peer, server.websocket() as other:
+            before = server.resident_kib()
+            for number in range(100):
+                peer.send(*[make_frame(0x89, b"%0125d" % (number * 1000 + n)) for n in range(1000)])
+            other.send('{"type":"ping"}')
+            assert receive_events(other, is_type("pong"))
+            assert server.resident_kib() - before < 16 * 1024
+            frames = peer.read_until(0x8A, b"%0125d" % 99_999)
+            pongs = [int(payload) for first, payload in frames if first == 0x8A]
+            assert pongs == sorted(set(pongs)) and len(pongs) < 100_000
+
+    @each_loop
+    def test_nothing_follows_our_close(self, loop: str, tmp_path: Path) -> None:
+        script = write_launcher(tmp_path, CLOSE_SECONDS=0.5, SWEEP_SECONDS=0.05)
+        options = (f"--loop={loop}", "--interval=0.05")
+        with ServerProcess(tmp_path, *options, script=script) as server:
+            task_id = server.start("sleep 60")
+            kill = json.dumps({"type": "task_kill", "task_id": task_id, "signal": "KILL"})
+            with RawPeer(server) as peer:
+                peer.send(make_frame(0x82), make_frame(0x81, kill), make_frame(0x89, b"x"))
+                peer.send(make_frame(0x81, '{"type":"hello"}'))
+                assert peer.read_close()[0] == 1003  # and the end, though we never answer
+            assert server.task(task_id)["state"] == "running"
+            with RawPeer(server, receive_bytes=4096) as peer:  # asks much, but never reads
+                before, end = server.resident_kib(), time.monotonic() + PATIENCE_SECONDS
+                with pytest.raises(ConnectionError):
+                    while time.monotonic() < end:
+                        peer.send(make_frame(0x81, '{"type":"hello"}') * 1000)
+                assert server.resident_kib() - before < 32 * 1024
+            wait_until(lambda: server.get("/info")["clients"] == 0)
+
+    def test_times_are_those_of_the_contract(self) -> None:
+        assert (sc.CLOSE_SECONDS, sc.PING_SECONDS, sc.PONG_SECONDS) == (5.0, 20.0, 20.0)
+        assert (sc.WRITE_STALL_SECONDS, sc.KEEP_EVENTS_BYTES) == (30.0, 16 * sc.MIB)
+
+    @each_loop
+    def test_pings_and_dead_peers(self, loop: str, tmp_path: Path) -> None:
+        times = {"PING_SECONDS": 0.3, "PONG_SECONDS": 0.3, "SWEEP_SECONDS": 0.05}
+        script = write_launcher(tmp_path, **times)
+        with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
+            with RawPeer(server) as dead, RawPeer(server) as alive, RawPeer(server) as asking:
+                for _number in range(6):
+                    alive.read_until(0x89, b"")
+                    alive.send(make_frame(0x8A))
+                    asking.say(type="ping")  # any sign of life will do
+                assert server.get("/info")["clients"] == 2
+                with contextlib.suppress(ConnectionResetError):
+                    pings = [frame for frame in dead.frames() if frame[0] == 0x89]
+                    assert 1 <= len(pings) <= 2
+                assert asking.receive(is_type("pong"))
+
+    @each_loop
+    def test_stopping_server_says_1001_and_then_nothing(self, loop: str, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.05") as server:
+            with RawPeer(server) as silent, server.websocket() as client:
+                task_id = server.start("sleep 60")
+                receive_events(client, is_type("task_start"))
+                server.process.terminate()
+                events = receive_events(client, is_complete(task_id))
+                assert (events[-1]["state"], events[-1]["signal"]) == ("killed", "TERM")
+                with pytest.raises(Exception, match="1001"):
+                    receive_events(client, lambda event: False)
+                assert silent.read_close() == (1001, "the server stops")
+            assert server.process.wait(PATIENCE_SECONDS) == 0
+
+
+# End to end: events ──────────────────────────────────────────────────────────────────────────
+
+is_text: Any = lambda value: isinstance(value, str)  # noqa: E731
+is_count: Any = lambda value: type(value) is int and value >= 0  # noqa: E731
+is_number: Any = lambda value: type(value) in (int, float) and value >= 0  # noqa: E731
+is_id: Any = lambda value: is_text(value) and value.isdigit()  # noqa: E731
+EVENT_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "stats_update": {
+        "cpu": lambda v: type(v) is float and 0 <= v <= 100 and round(v, 1) == v,
+        **dict.fromkeys(["ram_used", "ram_total", "swap_used", "swap_total", "disk_used", "disk_total"], is_count),
+        **dict.fromkeys(["net_recv", "net_sent", "uptime"], is_count),
+        "hostname": lambda v: v == socket.gethostname(), "cpus": lambda v: v == os.cpu_count(),
+        "load_avg": lambda v: len(v) == 3 and all(map(is_number, v)),
+    },
+    "task_start": {
+        "task_id": is_id, "command": is_text, "pid": is_count, "cwd": os.path.isabs,
+        "tty": lambda v: v is False, "name": lambda v: v is None or is_text(v),
+        "by": lambda v: bool(re.fullmatch(r"127\.0\.0\.1:\d+ run", v)),
+    },
+    "task_output": {"task_id": is_id, "output": is_text, "offset": is_count},
+    "task_complete": {
+        "task_id": is_id, "exit_code": lambda v: is_count(v) and v < 256,
+        "signal": lambda v: v is None or v in sc.SIGNALS,
+        "state": lambda v: v in ("done", "killed", "timeout"), "duration_ms": is_count,
+        "output_bytes": is_count, "cpu_s": is_number, "max_rss_kb": is_count,
+    },
+    "cpu_alert": {
+        "cpu": is_number, "hostname": is_text, "message": is_text,
+        "tasks": lambda v: isinstance(v, list) and all(map(is_id, v)),
+    },
+    "alert_resolved": {
+        "alert": lambda v: v == "cpu_alert", "cpu": is_number, "hostname": is_text,
+        "duration_ms": is_count,
+    },
+}  # fmt: skip
+
+
+def check_event(event: dict[str, Any]) -> None:
+    """Check that a broadcast event has exactly its fields, and sane values in them."""
+    fields = {"timestamp": is_count, "seq": is_count, **EVENT_FIELDS[event["type"]]}
+    assert set(event) == {"type", *fields}
+    assert [name for name, is_fine in fields.items() if not is_fine(event[name])] == []
+    assert abs(event["timestamp"] / 1000 - time.time()) < 60
+
+
+class TestEvents:
+    """SPEC 2: broadcast events, requests and answers."""
+
+    def test_events_of_a_task(self, server: ServerProcess) -> None:
+        with server.websocket() as websocket:
+            task_id = server.start("printf 'a\\033\\000\\r\\n\\377€'; exit 7", name="n", cwd="/")
+            events = receive_events(websocket, is_complete(task_id))
+        for event in events:
+            check_event(event)
+        assert check_stream(events) == []
+        start, *outputs, end = [event for event in events if event.get("task_id") == task_id]
+        assert [event["type"] for event in (start, end)] == ["task_start", "task_complete"]
+        assert (start["cwd"], start["name"], end["exit_code"], end["state"]) == (
+            "/",
+            "n",
+            7,
+            "done",
+        )
+        assert "".join(event["output"] for event in outputs) == "a\033\0\r\n\ufffd€"
+        assert (end["signal"], end["output_bytes"]) == (None, 11)
+
+    def test_every_client_sees_the_same_order(self, server: ServerProcess) -> None:
+        paths = ("/", "/ws")
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(server.websocket(paths[n % 2])) if n % 3 else
+                stack.enter_context(RawPeer(server, paths[n % 2])) for n in range(6)
+            ]  # fmt: skip
+            loop = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; done"
+            ids = [server.start(loop) for _ in range(10)]
+            for task_id in ids:
+                server.wait_for_end(task_id)
+            last = server.start("exit 0")
+            streams = []
+            for client in clients:
+                israw = isinstance(client, RawPeer)
+                streams.append(
+                    client.receive(is_complete(last)) if israw
+                    else receive_events(client, is_complete(last))
+                )  # fmt: skip
+        begin = max(stream[0]["seq"] for stream in streams)
+        streams = [[event for event in stream if event["seq"] >= begin] for stream in streams]
+        assert all(check_stream(stream) == [] for stream in streams)
+        assert all(stream == streams[0] for stream in streams)
+        outputs = [event for event in streams[0] if event["type"] == "task_output"]
+        assert {event["task_id"] for event in outputs} == set(ids)
+
+    def test_silent_client_gets_broadcasts_alone(self, server: ServerProcess) -> None:
+        with RawPeer(server) as silent, server.websocket() as asking:
+            asking.send('{"type":"hello"}')
+            asking.send("nonsense")
+            task_id = server.start("echo x")
+            events = silent.receive(is_complete(task_id))
+        assert all("seq" in event for event in events)
+
+    def test_hello(self, server: ServerProcess) -> None:
+        task_id = server.start("sleep 60")
+        with server.websocket() as websocket:
+            websocket.send('{"type":"hello","ref":"r1"}')
+            events = receive_events(websocket, is_type("hello"))
+            hello, info = events[-1], server.get("/info")
+            server.request("POST", f"/kill?id={task_id}")
+        for name in ("version", "hostname", "boot_id", "role", "exec", "limits"):
+            assert hello[name] == info[name], name
+        assert (hello["role"], hello["exec"], hello["ref"]) == ("run", True, "r1")
+        assert hello["seq"] <= info["seq"] and "timestamp" not in hello
+        assert [task["task_id"] for task in hello["tasks"]] == [task_id]
+        assert hello["tasks"][0]["state"] == "running"
+        assert hello["limits"]["max_message_bytes"] == 65536
+
+    @cases(
+        ("text", "abc"), ("empty", ""), ("not ASCII", "é😀\x00"), ("integer", 7), ("fraction", 1.5),
+        ("negative", -1),
+    )  # fmt: skip
+    def test_ref_comes_back(self, server: ServerProcess, ref: Any) -> None:
+        with RawPeer(server) as peer:
+            peer.say(type="ping", ref=ref)
+            pong = peer.receive(is_type("pong"))[-1]
+            assert pong["ref"] == ref and abs(pong["timestamp"] / 1000 - time.time()) < 60
+            peer.say(type="nothing", ref=ref)
+            assert peer.receive(is_type("error"))[-1]["ref"] == ref
+
+    @cases(
+        ("not JSON", "ls", "bad_json"), ("empty", "", "bad_json"), ("array", "[]", "bad_json"),
+        ("number", "5", "bad_json"), ("null", "null", "bad_json"), ("NaN", '{"type":NaN}', "bad_json"),
+        ("deep arrays", "[" * 65000, "bad_json"), ("deep objects", '{"a":' * 13000, "bad_json"),
+        ("huge number", "9" * 65000, "bad_json"), ("twice", '{"type":"ping","type":"ping"}', "bad_json"),
+        ("no type", "{}", "bad_message"), ("type 5", '{"type":5}', "bad_message"),
+        ("unknown", '{"type":"exec","cmd":"ls"}', "unknown_type"),
+        ("__init__", '{"type":"__init__"}', "unknown_type"),
+        ("kill what?", '{"type":"task_kill"}', "bad_field"),
+        ("kill 5", '{"type":"task_kill","task_id":5}', "bad_field"),
+        ("kill nothing", '{"type":"task_kill","task_id":"999999"}', "unknown_task"),
+    )  # fmt: skip
+    def test_error(self, server: ServerProcess, text: str, code: str) -> None:
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0x81, text), make_frame(0x81, '{"type":"ping"}'))
+            error, pong = [
+                message for message in peer.receive(is_type("pong")) if "seq" not in message
+            ]
+            assert error.pop("message") and error == {"type": "error", "code": code}
+
+    @pytest.mark.parametrize("number", ["1e999", "-1e999", "1e400"])
+    def test_answer_is_json_whatever_ref_is(self, server: ServerProcess, number: str) -> None:
+        with RawPeer(server) as peer:  # its parser refuses Infinity
+            peer.send(make_frame(0x81, '{"type":"ping","ref":%s}' % number))
+            assert peer.receive(is_type("pong", "error"))
+
+    def test_task_kill(self, server: ServerProcess) -> None:
+        with server.websocket() as websocket:
+            for fields, name in (({}, "TERM"), ({"signal": "KILL"}, "KILL"), ({"signal": "SIGINT"}, "INT")):  # fmt: skip
+                task_id = server.start("exec sleep 60")
+                name_file = Path(f"/proc/{server.task(task_id)['pid']}/comm")
+                wait_until(lambda file=name_file: file.read_text() == "sleep\n")
+                websocket.send(json.dumps({"type": "task_kill", "task_id": task_id, **fields}))
+                end = receive_events(websocket, is_complete(task_id))[-1]
+                assert (end["signal"], end["state"]) == (name, "killed")
+                assert end["exit_code"] == 128 + sc.SIGNALS[name]
+            running = server.start("sleep 60")
+            for wrong, code in (
+                ({"task_id": task_id}, "task_ended"), ({"task_id": running, "signal": "X"}, "bad_signal"),
+                ({"task_id": running, "signal": 9}, "bad_signal"),
+            ):  # fmt: skip
+                websocket.send(json.dumps({"type": "task_kill", "ref": 1, **wrong}))
+                error = receive_events(websocket, is_type("error"))[-1]
+                assert (error["code"], error["ref"]) == (code, 1)
+            assert server.task(running)["state"] == "running"
+            server.request("POST", f"/kill?id={running}")
+
+    def test_monitor_alone_cannot_kill(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server, RawPeer(server) as peer:
+            peer.say(type="hello")
+            assert peer.receive(is_type("hello"))[-1]["exec"] is False
+            peer.say(type="task_kill", task_id="1")
+            code = peer.receive(is_type("error"))[-1]["code"]
+            assert code in ("exec_disabled", "unknown_task")
+
+
+class TestReplay:
+    """SPEC 2, nothing lost: ?since=SEQ&boot=BOOT_ID."""
+
+    @staticmethod
+    def replay(server: ServerProcess, since: int, last: int, boot: str | None = None) -> Any:
+        """Return what a client that has seen `since` gets, up to the event `last`."""
+        boot = boot or server.get("/info")["boot_id"]
+        with RawPeer(server, f"/?since={since}&boot={boot}") as peer:
+            return peer.receive(lambda event: event.get("seq") == last)
+
+    def test_from_every_seq(self, server: ServerProcess) -> None:
+        with server.websocket() as websocket:
+            task_id = server.start("for i in 1 2 3 4 5; do echo $i; done")
+            live = receive_events(websocket, is_complete(task_id))
+        last = live[-1]["seq"]
+        for number, event in enumerate(live[:-1]):
+            assert self.replay(server, event["seq"], last) == live[number + 1 :]
+        assert self.replay(server, 0, last)[-len(live) :] == live
+        assert [event["seq"] for event in self.replay(server, 0, last)] == list(range(1, last + 1))
+        then = self.replay(server, last, last + 1)
+        assert [event["seq"] for event in then] == [last + 1], "nothing but what is new"
+
+    def test_connection_broken_again_and_again(self, server: ServerProcess) -> None:
+        boot = server.get("/info")["boot_id"]
+        with RawPeer(server) as first:
+            task_id = server.start("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
+            events = first.receive(is_type("task_start"))
+        chance = random.Random(7)
+        while not is_complete(task_id)(events[-1]):
+            with RawPeer(server, f"/ws?boot={boot}&since={events[-1]['seq']}") as peer:
+                stop = chance.randrange(1, 40)
+                events += peer.receive(
+                    lambda event: is_complete(task_id)(event) or event["seq"] >= events[-1]["seq"] + stop
+                )  # fmt: skip
+        assert check_stream(events) == []
+        output = "".join(
+            e["output"] for e in events if e.get("task_id") == task_id and "output" in e
+        )
+        assert output == "".join(f"line {n}\n" for n in range(3000))
+
+    @pytest.mark.parametrize("since", [0, 1, 10**15])
+    def test_other_boot_is_a_gap(self, server: ServerProcess, since: int) -> None:
+        task_id = server.start("exit 0")
+        server.wait_for_end(task_id)
+        with RawPeer(server, f"/?since={since}&boot=0123456789abcdef") as peer:
+            events = peer.receive(is_complete(task_id))
+        assert len(check_stream(events)) == 1 and events[0]["type"] == "gap"
+        assert events[0]["to"] == events[1]["seq"] - 1
+
+    def test_too_old_is_a_gap(self, server: ServerProcess) -> None:
+        seen = server.get("/info")["seq"]
+        flood = server.start("head -c 20000000 /dev/zero | tr '\\0' x")
+        server.wait_for_end(flood)
+        last = server.start("exit 0")
+        server.wait_for_end(last)
+        boot = server.get("/info")["boot_id"]
+        with RawPeer(server, f"/?since={seen}&boot={boot}") as peer:
+            events = peer.receive(is_complete(last))
+        assert check_stream(events) == events[:1]
+        assert (events[0]["from"], events[0]["to"]) == (seen + 1, events[1]["seq"] - 1)
+        kept = sum(len(event.get("output", "")) for event in events)
+        assert 15 * sc.MIB < kept < 16 * sc.MIB
+
+
+class TestSlowViewers:
+    """SPEC 2: a slow client costs nobody anything."""
+
+    def test_viewers_that_read_nothing(self, server: ServerProcess) -> None:
+        with contextlib.ExitStack() as stack:
+            fast, *stalled = (
+                stack.enter_context(RawPeer(server, receive_bytes=size))
+                for size in [0] + [4096] * 10
+            )
+            before = server.resident_kib()
+            task_id = server.start("head -c 100000000 /dev/zero | tr '\\0' x")
+            while b'"task_complete"' not in fast.buffer[-4096:]:  # parsed later, to be fast
+                assert fast.read_some(sc.MIB)
+            events = fast.receive(is_complete(task_id))
+            assert check_stream(events) == [] and events[-1]["output_bytes"] == 100_000_000
+            texts = [event["output"] for event in events if event["type"] == "task_output"]
+            assert sum(map(len, texts)) == sum(text.count("x") for text in texts) == 100_000_000
+            assert server.get("/health") == {"ok": True}
+            assert server.resident_kib() - before < 64 * 1024
+            # Whoever begins to read now has missed much, and is told exactly what.
+            by_seq = {event["seq"]: event for event in events}
+            for peer in stalled[:2]:
+                seen = peer.receive(is_complete(task_id))
+                (gap,) = check_stream(seen)
+                assert all(event == by_seq[event["seq"]] for event in seen if "output" in event)
+                rest = seen[seen.index(gap) + 1 :]
+                kept = sum(len(event.get("output", "")) for event in rest)
+                assert 15 * sc.MIB < kept < 16 * sc.MIB and seen[-1] == events[-1]
+
+    def test_kernel_keeps_little_for_a_stalled_viewer(self, server: ServerProcess) -> None:
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("needs Linux: what the kernel keeps for a viewer is NOT measured")
+        with RawPeer(server, receive_bytes=4096) as peer:
+            task_id = server.start("head -c 20000000 /dev/zero | tr '\\0' x")
+            server.wait_for_end(task_id)
+            ends = (server.ws_port, peer.socket.getsockname()[1])
+            pair = "0100007F:%04X 0100007F:%04X" % ends
+            (row,) = [
+                line for line in Path("/proc/net/tcp").read_text().splitlines() if pair in line
+            ]
+            assert int(row.split()[4].partition(":")[0], 16) < 512 * 1024
+
+    @each_loop
+    def test_stalled_one_is_closed_a_slow_one_is_not(self, loop: str, tmp_path: Path) -> None:
+        script = write_launcher(tmp_path, WRITE_STALL_SECONDS=1.5, SWEEP_SECONDS=0.05)
+        with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
+            with contextlib.ExitStack() as stack:
+                stalled, slow = (
+                    stack.enter_context(RawPeer(server, receive_bytes=size))
+                    for size in (4096, 65536)
+                )
+                task_id = server.start("head -c 12000000 /dev/zero | tr '\\0' x")
+                began, taken = time.monotonic(), 0
+
+                def take_slowly() -> bool:  # 300 kB/s
+                    nonlocal taken
+                    passed = time.monotonic() - began
+                    while taken < 300_000 * passed:
+                        size = slow.read_some(8192)
+                        assert size, "the slow one is closed too"
+                        taken += size
+                    assert server.get("/info")["clients"] == 2 or passed > 1.4
+                    return passed > 4
+
+                wait_until(take_slowly)
+                assert server.get("/info")["clients"] == 1
+                assert check_stream(slow.receive(is_complete(task_id))) == []
+                with contextlib.suppress(ConnectionResetError):
+                    while stalled.read_some():
+                        pass  # what the kernel had, then the end
+
+
+# End to end: statistics and alerts ───────────────────────────────────────────────────────────
+
+
+class TestStatisticsEvents:
+    """SPEC 2: stats_update, cpu_alert, alert_resolved."""
+
+    @each_loop
+    def test_stats_come_every_interval(self, loop: str, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.2") as server:
+            with server.websocket() as websocket:
+                count = itertools.count()
+                events = receive_events(websocket, lambda _: next(count) == 10)
+                newest = [event for event in events if event["type"] == "stats_update"][-1]
+                assert server.get("/stats")["seq"] >= newest["seq"]
+        assert {event["type"] for event in events} <= {
+            "stats_update",
+            "cpu_alert",
+            "alert_resolved",
+        }
+        events = [event for event in events if event["type"] == "stats_update"]
+        for event in events:
+            check_event(event)
+        times = [event["timestamp"] for event in events]
+        mean = (times[-1] - times[0]) / (len(times) - 1)
+        assert 180 < mean < 300 and all(a < b for a, b in zip(times, times[1:]))
+        newest = events[-1]
+        memory = int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
+        assert (
+            newest["ram_total"] == memory // 1024 and 0 < newest["ram_used"] < newest["ram_total"]
+        )
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        assert uptime - 10 < newest["uptime"] <= uptime + 1
+        usage = shutil.disk_usage("/")
+        assert newest["disk_total"] == usage.total // sc.MIB
+        assert abs(newest["disk_used"] - usage.used // sc.MIB) < 512
+
+    def test_alert_names_the_burning_tasks(self, server: ServerProcess, tmp_path: Path) -> None:
+        options = next(option for option in server.command if option.startswith("--loop"))
+        with ServerProcess(tmp_path, options, "--interval=0.2", "--cpu-alert=40") as own:
+            with own.websocket() as websocket:
+                ids = [own.start("while :; do :; done") for _ in range(os.cpu_count() or 1)]
+                alert = receive_events(websocket, is_type("cpu_alert"))
+        check_event(alert[-1])
+        assert alert[-1]["cpu"] > 40 and alert[-1]["message"] == "CPU usage exceeded 40%!"
+        assert ids and set(alert[-1]["tasks"]) <= set(ids)
+
+    @each_loop
+    @pytest.mark.parametrize("cooldown", [0.5, 3600])
+    def test_alert_cooldown_and_end(self, loop: str, cooldown: float, tmp_path: Path) -> None:
+        usage = tmp_path / "usage"
+
+        def set_usage(percent: int) -> None:
+            (tmp_path / "new").write_text(str(percent))
+            os.replace(str(tmp_path / "new"), str(usage))
+
+        set_usage(10)
+        script = write_launcher(
+            tmp_path,
+            f"""
+class Scripted(sc.ProcSource):
+    busy = total = 0.0
+    def read(self):
+        self.total += 100
+        self.busy += float(open({str(usage)!r}).read())
+        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+sc.choose_source = Scripted
+""",
+        )
+        options = ("--interval=0.05", "--cpu-alert=87.5", f"--alert-cooldown={cooldown}")
+        with ServerProcess(tmp_path, f"--loop={loop}", *options, script=script) as server:
+            with server.websocket() as websocket:
+                events = receive_events(websocket, is_type("stats_update"))
+                task_id = server.start("sleep 60")
+                set_usage(95)
+                count = itertools.count()
+                events += receive_events(
+                    websocket, lambda e: e["type"] == "stats_update" and next(count) == 30
+                )
+                set_usage(87)
+                events += receive_events(websocket, is_type("alert_resolved"))
+                for percent in (95, 20):  # within the cool-down
+                    set_usage(percent)
+                    events += receive_events(websocket, lambda e, p=percent: e.get("cpu") == p)
+                count = itertools.count()
+                events += receive_events(websocket, lambda _: next(count) == 5)
+        for event in events:
+            check_event(event)
+        alerts = [event for event in events if event["type"] == "cpu_alert"]
+        resolved = [event for event in events if event["type"] == "alert_resolved"]
+        assert (alerts[0]["cpu"], alerts[0]["tasks"]) == (95.0, [task_id])
+        assert alerts[0]["message"] == "CPU usage exceeded 87.5%!"
+        assert resolved[0]["cpu"] == 87.0
+        lasted = resolved[0]["timestamp"] - alerts[0]["timestamp"]
+        assert abs(resolved[0]["duration_ms"] - lasted) < 50
+        if cooldown == 3600:
+            assert (len(alerts), len(resolved)) == (1, 1)
+        else:
+            times = [alert["timestamp"] for alert in alerts]
+            assert len(times) >= 3 and all(b - a >= 480 for a, b in zip(times, times[1:]))
+
+
+# End to end: discovery ───────────────────────────────────────────────────────────────────────
+
+
+class Prober:
+    """A UDP socket that asks for servers."""
+
+    def __init__(self, port: int | None, source: str = "127.0.0.1") -> None:
+        self.port = port
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, sc.MIB)
+        self.socket.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_RECVTTL", 12), 1)
+        self.socket.bind((source, 0))
+        self.ttls: set[int] = set()
+
+    def __enter__(self) -> Prober:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes = b"DISCOVER_SERVER", host: str = "127.0.0.1") -> None:
+        self.socket.sendto(data, (host, self.port or 0))
+
+    def receive(self, seconds: float) -> list[bytes]:
+        """Return what has come, waiting at most so long for the first."""
+        replies = []
+        self.socket.settimeout(seconds)
+        with contextlib.suppress(socket.timeout, BlockingIOError):
+            while True:
+                data, ancillary, _, source = self.socket.recvmsg(65536, 256)
+                assert source[1] == self.port
+                self.ttls |= {struct.unpack("=i", item[2][:4])[0] for item in ancillary}
+                replies.append(data)
+                self.socket.settimeout(0)
+        return replies
+
+    def ask(self, host: str = "127.0.0.1", count: int = 1) -> list[dict[str, Any]]:
+        """Ask until `count` servers have answered (a limit may silence them for a while)."""
+        replies: dict[int, dict[str, Any]] = {}
+
+        def enough() -> bool:
+            self.send(host=host)
+            for reply in self.receive(0.25):
+                assert len(reply) <= 256
+                parsed = parse_strict_json(reply.decode("utf-8"))
+                replies[parsed["port"]] = parsed
+            return len(replies) >= count
+
+        wait_until(enough)
+        return [replies[port] for port in sorted(replies)]
+
+
+class TestDiscovery:
+    """SPEC 6, CASES 64 to 68."""
+
+    def test_reply(self, server: ServerProcess) -> None:
+        with Prober(server.discovery_port) as prober:
+            for host in ("127.0.0.1", "127.255.255.255"):
+                (reply,) = prober.ask(host)
+                assert reply == {
+                    "type": "SERVER_RESPONSE", "hostname": socket.gethostname(), "port": server.port,
+                    "ws_port": server.ws_port, "discovery_port": server.discovery_port,
+                    "version": sc.__version__, "tls": False, "auth": True, "exec": True,
+                }  # fmt: skip
+            assert prober.ttls == {1}
+
+    def test_silence_for_anything_else(self, server: ServerProcess) -> None:
+        probe = b"DISCOVER_SERVER"
+        bad = [b"", probe[:-1], probe + b"\n", b" " + probe, probe + b"\0", probe.lower(), probe * 2,
+               b"SERVER_RESPONSE", b"\0", b"{}", b"x" * 65507]  # fmt: skip
+        bad += [os.urandom(size) for size in range(1, 200)]
+        lines = len(server.stderr)
+        with Prober(server.discovery_port) as prober, Prober(server.discovery_port) as good:
+            for data in bad:
+                prober.send(data)
+            good.ask()  # so all of the bad ones have been read
+            assert prober.receive(0) == []
+        assert len(server.stderr) == lines
+
+    def test_limit_for_one_source(self, server: ServerProcess) -> None:
+        with Prober(server.discovery_port) as prober:
+            replies, began = [], time.monotonic()
+            while time.monotonic() - began < 2.1:  # so that one whole second is in it
+                for _ in range(100):
+                    prober.send()
+                replies += prober.receive(0)
+                assert server.get("/health") == {"ok": True}
+            replies += prober.receive(0.2)
+            assert 5 <= len(replies) <= 5 * (math.ceil(time.monotonic() - began) + 1)
+
+    def test_limit_in_all(self, server: ServerProcess) -> None:
+        with contextlib.ExitStack() as stack:
+            probers = [
+                stack.enter_context(Prober(server.discovery_port, f"127.0.1.{n}"))
+                for n in range(1, 121)
+            ]
+            began = time.monotonic()
+            for prober in probers * 5:
+                prober.send()
+            assert server.get("/health") == {"ok": True}
+            probers[0].receive(0.2)
+            replies = sum(len(prober.receive(0)) for prober in probers)
+            seconds = math.ceil(time.monotonic() - began) + 1
+            assert 30 <= replies <= 50 * seconds < 600
+
+    def test_prober_that_is_gone(self, server: ServerProcess) -> None:
+        for number in range(5):
+            with Prober(server.discovery_port, f"127.0.2.{number + 1}") as prober:
+                prober.send()
+        with Prober(server.discovery_port, "127.0.2.9") as prober:
+            assert len(prober.ask()) == 1
+
+    @each_loop
+    def test_two_servers_share_the_port(self, loop: str, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, f"--loop={loop}") as one:
+            port = one.discovery_port
+            with ServerProcess(tmp_path, f"--loop={loop}", f"--discovery-port={port}") as two:
+                assert two.discovery_port == port
+                with Prober(port) as prober:
+                    replies = prober.ask("127.255.255.255", count=2)
+                assert [r["port"] for r in replies] == sorted([one.port, two.port])
+
+    @each_loop
+    def test_port_that_cannot_be_had(self, loop: str, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+            with ServerProcess(tmp_path, f"--loop={loop}", f"--discovery-port={port}") as server:
+                assert server.discovery_port is None and len(server.log("discovery_off")) == 1
+                assert server.run("echo x")["output"] == "x\n"
+
+    def test_off(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-discovery") as server:
+            assert (
+                server.discovery_port is None and server.get("/info")["ports"]["discovery"] is None
+            )
+
+    @each_loop
+    def test_network_bind_answers_neighbours(self, loop: str, tmp_path: Path) -> None:
+        options = (f"--loop={loop}", "--no-auth", "--host=0.0.0.0", "--no-exec")
+        with ServerProcess(tmp_path, *options) as server:
+            sources = ["127.0.0.1"]
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+                with contextlib.suppress(OSError):
+                    own.connect(("192.0.2.1", 9))  # sends nothing: asks for our own address
+                    sources.append(own.getsockname()[0])
+            for source in sources:
+                with Prober(server.discovery_port, source) as prober:
+                    (reply,) = prober.ask(source)
+                    assert (reply["auth"], reply["exec"]) == (False, False)
+
+
+# Shared pieces of the HTTP, access and limit tests ───────────────────────────────────────────
+
+NOBODY = 65534
+UPGRADE_FIELDS = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+# Every way in: (request line, fields, body). Those of the first list hold no data.
+OPEN_REQUESTS = [("GET /", (), b""), ("GET /health", (), b""), ("HEAD /", (), b"")]
+CLOSED_REQUESTS = [
+    ("POST /exec", (), b"true"),
+    ("POST /exec?wait", ("Content-Type: application/json",), b'{"cmd":"true"}'),
+    ("POST /exec?follow", (), b"true"),
+    ("GET /tasks", (), b""),
+    ("GET /tasks?id=1", (), b""),
+    ("GET /logs?id=1", (), b""),
+    ("POST /kill?id=1", (), b""),
+    ("GET /stats", (), b""),
+    ("GET /info", (), b""),
+    ("GET /nothing", (), b""),
+    ("GET / ", UPGRADE_FIELDS, b""),
+    ("GET /ws", UPGRADE_FIELDS, b""),
+    ("GET /?since=0", UPGRADE_FIELDS, b""),
+]
+
+
+def make_request(
+    line: str, *fields: str, body: bytes = b"", host: str | None = "localhost"
+) -> bytes:
+    """Return a request; version, Host and Content-Length are added where they are missing."""
+    line = line.strip() if " HTTP/" in line else line.strip() + " HTTP/1.1"
+    lines = [line] + ([] if host is None else ["Host: " + host]) + list(fields)
+    framed = any(field.lower().startswith(("content-length", "transfer-enc")) for field in fields)
+    if body and not framed:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+# Follows what must be refused: were it ever taken for a request, a task would show.
+SMUGGLED_HTTP = make_request("POST /exec", body=b"echo smuggled")
+
+
+class AnswerStream(io.BufferedReader):
+    """The answers of one connection, or in some bytes, read one by one with http.client."""
+
+    def __init__(self, source: Any) -> None:
+        is_socket = isinstance(source, socket.socket)
+        super().__init__(socket.SocketIO(source, "r") if is_socket else io.BytesIO(source))
+
+    def makefile(self, mode: str) -> AnswerStream:
+        return self
+
+    def close(self) -> None:
+        """http.client closes what it has read an answer from; others follow here."""
+
+    def next(self, method: str = "GET") -> Answer:
+        response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
+        response.begin()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, fields, response.read())
+
+    def rest(self, method: str = "GET") -> list[Answer]:
+        answers = []
+        while self.peek(1):
+            answers.append(self.next(method))
+        return answers
+
+
+def ask(server: ServerProcess, data: bytes, method: str = "GET") -> Answer:
+    """Send bytes and return the first answer."""
+    with server.connect() as connection:
+        connection.sendall(data)
+        return AnswerStream(connection).next(method)
+
+
+def send_dripping(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
+    """Send byte by byte, until something comes back."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with contextlib.suppress(ConnectionError):
+        for at in range(len(data)):
+            if select.select([connection], [], [], pause)[0]:
+                return
+            connection.sendall(data[at : at + 1])
+
+
+def check_error(answer: Answer, status: int) -> None:
+    """An error is JSON with a code and a line of text, and says nothing of the machine."""
+    assert answer.status == status, answer
+    assert answer.headers["content-type"] == "application/json"
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    error = answer.json()
+    assert set(error) == {"error", "message"}
+    assert re.fullmatch("[a-z0-9_]+", error["error"]) and error["message"].isprintable()
+    told = answer.body.decode() + repr(sorted(answer.headers.items()))
+    secrets = (socket.gethostname(), sc.__version__, "Traceback", ".py", str(SCRIPT.parent))
+    assert not [s for s in secrets if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", told)], told
+
+
+@contextlib.contextmanager
+def unharmed(server: ServerProcess, runs: bool = False) -> Iterator[None]:
+    """What comes in this block must leave no descriptor, no failure and (else) no task behind."""
+    before = server.get("/tasks")
+    idle = vars(server).setdefault("idle_descriptors", server.descriptors())
+    server.idle_descriptors = min([idle, *(server.descriptors() for _ in range(10))])  # type: ignore[attr-defined]
+    records, lines = len(server.records), len(server.stderr)
+    yield
+    assert server.get("/health") == {"ok": True}
+    assert wait_until(lambda: server.descriptors() <= server.idle_descriptors)  # type: ignore[attr-defined]
+    assert runs or server.get("/tasks") == before
+    assert not [record for record in server.records[records:] if record["level"] == "error"]
+    assert not [line for line in server.stderr[lines:] if "Traceback" in line]
+
+
+class RunsNothing:
+    """Base of the classes in which no request may start anything."""
+
+    @pytest.fixture(autouse=True)
+    def stays_unharmed(self, server: ServerProcess) -> Iterator[None]:
+        with unharmed(server):
+            yield
+
+
+class RunsTasks:
+    """Base of the classes whose requests start tasks."""
+
+    @pytest.fixture(autouse=True)
+    def stays_unharmed(self, server: ServerProcess) -> Iterator[None]:
+        with unharmed(server, runs=True):
+            yield
+
+
+def as_nobody(function: Callable[[], bytes]) -> bytes:
+    """Return what the function returns in a child process of another account."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another account")
+    "localhost".encode("idna")  # the other account may be unable to read the codec's file
+    read_fd, write_fd = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about threads; the child only uses sockets
+        pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(write_fd, function())
+        except BaseException as error:
+            os.write(write_fd, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write_fd)
+    with open(read_fd, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return answer
+
+
+def ask_as_nobody(server: ServerProcess, data: bytes) -> list[Answer]:
+    """Return all answers that another account gets to the bytes until the connection closes."""
+
+    def exchange() -> bytes:
+        with server.connect() as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return read_all(connection)
+
+    return AnswerStream(as_nobody(exchange)).rest("HEAD" if data[:4] == b"HEAD" else "GET")
+
+
+def curl(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run curl, with nothing of the user's configuration."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = ["curl", "-q", "-sS", "--noproxy", "*", "--max-time", str(int(PATIENCE_SECONDS))]
+    return subprocess.run([*command, *arguments], input=stdin, stdout=-1, stderr=-1, check=False)
+
+
+def make_launcher(folder: Path, code: str) -> str:
+    """Write a script that changes the imported module as the code says and then serves."""
+    path = folder / "launcher.py"
+    lines = (
+        f"import os, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport servercontrol as sc"
+    )
+    path.write_text(f"{lines}\n{code}\nsys.exit(sc.main())\n")
+    return str(path)
+
+
+# End to end: HTTP ────────────────────────────────────────────────────────────────────────────
+
+LENGTH_5 = "Content-Length: 5"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def post(*fields: str, body: bytes = b"hello", line: str = "POST /exec") -> bytes:
+    return make_request(line, *fields, body=body)
+
+
+def chunks(data: bytes) -> bytes:
+    return post(CHUNKED, body=data)
+
+
+def head(text: bytes) -> bytes:
+    """A head with everything between the Host field and the empty line."""
+    return b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n" + text + b"\r\n\r\n"
+
+
+# (name, bytes, status): errors after which the connection ends. RFC 9112.
+REFUSED = [
+    ("length and chunked", post(LENGTH_5, CHUNKED, body=b"0\r\n\r\n"), 400),
+    ("chunked and length", post(CHUNKED, LENGTH_5, body=b"0\r\n\r\n"), 400),
+    ("two lengths", post(LENGTH_5, "Content-Length: 6"), 400),
+    ("equal lengths", post(LENGTH_5, LENGTH_5), 400),
+    *((f"length {n!r}", post("Content-Length: " + n), 400) for n in ("5, 5", "+5", "-5", "0x5")),
+    *((f"length {n!r}", post("Content-Length: " + n), 400) for n in ("5_0", "5 5", "", "5;")),
+    ("length of 30 digits", post("Content-Length: " + "9" * 30), 413),
+    ("length in Arabic digits", post("Content-Length: \xd9\xa5"), 400),
+    ("length above the limit", post("Content-Length: 262145"), 413),
+    ("chunked on 1.0", post(CHUNKED, line="POST /exec HTTP/1.0", body=b"0\r\n\r\n"), 400),
+    *((f"coding {c}", post("Transfer-Encoding: " + c), 501) for c in ("gzip", "gzip, chunked")),
+    *((f"coding {c}", post("Transfer-Encoding: " + c), 501) for c in ("identity", "chunked;a")),
+    ("coding with Kelvin sign", post("Transfer-Encoding: chun\xe2\x84\xaaed"), 501),
+    ("coding with control byte", post("Transfer-Encoding: \x1cchunked"), 400),
+    ("chunked twice", post("Transfer-Encoding: chunked, chunked"), 400),
+    ("two codings", post(CHUNKED, CHUNKED), 400),
+    ("gzip body", post("Content-Encoding: gzip", body=b"\x1f\x8b\x08\0"), 415),
+    *((f"chunk size {s!r}", chunks(s + b"\r\nhello\r\n"), 400) for s in (b"-5", b"+5", b"0x5")),
+    *((f"chunk size {s!r}", chunks(s + b"\r\nhello\r\n"), 400) for s in (b"5_0", b"", b"5 ", b"g")),
+    ("chunk size of 17 digits", chunks(b"00000000000000005\r\nhello\r\n0\r\n\r\n"), 400),
+    ("chunk size above the limit", chunks(b"40001\r\n"), 413),
+    ("chunk size of 16 digits", chunks(b"F" * 16 + b"\r\n"), 413),
+    ("chunks above the limit", chunks(b"20001\r\n" + b"a" * 0x20001 + b"\r\n20000\r\n"), 413),
+    ("extension with bare LF", chunks(b"5;a=1\nhello\r\n0\r\n\r\n"), 400),
+    ("extension with bare CR", chunks(b"5;a=\r1\r\nhello\r\n0\r\n\r\n"), 400),
+    ("extension too long", chunks(b"5;" + b"a" * 256 + b"\r\nhello\r\n0\r\n\r\n"), 400),
+    ("data without CRLF", chunks(b"5\r\nhelloXX0\r\n\r\n"), 400),
+    ("data with bare LF", chunks(b"5\r\nhello\n0\r\n\r\n"), 400),
+    ("data with CR and more", chunks(b"5\r\nhello\rX0\r\n\r\n"), 400),
+    ("bad trailer", chunks(b"5\r\nhello\r\n0\r\nbad name: 1\r\n\r\n"), 400),
+    ("trailers too long", chunks(b"0\r\n" + (b"a: " + b"b" * 1000 + b"\r\n") * 5 + b"\r\n"), 431),
+    ("bare LF everywhere", head(b"A: b").replace(b"\r", b""), 400),
+    ("bare LF in the head", head(b"A: b\nC: d"), 400),
+    ("bare CR in a value", head(b"A: b\rC: d"), 400),
+    ("obs-fold", head(b"A: b\r\n c"), 400),
+    ("space before the first field", b"GET /tasks HTTP/1.1\r\n Host: localhost\r\n\r\n", 400),
+    ("space before a colon", head(b"A : b"), 400),
+    ("no colon", head(b"A"), 400),
+    ("no name", head(b": b"), 400),
+    ("name with a slash", head(b"A/B: c"), 400),
+    ("name that is not ASCII", head(b"\xc3\xa4: b"), 400),
+    *((f"value with {c!r}", head(b"A: b" + c), 400) for c in (b"\0", b"\x07", b"\x7f", b"\x1b")),
+    *((f"target {t}", make_request("GET " + t), 400) for t in ("*", "foo", "/a#b", "/a\x01b")),
+    *((f"target {t}", make_request("GET " + t), 400) for t in ("/\x7f", "/\xc3\xa4", "/a b", "")),
+    ("CONNECT", make_request("CONNECT x:1"), 400),
+    ("OPTIONS *", make_request("OPTIONS *"), 400),
+    ("HTTP/0.9", b"GET /tasks\r\n\r\n", 400),
+    ("two spaces", b"GET  /tasks HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    ("tab", b"GET\t/tasks\tHTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    *((v, make_request(f"GET /tasks {v}"), 505) for v in ("HTTP/2.0", "HTTP/1.10", "HTTP/1.2")),
+    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("TLS ClientHello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), 400),
+    ("request line too long", make_request("GET /tasks?id=" + "1" * 10240), 414),
+    ("request line without end", b"GET /" + b"a" * 8300, 414),
+    ("field too long", head(b"A: " + b"b" * 8192), 431),
+    ("field without end", b"GET /tasks HTTP/1.1\r\nA: " + b"b" * 8300, 431),
+    ("101 fields", head(b"\r\n".join([b"A: b"] * 100)), 431),
+    ("head too long", head(b"\r\n".join([b"A: " + b"b" * 8000] * 5)), 431),
+    ("5000 fields", make_request("GET /ws", *UPGRADE_FIELDS, *["A: b"] * 5000), 431),
+]
+# (name, Host field or None, status); a body is there, so that the connection must end.
+BAD_HOSTS = [("no Host", None, 400)] + [
+    (f"Host {h!r}", h, 400)
+    for h in ("", "a@localhost", "localhost/", "a,b", "a\\b", "a b", "localhost:x", "[::1", "::1")
+]
+
+
+class TestHttpRefused(RunsNothing):
+    """RFC 9112: what is not exactly one request is answered once, and the connection ends."""
+
+    @pytest.mark.parametrize("data, status", [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
+    def test_malformed_request_ends_connection(
+        self, server: ServerProcess, data: bytes, status: int
+    ) -> None:
+        for send in (socket.socket.sendall, send_dripping)[: 1 if len(data) > 2000 else 2]:
+            with server.connect() as connection:
+                with contextlib.suppress(ConnectionError):
+                    send(connection, data + SMUGGLED_HTTP)
+                (answer,) = AnswerStream(read_all(connection)).rest()
+            check_error(answer, status)
+            assert answer.headers["connection"] == "close"
+
+    @pytest.mark.parametrize(
+        "host, status", [c[1:] for c in BAD_HOSTS], ids=[c[0] for c in BAD_HOSTS]
+    )
+    def test_bad_host_ends_connection(
+        self, server: ServerProcess, host: str | None, status: int
+    ) -> None:
+        data = make_request("POST /exec", host=host, body=b"true") + SMUGGLED_HTTP
+        (answer,) = AnswerStream(server.exchange(data)).rest()
+        check_error(answer, status)
+        check_error(ask(server, make_request("GET /tasks", host=host)), status)
+
+    def test_two_hosts_are_refused(self, server: ServerProcess) -> None:
+        check_error(ask(server, make_request("GET /tasks", "Host: localhost")), 400)
+
+    def test_http_1_0_without_host_is_refused(self, server: ServerProcess) -> None:
+        (answer,) = AnswerStream(server.exchange(b"GET /tasks HTTP/1.0\r\n\r\n")).rest()
+        check_error(answer, 403)
+
+    @pytest.mark.parametrize(
+        "line, fields, status",
+        [
+            ("POST /nothing", (), 404),
+            ("POST /tasks", (), 405),
+            ("POST /exec?id=1", (), 400),
+            ("POST /exec", ("Origin: http://evil.test",), 403),
+            ("POST /exec", ("Host: evil.test",), 400),
+            ("POST /exec", ("Via: 1.1 proxy",), 401),
+            ("POST /exec", ("Expect: the-unexpected",), 417),
+            ("POST /ws", (), 426),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_body_of_refused_request_is_no_request(
+        self, server: ServerProcess, line: str, fields: tuple[str, ...], status: int
+    ) -> None:
+        data = make_request(line, *fields, body=SMUGGLED_HTTP)
+        (answer,) = AnswerStream(server.exchange(data + SMUGGLED_HTTP)).rest()
+        check_error(answer, status)
+        assert answer.headers["connection"] == "close"
+
+    def test_too_long_body_is_refused_from_head_alone(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            connection.sendall(make_request("POST /exec", "Content-Length: 262145"))
+            check_error(AnswerStream(connection).next(), 413)
+
+    def test_client_that_sends_on_can_read_the_answer(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            connection.sendall(make_request("POST /exec", "Content-Length: 2000000"))
+            connection.sendall(SMUGGLED_HTTP + bytes(2000000 - len(SMUGGLED_HTTP)))
+            (answer,) = AnswerStream(read_all(connection)).rest()
+        check_error(answer, 413)
+
+    @pytest.mark.parametrize("data", [post(body=b"true")[:-1], chunks(b"4\r\ntrue\r\n0\r\n")])
+    def test_request_that_ends_early_runs_nothing(self, server: ServerProcess, data: bytes) -> None:
+        for part in (data, data[:20]):
+            with server.connect() as connection:
+                connection.sendall(part)
+                connection.shutdown(socket.SHUT_WR)
+                (answer,) = AnswerStream(read_all(connection)).rest()
+            check_error(answer, 400)
+
+    @pytest.mark.parametrize("size", [8192, 8193])
+    @pytest.mark.parametrize("part", ["request line", "field"])
+    @pytest.mark.parametrize("split", ["whole", "before the LF"])
+    def test_line_limit_is_the_same_however_it_arrives(
+        self, server: ServerProcess, part: str, size: int, split: str
+    ) -> None:
+        line, field = ("GET /health?", "A: ")
+        if part == "request line":
+            line += "a" * (size - len(line) - len(" HTTP/1.1"))
+        else:
+            line, field = line[:-1], field + "b" * (size - len(field))
+        data = make_request(line, field)
+        cut = len(data) if split == "whole" else data.index(b"\r\n", 8000) + 1
+        with server.connect() as connection:
+            connection.sendall(data[:cut])
+            # The answer to another connection shows that the first part was read.
+            assert server.get("/health") and server.get("/health")
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data[cut:])
+            status = AnswerStream(connection).next().status
+        too_long = {"request line": 414, "field": 431}[part]
+        assert status == ({"request line": 400, "field": 200}[part] if size == 8192 else too_long)
+
+    @pytest.mark.parametrize(
+        "method, path, allow",
+        [
+            *((m, "/exec", {"POST"}) for m in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "BREW")),
+            *((m, "/kill?id=1", {"POST"}) for m in ("GET", "HEAD", "PATCH")),
+            *(("POST", p, {"GET", "HEAD"}) for p in ("/", "/health", "/tasks", "/logs?id=1")),
+            *(("DELETE", p, {"GET", "HEAD"}) for p in ("/stats", "/info")),
+            ("get", "/tasks", {"GET", "HEAD"}),
+        ],
+    )
+    def test_wrong_method_is_405_with_allow(
+        self, server: ServerProcess, method: str, path: str, allow: set[str]
+    ) -> None:
+        answer = server.request(method, path)
+        assert answer.status == 405
+        assert set(re.split(", *", answer.headers["allow"])) == allow
+        if method == "HEAD":
+            assert answer.body == b""
+        else:
+            check_error(answer, 405)
+
+    @pytest.mark.parametrize(
+        "path",
+        ["//exec", "/exec/", "/%65xec", "/Exec", "/exec;a", "/./exec", "/a/../exec", "/exec%20"]
+        + ["/exec.", "/%2e/exec", "/favicon.ico", "/health/", "/%1b%5b2J%7f", "/tokens"],
+    )
+    def test_other_path_is_404(self, server: ServerProcess, path: str) -> None:
+        check_error(server.request("GET", path), 404)
+        check_error(server.request("POST", path, b"true"), 404)
+
+    @pytest.mark.parametrize("path", ["/tasks", "/logs", "/kill"])
+    @pytest.mark.parametrize(
+        "query, status",
+        [
+            *((q, 400) for q in ("id=1&id=2", "xid=1", "ID=1", "id=", "id", "id=-1", "id=+1")),
+            *((q, 400) for q in ("id=1_0", "id=0x1", "id=%d9%a1", "id=1%20", "id=a", "id=1%00")),
+            *((q, 400) for q in ("id=%ff", "id=1;id=2", "id=%1b%0d%0a%7f", "id=" + "1" * 7000)),
+            ("id=1&unknown=1", 400),
+            ("id=999999999999", 404),
+            ("id=999999999999&", 404),
+        ],
+        ids=lambda value: str(value)[:20],
+    )
+    def test_unusable_id_is_refused(
+        self, server: ServerProcess, path: str, query: str, status: int
+    ) -> None:
+        method = "POST" if path == "/kill" else "GET"
+        answer = server.request(method, f"{path}?{query}")
+        check_error(answer, status)
+        assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", answer.body)
+
+    @pytest.mark.parametrize("path", ["/logs", "/kill", "/logs?offset=0", "/kill?signal=TERM"])
+    def test_missing_id_is_400(self, server: ServerProcess, path: str) -> None:
+        check_error(server.request("POST" if "kill" in path else "GET", path), 400)
+
+    @pytest.mark.parametrize(
+        "media_type, body, status",
+        [
+            *(("application/json", b, 400) for b in (b"", b"true", b"{", b"[]", b"5", b"null")),
+            *(("application/json", b, 400) for b in (b"{}", b'{"cmd":5}', b'{"cmd":""}')),
+            *(("application/json", b, 400) for b in (b'{"cmd":null}', b'{"cmd":["true"]}')),
+            *(("application/json", b, 400) for b in (b'{"cmd":"\xff"}', b'"true"', b"[" * 5000)),
+            ("application/json", b'\xef\xbb\xbf{"cmd":"true"}', 400),
+            ("application/json", '{"cmd":"true"}'.encode("utf-16"), 400),
+            ("application/json", b'{"cmd":"true","cmd":"true"}', 400),
+            ("application/json", b'{"cmd":"true","command":"true"}', 400),
+            ("application/json", b'{"cmd":"true"} x', 400),
+            ("application/json", b'{"cmd":"true","timeout":NaN}', 400),
+            ("application/json", b'{"cmd":"a\\u0000b"}', 400),
+            ("application/json", b'{"cmd":"\\ud800"}', 400),
+            ("application/json", b'{"cmd":" \\n"}', 400),
+            ("application/json; charset=utf-8", b"[]", 400),
+            ("APPLICATION/JSON", b"true", 400),
+            ("", b"{not json", 400),
+            ("application/x-www-form-urlencoded", b"{", 400),
+            ("application/x-www-form-urlencoded", b"cmd=true", 400),
+            ("application/x-www-form-urlencoded", b"command=true&x=y", 400),
+            ("multipart/form-data; boundary=x", b"--x", 415),
+            *(("text/plain", b, 400) for b in (b"", b" \n", b"a\0b", b"\xff\xfe", b"\xed\xa0\x80")),
+            ("text/plain", b"#" * 65537, 413),
+            ("application/json", b'{"cmd":"%b"}' % (b"#" * 65537), 413),
+            *(
+                ("application/json", b'{"cmd":"true",%b}' % field, 400)
+                for field in (
+                    *(b'"cwd":5', b'"cwd":""', b'"cwd":"/nowhere/at/all"', b'"cwd":"a\\u0000"'),
+                    *(b'"env":5', b'"env":{"A":5}', b'"env":{"A=B":"c"}', b'"env":{"":"a"}'),
+                    *(b'"env":{"A":"\\u0000"}', b'"env":[["A","b"]]', b'"env":null'),
+                    *(b'"timeout":-1', b'"timeout":"1"', b'"timeout":true', b'"timeout":1e400'),
+                    *(b'"timeout":1e300', b'"name":5', b'"unknown":1', b'"Cmd":"true"'),
+                )
+            ),
+        ],
+        ids=lambda value: str(value)[:50],
+    )
+    def test_unusable_exec_body_runs_nothing(
+        self, server: ServerProcess, media_type: str, body: bytes, status: int
+    ) -> None:
+        fields = {"Content_Type": media_type} if media_type else {}
+        for path in ("/exec", "/exec?wait", "/exec?follow"):
+            check_error(server.request("POST", path, body, **fields), status)
+
+    @pytest.mark.parametrize("query", ["wait&follow", "wait=2", "follow=x", "wait&wait", "a=b"])
+    def test_unusable_exec_query_runs_nothing(self, server: ServerProcess, query: str) -> None:
+        check_error(server.request("POST", f"/exec?{query}", b"true"), 400)
+
+    def test_form_refusal_hints_at_the_right_way(self, server: ServerProcess) -> None:
+        told = curl("-d", "cmd=a+b", f"http://localhost:{server.port}/exec").stdout
+        assert json.loads(told.decode())["error"] and b"body" in told
+
+    @pytest.mark.parametrize(
+        "path", ["/", "/health", "/tasks", "/stats", "/stats?history", "/info"]
+    )
+    def test_head_is_get_without_body(self, server: ServerProcess, path: str) -> None:
+        data = make_request("HEAD " + path) + make_request("GET /health", "Connection: close")
+        with server.connect() as connection:
+            connection.sendall(data)
+            stream = AnswerStream(connection)
+            first = stream.next("HEAD")
+            assert first.status == 200 and int(first.headers["content-length"]) > 0
+            assert stream.next().json() == {"ok": True} and stream.rest() == []
+
+    @pytest.mark.parametrize("fields", [(), (LENGTH_5,)], ids=["bare", "with a body"])
+    @pytest.mark.parametrize("path, status", [("/nothing", 404), ("/exec", 405), ("/tasks?a", 400)])
+    def test_head_of_error_has_no_body(
+        self, server: ServerProcess, path: str, status: int, fields: tuple[str, ...]
+    ) -> None:
+        data = make_request("HEAD " + path, "Connection: close", *fields) + b"hello"
+        received = server.exchange(data)
+        assert received.startswith(b"HTTP/1.1 %d " % status)
+        assert received.partition(b"\r\n\r\n")[2] == b""
+
+    @pytest.mark.parametrize("path", ["/ws", "/ws?since=0"])
+    def test_plain_get_of_websocket_path_is_426(self, server: ServerProcess, path: str) -> None:
+        answer = server.request("GET", path)
+        check_error(answer, 426)
+        assert answer.headers["sec-websocket-version"] == "13"
+
+
+class TestHttpConnection(RunsTasks):
+    """RFC 9112, 9: keep-alive, pipelining, HTTP/1.0, bodies, 100-continue."""
+
+    def test_connection_serves_many_requests(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            stream = AnswerStream(connection)
+            for path, status in [("/health", 200), ("/nothing", 404), ("/exec", 405), ("/", 200)]:
+                connection.sendall(make_request("GET " + path))
+                assert stream.next().status == status
+            connection.sendall(post("Content-Type: application/json", body=b"[]"))
+            check_error(stream.next(), 400)  # its body was read whole, so the connection stays
+            connection.sendall(b"\r\n" + make_request("GET /health", "Connection: close"))
+            answer = stream.next()
+            assert answer.status == 200 and answer.headers["connection"] == "close"
+            assert stream.rest() == []
+
+    def test_pipelined_requests_are_answered_in_order(self, server: ServerProcess) -> None:
+        data, expected = b"", []
+        for number in range(100):
+            if number % 10 == 3:
+                data += post(line="POST /exec?wait", body=b"echo %d" % number)
+                expected.append((200, f"{number}\n"))
+            else:
+                path, status = [("/health", 200), ("/nothing", 404), ("/exec", 405)][number % 3]
+                data += make_request("GET " + path)
+                expected.append((status, None))
+        data += make_request("GET /health", "Connection: close") + SMUGGLED_HTTP
+        answers = AnswerStream(server.exchange(data)).rest()
+        assert [(a.status, a.json().get("output")) for a in answers[:-1]] == expected
+        assert answers[-1].json() == {"ok": True}
+
+    def test_client_that_never_reads_is_not_read_from_either(self, server: ServerProcess) -> None:
+        before = server.resident_kib()
+        with server.connect() as connection:
+            connection.settimeout(2.0)
+            with pytest.raises(socket.timeout):  # the server stops reading: no more is taken
+                for _ in range(400):
+                    connection.sendall(make_request("GET /info") * 4000)
+            assert server.resident_kib() - before < 64 * 1024
+            assert server.get("/health") == {"ok": True}
+
+    @pytest.mark.parametrize("fields", [(), ("Connection: keep-alive",)])
+    def test_http_1_0_is_answered(self, server: ServerProcess, fields: tuple[str, ...]) -> None:
+        one = make_request("GET /health HTTP/1.0", *fields)
+        received = server.exchange(one + make_request("GET /health HTTP/1.0"))
+        answers = AnswerStream(received).rest()
+        assert [a.json() for a in answers] == [{"ok": True}] * (2 if fields else 1)
+        assert answers[0].headers["connection"] == ("keep-alive" if fields else "close")
+
+    @pytest.mark.parametrize("query, output", [("wait", b'"output":"x\\n"'), ("follow", b"x\n")])
+    def test_http_1_0_gets_no_chunks(
+        self, server: ServerProcess, query: str, output: bytes
+    ) -> None:
+        data = post(line=f"POST /exec?{query} HTTP/1.0", body=b"echo x")
+        fields, _, body = server.exchange(data).partition(b"\r\n\r\n")
+        assert b"chunked" not in fields.lower() and fields.startswith(b"HTTP/1.1 200 ")
+        assert body.rstrip(b"}\n").endswith(output.rstrip(b"\n"))
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            chunks(b"4\r\necho\r\n2\r\n y\r\n0\r\n\r\n"),
+            chunks(b"0006\r\necho y\r\n000\r\n\r\n"),
+            chunks(b'6;a=b;c="d"\r\necho y\r\n0;e\r\nTrailer: 1\r\nOther: 2\r\n\r\n'),
+            chunks(b"6;" + b"a" * 255 + b"\r\necho y\r\n0\r\n\r\n"),
+            post("transfer-encoding:CHUNKED", body=b"6\r\necho y\r\n0\r\n\r\n"),
+            post("CONTENT-LENGTH:6", body=b"echo y"),
+            post("Content-Length: \t 6 \t", body=b"echo y"),
+            post("Content-Length: 6", "Content-Encoding: identity", body=b"echo y"),
+            post("Content-Length: 6", "A:", "Expect: 100-Continue", body=b"echo y"),
+            b"\r\n\r\n" + post(body=b"echo y"),
+            post(*["A: b"] * 98, body=b"echo y"),
+        ],
+    )
+    def test_body_is_taken_however_it_is_framed(self, server: ServerProcess, data: bytes) -> None:
+        data = data.replace(b"/exec", b"/exec?wait")
+        for send in (socket.socket.sendall, send_dripping)[: 1 if b"Expect" in data else 2]:
+            with server.connect() as connection:
+                stream = AnswerStream(connection)
+                send(connection, data)
+                if send is socket.socket.sendall:
+                    connection.sendall(make_request("GET /health"))
+                assert stream.next().json()["output"] == "y\n"
+                assert send is send_dripping or stream.next().json() == {"ok": True}
+
+    def test_100_comes_before_the_body(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            fields = ("Expect: 100-continue", "Content-Length: 6")
+            connection.sendall(make_request("POST /exec?wait", *fields))
+            assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(b"echo y")
+            assert AnswerStream(connection).next().json()["output"] == "y\n"
+
+    @pytest.mark.parametrize(
+        "line, fields, status",
+        [
+            ("POST /exec", ("Content-Length: 262145",), 413),
+            ("POST /exec", (LENGTH_5, "Via: 1.1 proxy"), 401),
+            ("POST /exec", (LENGTH_5, "Origin: http://evil.test"), 403),
+            ("POST /exec", (LENGTH_5, "Sec-Fetch-Site: same-origin"), 415),
+            ("POST /exec?a=b", (LENGTH_5,), 400),
+            ("POST /nothing", (LENGTH_5,), 404),
+            ("PUT /exec", (LENGTH_5,), 405),
+            ("POST /exec", (LENGTH_5, "Expect: more"), 417),
+        ],
+    )
+    def test_no_100_for_what_is_refused(
+        self, server: ServerProcess, line: str, fields: tuple[str, ...], status: int
+    ) -> None:
+        before = server.get("/tasks")
+        received = server.exchange(make_request(line, "Expect: 100-continue", *fields))
+        assert received.startswith(b"HTTP/1.1 %d " % status)
+        assert server.get("/tasks") == before
+
+    def test_no_100_where_no_body_follows(self, server: ServerProcess) -> None:
+        data = make_request("GET /health", "Expect: 100-continue", "Connection: close")
+        assert server.exchange(data).startswith(b"HTTP/1.1 200 ")
+
+    def test_curl_waits_for_100_and_sends_chunks(self, server: ServerProcess) -> None:
+        url = f"http://localhost:{server.port}/exec?wait"
+        script = b"echo " + b"y" * 60000 + b"\n"
+        told = curl("-v", "-X", "POST", "-T", "-", url, stdin=script)
+        assert b"Transfer-Encoding: chunked" in told.stderr and b"100 Continue" in told.stderr
+        assert json.loads(told.stdout.decode())["output"] == "y" * 60000 + "\n"
+
+    @pytest.mark.parametrize("expect", ["Expect: 100-continue", "Expect:"])
+    @pytest.mark.parametrize("upload", [("--data-binary", "@-"), ("-X", "POST", "-T", "-")])
+    def test_curl_reads_why_its_upload_is_refused(
+        self, server: ServerProcess, upload: tuple[str, ...], expect: str
+    ) -> None:
+        url = f"http://localhost:{server.port}/exec"
+        told = curl("-w", "%{http_code}", *upload, "-H", expect, url, stdin=b"#" * 3000000)
+        assert told.returncode == 0 and told.stdout.endswith(b"413"), told
+        assert b'"error"' in told.stdout
+
+    def test_curl_reuses_its_connection(self, server: ServerProcess) -> None:
+        url = f"http://127.0.0.1:{server.port}"
+        urls = [f"{url}/health", f"{url}/nothing", f"{url}/tasks"]
+        told = curl(*(a for u in urls for a in ("-o", os.devnull, u)), "-w", "%{num_connects} ")
+        assert told.stdout.split() == [b"1", b"0", b"0"]
+
+    def test_both_ports_speak_both_protocols(self, server: ServerProcess) -> None:
+        assert server.port != server.ws_port
+        for port in (server.port, server.ws_port):
+            data = make_request("GET /health", "Connection: close")
+            assert AnswerStream(server.exchange(data, port)).next().json() == {"ok": True}
+            for path in ("/", "/ws"):
+                with server.connect(port) as connection:
+                    connection.sendall(make_request(f"GET {path}", *UPGRADE_FIELDS))
+                    answer = AnswerStream(connection).next()
+                assert answer.status == 101
+                assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+    def test_reset_in_an_answer_is_no_news(self, server: ServerProcess) -> None:
+        task_id = server.run("head -c 4000000 /dev/zero | tr '\\0' a")["task_id"]
+        running = server.start("while echo line; do sleep 0.05; done")
+        records = len(server.records)
+        for number in range(30):
+            path = f"/logs?id={running}&follow" if number % 3 else f"/logs?id={task_id}&raw"
+            with server.connect() as connection:
+                connection.sendall(make_request("GET " + path) * 3)
+                assert connection.recv(1000)
+                linger = struct.pack("ii", 1, 0)  # close() sends RST
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        for _ in range(300):  # refused, and gone before the end of the answer
+            with server.connect() as connection:
+                connection.sendall(post(line="GET /exec", body=b"true"))
+                assert connection.recv(1)
+        assert server.task(running)["state"] == "running"
+        assert server.request("POST", f"/kill?id={running}&signal=KILL").status == 200
+        server.wait_for_end(running)
+        assert {r["event"] for r in server.records[records:]} <= {
+            *("task_start", "task_kill", "task_complete", "cpu_alert", "alert_resolved")
+        }
+
+
+# End to end: the routes ──────────────────────────────────────────────────────────────────────
+
+JSON_TYPE = "application/json"
+FORM_TYPE = "application/x-www-form-urlencoded"
+# (media type, body, output of the command)
+EXEC_BODIES = [
+    (JSON_TYPE, b'{"cmd":"echo one"}', "one\n"),
+    (JSON_TYPE, b' {"command":"echo two", "name":"label"} ', "two\n"),
+    (JSON_TYPE, b'{"cmd":"echo $A $B","env":{"A":"x y","B":"\\u00e4"}}', "x y ä\n"),
+    (JSON_TYPE, b'{"cmd":"pwd","cwd":"/usr"}', "/usr\n"),
+    (JSON_TYPE, b'{"cmd":"echo \\u0041","timeout":0}', "A\n"),
+    ("Application/JSON; charset=utf-8", b'{"cmd":"echo case"}', "case\n"),
+    (FORM_TYPE, b"echo 'a+b&c=%41 {}'", "a+b&c=%41 {}\n"),
+    (FORM_TYPE, b'{"cmd":"echo form"}', "form\n"),
+    (FORM_TYPE, b"x=5; cmd=6; echo $x$cmd", "56\n"),
+    ("", b"cmd=7; echo $cmd", "7\n"),
+    ("", "echo é€😀".encode(), "é€😀\n"),
+    ("", b'{"cmd":"echo bare"}', "bare\n"),
+    ("text/plain", b"{ echo braces; }", "braces\n"),
+    ("text/plain", b"echo a\necho b\n", "a\nb\n"),
+    ("text/plain", b"printf '\\033\\000\\r<img onerror>\\377'", "\x1b\0\r<img onerror>\ufffd"),
+    ("text/plain", b"# " + b"a" * 65526 + b"\necho " + b"z", "z\n"),
+]
+
+
+class TestRoutes(RunsTasks):
+    """SPEC 3: every route, its fields and what it does."""
+
+    @pytest.mark.parametrize("media_type, body, output", EXEC_BODIES, ids=lambda v: str(v)[:40])
+    def test_exec_takes_body(
+        self, server: ServerProcess, media_type: str, body: bytes, output: str
+    ) -> None:
+        fields = {"Content_Type": media_type} if media_type else {}
+        answer = server.request("POST", "/exec?wait", body, **fields)
+        assert answer.status == 200 and answer.headers["content-type"] == JSON_TYPE
+        assert answer.json()["output"] == output
+        assert (answer.json()["exit_code"], answer.json()["signal"]) == (0, None)
+
+    def test_exec_answers_at_once(self, server: ServerProcess) -> None:
+        answer = server.request("POST", "/exec", b"exec sleep 300")
+        started = answer.json()
+        assert answer.status == 200 and set(started) == {"task_id", "command", "pid"}
+        assert started["command"] == "exec sleep 300" and started["task_id"].isdecimal()
+        os.kill(started["pid"], signal.SIGTERM)
+        ended = server.wait_for_end(started["task_id"])
+        assert (ended["exit_code"], ended["signal"], ended["state"]) == (143, "TERM", "done")
+
+    def test_exec_wait_answers_after_the_end(self, server: ServerProcess) -> None:
+        told = server.run("echo out; echo err >&2; exit 7")
+        assert set(told) >= {"task_id", "command", "pid", "exit_code", "signal", "truncated"}
+        assert (told["exit_code"], told["signal"], told["truncated"]) == (7, None, False)
+        assert told["output"] == "out\nerr\n" and told["command"].startswith("echo out")
+        assert (server.run("kill -9 $$")["exit_code"], server.run("kill -9 $$")["signal"]) == (
+            137,
+            "KILL",
+        )
+        told = server.run("exec sleep 300", timeout=0.2)
+        assert told["exit_code"] == 143 and server.task(told["task_id"])["state"] == "timeout"
+        assert server.request("POST", "/exec?wait=0", b"true").json().keys() == {
+            *("task_id", "command", "pid")
+        }
+
+    @pytest.mark.parametrize("query", ["wait", "follow"])
+    @pytest.mark.parametrize("leaves", ["at once", "while it waits"])
+    def test_task_outlives_the_client_that_waits(
+        self, server: ServerProcess, query: str, leaves: str
+    ) -> None:
+        before = len(server.get("/tasks"))
+        with server.connect() as connection:
+            connection.sendall(make_request("GET /health"))
+            assert AnswerStream(connection).next().status == 200
+            if leaves == "at once":  # the server finds request and end together
+                os.kill(server.pid, signal.SIGSTOP)
+            connection.sendall(post(line=f"POST /exec?{query}", body=b"exec sleep 300"))
+            if leaves != "at once":
+                wait_until(lambda: len(server.get("/tasks")) > before)
+        os.kill(server.pid, signal.SIGCONT)
+        wait_until(lambda: len(server.get("/tasks")) > before)
+        task_id = server.get("/tasks")[-1]["task_id"]
+        try:  # the pipe of the task is still open, and nothing else
+            wait_until(lambda: server.descriptors() <= server.idle_descriptors + 1, 5.0)  # type: ignore[attr-defined]
+            assert server.task(task_id)["state"] == "running"
+        finally:
+            server.request("POST", f"/kill?id={task_id}&signal=KILL")
+            server.wait_for_end(task_id)
+
+    def test_curl_follows_live_and_sees_the_trailer(
+        self, server: ServerProcess, tmp_path: Path
+    ) -> None:
+        curl("--version")
+        url = f"http://localhost:{server.port}"
+        command = (
+            f"echo first; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; echo last; exit 3"
+        )
+        arguments = ["curl", "-qsSN", "--noproxy", "*", "-D", str(tmp_path / "fields")]
+        arguments += ["--data-binary", command, f"{url}/exec?follow"]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"first\n"  # while the task goes on
+            (tmp_path / "go").touch()
+            assert process.stdout.read() == b"last\n" and process.wait() == 0
+        fields = (tmp_path / "fields").read_text().lower()
+        announced, _, trailers = fields.partition("\n\n")
+        assert "content-type: text/plain" in announced and "transfer-encoding: chunked" in announced
+        assert "x-exit-code" in announced and "x-exit-code: 3" not in announced
+        assert "x-exit-code: 3" in trailers
+        told = curl(
+            "-D", "-", f"{url}/logs?id={server.get('/tasks')[-1]['task_id']}&follow&offset=6"
+        )
+        assert b"\r\n\r\nlast\n" in told.stdout and b"X-Exit-Code: 3" in told.stdout
+
+    def test_tasks_tell_all_fields(self, server: ServerProcess) -> None:
+        task_id = server.start("echo héllo; exec sleep 300")
+        wait_until(lambda: server.task(task_id)["output_bytes"] == 7)
+        task = server.task(task_id)
+        assert set(task) >= {"task_id", "command", "state", "exit_code", "signal", "started", "by"}
+        assert (task["state"], task["exit_code"], task["signal"]) == ("running", None, None)
+        assert task["ended"] is None and abs(task["started"] / 1000 - time.time()) < 60
+        assert Path(f"/proc/{task['pid']}/cmdline").read_bytes() == b"sleep\000300\0"
+        assert "127.0.0.1" in task["by"] and "run" in task["by"]
+        assert server.get("/tasks")[-1] == task
+        server.request("POST", f"/kill?id={task_id}")
+        task = server.wait_for_end(task_id)
+        assert (task["state"], task["exit_code"], task["signal"]) == ("killed", 143, "TERM")
+        assert task["started"] <= task["ended"]
+        later = server.run("true")["task_id"]
+        ids = [int(t["task_id"]) for t in server.get("/tasks")]
+        assert ids == sorted(ids) and ids[-2:] == [int(task_id), int(later)]
+
+    def test_logs_tell_all_fields(self, server: ServerProcess) -> None:
+        task_id = server.start("printf 'a\\n\\303\\244\\033<b>'; exec sleep 300")
+        wait_until(lambda: server.task(task_id)["output_bytes"] == 8)
+        whole = {"task_id": task_id, "logs": "a\nä\x1b<b>", "offset": 0, "next_offset": 8}
+        assert server.get(f"/logs?id={task_id}") == {**whole, "dropped": 0, "running": True}
+        server.request("POST", f"/kill?id={task_id}&signal=SIGKILL")
+        assert server.wait_for_end(task_id)["exit_code"] == 137
+        for offset, real, text in [(2, 2, "ä\x1b<b>"), (3, 4, "\x1b<b>"), (8, 8, "")]:
+            part = server.get(f"/logs?id={task_id}&offset={offset}")
+            assert part == {**whole, "logs": text, "offset": real, "dropped": 0, "running": False}
+            answer = server.request("GET", f"/logs?id={task_id}&offset={offset}&raw")
+            assert answer.headers["content-type"].startswith("text/plain")
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.body == text.encode()
+            answer = server.request("GET", f"/logs?id={task_id}&offset={offset}&follow")
+            assert answer.body == text.encode()
+        for offset in ("9", "-1", "x", "1.0", "", "1_0"):
+            check_error(server.request("GET", f"/logs?id={task_id}&offset={offset}"), 400)
+
+    def test_head_of_running_output_returns_at_once(self, server: ServerProcess) -> None:
+        task_id = server.start("exec sleep 300")
+        answer = server.request("HEAD", f"/logs?id={task_id}&follow")
+        assert answer.status == 200 and answer.body == b""
+        assert server.request("POST", f"/kill?id={task_id}").status == 200
+        server.wait_for_end(task_id)
+
+    def test_kill_reaches_the_whole_tree(self, server: ServerProcess) -> None:
+        script = "sleep 300 & echo $!; (sleep 300 & echo $!; wait) & echo $!; wait"
+        task_id = server.start(script)
+        wait_until(lambda: server.get(f"/logs?id={task_id}")["logs"].count("\n") == 3)
+        pids = [*server.get(f"/logs?id={task_id}")["logs"].split(), server.task(task_id)["pid"]]
+        assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+        assert server.request("POST", f"/kill?id={task_id}").status == 200
+        assert server.wait_for_end(task_id)["state"] == "killed"
+        wait_until(lambda: all(sc.is_zombie(int(pid)) for pid in pids))
+        check_error(server.request("POST", f"/kill?id={task_id}"), 409)
+
+    @pytest.mark.parametrize(
+        "name", ["NOPE", "", "9", "SIG", "SIGSIGTERM", "TERM%00", "%1b", "T ERM"]
+    )
+    def test_kill_with_unknown_signal_does_nothing(self, server: ServerProcess, name: str) -> None:
+        task_id = server.start("exec sleep 300")
+        name = name.replace(" ", "%20")
+        check_error(server.request("POST", f"/kill?id={task_id}&signal={name}"), 400)
+        assert server.task(task_id)["state"] == "running"
+        assert server.request("POST", f"/kill?id={task_id}&signal=int").status == 200
+        assert server.wait_for_end(task_id)["exit_code"] == 130
+
+    def test_get_and_head_change_nothing(self, server: ServerProcess) -> None:
+        task_id = server.start("exec sleep 300")
+        for method in ("GET", "HEAD"):
+            for path in (
+                f"/kill?id={task_id}",
+                "/exec",
+                "/exec?wait",
+                f"/kill?id={task_id}&signal=9",
+            ):
+                assert server.request(method, path, b"true").status == 405
+        task = server.get("/tasks")[-1]
+        assert (task["task_id"], task["state"]) == (task_id, "running")
+        server.request("POST", f"/kill?id={task_id}")
+        server.wait_for_end(task_id)
+
+    def test_stats_tell_the_newest_event(self, server: ServerProcess) -> None:
+        stats = server.get("/stats")
+        assert stats["type"] == "stats_update" and 0 <= stats["cpu"] <= 100
+        whole = ("ram_used", "ram_total", "cpus", "swap_used", "swap_total", "disk_used", "seq")
+        assert all(type(stats[name]) is int for name in (*whole, "disk_total", "timestamp"))
+        assert 0 < stats["ram_used"] < stats["ram_total"] and len(stats["load_avg"]) == 3
+        assert stats["hostname"] == socket.gethostname() and stats["uptime"] > 0
+        assert stats["net_recv"] >= 0 and stats["net_sent"] >= 0
+        newer = wait_until(lambda: [s for s in [server.get("/stats")] if s["seq"] > stats["seq"]])
+        history = server.get("/stats?history")
+        assert set(history) == {"interval", "samples"} and history["interval"] == 1.0
+        columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
+        samples = [[event[name] for name in columns] for event in (stats, newer[0])]
+        assert all(sample in history["samples"] for sample in samples)
+        assert history["samples"] == sorted(history["samples"])
+
+    def test_info_tells_about_the_server(self, server: ServerProcess) -> None:
+        task_id = server.start("exec sleep 300")
+        info = server.get("/info")
+        assert info["version"] == sc.__version__ and info["hostname"] == socket.gethostname()
+        assert (info["role"], info["exec"], info["tasks_running"]) == ("run", True, 1)
+        ports = {"http": server.port, "ws": server.ws_port, "discovery": server.discovery_port}
+        assert info["ports"] == ports and info["uptime"] >= 0 and info["clients"] == 0
+        assert info["limits"]["max_tasks"] == 64 and info["limits"]["max_clients"] == 10000
+        server.request("POST", f"/kill?id={task_id}")
+        server.wait_for_end(task_id)
+        later = server.get("/info")
+        assert later["boot_id"] == info["boot_id"] and later["seq"] > info["seq"]
+        assert later["tasks_running"] == 0
+
+    def test_page_holds_no_data_and_cannot_be_framed(self, server: ServerProcess) -> None:
+        server.run("echo '<img onerror>' # marker-of-a-task")
+        answer = server.request("GET", "/")
+        assert answer.status == 200 and b"marker" not in answer.body
+        assert socket.gethostname().encode() not in answer.body.split()
+        assert b"boot" not in answer.body and b"onerror" not in answer.body
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        policy = answer.headers["content-security-policy"]
+        parts = (
+            "default-src 'none'",
+            "frame-ancestors 'none'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+        assert all(part in re.split(" *; *", policy) for part in parts)
+        assert "unsafe" not in policy
+
+    def test_log_lines_are_escaped(self, server: ServerProcess) -> None:
+        server.request("GET", "/%1b%0d%0a%7f?id=%1b%0a")
+        told = server.run("true \x1b]0;x\x07 '\r\n' \x7f\x9b", name="\x1b[2J\x7f")
+        wait_until(
+            lambda: [r for r in server.log("task_complete") if r["task_id"] == told["task_id"]]
+        )
+        assert not [
+            line for line in server.stderr if re.search("[\x00-\x09\x0b-\x1f\x7f\x9b]", line)
+        ]
+        for line in server.stderr:
+            assert json.loads(line)["event"]
+
+
+# End to end: access ──────────────────────────────────────────────────────────────────────────
+
+FORWARDED = ["Forwarded: for=1.2.3.4", "Via: 1.1 proxy", "X-Real-IP: 127.0.0.1", "x-forwarded-for:"]
+FORWARDED += [
+    "X-FORWARDED-HOST: localhost",
+    "X-Forwarded-Anything: 1",
+    "CF-Connecting-IP: 127.0.0.1",
+]
+FORWARDED += ["True-Client-IP: 127.0.0.1", "X-Forwarded-Proto: http"]
+FOREIGN_HOSTS = ["evil.test", "evil.test:PORT", "localhost.evil.test:PORT", "127.0.0.1.evil.test"]
+FOREIGN_HOSTS += [
+    "192.168.0.1:PORT",
+    "0.0.0.0:PORT",
+    "[::2]:PORT",
+    "localhos",
+    "128.0.0.1",
+    "127.1",
+]
+OWN_HOSTS = [
+    "localhost",
+    "LOCALHOST:PORT",
+    "localhost:1",
+    "127.0.0.1",
+    "127.0.0.1:PORT",
+    "127.9.9.9",
+]
+OWN_HOSTS += ["[::1]", "[::1]:PORT", "[0:0:0:0:0:0:0:1]:PORT"]
+FOREIGN_ORIGINS = ["http://evil.test", "null", "", "http://localhost:3000", "http://localhost"]
+FOREIGN_ORIGINS += ["http://localhost:PORT.evil.test", "http://localhost:PORT@evil.test", "file://"]
+FOREIGN_ORIGINS += ["https://localhost:PORT", "http://127.0.0.1:PORT", "http://localhost:PORT/"]
+FOREIGN_ORIGINS += ["localhost:PORT", "http://", "http://localhost:0PORT1", "http://a http://b"]
+JSON_FIELD = "Content-Type: application/json"
+RUN_TRUE = b'{"cmd":"true"}'
+NAVIGATION = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
+# Three ways in for a web page: (request line, fields, body).
+PAGE_REQUESTS = [
+    ("POST /exec", (JSON_FIELD,), RUN_TRUE),
+    ("GET /tasks", (), b""),
+    ("GET /health", (), b""),
+    ("GET /", UPGRADE_FIELDS, b""),
+    ("GET /ws", UPGRADE_FIELDS, b""),
+]
+
+
+class TestGate(RunsNothing):
+    """SPEC 4 on a loopback listener: who gets in, and that the rest runs nothing."""
+
+    @pytest.mark.parametrize("field", FORWARDED)
+    def test_forwarded_request_is_401(self, server: ServerProcess, field: str) -> None:
+        for line, fields, body in CLOSED_REQUESTS:
+            answer = ask(server, make_request(line, field, *fields, body=body))
+            check_error(answer, 401)
+            assert "\n" not in answer.json()["message"]
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+        for line, fields, body in OPEN_REQUESTS:
+            assert ask(server, make_request(line, field), line.split()[0]).status == 200
+
+    @pytest.mark.parametrize("host", FOREIGN_HOSTS)
+    def test_foreign_host_is_403(self, server: ServerProcess, host: str) -> None:
+        host = host.replace("PORT", str(server.port))
+        for line, fields, body in OPEN_REQUESTS[:2] + CLOSED_REQUESTS:
+            check_error(ask(server, make_request(line, *fields, body=body, host=host)), 403)
+
+    @pytest.mark.parametrize("host", OWN_HOSTS)
+    def test_loopback_host_is_served(self, server: ServerProcess, host: str) -> None:
+        host = host.replace("PORT", str(server.port))
+        assert ask(server, make_request("GET /tasks", host=host)).status == 200
+        upgrade = make_request("GET /", *UPGRADE_FIELDS, host=host)
+        assert ask(server, upgrade).status == 101
+
+    @pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+    def test_foreign_origin_is_403(self, server: ServerProcess, origin: str) -> None:
+        host = f"localhost:{server.port}"
+        field = "Origin: " + origin.replace("PORT", str(server.port))
+        for line, fields, body in PAGE_REQUESTS + [("OPTIONS /exec", (), b"")]:
+            answer = ask(server, make_request(line, field, *fields, body=body, host=host))
+            check_error(answer, 403)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+
+    def test_two_origins_are_403(self, server: ServerProcess) -> None:
+        own = f"Origin: http://localhost:{server.port}"
+        for second in (own, "Origin: http://evil.test"):
+            data = make_request("GET /tasks", own, second, host=f"localhost:{server.port}")
+            check_error(ask(server, data), 403)
+
+    @pytest.mark.parametrize(
+        "origin, host",
+        [
+            ("http://localhost:PORT", "localhost:PORT"),
+            ("http://127.0.0.1:PORT", "127.0.0.1:PORT"),
+            ("http://[::1]:PORT", "[::1]:PORT"),
+            ("http://localhost", "localhost"),
+            ("http://localhost:80", "localhost"),
+            ("http://localhost", "localhost:80"),
+        ],
+    )
+    def test_own_origin_is_served(self, server: ServerProcess, origin: str, host: str) -> None:
+        origin, host = (text.replace("PORT", str(server.port)) for text in (origin, host))
+        for line, fields, body in PAGE_REQUESTS[1:]:
+            data = make_request(line, "Origin: " + origin, *fields, body=body, host=host)
+            answer = ask(server, data)
+            assert answer.status == (101 if fields else 200)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+
+    @pytest.mark.parametrize("site", ["cross-site", "same-site"])
+    def test_other_site_is_403_save_for_a_visit(self, server: ServerProcess, site: str) -> None:
+        field = f"Sec-Fetch-Site: {site}"
+        for line, fields, body in PAGE_REQUESTS:
+            check_error(ask(server, make_request(line, field, *fields, body=body)), 403)
+            mode = ("Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty")
+            check_error(ask(server, make_request(line, field, *mode, *fields, body=body)), 403)
+        for line in ("GET /tasks", "POST /", "GET /health", "POST /exec"):
+            check_error(ask(server, make_request(line, field, *NAVIGATION)), 403)
+        frame = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
+        check_error(ask(server, make_request("GET /", field, *frame)), 403)
+        assert ask(server, make_request("GET /", field, *NAVIGATION)).status == 200
+
+    @pytest.mark.parametrize("site", ["same-origin", "none"])
+    def test_own_site_is_served(self, server: ServerProcess, site: str) -> None:
+        for path in ("/", "/tasks"):
+            assert ask(server, make_request(f"GET {path}", f"Sec-Fetch-Site: {site}")).status == 200
+
+    @pytest.mark.parametrize("media_type", ["text/plain", FORM_TYPE, "multipart/form-data", None])
+    @pytest.mark.parametrize("mark", ["Origin: http://localhost", "Sec-Fetch-Site: same-origin"])
+    def test_form_of_a_browser_is_415(
+        self, server: ServerProcess, mark: str, media_type: str | None
+    ) -> None:
+        fields = [mark] + ([f"Content-Type: {media_type}"] if media_type else [])
+        check_error(ask(server, make_request("POST /exec", *fields, body=RUN_TRUE)), 415)
+        cross = ["Sec-Fetch-Site: cross-site", *fields[1:]]
+        check_error(ask(server, make_request("POST /exec", *cross, body=RUN_TRUE)), 403)
+
+    def test_unlisted_preflight_is_403(self, server: ServerProcess) -> None:
+        fields = ("Origin: http://evil.test", "Access-Control-Request-Method: POST")
+        answer = ask(server, make_request("OPTIONS /exec", *fields))
+        check_error(answer, 403)
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+    @pytest.mark.parametrize(
+        "line, fields, body", CLOSED_REQUESTS, ids=[r[0] for r in CLOSED_REQUESTS]
+    )
+    def test_other_account_is_401(
+        self, server: ServerProcess, line: str, fields: tuple[str, ...], body: bytes
+    ) -> None:
+        data = make_request(line, "Connection: close", *fields, body=body)
+        (answer,) = ask_as_nobody(server, data)
+        check_error(answer, 401)
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+
+    @pytest.mark.parametrize("line, fields, body", OPEN_REQUESTS, ids=[r[0] for r in OPEN_REQUESTS])
+    def test_other_account_sees_page_and_health(
+        self, server: ServerProcess, line: str, fields: tuple[str, ...], body: bytes
+    ) -> None:
+        (answer,) = ask_as_nobody(server, make_request(line, "Connection: close"))
+        assert answer.status == 200
+        (answer,) = ask_as_nobody(server, make_request("GET /", host="evil.test"))
+        check_error(answer, 403)
+
+    def test_other_account_is_not_asked_to_go_on(self, server: ServerProcess) -> None:
+        data = make_request("POST /exec", "Expect: 100-continue", LENGTH_5)
+        assert as_nobody(lambda: server.exchange(data)).startswith(b"HTTP/1.1 401 ")
+
+    def test_other_account_that_closes_at_once_runs_nothing(self, server: ServerProcess) -> None:
+        """Its orphaned socket is listed with uid 0, our own when the tests run as root."""
+
+        def send_and_close() -> bytes:
+            with server.connect() as connection:
+                connection.sendall(post(body=b"true"))
+            return b"sent"
+
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert [as_nobody(send_and_close) for _ in range(3)] == [b"sent"] * 3
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+class TestAccessOptions:
+    """SPEC 4 with options; each test has a server of its own."""
+
+    def test_nothing_set_and_it_works(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server, unharmed(server, runs=True):
+            told = curl("-d", "echo ok", f"localhost:{server.port}/exec?wait")
+            assert json.loads(told.stdout.decode())["output"] == "ok\n"
+            own = f"http://localhost:{server.port}"
+            fields = ("-H", f"Origin: {own}", "-H", "Sec-Fetch-Site: same-origin", "-H", JSON_FIELD)
+            told = curl("-d", '{"cmd":"echo page"}', *fields, f"{own}/exec?wait")
+            assert json.loads(told.stdout.decode())["output"] == "page\n"
+
+    def test_server_of_other_account_does_not_trust_root(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can start a server of another account")
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv is not installed")
+        prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        # So that it can read Python, wherever root has it.
+        prefix += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+        with tempfile.TemporaryDirectory() as state:
+            os.chown(state, NOBODY, NOBODY)
+            with ServerProcess(Path(state), prefix=tuple(prefix)) as server:
+                assert Path(f"/proc/{server.pid}").stat().st_uid == NOBODY
+                for line, fields, body in CLOSED_REQUESTS:
+                    check_error(ask(server, make_request(line, *fields, body=body)), 401)
+                data = make_request("GET /tasks", "Connection: close")
+                (answer,) = ask_as_nobody(server, data)
+                assert answer.status == 200 and answer.json() == []
+
+    def test_listed_origins_are_served(self, tmp_path: Path) -> None:
+        listed = ["https://one.test", "http://two.test:3000"]
+        options = [f"--allow-origin={origin}" for origin in listed]
+        with ServerProcess(tmp_path, *options) as server, unharmed(server, runs=True):
+            for origin in listed:
+                marks = (f"Origin: {origin}", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors")
+                for line, fields, body, status in [
+                    ("GET /tasks", (), b"", 200),
+                    ("POST /exec?wait", (JSON_FIELD,), RUN_TRUE, 200),
+                    ("GET /nothing", (), b"", 404),
+                    ("POST /exec?wait", (JSON_FIELD,), b"[]", 400),
+                    ("POST /nothing", (JSON_FIELD,), b"{}", 404),
+                    ("POST /exec", (), b"true", 415),
+                    ("OPTIONS /exec", ("Access-Control-Request-Method: POST",), b"", 204),
+                ]:
+                    answer = ask(server, make_request(line, *marks, *fields, body=body))
+                    assert answer.status == status, line
+                    assert answer.headers.get("access-control-allow-origin") == origin, line
+                    assert "Origin" in answer.headers["vary"], line
+                    assert "access-control-allow-credentials" not in answer.headers
+                assert (
+                    answer.body == b"" and "POST" in answer.headers["access-control-allow-methods"]
+                )
+                assert "content-type" in answer.headers["access-control-allow-headers"].lower()
+                assert ask(server, make_request("GET /ws", *marks, *UPGRADE_FIELDS)).status == 101
+            tasks = server.get("/tasks")
+            assert [task["command"] for task in tasks] == ["true", "true"]
+            others = ["https://three.test", "http://one.test", "https://one.test:444", "null"]
+            for origin in others + [
+                "https://one.test.evil.test",
+                "https://ONE.test/",
+                "http://two.test",
+            ]:
+                for line, fields, body in PAGE_REQUESTS + [
+                    ("OPTIONS /exec", ("Access-Control-Request-Method: POST",), b"")
+                ]:
+                    data = make_request(line, f"Origin: {origin}", *fields, body=body)
+                    answer = ask(server, data)
+                    check_error(answer, 403)
+                    assert not [n for n in answer.headers if n.startswith("access-control")]
+            assert ask(server, make_request("GET /tasks")).headers["vary"] == "Origin"
+            data = make_request("GET /tasks", f"Origin: {listed[0]}", host="evil.test")
+            check_error(ask(server, data), 403)
+            assert server.get("/tasks") == tasks
+
+    def test_listed_hosts_are_served(self, tmp_path: Path) -> None:
+        options = ("--allow-host=box.test", "--allow-host=Other.Test:99")
+        with ServerProcess(tmp_path, *options) as server, unharmed(server):
+            for host in ("box.test", "BOX.test:5", "other.test:99", "localhost"):
+                assert ask(server, make_request("GET /tasks", host=host)).status == 200, host
+            for host in ("other.test", "other.test:98", "a.box.test", "box.test.", "evil.test"):
+                check_error(ask(server, make_request("GET /tasks", host=host)), 403)
+            data = make_request("GET /tasks", "Via: 1.1 proxy", host="box.test")
+            check_error(ask(server, data), 401)
+
+    @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+    def test_no_auth_keeps_the_host_and_origin_rules(self, tmp_path: Path, address: str) -> None:
+        with ServerProcess(tmp_path, "--no-auth", f"--host={address}") as server, unharmed(server):
+            assert server.wait_for_log("no_auth")["level"] == "warning"
+            for host in (
+                "127.0.0.1:1",
+                "10.1.2.3",
+                "[fe80::1]:80",
+                socket.gethostname(),
+                "localhost",
+            ):
+                assert ask(server, make_request("GET /tasks", host=host)).status == 200, host
+                data = make_request("GET /tasks", "X-Forwarded-For: 1.2.3.4", host=host)
+                assert ask(server, data).status == 200
+            for line, fields, body in OPEN_REQUESTS[:2] + CLOSED_REQUESTS:
+                data = make_request(line, *fields, body=body, host="evil.test")
+                check_error(ask(server, data), 403)
+            for line, fields, body in PAGE_REQUESTS:
+                data = make_request(line, "Origin: http://evil.test", *fields, body=body)
+                check_error(ask(server, data), 403)
+            check_error(
+                ask(server, make_request("POST /exec", "Sec-Fetch-Site: none", body=b"true")), 415
+            )
+            (answer,) = ask_as_nobody(server, make_request("GET /info", "Connection: close"))
+            assert answer.json()["role"] == "run"
+
+    @pytest.mark.parametrize("loop", loops())
+    @pytest.mark.parametrize("hosts", [["127.0.0.2"], ["::1"], ["localhost"], ["127.0.0.1", "::1"]])
+    def test_any_loopback_address_is_trusted(
+        self, tmp_path: Path, hosts: list[str], loop: str
+    ) -> None:
+        if "::1" in hosts and not os.path.exists("/proc/net/if_inet6"):
+            pytest.skip("no IPv6 here")
+        options = [f"--host={host}" for host in hosts]
+        with ServerProcess(tmp_path, *options, f"--loop={loop}") as server:
+            for host in hosts:
+                url = f"http://{'[::1]' if host == '::1' else host}:{server.port}/exec?wait"
+                assert (
+                    json.loads(curl("-g", "-d", "echo y", url).stdout.decode())["output"] == "y\n"
+                )
+                told = curl("-g", "-d", "true", "-H", "Via: 1.1 x", "-w", "%{http_code}", url)
+                assert told.stdout.endswith(b"401")
+
+                def connect_as_nobody(host: str = host) -> bytes:
+                    address = (host, server.port)
+                    with socket.create_connection(address, PATIENCE_SECONDS) as connection:
+                        connection.sendall(make_request("GET /tasks", "Connection: close"))
+                        return read_all(connection)
+
+                assert as_nobody(connect_as_nobody).startswith(b"HTTP/1.1 401 ")
+
+
+# End to end: limits ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="class", params=loops())
+def hasty_server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]:
+    """A server whose time-outs are one second each."""
+    folder = tmp_path_factory.mktemp("hasty")
+    code = "sc.HEAD_SECONDS = sc.BODY_SECONDS = sc.IDLE_SECONDS = sc.WRITE_STALL_SECONDS = 1.0"
+    options = (f"--loop={request.param}", "--keep-output=32M")
+    with ServerProcess(folder, *options, script=make_launcher(folder, code)) as server:
+        yield server
+
+
+class TestTimeouts:
+    """Every phase of a connection has its deadline, on the monotonic clock."""
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            make_request("GET /tasks", *["A: b"] * 90),
+            make_request("POST /exec", body=b"#" * 500),
+            chunks(b"1\r\n#\r\n" * 90),
+            b"\r\n" * 300,
+        ],
+        ids=["head", "body", "chunks", "empty lines"],
+    )
+    def test_dripping_request_ends_at_the_total_deadline(
+        self, hasty_server: ServerProcess, data: bytes
+    ) -> None:
+        start = data.index(b"\r\n\r\n") + 4 if data[:4] == b"POST" else 0
+        with unharmed(hasty_server), hasty_server.connect() as connection:
+            connection.sendall(data[:start])
+            send_dripping(connection, data[start:], 0.05)
+            assert select.select([connection], [], [], 0)[0], "it was read to its end"
+            answers = AnswerStream(read_all(connection)).rest()
+        assert len(answers) == 1 or data[:2] == b"\r\n"  # no request has begun yet
+        for answer in answers:
+            check_error(answer, 408)
+            assert answer.headers["connection"] == "close"
+
+    @pytest.mark.parametrize(
+        "data, status",
+        [
+            (make_request("GET /tasks")[:-2], 408),
+            (post(body=b"true")[:-2], 408),
+            (chunks(b"4\r\ntr"), 408),
+            (b"", None),
+            (make_request("GET /health"), 200),
+        ],
+        ids=["head", "body", "chunk", "nothing", "nothing after an answer"],
+    )
+    def test_stalled_connection_is_closed(
+        self, hasty_server: ServerProcess, data: bytes, status: int | None
+    ) -> None:
+        with unharmed(hasty_server), hasty_server.connect() as connection:
+            connection.sendall(data)
+            answers = AnswerStream(read_all(connection)).rest()
+            assert [answer.status for answer in answers] == ([status] if status else [])
+            assert wait_until(lambda: hasty_server.descriptors() <= hasty_server.idle_descriptors)  # type: ignore[attr-defined]
+
+    def test_answer_may_take_longer_than_any_deadline(self, hasty_server: ServerProcess) -> None:
+        with unharmed(hasty_server, runs=True):
+            for query in ("wait", "follow"):
+                answer = hasty_server.request("POST", f"/exec?{query}", b"sleep 2; echo late")
+                assert b"late" in answer.body
+                assert hasty_server.get("/tasks")[-1]["exit_code"] == 0
+
+    @pytest.mark.parametrize("query", ["raw", "follow", "offset=1"])
+    def test_reader_that_stalls_is_dropped(self, hasty_server: ServerProcess, query: str) -> None:
+        command = "head -c 16000000 /dev/zero | tr '\\0' a"
+        task_id = hasty_server.start(command)
+        assert hasty_server.wait_for_end(task_id)["output_bytes"] == 16000000
+        with unharmed(hasty_server, runs=True), socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", hasty_server.port))
+            connection.settimeout(PATIENCE_SECONDS)
+            connection.sendall(make_request(f"GET /logs?id={task_id}&{query}"))
+            assert connection.recv(1)
+
+            def is_dropped() -> bool:
+                with contextlib.suppress(ConnectionError):
+                    connection.recv(1)
+                return hasty_server.descriptors() <= hasty_server.idle_descriptors  # type: ignore[attr-defined]
+
+            wait_until(lambda: hasty_server.descriptors() > hasty_server.idle_descriptors)  # type: ignore[attr-defined]
+            while not is_dropped():
+                assert not select.select([], [], [connection], 0.1)[2]
+
+    def test_reader_that_is_slow_gets_all(self, hasty_server: ServerProcess) -> None:
+        task_id = hasty_server.start("head -c 20000000 /dev/zero | tr '\\0' a")
+        hasty_server.wait_for_end(task_id)
+        request = make_request(f"GET /logs?id={task_id}&raw", "Connection: close")
+        with unharmed(hasty_server, runs=True), contextlib.ExitStack() as stack:
+            readers = [stack.enter_context(hasty_server.connect()) for _ in range(4)]
+            received = dict.fromkeys(readers, 0)
+            for reader in readers:
+                reader.sendall(request)
+            for _ in range(50):  # in steps; all of it takes far longer than the time-out
+                select.select([], [], [], 0.08)
+                for reader in readers:
+                    received[reader] += len(reader.recv(300000))
+            while readers:
+                for reader in select.select(readers, [], [], PATIENCE_SECONDS)[0]:
+                    data = reader.recv(1000000)
+                    received[reader] += len(data)
+                    if not data:
+                        readers.remove(reader)
+        assert min(received.values()) > 20000000
+
+    def test_idle_time_is_its_own(self, tmp_path: Path) -> None:
+        code = "sc.HEAD_SECONDS, sc.IDLE_SECONDS = 600.0, 0.5"
+        with ServerProcess(tmp_path, script=make_launcher(tmp_path, code)) as server:
+            with unharmed(server), server.connect() as connection:
+                connection.sendall(make_request("GET /health"))
+                (answer,) = AnswerStream(read_all(connection)).rest()
+            assert answer.status == 200
+        code = "sc.HEAD_SECONDS, sc.IDLE_SECONDS = 1.0, 600.0"
+        with ServerProcess(tmp_path, script=make_launcher(tmp_path, code)) as server:
+            with unharmed(server), server.connect() as connection:
+                connection.sendall(make_request("GET /health"))
+                assert AnswerStream(connection).next().status == 200
+                assert select.select([connection], [], [], 2.5)[0] == []  # still open
+                connection.sendall(make_request("GET /health"))
+                assert AnswerStream(connection).next().status == 200
+
+    @pytest.mark.parametrize("step", [3600, -3600])
+    def test_stepped_wall_clock_changes_no_deadline(self, tmp_path: Path, step: int) -> None:
+        flag = tmp_path / "stepped"
+        code = f"real = sc.time.time\nsc.time.time = lambda: real() + {step} * os.path.exists({str(flag)!r})"
+        script = make_launcher(tmp_path, code)
+        with ServerProcess(tmp_path, "--interval=0.1", script=script) as server:
+            with unharmed(server, runs=True), server.connect() as connection:
+                stream = AnswerStream(connection)
+                connection.sendall(make_request("GET /health"))
+                assert stream.next().status == 200
+                task_id = server.start("exec sleep 300", timeout=600)
+                ended = server.start("exec sleep 300", timeout=3)
+                before = server.get("/stats")
+                flag.touch()
+                wait_until(
+                    lambda: abs(server.get("/stats")["timestamp"] - before["timestamp"]) > 3e6
+                )
+                seq = server.get("/stats")["seq"]
+                wait_until(lambda: server.get("/stats")["seq"] > seq + 5)
+                assert server.task(task_id)["state"] == "running"
+                assert server.wait_for_end(ended)["state"] == "timeout"
+                connection.sendall(make_request("GET /health"))
+                assert stream.next().status == 200
+                server.request("POST", f"/kill?id={task_id}")
+                server.wait_for_end(task_id)
+
+
+class TestLimits:
+    """Every count and buffer that a peer can fill has a limit; each test has its own server."""
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_connections_above_the_limit_get_503(self, tmp_path: Path, loop: str) -> None:
+        with ServerProcess(tmp_path, "--max-clients=5", f"--loop={loop}") as server:
+            with unharmed(server):
+                with contextlib.ExitStack() as stack:
+                    held = [stack.enter_context(server.connect()) for _ in range(5)]
+                    for connection in held:
+                        connection.sendall(make_request("GET /health"))
+                        assert AnswerStream(connection).next().status == 200
+                    for data in (b"", make_request("GET /health"), post(body=b"true" * 20000)):
+                        with server.connect() as connection:
+                            with contextlib.suppress(ConnectionError):
+                                connection.sendall(data)
+                            (answer,) = AnswerStream(read_all(connection)).rest()
+                        check_error(answer, 503)
+                    for connection in held:
+                        connection.sendall(make_request("GET /health"))
+                        assert AnswerStream(connection).next().status == 200
+                wait_until(lambda: server.request("GET", "/health").status == 200)
+
+    def test_tasks_above_the_limit_get_429(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--max-tasks=2") as server, unharmed(server, runs=True):
+            first, second = server.start("exec sleep 300"), server.start("exec sleep 300")
+            for path in ("/exec", "/exec?wait", "/exec?follow"):
+                check_error(server.request("POST", path, b"true"), 429)
+            assert [task["task_id"] for task in server.get("/tasks")] == [first, second]
+            server.request("POST", f"/kill?id={first}")
+            server.wait_for_end(first)
+            third = server.start("exec sleep 300")
+            for task_id in (second, third):
+                server.request("POST", f"/kill?id={task_id}")
+                server.wait_for_end(task_id)
+
+    def test_no_exec_runs_and_kills_nothing(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server, unharmed(server):
+            for path in ("/exec", "/exec?wait", "/exec?follow"):
+                check_error(server.request("POST", path, b"true"), 403)
+                check_error(server.request("POST", path, RUN_TRUE, Content_Type=JSON_TYPE), 403)
+            assert server.request("POST", "/kill?id=1").status in (403, 404)
+            assert server.get("/info")["exec"] is False and server.get("/stats")["cpus"] > 0
+
+    def test_output_above_the_limit_loses_its_beginning(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-output=1000") as server, unharmed(server, runs=True):
+            told = server.run(
+                "i=0; while [ $i -lt 1000 ]; do printf '€'; i=$((i+1)); done; printf ab"
+            )
+            assert told["truncated"] is True and told["output"] == "€" * 332 + "ab"
+            logs = server.get(f"/logs?id={told['task_id']}")
+            assert logs["logs"] == told["output"] and logs["dropped"] == logs["offset"] == 2004
+            assert logs["next_offset"] == 3002 == server.task(told["task_id"])["output_bytes"]
+            later = server.get(f"/logs?id={told['task_id']}&offset=3000")
+            assert (later["logs"], later["offset"], later["dropped"]) == ("ab", 3000, 2004)
+            raw = server.request("GET", f"/logs?id={told['task_id']}&raw&offset=0")
+            assert raw.body.decode() == told["output"]
+            assert server.run("printf %01000d 0")["truncated"] is False
+
+    def test_finished_tasks_above_the_limit_are_forgotten(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-tasks=2") as server, unharmed(server, runs=True):
+            running = server.start("exec sleep 300")
+            finished = [server.run(f"echo {n}")["task_id"] for n in range(4)]
+            kept = [task["task_id"] for task in server.get("/tasks")]
+            assert kept == [running, *finished[2:]]
+            for path in ("/tasks", "/logs"):
+                for task_id in finished[:2]:
+                    check_error(server.request("GET", f"{path}?id={task_id}"), 404)
+            check_error(server.request("POST", f"/kill?id={finished[0]}"), 404)
+            assert server.request("POST", f"/kill?id={running}").status == 200
+            wait_until(lambda: server.get("/info")["tasks_running"] == 0)
+
+    def test_task_that_has_just_ended_is_kept(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-tasks=2") as server, unharmed(server, runs=True):
+            longest = server.start("exec sleep 300")
+            finished = [server.run("true")["task_id"] for _ in range(2)]
+            server.request("POST", f"/kill?id={longest}")
+            assert server.wait_for_end(longest)["state"] == "killed"
+            kept = [task["task_id"] for task in server.get("/tasks")]
+            assert kept == [longest, finished[1]]
+
+    def test_id_of_an_earlier_run_is_404(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            earlier = server.run("true")["task_id"]
+        with ServerProcess(tmp_path) as server:
+            check_error(server.request("GET", f"/tasks?id={earlier}"), 404)
+            assert int(server.run("true")["task_id"]) > int(earlier)
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_server_without_descriptors_lives(self, tmp_path: Path, loop: str) -> None:
+        limit = 48
+        code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))"
+        script = make_launcher(tmp_path, code)
+        with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
+            before = server.descriptors()
+            with contextlib.ExitStack() as stack:
+                old = stack.enter_context(server.connect())
+                stream = AnswerStream(old)
+                old.sendall(make_request("GET /health"))
+                assert stream.next().status == 200
+                for _ in range(limit):
+                    stack.enter_context(server.connect())
+                wait_until(lambda: server.descriptors() >= limit - 1)
+                for _ in range(3):
+                    old.sendall(post(body=b"true"))
+                    check_error(stream.next(), 503)
+                old.sendall(make_request("GET /tasks"))
+                assert stream.next().json() == []
+            wait_until(lambda: server.descriptors() <= before)
+            assert server.run("echo back")["output"] == "back\n"
+            assert len(server.stderr) < 20
+
+    def test_failure_in_one_place_stays_there(self, tmp_path: Path) -> None:
+        code = """
+import dataclasses
+async def fail(server, request):
+    raise RuntimeError("injected /some/path " + "x" * 10)
+sc.ROUTES = tuple(
+    dataclasses.replace(r, answer=fail) if r.path in ("/stats", "/kill") else r for r in sc.ROUTES
+)
+count, build = [0], sc.build_stats
+def build_or_fail(*arguments):
+    count[0] += 1
+    if count[0] in (3, 4):
+        raise ValueError("injected")
+    return build(*arguments)
+sc.build_stats = build_or_fail
+"""
+        script = make_launcher(tmp_path, code)
+        with ServerProcess(tmp_path, "--interval=0.1", script=script) as server:
+            server.check = False
+            for method, path in [("GET", "/stats"), ("POST", "/kill?id=1"), ("GET", "/stats")]:
+                answer = server.request(method, path, b"x" if method == "POST" else None)
+                check_error(answer, 500)
+                assert b"injected" not in answer.body and b"/some" not in answer.body
+                assert server.run("echo on")["output"] == "on\n"
+            seq = wait_until(lambda: server.log("sampler_failed") and server.get("/info")["seq"])
+            wait_until(lambda: server.get("/info")["seq"] > seq + 5)
+            assert len(server.log("sampler_failed")) == 1  # two in a row: limited to one a second
+            assert len(server.log("request_failed")) in (1, 2, 3)
+            assert all("RuntimeError" in record["trace"] for record in server.log("request_failed"))
+        assert server.process.returncode == 0
+
+
+# Pieces for processes ────────────────────────────────────────────────────────────────────────
+
+both_loops = pytest.mark.parametrize("loop", ["asyncio", "auto"])
+
+
+def cases_task(names: str, table: dict[str, Any]) -> Any:
+    """Run a test for every row of a table; the keys are the ids."""
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
+
+
+def child_pids(pid: int) -> list[int]:
+    """Return the children of a process, zombies included."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+def wait_for_death(pids: list[int], seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until none of the processes runs; zombies of a careless init do not count."""
+    wait_until(lambda: all(sc.is_zombie(pid) for pid in pids), seconds)
+
+
+@contextlib.contextmanager
+def kill_at_last(pids: list[int]) -> Iterator[None]:
+    """Leave nothing running, whatever fails."""
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def start_ready(server: ServerProcess, command: str, **fields: Any) -> tuple[str, list[int]]:
+    """Start a command that says "ready"; return (task id, the processes of its session)."""
+    task_id = server.start(command, **fields)
+    wait_until(lambda: "ready" in server.get(f"/logs?id={task_id}")["logs"])
+    return task_id, sc.find_session(server.task(task_id)["pid"])
+
+
+def kill_task(server: ServerProcess, task_id: str, signal_name: str = "TERM") -> Answer:
+    return server.request("POST", f"/kill?id={task_id}&signal={signal_name}")
+
+
+def ask_host(host: str, port: int, path: str = "/health", body: str | None = None) -> Any:
+    """Send one request to any address; return the JSON of an answer 200."""
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_SECONDS)
+    with contextlib.closing(connection):
+        connection.request("GET" if body is None else "POST", path, body)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        return json.loads(answer.read())
+
+
+def upgrade(host: str, port: int) -> bytes:
+    """Return how a WebSocket upgrade is answered."""
+    head = (
+        f"GET /ws HTTP/1.1\r\nHost: {f'[{host}]' if ':' in host else host}\r\n"
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with socket.create_connection((host, port), PATIENCE_SECONDS) as connection:
+        connection.sendall(head.encode())
+        return connection.recv(65536)
+
+
+def bind(port: int = 0, address: str = "127.0.0.1") -> socket.socket:
+    """Listen on a port as any server does it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen()
+    return listener
+
+
+def listening_ports(pid: int) -> list[int]:
+    """Return the IPv4 ports on which a process listens, as the kernel says."""
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(str(fd)))
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [int(r[1][-4:], 16) for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in links]
+
+
+def check_refusal(state: Path, status: int, words: list[str], *options: str, **env: str) -> None:
+    """The start is refused with one line on stderr that holds the words; nothing is left."""
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        env={**os.environ, "XDG_STATE_HOME": str(state), **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE_SECONDS,
+    )
+    lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, len(lines)) == (status, "", 1), result
+    assert not [word for word in words if word not in lines[0]], lines
+    assert list(state.iterdir()) == []
+
+
+@contextlib.contextmanager
+def server_with_output(state: Path, redirect: str, *options: str, **popen: Any) -> Iterator[Any]:
+    """A server whose log goes elsewhere; it is found by the ports on which it listens."""
+    server = ServerProcess(state, "--cpu-alert=100", *options)
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *server.command]
+    server.process = subprocess.Popen(command, env=server.env, **popen)
+    server.pid = server.process.pid
+
+    def find_ports() -> list[int]:
+        assert server.process.poll() is None, f"ended with {server.process.returncode}"
+        ports = listening_ports(server.pid)
+        return ports if len(ports) == 2 else []
+
+    try:
+        server.port = wait_until(find_ports)[0]
+        yield server
+        server.process.terminate()
+        assert server.process.wait(PATIENCE_SECONDS) == 0
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+class Terminal:
+    """A server on a terminal of its own, as a person starts it."""
+
+    def __init__(self, state: Path) -> None:
+        self.master, slave = pty.openpty()
+        server = ServerProcess(state)
+        self.process = subprocess.Popen(
+            server.command,
+            env=server.env,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.text = ""
+
+    def __enter__(self) -> Terminal:
+        self.port = int(self.read_until(r'"http":"http://127\.0\.0\.1:(\d+)"').group(1))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def read_until(self, pattern: str) -> Any:
+        """Return the first match of the pattern in what the terminal shows."""
+
+        def find() -> Any:
+            if select.select([self.master], [], [], 0)[0]:
+                with contextlib.suppress(OSError):  # EIO: nobody holds the terminal any more
+                    self.text += os.read(self.master, 65536).decode("utf-8")
+            return re.search(pattern, self.text)
+
+        return wait_until(find)
+
+
+@contextlib.contextmanager
+def exhausted(server: ServerProcess) -> Iterator[Callable[..., tuple[int, Any]]]:
+    """Leave a server without a free descriptor; give what sends on a connection it has."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_SECONDS)
+
+    def send(method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    send("GET", "/health")
+    limits, limit = resource.prlimit(server.pid, resource.RLIMIT_NOFILE), server.descriptors() + 8
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.prlimit, server.pid, resource.RLIMIT_NOFILE, limits)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, limits[1]))
+        stack.callback(connection.close)
+        for _ in range(12):
+            stack.enter_context(server.connect())
+        wait_until(lambda: server.descriptors() >= limit)
+        yield send
+
+
+class Gate:
+    """A FIFO at which a command waits until the test lets it pass."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.fd = os.open(path, os.O_RDWR)
+        self.wait = f"read _ < '{path}'"
+
+    def open(self) -> None:
+        os.write(self.fd, b"\n")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "gate")
+    yield gate
+    os.close(gate.fd)
+
+
+@pytest.fixture
+def tidy(server: ServerProcess) -> Iterator[None]:
+    """After the test: no zombies, nothing runs, descriptors are back."""
+    before = server.descriptors()
+    yield
+    wait_until(lambda: not child_pids(server.pid) and server.descriptors() <= before)
+
+
+# Tasks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("tidy")
+class TestTaskProcess:
+    """SPEC 5: what a command is given, and what becomes of what it gives."""
+
+    SHELL_NAMES = {"_", "PWD", "OLDPWD", "SHLVL", "LC_CTYPE"}
+
+    def test_environment_is_the_servers_and_three_things_more(self, server: Any) -> None:
+        own = {"ADDED": "a=b\nc", "PYTHONUNBUFFERED": "0", "SERVERCONTROL_TASK_ID": "forged"}
+        answer = server.run("env -0", env=own)
+        got = dict(item.split("=", 1) for item in answer["output"].split("\0")[:-1])
+        want = {**server.env, **own, "SERVERCONTROL_TASK_ID": answer["task_id"]}
+        for name in self.SHELL_NAMES:
+            got.pop(name, None), want.pop(name, None)
+        assert got == want
+        assert server.run("echo $PYTHONUNBUFFERED")["output"] == "1\n"
+
+    def test_stdin_is_dev_null(self, server: Any) -> None:
+        assert server.run("cat; readlink /proc/self/fd/0")["output"] == "/dev/null\n"
+
+    def test_process_starts_clean(self, server: Any) -> None:
+        task_id = server.start("exec sleep 60")
+        pid = server.task(task_id)["pid"]
+        status = Path(f"/proc/{pid}/status")
+        wait_until(lambda: "Name:\tsleep" in status.read_text())
+        masks = re.findall(r"^Sig(?:Blk|Ign|Cgt):\s*(\w+)", status.read_text(), re.M)
+        # posix_spawn of glibc leaves its own two signals ignored; nobody can change them.
+        reserved = 1 << 31 | 1 << 32
+        assert [int(mask, 16) & ~reserved for mask in masks] == [0, 0, 0]
+        # For a moment it holds files of its own, such as the locale's.
+        wait_until(lambda: sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"])
+        _, out, err = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3))
+        assert out == err and out.startswith("pipe:")
+        assert os.getsid(pid) == os.getpgid(pid) == pid
+        kill_task(server, task_id)
+        assert server.wait_for_end(task_id)["state"] == "killed"
+
+    def test_stdout_and_stderr_come_in_order(self, server: Any) -> None:
+        answer = server.run("for i in $(seq 200); do echo o$i; echo e$i >&2; done")
+        assert answer["output"] == "".join(f"o{i}\ne{i}\n" for i in range(1, 201))
+
+    @cases_task(
+        "command, exit_code, signal_name",
+        {
+            "success": ("exit 0", 0, None),
+            "failure": ("exit 7", 7, None),
+            "largest": ("exit 255", 255, None),
+            "not found": ("/nonexistent", 127, None),
+            "only looks like TERM": ("exit 143", 143, None),
+            "TERM": ("kill -TERM $$", 143, "TERM"),
+            "KILL": ("kill -KILL $$", 137, "KILL"),
+            "core signal": ("ulimit -c 0; kill -SEGV $$", 139, "SEGV"),
+            "signal with two names": ("ulimit -c 0; kill -ABRT $$", 134, "ABRT"),
+            "signal without a name": ("kill -35 $$", 163, "35"),
+        },
+    )
+    def test_exit_code(self, server: Any, command: str, exit_code: int, signal_name: Any) -> None:
+        answer = server.run(command)
+        task = server.task(answer["task_id"])
+        assert (answer["exit_code"], answer["signal"]) == (exit_code, signal_name)
+        assert (task["exit_code"], task["signal"]) == (exit_code, signal_name)
+        assert task["state"] == "done" and task["started"] <= task["ended"]
+
+    @cases_task(
+        "command, output",
+        {
+            "invalid byte": ("printf 'a\\377b'", "a\ufffdb"),
+            "cut at the end": ("printf 'a\\303'", "a\ufffd"),
+            "control": ("printf '\\000\\033\\r\\t\\177\"\\\\'", '\0\x1b\r\t\x7f"\\'),
+            "command not ASCII": ("echo 'ž€😀'", "ž€😀\n"),
+            "SIGPIPE is the default": ("yes | head -n 1", "y\n"),
+            "cut by every read": ("printf '€%.0s' $(seq 100000)", "€" * 100000),
+        },
+    )
+    def test_output_is_utf_8(self, server: Any, command: str, output: str) -> None:
+        answer = server.run(command)
+        assert answer["output"] == output
+        assert server.get(f"/logs?id={answer['task_id']}")["logs"] == output
+        assert server.task(answer["task_id"])["output_bytes"] == len(output.encode("utf-8"))
+
+    def test_character_cut_between_two_reads_is_kept_whole(self, server: Any, gate: Gate) -> None:
+        with server.websocket() as viewer:
+            task_id = server.start(f"printf 'a\\303'; {gate.wait}; printf '\\251b'")
+            events = receive_events(viewer, lambda event: event["type"] == "task_output")
+            gate.open()
+            events += receive_events(viewer, is_complete(task_id))
+        mine = [event for event in events if event.get("task_id") == task_id]
+        kinds = ["task_start", "task_output", "task_output", "task_complete"]
+        assert [event["type"] for event in mine] == kinds
+        assert [(event["offset"], event["output"]) for event in mine[1:3]] == [(0, "a"), (1, "éb")]
+        assert mine[3]["output_bytes"] == 4
+
+    def test_background_child_neither_delays_nor_breaks(
+        self, server: Any, gate: Gate, tmp_path: Path
+    ) -> None:
+        """CASES 53; asyncio's own wait() hangs here on 3.11 to 3.13."""
+        marker = tmp_path / "marker"
+        late = f"{gate.wait}; seq 20000; echo late && echo alive > '{marker}'"
+        answer = server.run(f"({late}) & echo hi; exit 7")
+        assert (answer["exit_code"], answer["output"]) == (7, "hi\n")
+        gate.open()
+        wait_until(lambda: marker.exists() and marker.read_text())
+        assert server.get(f"/logs?id={answer['task_id']}")["logs"] == "hi\n"
+
+    def test_task_outlives_its_viewers(self, server: Any, gate: Gate) -> None:
+        body = f"echo one; {gate.wait}; echo two"
+        head = f"POST /exec?follow HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with server.connect() as follower:
+            follower.sendall(f"{head}\r\n\r\n{body}".encode())
+            received = b""
+            while b"one" not in received:
+                received += follower.recv(65536)
+        (task_id,) = re.findall(r"(?i)x-task-id: (\d+)", received.decode())
+        assert server.task(task_id)["state"] == "running"
+        gate.open()
+        assert server.wait_for_end(task_id)["exit_code"] == 0
+        assert server.get(f"/logs?id={task_id}")["logs"] == "one\ntwo\n"
+
+    @cases_task(
+        "fields, status, code",
+        {
+            "no such folder": ({"cwd": "/nonexistent"}, 400, "bad_cwd"),
+            "no folder": ({"cwd": "/dev/null"}, 400, "bad_cwd"),
+            "E2BIG": ({"env": {"BIG": "x" * 140000}}, 413, "too_large"),
+        },
+    )
+    def test_start_that_fails(self, server: Any, fields: Any, status: int, code: str) -> None:
+        before = server.get("/tasks")
+        answer = server.request("POST", "/exec", json.dumps({"cmd": "echo", **fields}))
+        assert (answer.status, answer.json()["error"]) == (status, code)
+        assert server.get("/tasks") == before
+
+    def test_thousand_tasks_fifty_at_a_time(self, server: Any) -> None:
+        """CASES 61; the `tidy` fixture looks for zombies and descriptors."""
+        command = "echo $SERVERCONTROL_TASK_ID; exit 3"
+        with concurrent.futures.ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(lambda _: server.run(command), range(1000)))
+        assert len({answer["task_id"] for answer in answers}) == 1000
+        wrong = [a for a in answers if (a["output"], a["exit_code"]) != (a["task_id"] + "\n", 3)]
+        assert wrong == []
+        assert len(server.get("/tasks")) == 200  # --keep-tasks
+
+    def test_hundred_megabytes_without_a_line_end(self, server: Any) -> None:
+        """CASES 57, 71."""
+        before, size = server.resident_kib(), 100 * 1000 * 1000
+        task_id = server.start(f"head -c {size} /dev/zero | tr '\\0' x")
+        assert server.wait_for_end(task_id)["output_bytes"] == size
+        logs = server.get(f"/logs?id={task_id}")
+        assert (logs["dropped"], logs["next_offset"]) == (size - 8 * sc.MIB, size)
+        assert logs["logs"] == "x" * 8 * sc.MIB
+        assert server.resident_kib() - before < 100 * 1024
+
+
+@pytest.mark.usefixtures("tidy")
+class TestTaskStop:
+    """SPEC 5: kill and time-out are one function, and it leaves nothing behind."""
+
+    DEAF = "(trap '' TERM; echo ready; exec sleep 60)"
+    DEAF_SHELL = "trap '' TERM; echo ready; while :; do :; done"
+
+    @cases_task(
+        "command, signal_name",
+        {
+            "child": ("sleep 60 & echo ready; wait", "TERM"),
+            "orphan": ("(sleep 60 &); echo ready; sleep 60", "TERM"),
+            "groups": ("exec bash -c 'set -m; sleep 60 & sleep 60 & echo ready; wait'", "TERM"),
+            "stopped": ("sleep 60 & echo ready; kill -STOP $$", "TERM"),
+            "deaf": (DEAF_SHELL, "KILL"),
+            "deaf child of a shell that dies": (f"{DEAF} & exec sleep 60", "TERM"),
+            "deaf group": (f'exec bash -c "set -m; {DEAF} & wait"', "TERM"),
+        },
+    )
+    def test_kill_takes_the_whole_tree(self, server: Any, command: str, signal_name: str) -> None:
+        """CASES 54, fact 9."""
+        task_id, pids = start_ready(server, command)
+        with kill_at_last(pids):
+            assert kill_task(server, task_id).status == 200
+            task = server.wait_for_end(task_id)
+            wait_for_death(pids, 1.0)
+        assert (task["state"], task["signal"]) == ("killed", signal_name)
+        assert task["exit_code"] == 128 + signal.Signals[f"SIG{signal_name}"]
+
+    @cases_task(
+        "command, exit_code, name, low, high",
+        {
+            "hears": ("sleep 60 & echo ready; wait", 143, "TERM", 200, 3000),
+            "deaf": (DEAF_SHELL, 137, "KILL", 3200, 10000),
+        },
+    )
+    def test_time_out(
+        self, server: Any, command: str, exit_code: int, name: str, low: int, high: int
+    ) -> None:
+        with server.websocket() as viewer:
+            task_id = server.start(command, timeout=0.2)
+            pids = sc.find_session(server.task(task_id)["pid"])
+            event = receive_events(viewer, is_complete(task_id))[-1]
+        got = (event["state"], event["exit_code"], event["signal"])
+        assert got == ("timeout", exit_code, name)
+        assert low <= event["duration_ms"] < high
+        wait_for_death(pids)
+
+    def test_time_out_that_is_not_reached_changes_nothing(self, server: Any) -> None:
+        answer = server.run("exit 4", timeout=30)
+        assert (answer["exit_code"], server.task(answer["task_id"])["state"]) == (4, "done")
+        assert server.run("sleep 0.1; exit 5", timeout=0)["exit_code"] == 5
+
+    @pytest.mark.parametrize("name", ["USR1", "SIGUSR1", "usr1"])
+    def test_kill_sends_the_named_signal(self, server: Any, name: str) -> None:
+        trap = "trap 'echo caught; exit 9' USR1; echo ready; while :; do sleep 0.02; done"
+        task_id, _ = start_ready(server, trap)
+        assert kill_task(server, task_id, name).status == 200
+        task = server.wait_for_end(task_id)
+        assert (task["state"], task["exit_code"], task["signal"]) == ("killed", 9, None)
+        assert "caught" in server.get(f"/logs?id={task_id}")["logs"]
+
+    def test_unknown_signal_is_refused(self, server: Any) -> None:
+        task_id, pids = start_ready(server, "echo ready; exec sleep 60")
+        for name in ("", "TERMINATE", "15", "0", "TERM%20"):
+            assert kill_task(server, task_id, name).status == 400
+        assert not sc.is_zombie(pids[0]) and server.task(task_id)["state"] == "running"
+        assert kill_task(server, task_id, "KILL").status == 200
+        assert server.wait_for_end(task_id)["signal"] == "KILL"
+
+    def test_kill_of_a_finished_task_signals_nobody(self, server: Any) -> None:
+        """CASES 55: its session still has a member here, which must not be touched."""
+        answer = server.run("sleep 60 & echo $!")
+        sleeper = int(answer["output"])
+        with kill_at_last([sleeper]):
+            refused = kill_task(server, answer["task_id"], "KILL")
+            assert (refused.status, refused.json()["error"]) == (409, "task_ended")
+            assert server.run("true")["exit_code"] == 0
+            assert not sc.is_zombie(sleeper)
+
+    def test_kills_at_once_make_one_end(self, server: Any) -> None:
+        with server.websocket() as viewer:
+            task_id, _ = start_ready(server, "echo ready; exec sleep 60")
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(lambda _: kill_task(server, task_id), range(8)))
+            server.wait_for_end(task_id)
+            events = receive_events(viewer, is_complete(server.run("true")["task_id"]))
+        assert {answer.status for answer in answers} <= {200, 409}
+        assert [e["state"] for e in events if is_complete(task_id)(e)] == ["killed"]
+
+
+class TestTaskLimits:
+    """SPEC 5 and 9: options of tasks, and starters that leave much out."""
+
+    def test_limit_of_running_tasks(self, tmp_path: Path) -> None:
+        """CASES 63."""
+        with ServerProcess(tmp_path, "--max-tasks=2") as server:
+            first, _ = server.start("exec sleep 60"), server.start("exec sleep 60")
+            refused = server.request("POST", "/exec", f"touch '{tmp_path}/marker'")
+            assert (refused.status, refused.json()["error"]) == (429, "too_many_tasks")
+            kill_task(server, first)
+            server.wait_for_end(first)
+            assert server.run("echo free")["output"] == "free\n"
+            assert not (tmp_path / "marker").exists() and len(server.get("/tasks")) == 3
+
+    def test_oldest_finished_tasks_are_forgotten_running_ones_never(self, tmp_path: Path) -> None:
+        """CASES 72."""
+        with ServerProcess(tmp_path, "--keep-tasks=2") as server:
+            running = server.start("exec sleep 60")
+            ended = [server.run("true")["task_id"] for _ in range(4)]
+            assert [task["task_id"] for task in server.get("/tasks")] == [running, *ended[2:]]
+            for path in ("/tasks", "/logs"):
+                assert server.request("GET", f"{path}?id={ended[1]}").status == 404
+
+    def test_kept_output_is_cut_on_a_character(self, tmp_path: Path) -> None:
+        """CASES 71."""
+        with ServerProcess(tmp_path, "--keep-output=1000") as server:
+            answer = server.run("printf '€%.0s' $(seq 1000)")
+            assert (answer["output"], answer["truncated"]) == ("€" * 333, True)
+            for query, text in (("", "€" * 333), ("&offset=2500", "€" * 166)):
+                logs = server.get(f"/logs?id={answer['task_id']}{query}")
+                assert (logs["logs"], logs["dropped"], logs["next_offset"]) == (text, 2001, 3000)
+
+    def test_output_of_all_tasks_is_bounded(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-output=40M") as server:
+            fill = "head -c 30000000 /dev/zero | tr '\\0' x"
+            ids = [server.wait_for_end(server.start(fill))["task_id"] for _ in range(3)]
+            dropped = [server.get(f"/logs?id={i}&offset=30000000")["dropped"] for i in ids]
+            assert dropped == [90000000 - 64 * sc.MIB, 0, 0]
+
+    @pytest.mark.parametrize("shell", ["/nonexistent/sh", "/dev/null", "/"])
+    def test_missing_shell_fails_that_task_only(self, tmp_path: Path, shell: str) -> None:
+        """CASES 62."""
+        with ServerProcess(tmp_path, f"--shell={shell}") as server:
+            before = server.descriptors()
+            for cwd in ({}, {"cwd": str(tmp_path)}):
+                answer = server.request("POST", "/exec", json.dumps({"cmd": "echo", **cwd}))
+                assert (answer.status, answer.json()["error"]) == (500, "spawn_failed")
+            assert server.get("/tasks") == []
+            wait_until(lambda: server.descriptors() <= before and not child_pids(server.pid))
+
+    def test_working_folder_deleted(self, tmp_path: Path) -> None:
+        """CASES 62."""
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        with ServerProcess(tmp_path, cwd=str(folder)) as server:
+            folder.rmdir()
+            assert server.run("echo hi")["output"].endswith("hi\n")  # dash complains first
+            assert server.run("pwd", cwd="/")["output"] == "/\n"
+            answer = server.request("POST", "/exec", '{"cmd": "pwd", "cwd": "sub"}')
+            assert (answer.status, answer.json()["error"]) == (400, "bad_cwd")
+
+    def test_nothing_set(self, tmp_path: Path) -> None:
+        """CASES 62: no HOME, no PATH."""
+        state = f"XDG_STATE_HOME={tmp_path}"
+        with ServerProcess(tmp_path, prefix=("/usr/bin/env", "-i", state)) as server:
+            lines = server.run("/usr/bin/env")["output"].split("\n")[:-1]
+            names = {line.partition("=")[0] for line in lines} - TestTaskProcess.SHELL_NAMES
+            assert names == {"XDG_STATE_HOME", "PYTHONUNBUFFERED", "SERVERCONTROL_TASK_ID"}
+
+    def test_commands_are_utf_8_whatever_the_locale(self, tmp_path: Path) -> None:
+        folder = tmp_path / "ž"
+        folder.mkdir()
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        with ServerProcess(tmp_path, env=env) as server:
+            answer = server.run("echo 'ž€' \"$ADDED\"; pwd", cwd=str(folder), env={"ADDED": "ä"})
+            assert answer["output"] == f"ž€ ä\n{folder}\n"
+
+    def test_tokens_do_not_reach_children(self, tmp_path: Path) -> None:
+        """CASES 49."""
+        names = ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
+        env = {name: f"{name}-0123456789abcdef" for name in names}
+        with ServerProcess(tmp_path, env=env) as server:
+            assert "0123456789abcdef" not in server.run("env")["output"]
+
+    def test_descriptor_limit_of_children_is_the_starters(self, tmp_path: Path) -> None:
+        def lower() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
+
+        with ServerProcess(tmp_path, preexec_fn=lower) as server:
+            assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (512, 512)
+            outputs = {server.run("ulimit -Sn; ulimit -Hn")["output"] for _ in range(50)}
+            assert outputs == {"256\n512\n"}
+
+
+class TestState:
+    """SPEC 1, 5: the state folder, and ids that rise for ever."""
+
+    @pytest.mark.parametrize("is_there", [False, True], ids=["new", "open to others"])
+    def test_folder_is_private_whatever_the_umask(self, tmp_path: Path, is_there: bool) -> None:
+        folder = tmp_path / "new" / "servercontrol"
+        if is_there:
+            folder.mkdir(mode=0o755, parents=True)
+        with ServerProcess(tmp_path / "new", preexec_fn=lambda: os.umask(0)) as server:
+            server.run("true")
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert modes and set(modes.values()) == {0o600}, modes
+
+    def test_folder_without_xdg_is_in_the_home(self, tmp_path: Path) -> None:
+        env = {"HOME": str(tmp_path), "XDG_STATE_HOME": "relative/is/ignored"}
+        with ServerProcess(tmp_path, env=env, cwd=str(tmp_path)):
+            assert [path.name for path in tmp_path.iterdir()] == [".local"]
+            assert (tmp_path / ".local/state/servercontrol").is_dir()
+
+    def test_ids_rise_across_a_stop_and_a_kill(self, tmp_path: Path) -> None:
+        """CASES 81; an id of an earlier run is 404, never another task."""
+        with ServerProcess(tmp_path) as server:
+            ids = [server.run("true")["task_id"] for _ in range(3)]
+        with ServerProcess(tmp_path) as server:
+            ids.append(server.run("true")["task_id"])
+            assert server.request("GET", f"/tasks?id={ids[0]}").status == 404
+            orphan = server.task(server.start("exec sleep 60"))["pid"]
+            idle = server.connect()
+            server.check = False
+            os.kill(server.pid, signal.SIGKILL)
+            server.process.wait()
+        with idle, kill_at_last([orphan]):
+            with ServerProcess(tmp_path, f"--port={server.port}") as again:
+                assert again.port == server.port and not again.log("port_busy")
+                ids.append(again.run("true")["task_id"])
+                assert again.request("GET", f"/logs?id={ids[3]}").status == 404
+                assert kill_task(again, ids[3]).status == 404
+        assert all(task_id.isdigit() for task_id in ids)
+        assert sorted(set(ids), key=int) == ids
+
+    def test_ids_are_shared_by_two_instances(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as one, ServerProcess(tmp_path) as two:
+            with concurrent.futures.ThreadPoolExecutor(20) as pool:
+                servers = [(one, two)[i % 2] for i in range(240)]
+                ids = list(pool.map(lambda server: server.run("true")["task_id"], servers))
+            assert len(set(ids)) == 240
+            for server in (one, two):
+                listed = [int(task["task_id"]) for task in server.get("/tasks")]
+                assert listed == sorted(listed) and len(listed) == 120
+
+    @pytest.mark.parametrize("damage", ["x", "-5\n", "1\0", "9" * 30])
+    def test_damaged_id_file_is_no_way_back(self, tmp_path: Path, damage: str) -> None:
+        ids = []
+        for _ in range(3):
+            with ServerProcess(tmp_path) as server:
+                ids.append(int(server.run("true")["task_id"]))
+            if len(ids) == 1:
+                (tmp_path / "servercontrol" / "last-task-id").write_text(damage)
+        assert sorted(set(ids)) == ids
+
+    @pytest.mark.parametrize("kind", ["dangling link", "id file is a folder"])
+    def test_unusable_folder_is_a_warning(self, tmp_path: Path, kind: str) -> None:
+        if kind == "dangling link":
+            (tmp_path / "servercontrol").symlink_to(tmp_path / "nowhere")
+        else:
+            (tmp_path / "servercontrol" / "last-task-id").mkdir(parents=True)
+        ids = []
+        for _ in range(2):
+            with ServerProcess(tmp_path) as server:
+                ids += [int(server.run("true")["task_id"]) for _ in range(2)]
+                assert [record for record in server.records if record["level"] == "warning"]
+        assert sorted(set(ids)) == ids
+
+
+# Command line, ports, log ────────────────────────────────────────────────────────────────────
+
+
+class TestCommandLine:
+    """SPEC 1: options, their environment twins, exit statuses."""
+
+    BAD = (
+        "port=65536 port=-1 ws-port=http discovery-port=8_1 max-tasks=0 max-clients=1_0 "
+        "keep-tasks=1.5 keep-output=8X interval=nan interval=0 cpu-alert=101 alert-cooldown=-1 "
+        "alert-for=inf loop=trio log-format=xml log-level=loud allow-origin=example.org"
+    )
+
+    @pytest.mark.parametrize("option", BAD.split())
+    def test_bad_value_is_one_line_and_status_2(self, tmp_path: Path, option: str) -> None:
+        name, _, value = option.partition("=")
+        check_refusal(tmp_path, 2, [f"--{name}", value], f"--{option}")
+        twin = "SERVERCONTROL_" + name.upper().replace("-", "_")
+        check_refusal(tmp_path, 2, [value], **{twin: value})
+
+    @cases_task(
+        "options, env, word",
+        {
+            "unknown option": (["--bogus"], {}, "--bogus"),
+            "line end in an option": (["--bo\ngus"], {}, "gus"),
+            "no abbreviations": (["--max-t=1"], {}, "--max-t"),
+            "value missing": (["--shell"], {}, "--shell"),
+            "flag with a value": (["--no-exec=1"], {}, "--no-exec"),
+            "unknown command": (["sevre"], {}, "serve"),
+            "too many words": (["serve", "more"], {}, "more"),
+            "bad flag by twin": ([], {"SERVERCONTROL_NO_EXEC": "maybe"}, "NO_EXEC"),
+            "network": (["--host=0.0.0.0"], {}, "--host"),
+            "network, IPv6": (["--host=::"], {}, "--host"),
+            "network by twin": ([], {"SERVERCONTROL_HOST": "0.0.0.0"}, "--host"),
+            "host empty": (["--host="], {}, "--host"),
+            "no such twin": (["--host=0.0.0.0"], {"SERVERCONTROL_NO_AUTH": "1"}, "--host"),
+        },
+    )
+    def test_refused_with_status_2(
+        self, tmp_path: Path, options: list[str], env: dict[str, str], word: str
+    ) -> None:
+        any_ports = {"SERVERCONTROL_PORT": "0", "SERVERCONTROL_WS_PORT": "0"}
+        check_refusal(tmp_path, 2, [word], *options, **any_ports, **env)
+
+    @pytest.mark.skipif(sc.uvloop is not None, reason="uvloop is installed")
+    def test_loop_that_is_not_installed(self, tmp_path: Path) -> None:
+        check_refusal(tmp_path, 2, ["--loop"], "--loop=uvloop")
+
+    def test_help_and_version(self) -> None:
+        names = ["--" + name.replace("_", "-") for name in sc.Config.__dataclass_fields__]
+        table = [("--version", [f"servercontrol {sc.__version__}\n"])]
+        for option, words in [*table, ("--help", [*names, "SERVERCONTROL_"]), ("-h", names)]:
+            result = subprocess.run([sys.executable, str(SCRIPT), option], capture_output=True)
+            assert (result.returncode, result.stderr) == (0, b"")
+            assert [word for word in words if word not in result.stdout.decode()] == []
+
+    TWINS = {
+        "SERVERCONTROL_HOST": "127.0.0.1,127.0.0.2",
+        "SERVERCONTROL_PORT": "0",
+        "SERVERCONTROL_WS_PORT": "0",
+        "SERVERCONTROL_NO_DISCOVERY": "yes",
+        "SERVERCONTROL_NO_EXEC": "1",
+        "SERVERCONTROL_MAX_TASKS": "3",
+        "SERVERCONTROL_MAX_CLIENTS": "70",
+        "SERVERCONTROL_KEEP_OUTPUT": "2MiB",
+        "SERVERCONTROL_KEEP_TASKS": "5",
+        "SERVERCONTROL_INTERVAL": "0.25",
+        "SERVERCONTROL_ALLOW_HOST": "one.test two.test",
+        "SERVERCONTROL_LOG_FORMAT": "json",
+    }
+
+    def test_environment_twins(self, tmp_path: Path) -> None:
+        server = ServerProcess(tmp_path, env=self.TWINS)
+        server.command = [sys.executable, str(SCRIPT), "serve"]
+        with server:
+            info = server.get("/info")
+            limits = {"max_tasks": 3, "max_clients": 70, "keep_output_bytes": 2 << 20}
+            assert {**info["limits"], **limits, "keep_tasks": 5} == info["limits"]
+            assert (info["exec"], info["ports"]["discovery"]) == (False, None)
+            assert server.get("/stats?history")["interval"] == 0.25
+            assert ask_host("127.0.0.2", server.port) == {"ok": True}
+            hosts = ("one.test", "two.test", "three.test")
+            answers = [server.request("GET", "/health", Host=host) for host in hosts]
+            assert [answer.status for answer in answers] == [200, 200, 403]
+            answer = server.request("POST", "/exec", "true")
+            assert (answer.status, answer.json()["error"]) == (403, "exec_disabled")
+
+    def test_option_wins_over_its_twin(self, tmp_path: Path) -> None:
+        """Also where its value is 0, and as a list as a whole."""
+        env = {**self.TWINS, "SERVERCONTROL_PORT": "1", "SERVERCONTROL_NO_EXEC": "off"}
+        options = ("--max-tasks=9", "--host=127.0.0.3", "--keep-output=0", "--shell=/bin/bash")
+        with ServerProcess(tmp_path, *options, env=env) as server:
+            assert server.port > 1023
+            limits = ask_host("127.0.0.3", server.port, "/info")["limits"]
+            assert (limits["max_tasks"], limits["keep_output_bytes"]) == (9, 0)
+            answer = ask_host("127.0.0.3", server.port, "/exec?wait", "exit ${BASH_VERSION:+7}")
+            assert answer["exit_code"] == 7
+            answer = ask_host("127.0.0.3", server.port, "/exec?wait", "echo hi")
+            assert (answer["output"], answer["truncated"]) == ("", True)
+            with pytest.raises(ConnectionRefusedError):
+                ask_host("127.0.0.2", server.port)
+
+    def test_network_bind_without_authentication(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-auth", "--host=0.0.0.0") as server:
+            assert server.wait_for_log("no_auth")["level"] == "warning"
+            assert server.run("echo hi")["output"] == "hi\n"
+            assert server.get("/info")["auth"] is False
+            assert server.request("GET", "/info", Host="evil.test").status == 403
+
+
+class TestPorts:
+    """SPEC 1: ports are allocated; every address is served, or none."""
+
+    def test_any_port(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            real = {"http": server.port, "ws": server.ws_port, "discovery": server.discovery_port}
+            assert server.get("/info")["ports"] == real
+            assert len(set(real.values())) == 3 and 0 not in real.values()
+            assert sorted(listening_ports(server.pid)) == sorted((server.port, server.ws_port))
+            record = server.log("listening")[0]
+            assert (record["pid"], record["version"]) == (server.process.pid, sc.__version__)
+            for port in (server.port, server.ws_port):  # both speak both
+                assert b" 101 " in upgrade("127.0.0.1", port)
+                assert ask_host("127.0.0.1", port) == {"ok": True}
+
+    @pytest.mark.parametrize("other", ["127.0.0.1", "127.0.0.2"])
+    def test_busy_port_gives_the_next_free_one(self, tmp_path: Path, other: str) -> None:
+        """CASES 80; the same one at all addresses."""
+        with bind(address=other) as holder:
+            busy = holder.getsockname()[1]
+            options = (f"--port={busy}", "--host=127.0.0.1", "--host=127.0.0.2")
+            with ServerProcess(tmp_path, *options) as server:
+                record = server.wait_for_log("port_busy")
+                assert (record["level"], record["port"]) == ("warning", busy)
+                assert record["used"] == server.port and busy < server.port < busy + 100
+                for address in ("127.0.0.1", "127.0.0.2"):
+                    assert ask_host(address, server.port) == {"ok": True}
+
+    def test_equal_ports_are_one_listener(self, tmp_path: Path) -> None:
+        with bind() as holder:
+            busy = holder.getsockname()[1]
+            with ServerProcess(tmp_path, f"--port={busy}", f"--ws-port={busy}") as server:
+                assert server.port == server.ws_port != busy
+                assert listening_ports(server.pid) == [server.port]
+                assert b" 101 " in upgrade("127.0.0.1", server.port)
+                assert len(server.log("port_busy")) == 1
+
+    def test_no_free_port_is_status_1(self, tmp_path: Path) -> None:
+        with bind(65535):
+            check_refusal(tmp_path, 1, ["cannot listen"], "--port=65535", "--no-discovery")
+
+    @cases_task(
+        "hosts",
+        {
+            "not ours": ["192.0.2.1"],
+            "one of two is not ours": ["127.0.0.1", "192.0.2.1"],
+            "empty label": ["a..b"],
+            "label too long": ["a" * 64],
+        },
+    )
+    def test_address_that_cannot_be_bound_is_status_1(self, tmp_path: Path, hosts: Any) -> None:
+        options = [f"--host={host}" for host in hosts]
+        check_refusal(tmp_path, 1, [hosts[-1]], *options, "--port=0", "--ws-port=0")
+
+    def test_several_addresses_and_a_repeated_one(self, tmp_path: Path) -> None:
+        hosts = ["--host=127.0.0.1", "--host=127.0.0.9", "--host=127.0.0.1"]
+        with ServerProcess(tmp_path, *hosts) as server:
+            assert len(listening_ports(server.pid)) == 4
+            assert (
+                ask_host("127.0.0.1", server.port)
+                == ask_host("127.0.0.9", server.port)
+                == {"ok": True}
+            )
+            with pytest.raises(ConnectionRefusedError):
+                ask_host("127.0.0.2", server.port)
+
+    @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+    def test_ipv6_loopback(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--host=::1") as server:
+            assert server.log("listening")[0]["http"] == f"http://[::1]:{server.port}"
+            answer = ask_host("::1", server.port, "/exec?wait", "echo six")
+            assert answer["output"] == "six\n"
+            assert ask_host("::1", server.port, "/tasks")[0]["by"].startswith("[::1]:")
+            assert b" 101 " in upgrade("::1", server.ws_port)
+            with pytest.raises(ConnectionRefusedError):
+                ask_host("127.0.0.1", server.port)
+
+    @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+    @pytest.mark.parametrize("hosts", ["::", ":: 0.0.0.0", "0.0.0.0 ::", "localhost"])
+    def test_both_families(self, tmp_path: Path, hosts: str) -> None:
+        options = [f"--host={host}" for host in hosts.split()]
+        with ServerProcess(tmp_path, *options, *["--no-auth"] * (hosts != "localhost")) as server:
+            addresses = {"::1", "127.0.0.1"}
+            if hosts == "localhost":
+                addresses = {str(row[4][0]) for row in socket.getaddrinfo("localhost", None)}
+            for address in addresses:
+                assert ask_host(address, server.port, "/exec?wait", "echo hi")["output"] == "hi\n"
+
+    def test_discovery_port_does_not_move(self, tmp_path: Path) -> None:
+        for options, count in (((), 1), (("--no-discovery",), 0)):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+                udp.bind(("127.0.0.1", 0))
+                port = f"--discovery-port={udp.getsockname()[1]}"
+                with ServerProcess(tmp_path, port, *options) as server:
+                    assert server.discovery_port is None
+                    levels = [record["level"] for record in server.records]
+                    assert levels.count("warning") == warnings
+                    assert server.run("echo hi")["output"] == "hi\n"
+
+
+class TestLogging:
+    """SPEC 1, 9: what is said on stderr, and a stderr that takes nothing."""
+
+    TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+    EVENTS = ["listening", "task_start", "task_complete", "stopping"]
+
+    @pytest.mark.parametrize("log_format", ["text", "json"])
+    def test_lines(self, tmp_path: Path, log_format: str) -> None:
+        """CASES 21: nobody can forge a line or reach the terminal."""
+        command, log = "true\nforged INFO x \x1b[2J\x7f\x9b\u2028", tmp_path / "log"
+        with server_with_output(tmp_path, f"2>'{log}'", f"--log-format={log_format}") as server:
+            server.run(command)
+        text = log.read_text(encoding="utf-8")
+        assert all(c == "\n" or c.isprintable() for c in text)
+        lines = text.split("\n")[:-1]
+        if log_format == "json":
+            records = [json.loads(line) for line in lines]
+            assert records[1]["command"] == command and records[0]["pid"] == server.pid
+            heads = [f"{r['time']} {r['level'].upper()} {r['event']}" for r in records]
+        else:
+            assert f" pid={server.pid} " in lines[0] and " signal=SIGTERM " in lines[3]
+            heads = [" ".join(line.split()[:3]) for line in lines]
+        assert len(heads) == 4
+        for head, event in zip(heads, self.EVENTS):
+            assert re.fullmatch(f"{self.TIME} INFO {event}", head)
+
+    def test_level(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        options = ("--log-level=warning", "--no-auth")
+        with server_with_output(tmp_path, f"2>'{log}'", *options) as server:
+            server.run("true")
+        assert [json.loads(line)["level"] for line in log.read_text().split("\n")[:-1]] == [
+            "warning"
+        ]
+
+    @cases_task(
+        "redirect",
+        {
+            "full": "2>/dev/full",
+            "stderr closed": "2>&-",
+            "stdout closed": ">&-",
+            "stdin closed": "<&-",
+            "all closed": "<&- >&- 2>&-",
+            "both full": ">/dev/full 2>&1",
+        },
+    )
+    @both_loops
+    def test_log_that_cannot_be_written(self, tmp_path: Path, redirect: str, loop: str) -> None:
+        """What is opened later must not become descriptor 0, 1 or 2: the log would go there."""
+        popen = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with server_with_output(tmp_path, redirect, f"--loop={loop}", **popen) as server:
+            answer = server.run("readlink /proc/self/fd/0; echo hi >&2")
+            assert answer["output"] == "/dev/null\nhi\n"
+            links = [os.readlink(f"/proc/{server.pid}/fd/{fd}") for fd in range(3)]
+            assert not [link for link in links if not link.startswith("/dev/")], links
+
+    def test_log_that_nobody_reads_drops_lines_and_counts_them(self, tmp_path: Path) -> None:
+        read_fd, write_fd = os.pipe()
+        fcntl.fcntl(write_fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), 4096)
+        os.set_blocking(read_fd, False)
+        with server_with_output(tmp_path, "", stderr=write_fd) as server:
+            os.close(write_fd)
+            with open(read_fd, "rb", buffering=0) as log:
+                for _ in range(40):
+                    assert server.run("echo hi")["output"] == "hi\n"
+                early = log.read(65536).splitlines()
+                server.run("echo again")
+                late = wait_until(lambda: log.read(65536)).splitlines()
+            assert server.run("yes | head -n 1")["output"] == "y\n"  # now its reader has gone
+        dropped = [json.loads(line).get("lines_dropped", 0) for line in [*early, *late]]
+        assert dropped == [*[0] * len(early), 81 - len(early), *dropped[len(early) + 1 :]]
+        assert not any(dropped[len(early) + 1 :])
+
+    def test_banner_is_for_terminals(self, tmp_path: Path) -> None:
+        with Terminal(tmp_path) as terminal:
+            terminal.read_until(r"Ctrl-C")
+            ws_url = terminal.read_until(r'"ws":"(ws://127\.0\.0\.1:\d+)"').group(1)
+            banner = terminal.text[terminal.text.index("ServerControl") :]
+            url = f"http://127.0.0.1:{terminal.port}"
+            for part in (f"{url}/\r\n", f"{url}/exec", "curl -d", ws_url, "this account"):
+                assert part in banner
+        out = tmp_path / "out"
+        with server_with_output(tmp_path, f">'{out}'", stderr=subprocess.DEVNULL):
+            pass
+        assert out.read_text() == ""
+
+
+# Hard beginnings and ends ────────────────────────────────────────────────────────────────────
+
+
+class TestStarter:
+    """CASES, facts 1, 5, 8, 10 to 12: what the starter did must not matter."""
+
+    ODD = ("INT", "QUIT", "HUP", "CHLD", "TTOU", "TTIN", "TSTP", "USR1", "ALRM", "PIPE", "WINCH")
+
+    @both_loops
+    def test_signals_do_not_reach_children(self, tmp_path: Path, loop: str) -> None:
+        """Ignored or blocked by the starter, INT and QUIT as by a shell's `&`; fact 5: CHLD."""
+
+        def be_odd() -> None:
+            for name in self.ODD:
+                signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, 40})
+
+        read_fd, write_fd = os.pipe()
+        popen: Any = {"preexec_fn": be_odd, "restore_signals": False, "pass_fds": (write_fd,)}
+        with ServerProcess(tmp_path, f"--loop={loop}", **popen) as server:
+            TestTaskProcess().test_process_starts_clean(server)
+            assert server.run("exit 7")["exit_code"] == 7
+            assert server.run("kill -INT $$")["signal"] == "INT"
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
+                os.kill(server.pid, number)  # what was ignored stays so
+            assert server.run("ulimit -c 0; kill -QUIT $$")["signal"] == "QUIT"
+        os.close(read_fd)
+        os.close(write_fd)
+
+    @both_loops
+    def test_out_of_descriptors(self, tmp_path: Path, loop: str) -> None:
+        """Facts 11, 12: an answer, one log line a second; all is well again afterwards."""
+        with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.1") as server:
+            server.run("true")
+            before = server.descriptors()
+            with exhausted(server) as send:
+                status, answer = send("POST", "/exec", "true")
+                assert (status, answer["error"]) == (503, "no_resources")
+                wait_until(lambda: [r for r in server.records if r["level"] == "error"])
+                (event, *_) = (r["event"] for r in server.records if r["level"] == "error")
+                wait_until(lambda: len(server.log(event)) >= 3)
+                assert send("GET", "/health")[0] == 200
+            wait_until(lambda: server.descriptors() <= before)
+            assert server.run("echo hi")["output"] == "hi\n"
+            assert len(server.get("/tasks")) == 2
+        for event in {record["event"] for record in server.records if record["level"] == "error"}:
+            parse = datetime.datetime.strptime
+            times = [parse(r["time"], "%Y-%m-%dT%H:%M:%S.%fZ") for r in server.log(event)]
+            assert all((b - a).total_seconds() > 0.9 for a, b in zip(times, times[1:])), times
+
+    def test_kill_without_a_free_descriptor_is_complete(self, tmp_path: Path) -> None:
+        """Reading /proc needs one: a search that fails must not pass for an empty session."""
+        with ServerProcess(tmp_path) as server:
+            server.check = False  # what the sampler logs meanwhile is another test's
+            task_id, pids = start_ready(server, f"{TestTaskStop.DEAF} & exec sleep 60")
+            with kill_at_last(pids):
+                with exhausted(server) as send:
+                    assert send("POST", f"/kill?id={task_id}")[0] == 200
+                    wait_for_death(pids, 8.0)
+                assert server.wait_for_end(task_id)["state"] == "killed"
+
+    def test_reaps_orphans_as_pid_1(self, tmp_path: Path) -> None:
+        """Fact 8."""
+        prefix = ("unshare", "--fork", "--pid", "--mount-proc")
+        if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
+            pytest.skip("no pid namespace can be made here (it needs root)")
+        with ServerProcess(tmp_path, prefix=prefix) as server:
+            assert server.pid == 1
+            (pid,) = child_pids(server.process.pid)
+            with kill_at_last([pid]):
+                answer = server.run("for i in 1 2 3 4 5; do (sleep 0.2 &); done; exit 7")
+                assert answer["exit_code"] == 7 and len(child_pids(pid)) == 5
+                wait_until(lambda: not child_pids(pid))
+                task_id = server.start("(sleep 60 &); (setsid sleep 61 &); exec sleep 60")
+                wait_until(lambda: len(child_pids(pid)) == 3)
+                kill_task(server, task_id)
+                assert server.wait_for_end(task_id)["signal"] == "TERM"
+                wait_until(lambda: len(child_pids(pid)) == 1)  # it left the session
+                os.kill(pid, signal.SIGTERM)
+                assert server.process.wait(PATIENCE_SECONDS) == 0
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+    def test_other_account_is_not_believed_when_its_socket_is_orphaned(
+        self, tmp_path: Path
+    ) -> None:
+        """Fact 1, CASES 38: closed at once, it is listed with uid 0, which is ours here."""
+        request = b"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfalse"
+        with ServerProcess(tmp_path) as server:
+            server.run("true")
+            before = server.descriptors()
+            os.kill(server.pid, signal.SIGSTOP)  # so that it accepts what is closed already
+            with contextlib.ExitStack() as stack:
+                for is_patient in (*[False] * 5, True):
+                    os.seteuid(65534)
+                    try:
+                        stranger = stack.enter_context(socket.socket())
+                    finally:
+                        os.seteuid(0)
+                    stranger.connect(("127.0.0.1", server.port))
+                    stranger.sendall(request)
+                    if not is_patient:
+                        stranger.close()
+                os.kill(server.pid, signal.SIGCONT)
+                assert read_all(stranger).startswith(b"HTTP/1.1 401 ")
+            wait_until(lambda: server.descriptors() <= before)
+            assert len(server.get("/tasks")) == 1
+
+
+class TestStopping:
+    """SPEC 8."""
+
+    @both_loops
+    @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+    def test_idle_server_stops_within_a_second(self, tmp_path: Path, name: str, loop: str) -> None:
+        """CASES 77; facts 6, 7: with clients that are connected."""
+        with ServerProcess(tmp_path, f"--loop={loop}") as server:
+            server.run("true")
+            with server.connect() as silent, server.connect() as kept, server.websocket() as viewer:
+                kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                received = b""
+                while not received.endswith(b'{"ok":true}\n'):
+                    received += kept.recv(65536)
+                start = time.monotonic()
+                os.kill(server.pid, getattr(signal, f"SIG{name}"))
+                with pytest.raises(Exception, match="1001"):
+                    receive_events(viewer, lambda event: False)
+                assert server.process.wait(PATIENCE_SECONDS) == 0
+                assert time.monotonic() - start < 1.0
+                assert read_all(silent) == read_all(kept) == b""
+            assert server.wait_for_log("stopping")["signal"] == f"SIG{name}"
+            for port in (server.port, server.ws_port):
+                bind(port).close()
+
+    @both_loops
+    def test_tasks_are_stopped_and_their_ends_sent_first(self, tmp_path: Path, loop: str) -> None:
+        """CASES 78."""
+        with ServerProcess(tmp_path, f"--loop={loop}") as server, server.websocket() as viewer:
+            soft, pids = start_ready(server, "sleep 60 & echo ready; wait")
+            deaf, more = start_ready(server, TestTaskStop.DEAF_SHELL)
+            group, rest = start_ready(server, "exec bash -c 'set -m; sleep 60 & echo ready; wait'")
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(server.run, "exec sleep 60")
+                wait_until(lambda: len(server.get("/tasks")) == 4)
+                start = time.monotonic()
+                os.kill(server.pid, signal.SIGTERM)
+                server.wait_for_log("stopping")
+                wait_until(lambda: not listening_ports(server.pid))
+                events: list[Any] = []
+                with pytest.raises(Exception, match="1001"):
+                    receive_events(viewer, lambda event: events.append(event) or False)  # type: ignore
+                assert waiting.result(PATIENCE_SECONDS)["signal"] == "TERM"
+            assert server.process.wait(PATIENCE_SECONDS) == 0
+            assert 3.0 <= time.monotonic() - start < 8.0
+            ends = {e["task_id"]: e for e in events if e["type"] == "task_complete"}
+            assert len(ends) == 4 and {e["state"] for e in ends.values()} == {"killed"}
+            assert [ends[i]["signal"] for i in (soft, deaf, group)] == ["TERM", "KILL", "TERM"]
+            wait_for_death(pids + more + rest)
+
+    @pytest.mark.parametrize("name", ["TERM", "INT"])
+    def test_second_signal_kills_at_once(self, tmp_path: Path, name: str) -> None:
+        """CASES 79."""
+        with ServerProcess(tmp_path) as server:
+            server.check = False  # its status is not 0
+            _, pids = start_ready(server, f"sleep 60 & {TestTaskStop.DEAF_SHELL}")
+            with kill_at_last(pids):
+                start = time.monotonic()
+                os.kill(server.pid, signal.SIGTERM)
+                server.wait_for_log("stopping")
+                os.kill(server.pid, getattr(signal, f"SIG{name}"))
+                server.process.wait(PATIENCE_SECONDS)
+                assert time.monotonic() - start < 2.5
+                wait_for_death(pids)
+
+    def test_child_that_cannot_be_reaped_does_not_hold_it(self, tmp_path: Path) -> None:
+        """CASES 78: while somebody traces a child, neither TERM nor its death gets through."""
+        libc, ptrace_seize = ctypes.CDLL(None, use_errno=True), 0x4206
+        with ServerProcess(tmp_path) as server:
+            pid = server.task(server.start("exec sleep 60"))["pid"]
+            if libc.ptrace(ptrace_seize, pid, None, None) != 0:
+                pytest.skip(f"no tracing here: {os.strerror(ctypes.get_errno())}")
+            with kill_at_last([pid]):
+                start = time.monotonic()
+                os.kill(server.pid, signal.SIGTERM)
+                assert server.process.wait(PATIENCE_SECONDS) == 0
+                assert 3.0 < time.monotonic() - start < 8.0
+            os.waitpid(pid, 0)
+
+    def test_ports_are_free_whatever_a_task_left_behind(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            left = server.run("setsid sleep 60 >/dev/null 2>&1 & echo $!; sleep 60 & echo $!")
+        pids = [int(pid) for pid in left["output"].split()]
+        with kill_at_last(pids):
+            assert not [pid for pid in pids if sc.is_zombie(pid)]
+            for port in (server.port, server.ws_port):
+                bind(port).close()
+
+    def test_nohup(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, prefix=("nohup",)) as server:
+            os.kill(server.pid, signal.SIGHUP)
+            assert server.run("kill -HUP $$")["signal"] == "HUP"
+            assert server.process.poll() is None and not server.log("stopping")
+
+    def test_ctrl_c_reaches_tasks_only_through_us(self, tmp_path: Path) -> None:
+        """CASES 59, 79: and the server's terminal is never a task's."""
+        with Terminal(tmp_path) as terminal:
+            answer = ask_host(
+                "127.0.0.1", terminal.port, "/exec?wait", ": < /dev/tty && echo got it"
+            )
+            assert answer["exit_code"] != 0 and "got it" not in answer["output"]
+            command = "trap 'exit 1' INT; while :; do sleep 0.02; done"
+            pid = ask_host("127.0.0.1", terminal.port, "/exec", command)["pid"]
+            os.write(terminal.master, b"\x03")
+            assert terminal.process.wait(PATIENCE_SECONDS) == 0
+            assert terminal.read_until(r'"task_complete",.*"exit_code":143')
+            wait_for_death([pid])
+
+    def test_hang_up_of_the_terminal_stops_it(self, tmp_path: Path) -> None:
+        with Terminal(tmp_path) as terminal, open(os.devnull, "rb") as devnull:
+            pid = ask_host("127.0.0.1", terminal.port, "/exec", "exec sleep 60")["pid"]
+            os.dup2(devnull.fileno(), terminal.master)  # which closes it
+            assert terminal.process.wait(PATIENCE_SECONDS) == 0
+            wait_for_death([pid])
+
+
+# Real runs ───────────────────────────────────────────────────────────────────────────────────
+
+README = HERE / "README.md"
+
+
+def read_example(name: str) -> str:
+    """Return a program that stands in the README below its `example` comment."""
+    match = re.search(
+        rf"<!-- example: {re.escape(name)} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL
+    )
+    assert match, name
+    return match.group(1)
+
+
+def node_command() -> list[str] | None:
+    """Return how to run Node with its own WebSocket client, or None."""
+    for command in (["node"], ["node", "--experimental-websocket"]):
+        probe = [*command, "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]
+        if shutil.which("node") and subprocess.run(probe, capture_output=True).returncode == 0:
+            return command
+    return None
+
+
+# What a real job writes: thousands of lines, colours, a progress line, UTF-8, both streams.
+REAL_JOB = """
+{python} -m compileall -f -d 'Übersetzung→' -q -x /test/ /nowhere; {python} -m compileall -f {source}
+ls -lR --color=always {source} | head -5000
+for n in 1 25 50 75 100; do printf '\\r\\033[32m%3d %%\\033[0m █' $n; done; echo; echo fertig ✓ >&2
+"""
+
+NODE_COLLECTOR = """
+const socket = new WebSocket(process.argv[1]);
+socket.onopen = () => console.error("open");
+let output = "";
+socket.onmessage = (message) => {
+  const event = JSON.parse(message.data);
+  if (event.type === "task_output") output += event.output;
+  if (event.type === "task_complete") process.stdout.write(output, () => process.exit(0));
+};
+"""
+
+
+class TestRealRun:
+    """A real job, watched by clients that are not ours, against the same output in a file."""
+
+    def run_job(self, server: ServerProcess, folder: Path) -> bytes:
+        """Run the job in a copy of a real source tree; curl follows it. Return what curl got."""
+        source = folder / "source"
+        shutil.copytree(Path(json.__file__).parent.parent / "encodings", source)
+        job = REAL_JOB.format(python=sys.executable, source=source)
+        command = f"({job}) 2>&1 | tee {folder}/expected"
+        url = f"http://127.0.0.1:{server.port}/exec?follow"
+        plain = "Content-Type: text/plain"
+        curl = ["curl", "-sN", "-H", plain, "--data-binary", command, url]
+        return subprocess.run(curl, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+
+    def test_curl_and_websockets_get_every_byte(self, server: ServerProcess, tmp_path: Path):
+        with server.websocket() as websocket:
+            followed = self.run_job(server, tmp_path)
+            events = receive_events(websocket, lambda event: event["type"] == "task_complete")
+        expected = (tmp_path / "expected").read_bytes()
+        chunks = [event["output"] for event in events if event["type"] == "task_output"]
+        assert expected.count(b"\n") > 300
+        assert "".join(chunks).encode("utf-8") == expected
+        assert followed == expected
+        logs = server.request("GET", f"/logs?id={events[-1]['task_id']}&raw").body
+        assert logs == expected
+
+    def test_node_gets_every_byte(self, server: ServerProcess, tmp_path: Path):
+        node = node_command()
+        if node is None:
+            pytest.skip("no Node with a WebSocket client here")
+        url = f"ws://127.0.0.1:{server.ws_port}/"
+        collector = [*node, "--no-warnings", "-e", NODE_COLLECTOR, url]
+        with subprocess.Popen(collector, stdout=-1, stderr=-1) as client:
+            assert client.stderr is not None
+            assert client.stderr.readline() == b"open\n"
+            self.run_job(server, tmp_path)
+            collected = client.communicate(timeout=PATIENCE_SECONDS)[0]
+        assert collected == (tmp_path / "expected").read_bytes()
+
+
+class TestReadme:
+    """The README's client examples, run as they stand there."""
+
+    def watch(self, server: ServerProcess, command: list[str]) -> str:
+        """Run a client, then a task, until the client has printed all it should."""
+        printed = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            try:
+                for raw in client.stdout:
+                    if "CPU" in raw.decode() and "exit code" not in printed:
+                        server.run("echo one; exit 7")
+                    printed += raw.decode()
+                    if "exit code" in printed:
+                        break
+            finally:
+                client.kill()
+        return printed
+
+    def check(self, printed: str) -> None:
+        assert re.search(r"CPU [0-9.]+ %, RAM \d+ of \d+ MiB", printed)
+        assert re.search(r"\[\d+\] \$ echo one; exit 7\n\[\d+\] one\n", printed)
+        assert re.search(r"\[\d+\] exit code 7", printed)
+
+    def run_example(self, server: ServerProcess, command: list[str], name: str, folder: Path):
+        (folder / name).write_text(read_example(name))
+        url = f"ws://127.0.0.1:{server.ws_port}/"
+        self.check(self.watch(server, [*command, str(folder / name), url]))
+
+    def test_python_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
+        self.run_example(server, [sys.executable], "client.py", tmp_path)
+
+    def test_javascript_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
+        node = node_command()
+        if node is None:
+            pytest.skip("no Node with a WebSocket client here")
+        self.run_example(server, [*node, "--no-warnings"], "client.js", tmp_path)
+
+    def test_options_are_all_in_the_table(self):
+        documented = set(re.findall(r"`(--[a-z-]+)`", README.read_text()))
+        parser = sc.build_parser()
+        options = {o for action in parser._actions for o in action.option_strings if o[1] == "-"}
+        assert options - {"--help", "--version"} <= documented
+
+
+# The layout of the module ────────────────────────────────────────────────────────────────────
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# (\d+)\. ([^─\n]+?) ─+$", re.MULTILINE)
+FIRST_PURE, LAST_PURE = 5, 11
+IO_NAMES = {
+    *("asyncio", "fcntl", "open", "os", "print", "resource", "select", "socket", "subprocess"),
+    *("termios", "time", "traceback", "Log"),
+}
+
+
+def section_at(line: int) -> int:
+    """Return the number of the section that a line of the module is in."""
+    before = SOURCE.split("\n", line)[:line]
+    return int(BANNER.findall("\n".join(before))[-1][0])
+
+
+def definitions() -> dict[str, int]:
+    """Return the line of each name that is defined at the top level."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.setdefault(node.name, node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (t.id for t in targets if isinstance(t, ast.Name)):
+                found.setdefault(name, node.lineno)
+    return found
+
+
+class NameUses(ast.NodeVisitor):
+    """Collects the names that are read outside annotations, which are never evaluated."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int]] = []
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.found.append((node.id, node.lineno))
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        pass
+
+    def visit_FunctionDef(self, node: Any) -> None:
+        node.returns = None
+        self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+
+def name_uses() -> list[tuple[str, int]]:
+    visitor = NameUses()
+    visitor.visit(ast.parse(SOURCE))
+    return visitor.found
+
+
+def code_lines() -> set[int]:
+    """Return the numbers of the lines that hold code: no comment, docstring or blank."""
+    quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines: set[int] = set()
+    with SCRIPT.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in (*quiet, tokenize.ENCODING, tokenize.ENDMARKER):
+                lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return lines
+
+
+def functions() -> Iterator[Any]:
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def nesting(node: ast.AST) -> int:
+    """Return how deep blocks stand inside each other below a node."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
+    deepest = 0
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            # `elif` reads as one level with its `if`.
+            is_elif = name == "orelse" and isinstance(node, ast.If) and isinstance(child, ast.If)
+            if isinstance(child, ast.AST):
+                own = isinstance(child, blocks) and not is_elif
+                deepest = max(deepest, own + nesting(child))
+    return deepest
+
+
+class TestLayout:
+    """The rules of the design that a program can check."""
+
+    def test_map_equals_banners(self):
+        assert sc.__doc__ is not None
+        listed = re.findall(r"^    (\d+)\. (.+)$", sc.__doc__, re.MULTILINE)
+        assert listed == BANNER.findall(SOURCE)
+        assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+
+    def test_no_name_is_used_above_its_definition(self):
+        defined = definitions()
+        ends = {node.lineno: node.end_lineno for node in TREE.body}
+        upward = [
+            f"{name} in line {line}, defined in {defined[name]}"
+            for name, line in name_uses()
+            if name in defined and line < defined[name]
+        ]
+        assert not upward
+        assert len(ends) > 100  # the tree was read
+
+    def test_pure_sections_name_no_io_module(self):
+        named = [
+            f"{name} in line {line}"
+            for name, line in name_uses()
+            if name in IO_NAMES and FIRST_PURE <= section_at(line) <= LAST_PURE
+        ]
+        assert not named
+
+    def test_functions_are_short_and_flat(self):
+        lines = code_lines()
+        spans = {f: range(f.lineno, (f.end_lineno or 0) + 1) for f in functions()}
+        sizes = {f"{f.name}:{f.lineno}": len(lines & set(span)) for f, span in spans.items()}
+        assert {name: size for name, size in sizes.items() if size > 60} == {}
+        assert statistics.median(sizes.values()) <= 9
+        assert statistics.quantiles(sizes.values(), n=10)[8] <= 30
+        deep = [f"{f.name}:{f.lineno}" for f in functions() if nesting(f) > 3]
+        assert deep == []
+
+    def test_every_public_name_has_a_docstring(self):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        owners = [TREE, *(node for node in TREE.body if isinstance(node, ast.ClassDef))]
+        bare = [
+            f"{node.name}:{node.lineno}"
+            for owner in owners
+            for node in owner.body
+            if isinstance(node, kinds) and node.name[0] != "_" and not ast.get_docstring(node)
+        ]
+        assert bare == []
+
+    def test_comments_are_neither_rare_nor_rank(self):
+        comments = len(re.findall(r"^\s*#", SOURCE, re.MULTILINE))
+        docstrings = len(SOURCE.splitlines()) - len(code_lines()) - comments
+        docstrings -= SOURCE.count("\n\n")
+        assert 0.15 <= (comments + docstrings) / len(code_lines()) <= 0.5
+
+    def test_top_level_holds_what_the_card_says(self):
+        if not (HERE / ".git").exists():
+            pytest.skip("not a git checkout")
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE, check=True
+        ).stdout.decode()
+        top = {line.split("/")[0] for line in listed.splitlines()}
+        visible = {name for name in top if not name.startswith(".")}
+        card = {"servercontrol.py", "test_servercontrol.py", "Makefile", "README.md", "LICENSE"}
+        assert visible == card
+
+    def test_no_line_is_longer_than_100(self):
+        assert [n for n, line in enumerate(SOURCE.split("\n"), 1) if len(line) > 100] == []
+
+
+# Benchmark ────────────────────────────────────────────────────────────────────────────────────────
+# `python3 test_servercontrol.py bench [NAME ...] [--rounds N] [--quick]` measures every figure of
+# the contract beside the same job on the `websockets` package, in turn, in one run, on Linux. Each
+# sample has a server process of its own; this process is only its client. All is on 127.0.0.1.
+#
+# What makes the columns comparable: one client for both, which reads raw bytes and looks inside
+# them after the clock has stopped; the same children; the same event fields, and one stats_update
+# a second from either server. The peer is spared the sampling: its statistics are made up.
+
+BENCH_OPTIONS = ("--port=0", "--ws-port=0", "--no-discovery", "--loop=asyncio", "--log-format=json")
+BENCH_PATIENCE_SECONDS = 30.0  # nothing here takes this long on a healthy server
+BENCH_QUIET_SECONDS = 0.3  # this long without a byte: every viewer has got everything sent so far
+BENCH_PING_BYTES = 64  # viewers' byte counts may differ by a ping; one lost event is more than this
+BENCH_FAN_TASKS = 50  # below the server's limit of 64 running tasks
+BENCH_END = b'"task_complete"'
+BENCH_LINE = "%s: the quick brown fox jumps over the lazy dog, who does not mind at all\n"
+
+# Each line is the time of its own writing; nothing else in an event looks like @digits@.
+BENCH_STAMPER = """exec %s -S -c '
+import os, time
+for _ in range(%d):
+    os.write(1, b"@%%d@\\n" %% time.monotonic_ns())
+    time.sleep(0.003)'"""
+
+# The shells wait in open(2) until somebody opens the gate for writing, then all run at once.
+BENCH_GATED = ': <%s; i=0; while [ $i -lt %d ]; do echo "%s"; i=$((i+1)); done'
+BENCH_STATS = {
+    **dict.fromkeys(("cpu", "cpus", "swap_used", "swap_total", "net_recv", "net_sent"), 1234),
+    **dict.fromkeys(("ram_used", "ram_total", "disk_used", "disk_total", "uptime"), 123456),
+    "hostname": "localhost",
+    "load_avg": [0.12, 0.34, 0.56],
+}
+
+
+class BenchError(Exception):
+    """A sample that could not be taken: the server failed, or a deadline passed."""
+
+
+class BenchLoad(NamedTuple):
+    """How much work one sample is."""
+
+    lines: int = 1000  # stamped lines of a latency sample: the p99 is the tenth worst
+    flood_lines: int = (256 << 20) // (len(BENCH_LINE) + 5) + 1  # %s is seven digits
+    fan_lines: int = 400  # of each task, half of what a pipe holds: all write at once
+    cpu_seconds: int = 10
+    starts: int = 5
+
+
+BENCH_QUICK = BenchLoad(200, 400_000, 200, 3, 2)
+
+
+class BenchSample(NamedTuple):
+    """What one job measured on one server, in the job's unit."""
+
+    value: float
+    p99: float = float("nan")
+    fault: str = ""  # what was lost or failed; empty when everything came through
+
+
+# The peer: what a careful author would write with `websockets`.
+
+
+class BenchPeer:
+    """Runs commands and broadcasts their output, with the fields our own events have."""
+
+    def __init__(self, broadcast: Callable[[set[Any], str], None]) -> None:
+        self.broadcast = broadcast
+        self.viewers: set[Any] = set()
+        self.tasks: list[asyncio.Task[None]] = []  # referenced, or they could be collected
+        self.seq = 0
+
+    def publish(self, kind: str, **fields: Any) -> None:
+        self.seq += 1
+        event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": self.seq, **fields}
+        self.broadcast(self.viewers, json.dumps(event))
+
+    def answer(self, connection: Any, request: Any) -> Any:
+        """Start the command of `GET /exec?COMMAND`; let every other request upgrade."""
+        path, _, command = request.path.partition("?")
+        if path != "/exec":
+            return None
+        run = self.run(str(len(self.tasks) + 1), urllib.parse.unquote(command))
+        self.tasks.append(asyncio.ensure_future(run))
+        return connection.respond(200, "started\n")
+
+    async def view(self, connection: Any) -> None:
+        self.viewers.add(connection)
+        try:
+            await connection.wait_closed()
+        finally:
+            self.viewers.discard(connection)
+
+    async def run(self, task_id: str, command: str) -> None:
+        self.publish("task_start", task_id=task_id, command=command)
+        child = await asyncio.create_subprocess_shell(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert child.stdout is not None
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        offset = 0
+        while not child.stdout.at_eof():
+            data = await child.stdout.read(65536)
+            output = decoder.decode(data, final=not data)
+            if output:
+                self.publish("task_output", task_id=task_id, output=output, offset=offset)
+                offset += len(output.encode())
+            # broadcast() never waits: without this, a flood would pile up in the server's memory.
+            for viewer in [viewer for viewer in self.viewers if viewer.paused]:
+                await viewer.drain()
+        code = await child.wait()
+        self.publish("task_complete", task_id=task_id, exit_code=code, output_bytes=offset)
+
+
+async def bench_serve_peer() -> None:
+    """Serve until killed."""
+    from websockets.asyncio.server import broadcast, serve
+
+    gc.collect()
+    gc.freeze()  # what the test module imported must not burden the peer's collector
+    peer = BenchPeer(broadcast)
+    options: dict[str, Any] = {"compression": None, "process_request": peer.answer}
+    async with serve(peer.view, "127.0.0.1", 0, **options) as server:
+        place = f"//127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/"
+        ready = {"event": "listening", "http": "http:" + place, "ws": "ws:" + place}
+        print(json.dumps(ready), file=sys.stderr, flush=True)
+        while True:
+            peer.publish("stats_update", **BENCH_STATS)
+            await asyncio.sleep(1)
+
+
+# The two servers, seen from outside.
+
+
+class BenchServer(NamedTuple):
+    """A server that listens; addresses are `host:port`."""
+
+    ours: bool
+    pid: int
+    http: str
+    ws: str
+
+    def request(self, method: str, target: str, body: bytes | None = None) -> None:
+        """Send one HTTP request. Raises BenchError unless the answer is 200."""
+        link = http.client.HTTPConnection(self.http, timeout=BENCH_PATIENCE_SECONDS)
+        with contextlib.closing(link):
+            link.request(method, target, body, {"Content-Type": "text/plain"} if body else {})
+            answer = link.getresponse()
+            text = answer.read()
+        if answer.status != 200:
+            raise BenchError(f"{method} {target}: {answer.status} {text[:200]!r}")
+
+    def start(self, command: str) -> None:
+        if self.ours:
+            self.request("POST", "/exec", command.encode())
+        else:
+            self.request("GET", "/exec?" + urllib.parse.quote(command))
+
+    def read_cpu_seconds(self) -> float:
+        """CPU time of the whole process, to the nanosecond: /proc/PID/stat knows only 10 ms."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # as clock_getcpuclockid(3) makes the id
+
+    def read_rss_kib(self) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0])
+
+
+@contextlib.contextmanager
+def bench_server(ours: bool, folder: Path) -> Iterator[BenchServer]:
+    """Start our server or the peer in a process group of its own; it never outlives the block."""
+    command = [str(SCRIPT), *BENCH_OPTIONS] if ours else [__file__, "bench", "--peer"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SERVERCONTROL_")}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env={**kept, "XDG_STATE_HOME": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        ready = bench_await_listening(process)
+        # Read on: a full pipe would stop a server that logs much.
+        threading.Thread(target=list, args=(process.stderr,), daemon=True).start()
+        places = [urllib.parse.urlsplit(ready[name]).netloc for name in ("http", "ws")]
+        yield BenchServer(ours, process.pid, *places)
+    finally:
+        process.terminate()  # lets our server end its tasks, each of which has its own group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def bench_await_listening(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """Return the log event that names the URLs."""
+    watchdog = threading.Timer(BENCH_PATIENCE_SECONDS, process.kill)  # ends a read that hangs
+    watchdog.start()
+    said = [b"no output"]
+    try:
+        for line in process.stderr or ():
+            said.append(line)
+            if line.startswith(b"{") and json.loads(line).get("event") == "listening":
+                return dict(json.loads(line))
+    finally:
+        watchdog.cancel()
+    raise BenchError("no server: " + said[-1].decode(errors="replace").strip())
+
+
+# The client.
+
+
+class BenchSwarm:
+    """Viewers on raw sockets, read by one epoll loop. It counts bytes and decodes nothing."""
+
+    def __init__(self, server: BenchServer, count: int) -> None:
+        self.buffer = memoryview(bytearray(1 << 20))  # each read starts at its beginning
+        self.poll = select.epoll()
+        links = [bench_connect(server.ws) for _ in range(count)]
+        self.sockets = {link.fileno(): link for link in links}
+        for link in links:
+            self.poll.register(link, select.EPOLLIN)
+        self.skip(BENCH_PATIENCE_SECONDS, BENCH_QUIET_SECONDS)  # all stand before the same event
+
+    def close(self) -> None:
+        self.poll.close()
+        for link in self.sockets.values():
+            link.close()
+
+    def reads(
+        self, seconds: float = BENCH_PATIENCE_SECONDS, quiet: float = BENCH_PATIENCE_SECONDS
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield (viewer, bytes read, monotonic ns) until the time is over or silence falls."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ready = self.poll.poll(quiet)
+            if not ready:
+                return
+            for viewer, _ in ready:
+                size = self.sockets[viewer].recv_into(self.buffer)
+                if not size:
+                    raise BenchError("a viewer was disconnected")
+                yield viewer, size, time.monotonic_ns()
+
+    def skip(self, seconds: float, quiet: float) -> None:
+        for _ in self.reads(seconds, quiet):
+            pass
+
+
+def bench_swarm(server: BenchServer, count: int) -> contextlib.closing[BenchSwarm]:
+    return contextlib.closing(BenchSwarm(server, count))
+
+
+def bench_connect(place: str) -> socket.socket:
+    """Open a WebSocket; events that come with the handshake's answer are dropped."""
+    name, _, port = place.rpartition(":")
+    link = socket.create_connection((name, int(port)), timeout=BENCH_PATIENCE_SECONDS)
+    head = f"GET / HTTP/1.1\r\nHost: {place}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    link.sendall((head + key).encode())
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        data = link.recv(4096)
+        answer += data
+        if not data or not answer.startswith(b"HTTP/1.1 101 "[: len(answer)]):
+            raise BenchError(f"no upgrade: {answer[:100]!r}")
+    return link
+
+
+def bench_events(stream: memoryview) -> Iterator[dict[str, Any]]:
+    """Decode whole unmasked frames; control frames and a cut last frame are skipped."""
+    at = 0
+    while at + 2 <= len(stream):
+        code, size, at = stream[at] & 15, stream[at + 1], at + 2
+        if size > 125:
+            width = 2 if size == 126 else 8
+            size, at = int.from_bytes(stream[at : at + width], "big"), at + width
+        if code == 1 and at + size <= len(stream):
+            yield json.loads(bytes(stream[at : at + size]))
+        at += size
+
+
+def bench_find_loss(stream: memoryview, text: bytes, tasks: int) -> str:
+    """Return what is missing when each of `tasks` wrote `text`; empty when nothing is."""
+    got: dict[str, int] = {}
+    complete = 0
+    for event in bench_events(stream):
+        if event["type"] == "gap":
+            return f"gap of {event['to'] - event['from'] + 1} events"
+        if event["type"] == "task_output":
+            task_id, data = event["task_id"], event["output"].encode()
+            begin = got.get(task_id, 0)
+            if event["offset"] != begin or text[begin : begin + len(data)] != data:
+                return f"task {task_id} is wrong after byte {begin}"
+            got[task_id] = begin + len(data)
+        complete += event["type"] == "task_complete" and event["output_bytes"] == len(text)
+    missing = tasks * len(text) - sum(got.values())
+    return "" if complete == tasks and not missing else f"{missing} bytes missing"
+
+
+# The jobs: each takes one sample on one server.
+
+
+def bench_latency(viewers: int, ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Milliseconds from the child's write to the read of the last of the viewers, line by line."""
+    record: list[tuple[int, int, bytes]] = []
+    left = viewers
+    with bench_server(ours, folder) as server, bench_swarm(server, viewers) as swarm:
+        server.start(BENCH_STAMPER % (shlex.quote(sys.executable), load.lines))
+        for viewer, size, now in swarm.reads():
+            data = bytes(swarm.buffer[:size])
+            record.append((viewer, now, data))
+            left -= BENCH_END in data
+            if not left:
                 break
-    writer.close()
+    delays = bench_find_delays(record, viewers)
+    lost = load.lines - len(delays)
+    median, p99 = statistics.median(delays), delays[len(delays) * 99 // 100]
+    return BenchSample(median, p99, f"{lost} lines missing" if lost else "")
 
 
-async def run_echo(port: int) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, sc.HttpError):
-            await serve_echo(reader, writer)
+def bench_find_delays(record: list[tuple[int, int, bytes]], viewers: int) -> list[float]:
+    """Return the sorted delays, in ms, of the lines that every viewer has read."""
+    readers: dict[int, int] = {}
+    last: dict[int, int] = {}
+    rest: dict[int, bytes] = {}  # by viewer: what follows its last whole line
+    for viewer, now, data in record:
+        data = rest.get(viewer, b"") + data
+        end = 0
+        for match in re.finditer(rb"@(\d+)@", data):
+            stamp, end = int(match.group(1)), match.end()
+            readers[stamp] = readers.get(stamp, 0) + 1
+            last[stamp] = now
+        rest[viewer] = data[end:]
+    return sorted((last[s] - s) / 1e6 for s, count in readers.items() if count == viewers)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
-    print("ready", flush=True)
-    async with server:
-        await server.serve_forever()
+
+def bench_memory(ours: bool, folder: Path, _load: BenchLoad) -> BenchSample:
+    """KiB of resident memory for each of 2,000 viewers that only listen."""
+    with bench_server(ours, folder) as server, bench_swarm(server, 1) as first:
+        first.skip(1.5, 1.5)  # past the one-time costs of the first broadcasts
+        before = server.read_rss_kib()
+        with bench_swarm(server, 2000) as swarm:
+            swarm.skip(1.5, 1.5)
+            return BenchSample((server.read_rss_kib() - before) / 2000)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    echo = commands.add_parser("echo", help="serve a WebSocket echo server")
-    echo.add_argument("--port", type=int, required=True)
+def bench_flood(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """MB/s of output at one viewer that reads as fast as it can."""
+    path = folder / "flood"
+    if not path.exists():
+        path.write_text("".join(BENCH_LINE % i for i in range(10**6, 10**6 + load.flood_lines)))
+    text = path.read_bytes()
+    # Filled, not empty: the client must not pay for the kernel's first touch of each page.
+    room = memoryview(bytearray(b"\xff") * (len(text) * 5 // 4))
+    size = 0
+    with bench_server(ours, folder) as server, bench_swarm(server, 1) as swarm:
+        link = next(iter(swarm.sockets.values()))
+        begin = time.monotonic()
+        server.start("cat " + shlex.quote(str(path)))
+        while BENCH_END not in bytes(room[max(0, size - 2000) : size]):
+            count = link.recv_into(room[size : size + (1 << 20)])
+            size += count
+            if not count or time.monotonic() > begin + BENCH_PATIENCE_SECONDS:
+                raise BenchError(f"the flood stopped after {size} bytes")
+        seconds = time.monotonic() - begin
+    return BenchSample(len(text) / seconds / 1e6, fault=bench_find_loss(room[:size], text, 1))
+
+
+def bench_fanout(bulk: int, ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Million lines/s over all of 1,000 viewers until each has everything."""
+    count = load.fan_lines * bulk
+    gate = folder / "gate"
+    if not gate.exists():
+        os.mkfifo(gate)
+    echo = BENCH_LINE.strip() % "$i"
+    command = BENCH_GATED % (shlex.quote(str(gate)), count, echo)
+    text = "".join(BENCH_LINE % i for i in range(count)).encode()
+    with bench_server(ours, folder) as server, bench_swarm(server, 1000) as swarm:
+        for _ in range(BENCH_FAN_TASKS):
+            server.start(command)
+        swarm.skip(BENCH_PATIENCE_SECONDS, BENCH_QUIET_SECONDS)
+        begin = time.monotonic_ns()
+        opened = os.open(gate, os.O_RDWR)  # RDWR: does not wait for a reader
+        try:
+            end, stream, fault = bench_follow(swarm, BENCH_FAN_TASKS)
+        finally:
+            os.close(opened)
+    fault = fault or bench_find_loss(memoryview(stream), text, BENCH_FAN_TASKS)
+    lines = count * BENCH_FAN_TASKS * len(swarm.sockets)
+    return BenchSample(lines / (end - begin) * 1e3, fault=fault)
+
+
+def bench_follow(swarm: BenchSwarm, tasks: int) -> tuple[int, bytes, str]:
+    """Read until every viewer is as far as the first one is when the last of the tasks ends.
+
+    Returns the time of that, the first viewer's bytes, and what was lost. Only the first viewer's
+    bytes are kept: all get the same, so for the others their number tells.
+    """
+    counts = dict.fromkeys(swarm.sockets, 0)
+    first = next(iter(counts))
+    stream = bytearray()
+    goal = complete = behind = end = 0
+    for viewer, size, now in swarm.reads():
+        counts[viewer] += size
+        if goal:
+            behind -= counts[viewer] - size < goal <= counts[viewer]
+        elif viewer == first:
+            stream += swarm.buffer[:size]
+            complete += stream.count(BENCH_END, max(0, len(stream) - size - len(BENCH_END) + 1))
+            if complete >= tasks:
+                goal = len(stream)
+                behind = sum(count < goal for count in counts.values())
+        if goal and not behind:
+            end = now
+            break
+    if not end:
+        raise BenchError(f"{complete} of {tasks} tasks complete, {behind} viewers behind")
+    for viewer, size, _ in swarm.reads(quiet=BENCH_QUIET_SECONDS):  # whatever is left
+        counts[viewer] += size
+    differ = sum(abs(count - counts[first]) > BENCH_PING_BYTES for count in counts.values())
+    return end, bytes(stream), f"{differ} viewers got something else" if differ else ""
+
+
+def bench_cpu(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """CPU milliseconds of the server each second, with 1,000 viewers and one line a second."""
+    with bench_server(ours, folder) as server, bench_swarm(server, 1000) as swarm:
+        server.start(f"for i in $(seq {load.cpu_seconds}); do echo line $i; sleep 1; done")
+        before = server.read_cpu_seconds()
+        swarm.skip(load.cpu_seconds, load.cpu_seconds)
+        return BenchSample((server.read_cpu_seconds() - before) / load.cpu_seconds * 1e3)
+
+
+def bench_startup(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Milliseconds from spawn to the first answer; the peer is an interpreter with asyncio."""
+    taken: list[float] = []
+    for _ in range(load.starts):
+        begin = time.monotonic()
+        if ours:
+            with bench_server(ours, folder) as server:
+                server.request("GET", "/health")
+                taken.append((time.monotonic() - begin) * 1e3)
+        else:
+            subprocess.run([sys.executable, "-c", "import asyncio"], check=True)
+            taken.append((time.monotonic() - begin) * 1e3)
+    return BenchSample(statistics.median(taken))
+
+
+# The run.
+
+
+class BenchJob(NamedTuple):
+    """A figure of the contract; the target is words and code at once, see bench_meets."""
+
+    take: Callable[[bool, Path, BenchLoad], BenchSample]
+    unit: str
+    target: str
+
+
+BENCH_JOBS = {
+    "latency1": BenchJob(functools.partial(bench_latency, 1), "ms", "ratio <= 1.1, p99 < 1"),
+    "latency100": BenchJob(functools.partial(bench_latency, 100), "ms", "p99 < 5"),
+    "memory": BenchJob(bench_memory, "KiB/viewer", "ours <= 8"),
+    "flood": BenchJob(bench_flood, "MB/s", "ratio >= 1.0"),
+    "fanout": BenchJob(functools.partial(bench_fanout, 1), "M lines/s", "ratio >= 2.0"),
+    # Not in the contract, for honesty: the larger the outputs, the more of either server's time is
+    # the kernel's copying into sockets, and the closer they come to each other.
+    "fanout-bulk": BenchJob(functools.partial(bench_fanout, 5), "M lines/s", ""),
+    "cpu": BenchJob(bench_cpu, "CPU ms/s", "ratio <= 1.0"),
+    "startup": BenchJob(bench_startup, "ms", "ratio <= 2.0"),
+}
+
+
+def bench_meets(target: str, figures: dict[str, float]) -> bool:
+    """Check a target such as "ratio <= 1.1, p99 < 1". What is not a number meets none."""
+    compare = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
+    tests = [clause.split() for clause in target.split(", ") if clause]
+    return all(compare[sign](figures[name], float(bound)) for name, sign, bound in tests)
+
+
+def bench_take(job: BenchJob, ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Take a sample; a failure becomes one that meets no target and says why."""
+    try:
+        return job.take(ours, folder, load)
+    except (BenchError, OSError, ValueError, LookupError, http.client.HTTPException) as error:
+        return BenchSample(float("nan"), fault=f"{type(error).__name__}: {error}")
+
+
+def bench_median(samples: list[BenchSample]) -> BenchSample:
+    """Medians over the rounds; a fault in any of them stays one."""
+    good = [sample for sample in samples if not math.isnan(sample.value)] or samples
+    return BenchSample(
+        statistics.median(sample.value for sample in good),
+        statistics.median(sample.p99 for sample in good),
+        "; ".join(sample.fault for sample in samples if sample.fault),
+    )
+
+
+def bench_run(name: str, rounds: int, load: BenchLoad) -> bool:
+    """Measure one figure, ours and the peer in turn, and print its lines of the table."""
+    job = BENCH_JOBS[name]
+    taken: dict[str, list[BenchSample]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory(prefix="servercontrol-bench-") as folder:
+        for _ in range(rounds):
+            for who, samples in taken.items():
+                samples.append(bench_take(job, who == "ours", Path(folder), load))
+    ours, peer = (bench_median(samples) for samples in taken.values())
+    # Of the pairs, not of the medians: what slows the machine for a while slows both of a pair.
+    pairs = [one.value / other.value for one, other in zip(*taken.values())]
+    ratio = statistics.median([pair for pair in pairs if not math.isnan(pair)] or pairs)
+    met = bench_meets(job.target, {"ours": ours.value, "p99": ours.p99, "ratio": ratio})
+    met = met and not ours.fault  # whatever the figure: nothing may be lost
+    p99 = f"{ours.p99:.3g}".replace("nan", "-")
+    verdict = "MISSED" if not met else "ok" if job.target else "no target"
+    title = f"{name:11} {job.unit:10}"
+    print(f"{title} {ours.value:9.4g} {p99:>9} {peer.value:9.4g} {ratio:7.2f}", end="  ")
+    print(f"{job.target:21} {verdict}", flush=True)
+    for who, samples in taken.items():
+        rounds_text = (f"{one.value:.4g}/{one.p99:.3g} {one.fault}" for one in samples)
+        print(f"    {who}:", *(text.replace("/nan", "") for text in rounds_text))
+    return met
+
+
+def bench_main(argv: list[str]) -> int:
+    """Run the benchmark. Exit status: 0 all targets met, 1 some missed, 2 cannot be run."""
+    parser = argparse.ArgumentParser(prog="bench")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=" ".join(BENCH_JOBS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one short round: is it broken?")
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run_echo(options.port))
-    return 0
+    if importlib.util.find_spec("websockets") is None:
+        parser.error("the peer is missing: pip install websockets")
+    if options.peer:
+        asyncio.run(bench_serve_peer())
+    if not set(options.names) <= set(BENCH_JOBS) or options.rounds < 1:
+        parser.error("names are " + " ".join(BENCH_JOBS) + "; --rounds is at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped too
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # 2,000 viewers; servers inherit it
+    gc.disable()  # a collection in the client would be read as the server's latency
+    load, rounds = (BENCH_QUICK, 1) if options.quick else (BenchLoad(), options.rounds)
+    peer = "websockets " + importlib.metadata.version("websockets")
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the run"
+    print(f"Python {platform.python_version()}, {machine}; the peer is {peer}")
+    title = f"medians of {rounds}"
+    print(f"{title:22} {'ours':>9} {'ours p99':>9} {'peer':>9} {'ratio':>7}  target")
+    results = [bench_run(name, rounds, load) for name in options.names or BENCH_JOBS]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("usage: test_servercontrol.py echo --port N | bench [NAME ...] [--rounds N]")
+    sys.exit(bench_main(sys.argv[2:]))
