@@ -151,6 +151,12 @@ MAX_PERSONAL_BYTES = 256 * KIB  # replies waiting for a client that asks but doe
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 FLUSH_TURN_SECONDS = 0.01  # then the flush lets other work of the event loop pass
+# A flood is read no faster than viewers take it that do take it: one that is half a feed behind
+# is waited for, if it took something lately, this long until it has caught up again. So nobody
+# who reads 32 MB/s loses an event, and one who does not read delays a task by 0.1 s, once.
+PATIENCE_SECONDS = 0.25
+LATELY_SECONDS = 0.1
+PRESSURE_SECONDS = 0.002  # between two looks
 
 # Feed and tasks.
 KEEP_EVENTS_BYTES = 16 * MIB  # SPEC: the newest 16 MiB of events can be replayed
@@ -564,7 +570,7 @@ class HttpParser:
     def next_body(self) -> bytes | None:
         """Return the whole body of the last head, b"" if it has none, or None.
 
-        Raises HttpError 400 or 413.
+        Raises HttpError 400, 413 or 431.
         """
         assert self.head is not None, "next_head() comes first"
         if self.head.chunked:
@@ -1440,6 +1446,12 @@ class Feed:
         """The seq that the next event will get."""
         return self._base + len(self._entries)
 
+    @property
+    def middle(self) -> int:
+        """The seq before which a viewer is half the capacity behind; 0 while there is room."""
+        is_roomy = self._bytes < self._capacity_bytes // 2
+        return 0 if is_roomy else (self.first + self.next) // 2
+
     @staticmethod
     def _size(entry: Any) -> int:
         if isinstance(entry, bytes):
@@ -1768,7 +1780,7 @@ SIGNALS = {name[3:]: number for name, number in signal.Signals.__members__.items
 
 def parse_signal(value: Any) -> int:
     """Return the number of a signal named like TERM or SIGTERM. Raises CommandError."""
-    name = value.upper() if isinstance(value, str) else ""
+    name = value.upper() if isinstance(value, str) and value.isascii() else ""
     number = SIGNALS.get(name[3:] if name.startswith("SIG") else name)
     if number is None:
         raise CommandError("bad_signal", "signal must be a name such as TERM, INT or KILL")
@@ -2179,6 +2191,7 @@ class Tasks:
         config: Config,
         ids: TaskIds,
         publish: Publish,
+        is_pressed: Callable[[], bool],
         log: Log,
         environment: Mapping[str, str],
         descriptor_limit: tuple[int, int] | None = None,
@@ -2186,6 +2199,8 @@ class Tasks:
         self._config = config
         self._ids = ids
         self._publish = publish
+        # Whether reading should pause for the viewers.
+        self._is_pressed = is_pressed
         self._log = log
         # What every child gets, before its own additions.
         self._environment = {
@@ -2222,8 +2237,6 @@ class Tasks:
 
     def start(self, request: ExecRequest, by: str) -> Task:
         """Start a command. Raises CommandError; then nothing was started."""
-        if self._config.no_exec:
-            raise CommandError("exec_disabled", "this server was started with --no-exec")
         if self.is_stopping:
             raise CommandError("no_resources", "the server is stopping")
         if len(self.running) >= self._config.max_tasks:
@@ -2317,9 +2330,16 @@ class Tasks:
     # Output
 
     def _read(self, task: Task) -> None:
+        if self._is_pressed():
+            asyncio.get_running_loop().remove_reader(task.fd)
+            task.set_timer("read", PRESSURE_SECONDS, self._resume_read)
+            return
         chunk = self._read_chunk(task, READ_CHUNK_BYTES)
         if chunk:
             self._take_output(task, chunk)
+
+    def _resume_read(self, task: Task) -> None:
+        asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
         """Read from the pipe; at its end close it."""
@@ -2520,7 +2540,7 @@ class Tasks:
 # event loop gives each viewer everything from its cursor on in one write. A viewer whose write
 # buffer is above the high-water mark is stalled: it is passed over until the transport says that
 # it has drained, and then goes on from its cursor. So it costs its buffer and an integer, however
-# slow it is, and delays nobody.
+# slow it is, and delays nobody beyond the tenth of a second that PATIENCE_SECONDS is about.
 
 
 class Viewer:
@@ -2535,6 +2555,8 @@ class Viewer:
         "is_stalled",
         "pong_due",
         "written_bytes",
+        "taken_at",
+        "patience_seconds",
         "heard_at",
         "ping_at",
     )
@@ -2554,8 +2576,10 @@ class Viewer:
         self.pong_due: bytes | None = None
         # All that was handed to the transport.
         self.written_bytes = 0
-        # Monotonic time of the last byte from the peer, and of the next ping.
-        self.heard_at = time.monotonic()
+        # Monotonic time of the last byte from the peer, and of the next ping; and when a stalled
+        # one last took enough to go on, and how long it may still be waited for.
+        self.taken_at = self.heard_at = time.monotonic()
+        self.patience_seconds = PATIENCE_SECONDS
         self.ping_at = self.heard_at + PING_SECONDS
 
     @property
@@ -2573,16 +2597,25 @@ class Viewer:
         """Answer a ping; while we are stalled only the newest (RFC 6455, 5.5.3)."""
         if self.is_stalled:
             self.pong_due = payload
-        else:
+        elif self.is_open:
             self.write(self.websocket.encode(Opcode.PONG, payload))
 
     def close(self, code: int, reason: str) -> None:
         """Begin the closing handshake."""
         self.write(self.websocket.close(code, reason))
 
+    def is_worth_waiting(self, now: float, elapsed_seconds: float) -> bool:
+        """Whether tasks should wait for this viewer, which is far behind."""
+        if not self.is_stalled:
+            return self.is_open  # then it is us who are slow
+        if now - self.taken_at > LATELY_SECONDS:
+            return False
+        self.patience_seconds -= elapsed_seconds
+        return self.patience_seconds > 0
+
     def keep_alive(self, now: float) -> bool:
         """Ping when it is time; False when the peer is gone."""
-        if now >= self.ping_at:
+        if now >= self.ping_at and self.is_open:
             if self.heard_at < self.ping_at - PING_SECONDS:
                 return False
             self.write(self.websocket.encode(Opcode.PING, b""))
@@ -2590,7 +2623,7 @@ class Viewer:
         return True
 
     def write(self, data: bytes) -> None:
-        """Hand frames to the transport."""
+        """Hand frames to the transport, if there still is one."""
         if data and not self.transport.is_closing():
             self.written_bytes += len(data)
             self.transport.write(data)
@@ -2607,6 +2640,9 @@ class Viewers:
         self._queue: dict[Viewer, None] = {}
         self._is_dirty = False
         self._is_scheduled = False
+        # What is_pressed() found, and when it last looked.
+        self._was_pressed = False
+        self._looked_at = 0.0
 
     def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Broadcast an event and return it, with its timestamp and seq."""
@@ -2633,12 +2669,26 @@ class Viewers:
 
     def serve(self, viewer: Viewer) -> None:
         """Go on with a viewer that has drained or has just joined."""
+        viewer.taken_at = time.monotonic()
         if viewer.pong_due is not None:
             payload, viewer.pong_due = viewer.pong_due, None
             viewer.send_pong(payload)
         if viewer in self.all:
             self._queue[viewer] = None
             self._schedule()
+
+    def is_pressed(self) -> bool:
+        """Whether tasks should pause, lest a viewer that reads its share should lose events."""
+        now = time.monotonic()
+        elapsed = now - self._looked_at
+        if elapsed >= PRESSURE_SECONDS:
+            self._looked_at = now
+            middle = self.feed.middle
+            elapsed = min(elapsed, 2 * PRESSURE_SECONDS)
+            behind = [viewer for viewer in self.all if viewer.cursor < middle]
+            worth = [viewer.is_worth_waiting(now, elapsed) for viewer in behind]  # asks them all
+            self._was_pressed = any(worth)
+        return self._was_pressed
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -2679,6 +2729,8 @@ class Viewers:
                 batch = batches[viewer.cursor] = self.feed.read_batch(viewer.cursor)
             viewer.cursor = batch[1]
             viewer.write(batch[0])
+        if viewer.cursor == self.feed.next:
+            viewer.patience_seconds = PATIENCE_SECONDS
 
     @staticmethod
     def _send_gap(viewer: Viewer, first: int, last: int) -> None:
@@ -2688,6 +2740,13 @@ class Viewers:
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
 # What happens without a request: reading statistics every interval, and answering discovery
 # probes. A fault in one round is logged and the next round comes all the same.
+
+
+def read_uptime() -> float:
+    """Return seconds since boot, suspended ones included."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time() - float(psutil.boot_time())  # macOS
 
 
 class ProcSource:
@@ -2712,7 +2771,7 @@ class ProcSource:
             net_recv=received,
             net_sent=sent,
             load_avg=os.getloadavg(),
-            uptime=float(self._read_file("/proc/uptime").split()[0]),
+            uptime=read_uptime(),
         )
 
     @staticmethod
@@ -2744,7 +2803,7 @@ class PsutilSource:
             net_recv=sum(nic.bytes_recv for nic in nics),
             net_sent=sum(nic.bytes_sent for nic in nics),
             load_avg=os.getloadavg(),
-            uptime=time.time() - psutil.boot_time(),
+            uptime=read_uptime(),
         )
 
 
@@ -2846,7 +2905,7 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
     try:
         with open("/proc/net/route", encoding="ascii") as file:
             return parse_link_routes(file.read())
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return []
 
 
@@ -3460,7 +3519,7 @@ class Connection:
             request = self._admit(head)
             if request is None:
                 return False
-        except HttpError as error:
+        except (HttpError, CommandError) as error:
             if head.has_body:
                 raise
             parser.next_body()
@@ -3518,6 +3577,8 @@ class Connection:
             self._upgrade(head, role)
             return None
         route = find_route(head, role)
+        if route.role is Role.RUN:
+            self.server.check_exec()
         parameters = check_parameters(route, head)
         self._check_expectation(head)
         return Request(head, route, parameters, role, self._name_client(role))
@@ -3620,8 +3681,11 @@ class Connection:
         """Let the client read the answer: closing with unread input would reset the connection
         and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
         self._begin_phase(Phase.CLOSING, LINGER_SECONDS)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+        except OSError:
+            return  # the peer has reset the connection meanwhile
         left = MAX_LINGER_BYTES
         while left > 0:
             data = await self.reader.read(READ_CHUNK_BYTES)
@@ -3636,7 +3700,8 @@ class Connection:
         if head.path not in WEBSOCKET_PATHS:
             raise HttpError(404, "not_found", "WebSocket clients connect to / or /ws")
         key = check_upgrade(head)
-        assert role is not None, "the gate lets no upgrade pass without a role"
+        if role is None:  # the gate lets no upgrade pass without one; this must not rest on it
+            raise HttpError(401, "unauthorized", "watching needs a role")
         since, same_boot = parse_since(head.query, self.server.boot_id)
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
@@ -3854,7 +3919,15 @@ class Server:
         self.boot_id = os.urandom(8).hex()
         self.started_now = time.monotonic()
         self.viewers = Viewers(self._loop)
-        self.tasks = Tasks(config, ids, self.viewers.publish, log, environment, descriptor_limit)
+        self.tasks = Tasks(
+            config,
+            ids,
+            self.viewers.publish,
+            self.viewers.is_pressed,
+            log,
+            environment,
+            descriptor_limit,
+        )
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
         self.connections: set[Connection] = set()
         self.is_stopping = False
@@ -3979,10 +4052,14 @@ class Server:
         if reply is not None:
             viewer.send_json({**reply, **reference})
 
-    def stop_task(self, task: Task, signal_name: Any, by: str) -> None:
-        """Stop a task for a client. Raises CommandError."""
+    def check_exec(self) -> None:
+        """Raise CommandError where nothing may be run, killed or typed into."""
         if self.config.no_exec:
             raise CommandError("exec_disabled", "this server was started with --no-exec")
+
+    def stop_task(self, task: Task, signal_name: Any, by: str) -> None:
+        """Stop a task for a client. Raises CommandError."""
+        self.check_exec()
         number = parse_signal(signal_name)
         self.tasks.stop(task, number)
         self.log.write("info", "task_kill", task_id=task.task_id, signal=signal_name, by=by)
