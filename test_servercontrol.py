@@ -5591,6 +5591,40 @@ class TestRealRun:
         assert collected == (tmp_path / "expected").read_bytes()
 
 
+class TestManyViewers:
+    """SPEC 10 and DESIGN 1: ten thousand viewers are nothing special."""
+
+    def test_ten_thousand_idle_viewers_get_the_next_broadcast(self, tmp_path: Path):
+        count, spare = 10_000, 200
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < count + spare:
+            pytest.skip(f"the hard limit of {hard} descriptors is too low: NOT TESTED")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
+        options = (f"--max-clients={count + spare}", "--interval=3600", "--loop=asyncio")
+        try:
+            with ServerProcess(tmp_path, *options) as server, contextlib.ExitStack() as stack:
+                peers = [stack.enter_context(server.connect()) for _ in range(count)]
+                upgrade = "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n" + (
+                    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+                )
+                for peer in peers:
+                    peer.sendall(upgrade.encode())
+                assert all(peer.recv(12) == b"HTTP/1.1 101" for peer in peers)
+                wait_until(lambda: server.get("/info")["clients"] == count)
+                task_id = server.start("echo to everybody")
+                for peer in peers:
+                    received = b""
+                    while b'"task_complete"' not in received:
+                        data = peer.recv(65536)
+                        assert data
+                        received += data
+                    assert b'"task_id":"%b"' % task_id.encode() in received
+                    assert b"to everybody\\n" in received
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 class TestReadme:
     """The README's client examples, run as they stand there."""
 
