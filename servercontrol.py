@@ -147,7 +147,9 @@ STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes 
 # beyond the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default, made explicit: above it a viewer is stalled
-MAX_PERSONAL_BYTES = 256 * KIB  # replies waiting for a client that asks but does not read
+# Replies waiting for a client that asks but does not read: above what broadcasts alone can leave
+# in a buffer, which is the high-water mark, a batch and the largest frame.
+MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 FLUSH_TURN_SECONDS = 0.01  # then the flush lets other work of the event loop pass
@@ -187,6 +189,8 @@ ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is believed
 PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 64  # asyncio accepts this many before other work gets its turn
+MAX_STRANGERS = 64  # connections that can never pass the gate; else they could fill all places
+SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
 STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
@@ -926,7 +930,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1, and the registry it founded: the codes this server sends."""
+    """RFC 6455, 7.4.1, and the registry it founded: the codes of this server."""
 
     NORMAL = 1000
     GOING_AWAY = 1001
@@ -1138,23 +1142,10 @@ class WebSocketConnection:
     """
 
     __slots__ = (
-        "state",
-        "close_code",
-        "close_reason",
-        "_make_mask",
-        "_max_message_bytes",
-        "_max_fragments",
-        "_buffer",
-        "_header",
-        "_payload_read",
-        "_control",
-        "_message_opcode",
-        "_message",
-        "_message_bytes",
-        "_fragments",
-        "_decoder",
-        "_outgoing",
-    )
+        "state close_code close_reason _make_mask _max_message_bytes _max_fragments "
+        "_buffer _header _payload_read _control _message_opcode _message _message_bytes "
+        "_fragments _decoder _outgoing"
+    ).split()
 
     def __init__(
         self,
@@ -1629,16 +1620,11 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """For json.loads: NaN and Infinity are not JSON."""
-    raise ValueError(f"{name} is not JSON")
-
-
 def parse_finite(text: str) -> float:
-    """For json.loads: what would become Infinity, such as 1e999, could not be sent back."""
+    """For json.loads: NaN, Infinity and what would become it (1e999) are not JSON."""
     value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is too large")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{text} is not a number of JSON")
     return value
 
 
@@ -1650,7 +1636,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
         value = json.loads(
             text,
             object_pairs_hook=refuse_duplicates,
-            parse_constant=refuse_constant,
+            parse_constant=parse_finite,
             parse_float=parse_finite,
         )
     except (ValueError, RecursionError) as error:
@@ -1873,13 +1859,17 @@ class Log:
         """Write an event. Never raises and never waits."""
         if LEVELS.index(level) < self._level:
             return
-        fields = {
-            name: value[:1500] if isinstance(value, str) else value
-            for name, value in fields.items()
-        }
         if self._dropped:
             fields["lines_dropped"] = self._dropped
-        if self._write_line(self._format(level, event, fields)):
+        line = self._format(level, event, fields)
+        if len(line) > LOG_LINE_BYTES:  # the end of a traceback says most
+            short = {
+                name: value[:80] + " ... " + value[-240:]
+                for name, value in fields.items()
+                if isinstance(value, str) and len(value) > 325
+            }
+            line = self._format(level, event, {**fields, **short})
+        if self._write_line(line):
             self._dropped = 0
         else:
             self._dropped += 1
@@ -1900,8 +1890,6 @@ class Log:
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
 
     def _write_line(self, line: bytes) -> bool:
-        if len(line) > LOG_LINE_BYTES and not self._json:
-            line = line[: LOG_LINE_BYTES - 1] + b"\n"
         try:
             poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
@@ -2038,7 +2026,8 @@ class Task:
         self.timers: dict[str, asyncio.TimerHandle] = {}
         # Done when the task is complete.
         self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters: list[asyncio.Future[None]] = []
+        # Set for a moment whenever there is more output, and at the end.
+        self.news = asyncio.Event()
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /tasks` says."""
@@ -2057,17 +2046,9 @@ class Task:
         }
 
     def wake(self) -> None:
-        """Let everyone go on who waits in changed()."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def changed(self) -> None:
-        """Wait for more output or the end."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        await waiter
+        """Let everyone go on who waits for more output or the end."""
+        self.news.set()
+        self.news.clear()
 
     def set_timer(self, name: str, seconds: float, callback: Callable[..., None]) -> None:
         """Call callback(task) later, unless the task is complete by then."""
@@ -2134,8 +2115,6 @@ def signal_session(session: int, number: int) -> None:
 
 def has_exited(pid: int) -> bool:
     """Whether our child has ended; it is not reaped."""
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return is_zombie(pid)
     try:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, pid, flags) is not None
@@ -2242,7 +2221,8 @@ class Tasks:
         if len(self.running) >= self._config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         task = Task(self._ids.take(), request, by, self._config.keep_output)
-        task.cwd = os.path.join(read_cwd(), request.cwd or "")
+        cwd = read_cwd()
+        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:
             self._spawn(task)
         except OSError as error:
@@ -2297,8 +2277,12 @@ class Tasks:
         try:
             if newest_fd is None:
                 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            elif newest_fd + 16 > soft:
-                return
+            else:
+                spare = [os.dup(newest_fd) for _ in range(4)]  # what Popen will open
+                for fd in spare:
+                    os.close(fd)
+                if max(spare) >= soft:
+                    return
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         except (OSError, ValueError):
             pass  # macOS
@@ -2382,15 +2366,17 @@ class Tasks:
             task.output.drop_to(max(0, kept - excess))
             self._kept_bytes += task.output.kept_bytes - kept
 
-    def _discard(self, task: Task) -> None:
+    def _discard(self, fd: int) -> None:
         """Read what a background child writes after the end, slowly, and forget it."""
-        task.timers.pop("discard", None)
-        if self._read_chunk(task, READ_CHUNK_BYTES):
-            asyncio.get_running_loop().remove_reader(task.fd)
-            task.set_timer("discard", DISCARD_PAUSE_SECONDS, self._resume_discard)
-
-    def _resume_discard(self, task: Task) -> None:
-        asyncio.get_running_loop().add_reader(task.fd, self._discard, task)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(fd)
+        try:
+            if not os.read(fd, READ_CHUNK_BYTES):
+                os.close(fd)
+                return
+        except BlockingIOError:
+            pass
+        loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
 
     # Stopping
 
@@ -2450,7 +2436,9 @@ class Tasks:
 
     def _finish_when_session_is_gone(self, task: Task, delay: float = 0.01) -> None:
         """A task that is being stopped ends with the last of its processes, or with the KILL."""
-        if not task.verdict or self._is_session_gone(task):
+        if task.verdict and "kill" not in task.timers:
+            signal_session(task.pid, signal.SIGKILL)  # again, for what was forked meanwhile
+        if "kill" not in task.timers or self._is_session_gone(task):
             self._finish(task)
             return
         again = self._finish_when_session_is_gone
@@ -2483,7 +2471,8 @@ class Tasks:
         if task.fd >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(task.fd)
-            loop.add_reader(task.fd, self._discard, task)
+            loop.add_reader(task.fd, self._discard, task.fd)
+            task.fd = -1
         self._forget_oldest()
         task.completed.set_result(None)
         task.wake()
@@ -2547,19 +2536,9 @@ class Viewer:
     """One WebSocket client."""
 
     __slots__ = (
-        "transport",
-        "websocket",
-        "role",
-        "by",
-        "cursor",
-        "is_stalled",
-        "pong_due",
-        "written_bytes",
-        "taken_at",
-        "patience_seconds",
-        "heard_at",
-        "ping_at",
-    )
+        "transport websocket role by cursor is_stalled pong_due written_bytes taken_at "
+        "patience_seconds heard_at ping_at"
+    ).split()
 
     def __init__(
         self, transport: asyncio.Transport, websocket: WebSocketConnection, role: Role, by: str
@@ -2615,7 +2594,9 @@ class Viewer:
 
     def keep_alive(self, now: float) -> bool:
         """Ping when it is time; False when the peer is gone."""
-        if now >= self.ping_at and self.is_open:
+        if self.is_stalled:  # a ping would wait behind all that; WRITE_STALL_SECONDS judges it
+            self.heard_at, self.ping_at = now, now + PING_SECONDS
+        elif now >= self.ping_at and self.is_open:
             if self.heard_at < self.ping_at - PING_SECONDS:
                 return False
             self.write(self.websocket.encode(Opcode.PING, b""))
@@ -2835,7 +2816,7 @@ class Sampler:
         self._source = choose_source()
         self._before = self._source.read()
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # Monotonic time since when the CPU is above the threshold, once an alert was raised.
+        # Monotonic time of the first alert that is not resolved yet, else 0.
         self._alert_since = 0.0
         self.hostname = read_hostname()
         # The newest event, None before the first; done when there is one.
@@ -2847,7 +2828,8 @@ class Sampler:
     async def run(self) -> None:
         """Tick for ever, on a grid of monotonic time: late ticks do not shift later ones."""
         interval = self._config.interval
-        start, count = time.monotonic(), 0
+        # The first tick comes within a second, whatever the interval.
+        start, count = time.monotonic() - interval + min(interval, 1.0), 0
         while True:
             count = max(count + 1, int((time.monotonic() - start) / interval))
             await asyncio.sleep(start + count * interval - time.monotonic())
@@ -3071,18 +3053,24 @@ async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
 
 
 async def follow_output(task: Task, offset: int, trailers: dict[str, str]) -> AsyncIterator[bytes]:
-    """Give a task's output from `offset` on until it is complete."""
-    skipped = 0
+    """Give a task's output from `offset` on until it is complete.
+
+    A client that falls off the kept output is cut off in the middle of the body, which it
+    notices; a hole in the output it would not.
+    """
+    skipped = max(0, task.output.start - offset)
     while True:
-        skipped += max(0, task.output.start - offset)
+        # A few blocks at a time: those that wait for the client are kept alive by it alone.
         pieces = task.output.read(offset)
-        offset = task.output.end
-        for piece in pieces:
+        offset = task.output.end - sum(map(len, pieces[4:]))
+        for piece in pieces[:4]:
             yield piece
+        if task.output.start > offset:
+            raise ConnectionAbortedError("the client reads too slowly")
         if offset == task.output.end:
             if task.completed.done():
                 break
-            await task.changed()
+            await task.news.wait()
     trailers["X-Exit-Code"] = str(task.exit_code)
     trailers["X-Dropped-Bytes"] = str(skipped)
 
@@ -3164,7 +3152,12 @@ async def answer_exec(server: Server, request: Request) -> Response:
         return json_response(fields)
     await asyncio.shield(task.completed)
     truncated = task.output.start > 0
-    fields.update(exit_code=task.exit_code, signal=task.signal_name, truncated=truncated)
+    fields.update(
+        exit_code=task.exit_code,
+        signal=task.signal_name,
+        state=task.state.value,
+        truncated=truncated,
+    )
     return Response(pieces=iterate_json(fields, "output", task.output.read()))
 
 
@@ -3257,16 +3250,19 @@ async def answer_info(server: Server, request: Request) -> Response:
 
 WEBSOCKET_PATHS = ("/", "/ws")
 
-ROUTES = (
-    Route("/", "GET", None, frozenset(), answer_page),
-    Route("/health", "GET", None, frozenset(), answer_health),
-    Route("/exec", "POST", Role.RUN, frozenset({"wait", "follow"}), answer_exec),
-    Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
-    Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
-    Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
-    Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
-    Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
-)
+ROUTES = {
+    route.path: route
+    for route in (
+        Route("/", "GET", None, frozenset(), answer_page),
+        Route("/health", "GET", None, frozenset(), answer_health),
+        Route("/exec", "POST", Role.RUN, frozenset({"wait", "follow"}), answer_exec),
+        Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
+        Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
+        Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
+        Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
+        Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
+    )
+}
 
 
 # The messages of WebSocket clients
@@ -3316,18 +3312,16 @@ def find_command(message: dict[str, Any], role: Role) -> Command:
 
 def find_route(head: RequestHead, role: Role | None) -> Route:
     """Return the route of a request. Raises HttpError 403, 404, 405 or 426."""
-    routes = [route for route in ROUTES if route.path == head.path]
-    if not routes:
+    route = ROUTES.get(head.path)
+    if route is None:
         if head.path in WEBSOCKET_PATHS:
             raise upgrade_required("this path is for WebSocket clients")
         raise HttpError(404, "not_found", "there is nothing at this path")
-    methods = sorted({route.method for route in routes})
     if head.method == "OPTIONS" and head.values("access-control-request-method"):
-        return Route(head.path, "OPTIONS", None, frozenset(), answer_preflight)
-    method = "GET" if head.method == "HEAD" else head.method
-    route = next((route for route in routes if route.method == method), None)
-    if route is None:
-        allow = ", ".join(methods + ["HEAD"] * ("GET" in methods))
+        return Route(head.path, "OPTIONS", None, route.parameters, answer_preflight)
+    allowed = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+    if head.method not in allowed:
+        allow = ", ".join(allowed)
         raise HttpError(405, "bad_method", f"this path takes {allow}", [("Allow", allow)])
     if route.role is Role.RUN and role is not Role.RUN:
         raise HttpError(403, "forbidden", "this needs the role run")
@@ -3369,22 +3363,9 @@ class Connection:
     """One TCP connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server",
-        "reader",
-        "writer",
-        "transport",
-        "peer",
-        "address",
-        "phase",
-        "deadline",
-        "viewer",
-        "task",
-        "_is_expired",
-        "_written_bytes",
-        "_taken_bytes",
-        "_progress_at",
-        "__weakref__",
-    )
+        "server reader writer transport peer address phase deadline viewer task "
+        "_is_expired _written_bytes _taken_bytes _progress_at _is_extra"
+    ).split()
 
     def __init__(
         self,
@@ -3416,6 +3397,9 @@ class Connection:
         self._progress_at = now
         self.peer, self.address = self._identify(is_loopback_listener)
         server.connections.add(self)
+        self._is_extra = len(server.connections) > server.max_clients
+        if not (self.peer.same_account or server.policy.no_auth):
+            server.make_room(self)
         self.task = asyncio.get_running_loop().create_task(self.run())
 
     def _identify(self, is_loopback_listener: bool) -> tuple[Peer, str]:
@@ -3432,7 +3416,7 @@ class Connection:
     async def run(self) -> None:
         """Serve the connection until either side ends it."""
         try:
-            if len(self.server.connections) > self.server.config.max_clients:
+            if self._is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
                 self._write_response_head(None, response, keep_alive=False)
@@ -3458,6 +3442,7 @@ class Connection:
     def forget(self) -> None:
         """The transport is gone."""
         self.server.connections.discard(self)
+        self.server.strangers.pop(self, None)
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
         if not self.task.done():
@@ -3573,7 +3558,9 @@ class Connection:
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
         role = check_access(self.server.policy, self.peer, head)
-        if is_upgrade(head):
+        # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
+        ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
+        if is_upgrade(head) and ours:
             self._upgrade(head, role)
             return None
         route = find_route(head, role)
@@ -3709,6 +3696,8 @@ class Connection:
         self._begin_phase(Phase.WEBSOCKET, None)
         by = self._name_client(role)
         self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
+        # Answers before this may wait still; pause_writing() has been called for them already.
+        self.viewer.is_stalled = self.transport.get_write_buffer_size() > HIGH_WATER_BYTES
         self.server.viewers.join(self.viewer, since, same_boot)
 
     async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
@@ -3766,7 +3755,8 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""
-        super().connection_lost(exc)
+        # Why is no news to anybody, and an exception that nobody fetches would be logged.
+        super().connection_lost(None)
         if self._connection is not None:
             self._connection.forget()
             self._connection = None
@@ -3930,6 +3920,13 @@ class Server:
         )
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
         self.connections: set[Connection] = set()
+        # Those of them that cannot pass the gate, oldest first.
+        self.strangers: dict[Connection, None] = {}
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
+        self.max_clients = max(4, min(config.max_clients, room))
+        if self.max_clients < config.max_clients:
+            log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
         self.is_stopping = False
         self._servers: list[asyncio.AbstractServer] = []
         self._discovery: list[asyncio.BaseTransport] = []
@@ -4001,6 +3998,13 @@ class Server:
 
     # Running
 
+    def make_room(self, stranger: Connection) -> None:
+        """Keep those who cannot pass the gate few: the oldest idle one gives way."""
+        self.strangers[stranger] = None
+        if len(self.strangers) > MAX_STRANGERS:
+            idle = (c for c in self.strangers if c.phase in (Phase.IDLE, Phase.READING))
+            next(idle, stranger).transport.abort()
+
     async def _sweep(self) -> None:
         """Look at every connection's deadline, for ever."""
         while True:
@@ -4025,7 +4029,7 @@ class Server:
 
     def handle_message(self, viewer: Viewer, message: Message) -> None:
         """Carry out what a WebSocket client sent, unless we have closed (RFC 6455, 1.4)."""
-        if not viewer.is_open:
+        if viewer.websocket.state is WebSocketState.CLOSING:
             return
         if message.opcode is Opcode.PING:
             assert isinstance(message.data, bytes)
@@ -4100,6 +4104,7 @@ class Server:
         for task in work:
             task.cancel()
         await asyncio.wait(work, timeout=1.0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
 # 17. Command line ────────────────────────────────────────────────────────────────────────────
@@ -4108,7 +4113,8 @@ class Server:
 
 DESCRIPTION = "Run commands on this server over HTTP and watch them live over WebSocket."
 EPILOG = """\
-Every option has an environment twin: --ws-port is SERVERCONTROL_WS_PORT. The option wins.
+Every option but --no-auth has an environment twin: --ws-port is SERVERCONTROL_WS_PORT, with
+several values separated by spaces. The option wins.
 
   python3 servercontrol.py                     serve, for this account on this machine
   curl -d 'uptime' localhost:8080/exec         run a command
@@ -4384,6 +4390,8 @@ def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
 
 async def serve(config: Config, log: Log) -> None:
     """Run the server until a signal stops it. Raises ConfigError or StartError."""
+    if not hasattr(os, "waitid"):
+        raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
     ignored = reset_signals()
     descriptor_limit = raise_descriptor_limit()
     listeners = Listeners(config, log)

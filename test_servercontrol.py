@@ -4312,6 +4312,7 @@ class TestLimits:
     def test_server_without_descriptors_lives(self, tmp_path: Path, loop: str) -> None:
         limit = 48
         code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))"
+        code += "\nsc.SPARE_DESCRIPTORS = -10000"  # else connections are refused before
         script = make_launcher(tmp_path, code)
         with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
             before = server.descriptors()
@@ -4332,14 +4333,59 @@ class TestLimits:
             assert server.run("echo back")["output"] == "back\n"
             assert len(server.stderr) < 20
 
+    def test_connections_are_fewer_than_descriptors(self, tmp_path: Path) -> None:
+        code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))"
+        with ServerProcess(tmp_path, script=make_launcher(tmp_path, code)) as server:
+            assert server.wait_for_log("few_descriptors")["max_clients"] == 80 - 32 - 20
+            with contextlib.ExitStack() as stack:
+                for _ in range(60):
+                    stack.enter_context(server.connect())
+                assert server.request("GET", "/health").status == 503
+            wait_until(lambda: server.request("GET", "/health").status == 200)
+            assert not server.log("loop_error")
+
+    def test_strangers_cannot_take_all_places(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--max-clients=100") as server:
+            full, go_on = os.pipe(), os.pipe()
+
+            def hog() -> bytes:
+                peers = [server.connect() for _ in range(150)]
+                os.write(full[1], b"x")
+                os.read(go_on[0], 1)
+                return b"%d" % len(peers)
+
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                taken = pool.submit(as_nobody, hog)
+                wait_until(lambda: taken.done() or select.select([full[0]], [], [], 0)[0])
+                try:
+                    assert server.run("echo mine")["output"] == "mine\n"
+                finally:
+                    os.write(go_on[1], b"x")
+                assert taken.result() == b"150"
+            for fd in (*full, *go_on):
+                os.close(fd)
+
+    def test_follower_that_falls_behind_notices(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-output=64K") as server:
+            url = f"http://127.0.0.1:{server.port}/exec?follow"
+            curl = ["curl", "-sN", "-d", "seq 1 3000000; sleep 300", url]
+            with subprocess.Popen(curl, stdout=subprocess.PIPE) as client:
+                wait_until(lambda: server.get("/tasks"))
+                task_id = server.get("/tasks")[-1]["task_id"]
+                wait_until(lambda: server.task(task_id)["output_bytes"] == 22888896)
+                assert client.stdout is not None
+                received = client.stdout.read()
+            assert client.returncode == 18  # the transfer ended in its middle
+            whole = "".join(f"{number}\n" for number in range(1, 3000001)).encode()
+            assert 0 < len(received) < len(whole) and whole.startswith(received)
+
     def test_failure_in_one_place_stays_there(self, tmp_path: Path) -> None:
         code = """
 import dataclasses
 async def fail(server, request):
     raise RuntimeError("injected /some/path " + "x" * 10)
-sc.ROUTES = tuple(
-    dataclasses.replace(r, answer=fail) if r.path in ("/stats", "/kill") else r for r in sc.ROUTES
-)
+for path in ("/stats", "/kill"):
+    sc.ROUTES[path] = dataclasses.replace(sc.ROUTES[path], answer=fail)
 count, build = [0], sc.build_stats
 def build_or_fail(*arguments):
     count[0] += 1
@@ -4624,7 +4670,7 @@ class TestTaskProcess:
             "success": ("exit 0", 0, None),
             "failure": ("exit 7", 7, None),
             "largest": ("exit 255", 255, None),
-            "not found": ("/nonexistent", 127, None),
+            "not found": ("/nonexistent-command", 127, None),
             "only looks like TERM": ("exit 143", 143, None),
             "TERM": ("kill -TERM $$", 143, "TERM"),
             "KILL": ("kill -KILL $$", 137, "KILL"),
@@ -4698,7 +4744,7 @@ class TestTaskProcess:
     @cases_task(
         "fields, status, code",
         {
-            "no such folder": ({"cwd": "/nonexistent"}, 400, "bad_cwd"),
+            "no such folder": ({"cwd": "/nonexistent-folder"}, 400, "bad_cwd"),
             "no folder": ({"cwd": "/dev/null"}, 400, "bad_cwd"),
             "E2BIG": ({"env": {"BIG": "x" * 140000}}, 413, "too_large"),
         },
