@@ -3923,6 +3923,7 @@ class Server:
         # Those of them that cannot pass the gate, oldest first.
         self.strangers: dict[Connection, None] = {}
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
         self.max_clients = max(4, min(config.max_clients, room))
         if self.max_clients < config.max_clients:
@@ -4003,7 +4004,9 @@ class Server:
         self.strangers[stranger] = None
         if len(self.strangers) > MAX_STRANGERS:
             idle = (c for c in self.strangers if c.phase in (Phase.IDLE, Phase.READING))
-            next(idle, stranger).transport.abort()
+            loser = next(idle, stranger)
+            del self.strangers[loser]
+            loser.transport.abort()
 
     async def _sweep(self) -> None:
         """Look at every connection's deadline, for ever."""
