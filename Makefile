@@ -5,8 +5,10 @@ BIN := .venv/bin
 TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
 EXTRA_PACKAGES := psutil uvloop
 CHECK_PACKAGES := ruff mypy types-psutil
-PYTEST := -m pytest -q -ra -n 4 --dist loadgroup -p no:cacheprovider
-export TEST_PACKAGES EXTRA_PACKAGES PYTEST
+PYTEST := -m pytest -q -ra -n 4 --dist loadgroup
+# A test that fails while four run at once is run again alone, aloud: then it is no busy machine.
+AGAIN := -m pytest -q -ra --last-failed --last-failed-no-failures none
+export TEST_PACKAGES EXTRA_PACKAGES PYTEST AGAIN
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -15,7 +17,8 @@ run:             ## start the server on this machine
 	$(PYTHON) servercontrol.py
 
 test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipped
-	$(BIN)/python $(PYTEST) test_servercontrol.py
+	$(BIN)/python $(PYTEST) test_servercontrol.py || \
+	  { echo "── FAILED; again, alone:"; $(BIN)/python $(AGAIN) test_servercontrol.py; }
 
 check: .venv/ok  ## lint, format and types
 	$(BIN)/ruff check .
