@@ -3397,9 +3397,9 @@ class Connection:
         self._progress_at = now
         self.peer, self.address = self._identify(is_loopback_listener)
         server.connections.add(self)
-        self._is_extra = len(server.connections) > server.max_clients
         if not (self.peer.same_account or server.policy.no_auth):
             server.make_room(self)
+        self._is_extra = len(server.connections) > server.max_clients
         self.task = asyncio.get_running_loop().create_task(self.run())
 
     def _identify(self, is_loopback_listener: bool) -> tuple[Peer, str]:
@@ -4005,7 +4005,9 @@ class Server:
         if len(self.strangers) > MAX_STRANGERS:
             idle = (c for c in self.strangers if c.phase in (Phase.IDLE, Phase.READING))
             loser = next(idle, stranger)
+            # At once, and not when the loop says that it is gone: many may come in one turn.
             del self.strangers[loser]
+            self.connections.discard(loser)
             loser.transport.abort()
 
     async def _sweep(self) -> None:
