@@ -2274,18 +2274,20 @@ class Tasks:
         if self._descriptor_limit is None:
             return
         soft, hard = self._descriptor_limit
+        spare: list[int] = []
         try:
             if newest_fd is None:
                 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            else:
-                spare = [os.dup(newest_fd) for _ in range(4)]  # what Popen will open
-                for fd in spare:
-                    os.close(fd)
-                if max(spare) >= soft:
-                    return
+            while newest_fd is not None and len(spare) < 4:  # as many as Popen will open
+                spare.append(os.dup(newest_fd))
+            if spare and max(spare) >= soft:
+                return
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         except (OSError, ValueError):
-            pass  # macOS
+            pass  # no descriptor is free, which Popen will say; or macOS
+        finally:
+            for fd in spare:
+                os.close(fd)
 
     def _restore_descriptor_limit(self, pid: int) -> None:
         """Give the child the limit that we were started with: select() breaks above 1024."""
@@ -4127,8 +4129,10 @@ several values separated by spaces. The option wins.
                                                let the whole network in (no password!)
 """
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
-TRUE_WORDS = {"1": True, "true": True, "yes": True, "on": True}
-FALSE_WORDS = {"0": False, "false": False, "no": False, "off": False, "": False}
+FLAG_WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off", ""), False),
+}
 
 
 def parse_port(text: str) -> int:
@@ -4278,10 +4282,9 @@ def read_environment(parser: argparse.ArgumentParser, environ: Mapping[str, str]
             continue
         value = environ[name]
         if action.nargs == 0:
-            known = {**TRUE_WORDS, **FALSE_WORDS}
-            if value.lower() not in known:
+            if value.lower() not in FLAG_WORDS:
                 raise ConfigError(f"{name}: {value!r} is neither 1 nor 0")
-            arguments += [option] * known[value.lower()]
+            arguments += [option] * FLAG_WORDS[value.lower()]
         elif isinstance(action, argparse._AppendAction):
             arguments += [f"{option}={item}" for item in value.replace(",", " ").split()]
         else:
