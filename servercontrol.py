@@ -35,7 +35,7 @@ Map (search for the number and a dot):
     9. Statistics and alerts
     10. Feed and kept output
     11. Messages and datagrams
-    12. Log and state folder
+    12. Log, state folder and audit log
     13. Tasks
     14. Viewers
     15. Background loops
@@ -44,9 +44,9 @@ Map (search for the number and a dot):
 
 Security stance: whoever may use this server owns the account it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
-about; web pages, other accounts, rebinding names and proxies are refused (section 6). Every
-buffer, wait and count that a peer can fill has a limit (section 2). It never runs anything but
-what `POST /exec` names.
+about; everybody else needs a token; web pages, rebinding names and proxies are refused (section
+6). Every buffer, wait and count that a peer can fill has a limit (section 2). It never runs
+anything but what `POST /exec` names, and writes down who asked for it (section 12).
 
 What it does not do: no scheduler, no file manager, no plug-ins, no stored metrics, no Windows.
 """
@@ -67,11 +67,14 @@ import functools
 import hashlib
 import ipaddress
 import json
+import math
 import os
 import re
+import secrets
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -90,6 +93,11 @@ except ImportError:
     sys.exit("servercontrol.py: needs Linux (or another Unix); this system is " + sys.platform)
 
 try:
+    import ssl
+except ImportError:
+    ssl = None  # type: ignore[assignment]  # a Python without OpenSSL: then there is no TLS
+
+try:
     import psutil
 except ImportError:
     psutil = None  # type: ignore[assignment,unused-ignore]  # /proc is read instead
@@ -100,7 +108,15 @@ except ImportError:
     uvloop = None  # type: ignore[assignment,unused-ignore]  # asyncio has a loop of its own
 
 if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Mapping,
+        MutableMapping,
+        Sequence,
+    )
 
     IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
     Endpoint = tuple[IpAddress, int]  # with a port
@@ -174,6 +190,17 @@ KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
+# Access.
+MIN_TOKEN_CHARACTERS = 16
+MAX_WRONG_TOKENS = 10  # a minute, from one address; more are told to wait
+WRONG_TOKEN_SECONDS = 60.0
+MAX_WRONG_ADDRESSES = 4096  # remembered at once
+
+# Audit log.
+MAX_REFUSALS = 100  # records of refusals at once, then one a second: nobody fills the disk
+AUDIT_ERROR_SECONDS = 60.0  # between two complaints about a log that cannot be written
+AUDIT_LOCK_SECONDS = 0.1  # another instance holds the lock for some 0.05 ms
+
 # Statistics.
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
 
@@ -188,8 +215,11 @@ ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is believed
 # Server.
 PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
-ACCEPTS_PER_TURN = 64  # asyncio accepts this many before other work gets its turn
-MAX_STRANGERS = 64  # connections that can never pass the gate; else they could fill all places
+ACCEPTS_PER_TURN = 16  # then those that were accepted get a chance to speak
+ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
+HANDSHAKE_SECONDS = 10.0  # TLS
+MAX_STRANGERS = 64  # connections that have not passed the gate; else they could fill all places
+STRANGER_GRACE_SECONDS = 0.1  # so long a burst of clients may be more, until each could speak
 SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
 STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
@@ -279,10 +309,17 @@ class Config:
     ws_port: int = 8082
     discovery_port: int = 8081
     no_discovery: bool = False
+    unix: str = ""
+    token_file: str = ""
+    view_token_file: str = ""
+    require_token: bool = False
     no_auth: bool = False
     no_exec: bool = False
     allow_origin: tuple[str, ...] = ()
     allow_host: tuple[str, ...] = ()
+    tls_cert: str = ""
+    tls_key: str = ""
+    audit_log: str = ""
     interval: float = 1.0
     cpu_alert: float = 90.0
     alert_cooldown: float = 60.0
@@ -295,6 +332,11 @@ class Config:
     loop: str = "auto"
     log_format: str = "text"
     log_level: str = "info"
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the TCP ports speak https and wss."""
+        return bool(self.tls_cert)
 
     def limits(self) -> dict[str, int]:
         """What `hello` and `/info` tell clients about the bounds they will meet."""
@@ -703,19 +745,24 @@ def encode_last_chunk(trailers: Iterable[tuple[str, str]]) -> bytes:
 #      --allow-origin. So must the site that Sec-Fetch-Site speaks of, except that a link from
 #      anywhere may open the page `/`. 403. A browser's POST must be JSON: a form, which any page
 #      may send, is not. 415.
-#   3. Tokens: not there yet. (`?token=` is refused all the same: it would end up in logs.) 401.
-#   4. Implicit trust. On a loopback listener a process of our own account may do everything, if
-#      the Host is a loopback name (else 403: that is how a rebinding attack looks) and no proxy
-#      has put its mark on the request (else 401).
-#   5. `GET /` and `GET /health` hold no data: they pass 1, 2 and, on loopback, the Host rule.
+#   3. Token. Whoever shows the right one gets its role; a wrong one is 401, whoever shows it. In
+#      an address (`?token=`) it would end up in logs and histories: 401, right or wrong.
+#   4. Implicit trust. On a loopback listener or a Unix socket a process of our own account may do
+#      everything, if the Host is a loopback name (else 403: that is how a rebinding attack looks)
+#      and no proxy has put its mark on the request (else 401). Not with --require-token.
+#   5. `GET /` and `GET /health` hold no data: they pass 1, 2 and, on loopback, the Host rule. So
+#      does a listed origin's preflight, which browsers send without token. The rest is 401.
 #
-# With --no-auth rule 4 asks only for a Host that no attacker's DNS can choose.
+# With --no-auth there are no tokens, and rule 4 asks only for a Host that no attacker's DNS can
+# choose.
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip"}
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
+BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
+BEARER_PROTOCOL = "bearer."  # before a token among the subprotocols, for browsers
 
 
 class Role(enum.Enum):
@@ -725,28 +772,45 @@ class Role(enum.Enum):
     RUN = "run"
 
 
+class Listener(enum.Enum):
+    """What a listening socket is bound to: asked of the socket, not of the options."""
+
+    LOOPBACK = "loopback"
+    NETWORK = "network"
+    UNIX = "unix"
+
+
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What the options say about access. hostnames: our own names, lower-case."""
+    """What the options say about access.
 
+    own_uid: our effective uid. hostnames: our own names, lower-case. tokens: role -> token; none
+    of them is ever shown.
+    """
+
+    own_uid: int = -1
+    require_token: bool = False
     no_auth: bool = False
     allow_origins: frozenset[str] = frozenset()
     allow_hosts: frozenset[str] = frozenset()
     hostnames: frozenset[str] = frozenset()
+    tokens: Mapping[Role, bytes] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end of a connection, as the kernel says.
+    """Who is at the other end of a connection.
 
-    on_loopback: listener, local address and peer address are all loopback.
-    same_account: the peer's socket belongs to our own effective uid.
+    address, local_address: literals of both ends, "" on a Unix socket. uid, inode: whose socket
+    that other end is, as the kernel said right after accept; uid is None where it did not say.
     """
 
-    address: str
-    scheme: str
-    on_loopback: bool
-    same_account: bool
+    listener: Listener
+    address: str = ""
+    local_address: str = ""
+    uid: int | None = None
+    inode: int = 0
+    scheme: str = "http"
 
 
 def parse_ip(text: str) -> IpAddress | None:
@@ -885,6 +949,68 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
     return is_loopback(name)
 
 
+def find_tokens(head: RequestHead) -> list[bytes]:
+    """Return what the client shows as tokens; b"" stands for what cannot be one.
+
+    `Authorization: Bearer T` (RFC 6750, 2.1), or, since browsers cannot add fields to a WebSocket
+    upgrade, the subprotocol `bearer.T`.
+    """
+    shown = []
+    for value in head.values("authorization"):
+        match = BEARER.fullmatch(value)
+        shown.append(match.group(1).encode("ascii") if match else b"")
+    for offer in ",".join(head.values("sec-websocket-protocol")).split(","):
+        offer = offer.strip(" \t")
+        if offer.startswith(BEARER_PROTOCOL):
+            shown.append(offer[len(BEARER_PROTOCOL) :].encode("latin-1"))
+    return shown
+
+
+def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
+    """Return a 401, which must name the scheme that would help (RFC 9110, 15.5.2)."""
+    return HttpError(401, code, message, [("WWW-Authenticate", challenge)])
+
+
+def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
+    """Rule 3. Return the role of the token that is shown, None when none is. Raises HttpError."""
+    names = (pair.partition("=")[0] for pair in head.query.split("&"))
+    if "token" in map(urllib.parse.unquote_plus, names):
+        message = "a token does not belong into an address; send Authorization: Bearer TOKEN"
+        raise unauthorized("token_in_query", message)
+    shown = [] if policy.no_auth else find_tokens(head)
+    if not shown:
+        return None
+    # Every token is compared with every other, in constant time each: nothing is told by time.
+    roles = [
+        role
+        for one in shown
+        for role, token in policy.tokens.items()
+        if secrets.compare_digest(one, token)
+    ]
+    if len(shown) != 1 or len(roles) != 1:
+        message = "this token is not right; the server's token file has the one that is"
+        raise unauthorized("wrong_token", message, 'Bearer error="invalid_token"')
+    return roles[0]
+
+
+def is_own_process(policy: AccessPolicy, peer: Peer) -> bool:
+    """Whether the kernel says that the peer is a process of our own account, on this machine.
+
+    A socket that its process has closed already may be listed with uid 0, but has no inode.
+    """
+    if peer.uid is None or peer.uid != policy.own_uid:
+        return False
+    if peer.listener is Listener.UNIX:
+        return True
+    ends_are_local = is_loopback(peer.address) and is_loopback(peer.local_address)
+    return peer.listener is Listener.LOOPBACK and ends_are_local and peer.inode != 0
+
+
+def is_preflight(head: RequestHead) -> bool:
+    """Whether a browser asks what it may send (the Fetch standard, CORS-preflight request)."""
+    return head.method == "OPTIONS" and bool(head.values("access-control-request-method"))
+
+
 def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | None:
     """The gate: return the role of a request, None where it passes without one (rule 5).
 
@@ -892,24 +1018,57 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
     """
     host = check_host_syntax(head)
     check_origin(policy, peer.scheme, host, head)
-    if any(pair.partition("=")[0] == "token" for pair in head.query.split("&")):
-        raise HttpError(401, "bad_token", "a token does not belong into an address")
-    if (policy.no_auth or peer.on_loopback) and not is_trusted_host(policy, host):
+    role = check_tokens(policy, head)
+    if role is not None:
+        return role
+    is_local = peer.listener is not Listener.NETWORK
+    if (policy.no_auth or is_local) and not is_trusted_host(policy, host):
         raise HttpError(403, "bad_host", "this Host is not served; --allow-host lists more")
     if policy.no_auth:
         return Role.RUN
-    if peer.on_loopback and peer.same_account and not is_forwarded(head):
+    if is_own_process(policy, peer) and not policy.require_token and not is_forwarded(head):
         return Role.RUN
     # An upgrade on `/` is no page: it would watch everything.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
     if is_page and head.path in OPEN_PATHS:
         return None
-    raise HttpError(
-        401,
-        "unauthorized",
-        "only processes of the server's own account on the same machine get in, not by a proxy",
-        [("WWW-Authenticate", "Bearer")],
-    )
+    if is_preflight(head) and head.value("origin") in policy.allow_origins:
+        return None
+    if is_local and not policy.require_token:
+        message = "without token only the server's own account gets in, and not by a proxy"
+    else:
+        message = "a token is needed"
+    raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
+
+
+class WrongTokenLimit:
+    """How many wrong tokens an address may show. Right ones are never asked about."""
+
+    def __init__(self) -> None:
+        # Address -> monotonic times of its newest wrong tokens; the least recent address first.
+        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def count(self, address: str, now: float) -> int:
+        """Count a wrong token; return how many seconds to wait, 0 while there were few."""
+        key = self._find_key(address)
+        times = self._times.setdefault(key, deque())
+        while times and now - times[0] >= WRONG_TOKEN_SECONDS:
+            times.popleft()
+        if len(times) >= MAX_WRONG_TOKENS:
+            return math.ceil(times[0] + WRONG_TOKEN_SECONDS - now)
+        times.append(now)
+        self._times.move_to_end(key)
+        if len(self._times) > MAX_WRONG_ADDRESSES:
+            self._times.popitem(last=False)
+        return 0
+
+    @staticmethod
+    def _find_key(address: str) -> str:
+        """Who has one IPv6 address has all of its /64."""
+        ip = parse_ip(address)
+        if ip is None or ip.version == 4:
+            return str(ip)
+        return ip.packed[:8].hex()
 
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
@@ -1762,6 +1921,8 @@ def parse_task_id(value: Any) -> str:
 
 
 SIGNALS = {name[3:]: number for name, number in signal.Signals.__members__.items()}
+# Of two names for one number the first is the usual one.
+SIGNAL_NAMES = {int(number): name for name, number in reversed(list(SIGNALS.items()))}
 
 
 def parse_signal(value: Any) -> int:
@@ -1823,11 +1984,22 @@ class ReplyLimit:
 
 # ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
 
-# 12. Log and state folder ────────────────────────────────────────────────────────────────────
-# Lines on stderr, and the little that must survive a restart. Neither may ever stop the server:
-# stderr can be full, closed, or a pipe that nobody reads; the folder can be read-only.
+# 12. Log, state folder and audit log ─────────────────────────────────────────────────────────
+# Lines on stderr, the little that must survive a restart (tokens, task ids), and the record of
+# who did what. None of them may ever stop the server: stderr can be full, closed, or a pipe that
+# nobody reads; the folder can be read-only; the disk can be full.
+#
+# The audit log is one JSON object a line. Each names the SHA-256 of the line before as `prev`, so
+# that a changed or missing line shows. The file is opened and locked for each record: it can be
+# rotated by rename, and instances of one account share it. FILE.head has the hash of the newest
+# line: a successor of a rotated file begins with it, and lines cut off at the end show too.
 
 LEVELS = ("debug", "info", "warning", "error")
+
+
+def read_hostname() -> str:
+    """Return our host name as valid text."""
+    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
 
 
 def format_time(timestamp: float) -> str:
@@ -1842,6 +2014,18 @@ def format_value(value: Any) -> str:
     if re.fullmatch(r"[!-~]*", text) and '"' not in text:
         return text
     return json.dumps(text)
+
+
+def write_without_waiting(fd: int, line: bytes) -> bool:
+    """Write a line of at most LOG_LINE_BYTES if that can be done at once; whether it was."""
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if not any(events & select.POLLOUT for _, events in poll.poll(0)):
+            return False
+        return os.write(fd, line) == len(line)
+    except OSError:
+        return False
 
 
 class Log:
@@ -1869,15 +2053,15 @@ class Log:
                 if isinstance(value, str) and len(value) > 325
             }
             line = self._format(level, event, {**fields, **short})
-        if self._write_line(line):
+        if write_without_waiting(self._fd, line):
             self._dropped = 0
         else:
             self._dropped += 1
 
-    def write_limited(self, level: str, event: str, **fields: Any) -> None:
-        """Write an event unless one of this kind was written less than a second ago."""
+    def write_limited(self, level: str, event: str, seconds: float = 1.0, **fields: Any) -> None:
+        """Write an event unless one of this kind was written less than `seconds` ago."""
         now = time.monotonic()
-        if now - self._last.get(event, -1.0) >= 1.0:
+        if now - self._last.get(event, -seconds) >= seconds:
             self._last[event] = now
             self.write(level, event, **fields)
 
@@ -1888,16 +2072,6 @@ class Log:
             return json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
         words = [f"{name}={format_value(value)}" for name, value in fields.items()]
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
-
-    def _write_line(self, line: bytes) -> bool:
-        try:
-            poll = select.poll()
-            poll.register(self._fd, select.POLLOUT)
-            if not any(events & select.POLLOUT for _, events in poll.poll(0)):
-                return False
-            return os.write(self._fd, line) == len(line)
-        except OSError:
-            return False
 
 
 class TaskIds:
@@ -1969,6 +2143,411 @@ def open_state_folder(environ: Mapping[str, str], log: Log) -> str | None:
         log.write("warning", "no_state_folder", folder=folder, error=error.strerror or "")
         return None
     return folder
+
+
+TOKEN_TEXT = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, 2.1: b64token
+
+
+def make_token_file(path: str) -> None:
+    """Write a new token, whole or not at all: instances that start together agree on one."""
+    temporary = f"{path}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o600)  # whatever the umask is
+        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # another instance was faster
+    finally:
+        os.unlink(temporary)
+
+
+def read_token_file(path: str) -> str:
+    """Return the token in a file that nobody else can read or replace. Raises OSError."""
+    # Without O_NONBLOCK the open of a pipe would wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, "not a regular file")
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "belongs to another account")
+        if status.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "other accounts may use it (chmod 600 mends that)")
+        return os.read(fd, 4096).decode("ascii", "replace").strip()
+    finally:
+        os.close(fd)
+
+
+def find_token(source: str, value: str | None, path: str | None, make: bool) -> str | None:
+    """Return a token from the environment's `value`, else from the file, which may be made.
+
+    source: for the error message. Raises ConfigError.
+    """
+    if value is None and path is None:
+        return None
+    try:
+        if value is None and path is not None:
+            if make and not os.path.lexists(path):
+                make_token_file(path)
+            value = read_token_file(path)
+    except OSError as error:
+        raise ConfigError(f"{source}: {path}: {error.strerror}") from None
+    if value is None or len(value) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(value):
+        message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
+        raise ConfigError(f"{source}: {message} + / (then =)")
+    return value
+
+
+class Tokens(NamedTuple):
+    """The tokens of both roles, and where people find them. None: there is none."""
+
+    run: str | None = None
+    view: str | None = None
+    run_file: str | None = None
+    view_file: str | None = None
+
+    def by_role(self) -> dict[Role, bytes]:
+        """Return the tokens in the form that the gate compares."""
+        pairs = ((Role.RUN, self.run), (Role.VIEW, self.view))
+        return {role: token.encode("ascii") for role, token in pairs if token is not None}
+
+
+def load_tokens(config: Config, environ: MutableMapping[str, str], folder: str | None) -> Tokens:
+    """Return the tokens, taking them out of the environment. Raises ConfigError.
+
+    The environment wins, then the option, then the state folder, where they are made.
+    """
+    names = ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
+    values = [environ.pop(name, None) for name in names]
+    options = [config.token_file, config.view_token_file]
+    if config.no_auth:
+        if any(options) or config.require_token or values != [None, None]:
+            raise ConfigError("--no-auth: there are tokens to ask for as well; choose one")
+        return Tokens()
+    tokens: list[str | None] = []
+    files: list[str | None] = []
+    flags = ("--token-file", "--view-token-file")
+    for name, value, option, flag, kept in zip(
+        names, values, options, flags, ("token", "view-token")
+    ):
+        path = option or (None if folder is None else os.path.join(folder, kept))
+        path = path if value is None else None
+        source = name if value is not None else flag if option else "state folder"
+        tokens.append(find_token(source, value, path, make=not option))
+        files.append(path)
+    if tokens[0] is not None and tokens[0] == tokens[1]:
+        raise ConfigError("--view-token-file: both roles have the same token")
+    return Tokens(tokens[0], tokens[1], files[0], files[1])
+
+
+ZERO_HASH = "0" * 64  # before the first line of all
+
+
+def hash_line(line: bytes) -> str:
+    """Return the hash by which the next record names a line (without its newline)."""
+    return hashlib.sha256(line).hexdigest()
+
+
+def read_hash(path: str) -> str | None:
+    """Return the hash in FILE.head, or None."""
+    try:
+        with open(path + ".head", encoding="ascii", errors="replace") as file:
+            text = file.read(65).strip()
+    except OSError:
+        return None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
+    """Return the last line of a file without its newline, and whether it has one."""
+    tail, start = b"", size
+    while start > 0 and tail.count(b"\n") - tail.endswith(b"\n") < 1:
+        step = min(start, READ_CHUNK_BYTES)
+        start -= step
+        tail = os.pread(fd, step, start) + tail
+    is_whole = tail.endswith(b"\n")
+    return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
+
+
+def lock_file(fd: int) -> None:
+    """Lock a file for a moment. Raises OSError when somebody else does not let go of it."""
+    end = time.monotonic() + AUDIT_LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.001)
+
+
+def open_audit_file(path: str) -> int:
+    """Return the descriptor of the audit log, locked. Raises OSError."""
+    while True:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(path, flags, 0o600)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            lock_file(fd)
+            # It may have been rotated between the open and the lock.
+            if os.path.samestat(status, os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+class AuditLog:
+    """Writes down who did what. Never raises: what cannot be written is counted and told.
+
+    path: "-" is stderr, "none" nothing.
+    """
+
+    def __init__(self, path: str, boot_id: str, log: Log) -> None:
+        self.path = path
+        self._boot_id = boot_id
+        self._log = log
+        # The hash of the newest line we wrote, and (device, inode, size) of the file after it.
+        self._hash = ZERO_HASH
+        self._seen: tuple[int, int, int] | None = None
+        # How many refusals may be written now, since when (monotonic), and how many were not.
+        self._refusals_left = float(MAX_REFUSALS)
+        self._refused_at = time.monotonic()
+        self._skipped = 0
+        # Records that could not be written.
+        self.errors = 0
+
+    def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
+        """Write a record. boot_id: whose it is, if not ours."""
+        if self.path == "none":
+            return
+        record = {
+            "time": format_time(time.time()),
+            "event": event,
+            "host": read_hostname(),
+            "boot_id": boot_id or self._boot_id,
+            **fields,
+        }
+        try:
+            if self.path == "-":
+                self._write_to_stderr(record)
+            else:
+                self._append(record)
+        except OSError as error:
+            self.errors += 1
+            reason = error.strerror or ""
+            self._log.write_limited("error", "audit_failed", AUDIT_ERROR_SECONDS, error=reason)
+
+    def write_refusal(self, **fields: Any) -> None:
+        """Write that somebody was refused, unless too many are."""
+        now = time.monotonic()
+        grown = self._refusals_left + now - self._refused_at
+        self._refusals_left, self._refused_at = min(grown, float(MAX_REFUSALS)), now
+        if self._refusals_left < 1:
+            self._skipped += 1
+            return
+        self._refusals_left -= 1
+        if self._skipped:
+            fields["skipped"], self._skipped = self._skipped, 0
+        self.write("refused", **fields)
+
+    def _write_to_stderr(self, record: dict[str, Any]) -> None:
+        line = encode_json({**record, "prev": self._hash})
+        if len(line) >= LOG_LINE_BYTES:  # only a command can be so long
+            record["command"] = record["command"][:400] + " ..."
+            line = encode_json({**record, "prev": self._hash})
+        if not write_without_waiting(2, line + b"\n"):
+            raise OSError(errno.EAGAIN, "stderr takes nothing")
+        self._hash = hash_line(line)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        fd = open_audit_file(self.path)
+        try:
+            before = self._find_end(fd)
+            line = encode_json({**record, "prev": self._hash})
+            # After a crash or a full disk half a line may stand there: it stays as it is.
+            data = line + b"\n" if before else b"\n" + line + b"\n"
+            if os.write(fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._hash = hash_line(line)
+            status = os.fstat(fd)
+            self._seen = status.st_dev, status.st_ino, status.st_size
+            self._write_head()
+        finally:
+            os.close(fd)
+
+    def _find_end(self, fd: int) -> bool:
+        """Set the hash of the last line; return whether that is whole."""
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino, status.st_size) == self._seen:
+            return True
+        if status.st_size == 0:
+            self._hash = read_hash(self.path) or self._hash
+            return True
+        line, is_whole = read_last_line(fd, status.st_size)
+        self._hash = hash_line(line)
+        return is_whole
+
+    def _write_head(self) -> None:
+        """Keep the newest hash beside the log, where the folder allows it."""
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(self.path + ".head", flags, 0o600)
+            try:
+                os.pwrite(fd, self._hash.encode("ascii") + b"\n", 0)
+            finally:
+                os.close(fd)
+        except OSError:
+            pass  # a folder of somebody else's, such as /var/log
+
+
+def find_audit_log(config_value: str, folder: str | None) -> str:
+    """Return the path of the audit log, "-" or "none"."""
+    if config_value:
+        return config_value if config_value in ("-", "none") else os.path.abspath(config_value)
+    return "none" if folder is None else os.path.join(folder, "audit.log")
+
+
+class RunMark:
+    """A file in the state folder that is locked as long as this run of the server lives.
+
+    One that is not locked was left by a crash: then its tasks are completed in the audit log.
+    """
+
+    def __init__(self, folder: str | None, boot_id: str, audit_path: str) -> None:
+        self._path: str | None = None
+        self._fd = -1
+        if folder is None or audit_path in ("-", "none"):
+            return
+        path = os.path.join(folder, f"run-{boot_id}")
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._fd, os.fsencode(audit_path))
+            self._path = path
+        except OSError:
+            pass  # then a crash leaves its tasks open in the log
+
+    def remove(self) -> None:
+        """The run ends in order."""
+        if self._path is not None:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+            os.close(self._fd)
+            self._path = None
+
+
+def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
+    """Return boot id -> mark of the runs that ended without a word and wrote into this log."""
+    crashed = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if not re.fullmatch(r"run-[0-9a-f]{16}", name):
+            continue
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.read(fd, 4096) == os.fsencode(audit_path):
+                crashed[name[4:]] = path
+        except BlockingIOError:
+            pass  # it lives
+        finally:
+            os.close(fd)
+    return crashed
+
+
+def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, str]:
+    """Return task id -> boot id of the tasks of these runs that began and did not end."""
+    open_tasks: dict[str, str] = {}
+    pattern = re.compile("|".join(boot_ids).encode("ascii"))
+    with open(path, "rb") as file:
+        for line in file:
+            if not pattern.search(line):
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                boot_id, task_id = record["boot_id"], record.get("task_id")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if record["event"] == "task_start" and boot_id in boot_ids:
+                open_tasks[task_id] = boot_id
+            elif record["event"] == "task_complete":
+                open_tasks.pop(task_id, None)
+    return open_tasks
+
+
+def complete_crashed_runs(folder: str | None, audit: AuditLog, log: Log) -> None:
+    """Write `interrupted` for the tasks that a crash of the server left open."""
+    if folder is None or audit.path in ("-", "none"):
+        return
+    try:
+        crashed = find_crashed_runs(folder, audit.path)
+        if not crashed:
+            return
+        open_tasks = find_open_tasks(audit.path, crashed)
+        for mark in crashed.values():
+            os.unlink(mark)
+    except OSError as error:
+        log.write("warning", "crash_not_completed", error=error.strerror or "")
+        return
+    for task_id, boot_id in open_tasks.items():
+        audit.write(
+            "task_complete",
+            boot_id,
+            task_id=task_id,
+            exit_code=None,
+            signal=None,
+            state="interrupted",
+            reason="the server ended without stopping this task",
+        )
+    log.write("warning", "crash_completed", runs=len(crashed), tasks=len(open_tasks))
+
+
+class ChainReport(NamedTuple):
+    """What is to be said about an audit log. problems: (line number, text); empty: it holds."""
+
+    lines: int
+    first_prev: str
+    last_hash: str
+    problems: list[tuple[int, str]]
+    notes: list[tuple[int, str]]
+
+
+def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> ChainReport:
+    """Walk the chain of records.
+
+    prev: the hash that the first record must name, None for any. head: a hash that a line must
+    have, None for none: it was there when somebody last looked.
+    """
+    count, first_prev, problems, notes = 0, "", [], []
+    seen_head = head is None or head == prev
+    last_hash = prev or ZERO_HASH
+    for count, line in enumerate(lines, 1):
+        line = line.rstrip(b"\n")
+        try:
+            named = str(parse_json_object(line)["prev"])
+        except (CommandError, KeyError):
+            # Half a line of a crash; the next record names its hash, whatever it is.
+            notes.append((count, "is not a whole record"))
+        else:
+            first_prev = first_prev or named
+            if named != last_hash and not (count == 1 and prev is None):
+                problems.append((count, "does not follow: lines before it were changed or removed"))
+        last_hash = hash_line(line)
+        seen_head = seen_head or last_hash == head
+    if not seen_head:
+        problems.append((count, "is not the last that was written: changed, or lines are missing"))
+    return ChainReport(count, first_prev or ZERO_HASH, last_hash, problems, notes)
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
@@ -2172,6 +2751,7 @@ class Tasks:
         publish: Publish,
         is_pressed: Callable[[], bool],
         log: Log,
+        audit: AuditLog,
         environment: Mapping[str, str],
         descriptor_limit: tuple[int, int] | None = None,
     ) -> None:
@@ -2181,11 +2761,10 @@ class Tasks:
         # Whether reading should pause for the viewers.
         self._is_pressed = is_pressed
         self._log = log
-        # What every child gets, before its own additions.
+        self._audit = audit
+        # What every child gets, before its own additions. The tokens are out of it already.
         self._environment = {
-            os.fsencode(name): os.fsencode(value)
-            for name, value in environment.items()
-            if name not in ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
+            os.fsencode(name): os.fsencode(value) for name, value in environment.items()
         }
         self._environment[b"PYTHONUNBUFFERED"] = b"1"
         # RLIMIT_NOFILE as it was before we raised our own.
@@ -2310,6 +2889,14 @@ class Tasks:
             name=task.request.name,
         )
         task.started_timestamp = event["timestamp"]
+        self._audit.write(
+            "task_start",
+            task_id=task.task_id,
+            command=task.request.command,
+            cwd=task.cwd,
+            by=task.by,
+            pid=task.pid,
+        )
         command = task.request.command[:200]
         self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
 
@@ -2490,9 +3077,7 @@ class Tasks:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             task.exit_code = 128 + number
-            task.signal_name = next(
-                (name for name, value in SIGNALS.items() if value == number), str(number)
-            )
+            task.signal_name = SIGNAL_NAMES.get(number, str(number))
         else:
             task.exit_code = os.WEXITSTATUS(status)
         rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
@@ -2513,6 +3098,8 @@ class Tasks:
             max_rss_kb=usage[1],
         )
         task.ended_timestamp = event["timestamp"]
+        told = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
+        self._audit.write("task_complete", **{name: event[name] for name in told})
         state = task.state.value
         self._log.write(
             "info", "task_complete", task_id=task.task_id, state=state, exit_code=task.exit_code
@@ -2799,11 +3386,6 @@ def choose_source() -> ProcSource | PsutilSource:
     return ProcSource()
 
 
-def read_hostname() -> str:
-    """Return our host name as valid text."""
-    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
-
-
 class Sampler:
     """Publishes `stats_update` every interval, and alerts."""
 
@@ -2991,22 +3573,95 @@ def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
         return parse_proc_tcp(file.read(), peer, local)
 
 
-def is_same_account(peer: tuple[str, int], local: tuple[str, int]) -> bool:
-    """Whether the process behind a loopback connection runs as our own effective uid.
+def find_owner(peer: Endpoint, local: Endpoint) -> tuple[int | None, int]:
+    """Return (uid, inode) of the other end of a connection on this machine; None is unknown.
 
-    A socket that its process has closed already is listed with uid 0 and inode 0: no answer.
-    Unknown means no. A mapped address is in the kernel's IPv4 tables, and so parse_ip() gives it.
+    Addresses that are mapped into IPv6 are in the kernel's IPv4 tables, and so parse_ip() gives
+    them.
     """
-    peer_ip, local_ip = parse_ip(peer[0]), parse_ip(local[0])
-    if peer_ip is None or local_ip is None or not hasattr(socket, "AF_NETLINK"):
-        return False
-    for ask in (query_socket_owner, scan_socket_owner):
+    if hasattr(socket, "AF_NETLINK"):
+        for ask in (query_socket_owner, scan_socket_owner):
+            try:
+                return ask(peer, local)
+            except (OSError, ValueError, struct.error):
+                continue
+    return None, 0
+
+
+def find_unix_owner(connection: socket.socket) -> int | None:
+    """Return the uid of the process that connected (unix(7), SO_PEERCRED)."""
+    try:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    except (OSError, AttributeError):  # the latter on macOS
+        return None
+    return int(struct.unpack("=iII", credentials)[1])
+
+
+def identify_peer(
+    connection: socket.socket, listener: Listener, address: Any, scheme: str
+) -> tuple[Peer, str]:
+    """Return who is at the other end, and a name for logs.
+
+    Called right after accept: a socket that is closed loses its owner.
+    """
+    if listener is Listener.UNIX:
+        return Peer(listener, uid=find_unix_owner(connection), scheme=scheme), "unix"
+    local = connection.getsockname()
+    peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
+    uid, inode = None, 0
+    if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
+        uid, inode = find_owner((peer_ip, address[1]), (local_ip, local[1]))
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    peer = Peer(listener, address[0], local[0], uid if inode else None, inode, scheme)
+    return peer, f"{host}:{address[1]}"
+
+
+class TlsFiles:
+    """The certificate and its key, read anew when the files change.
+
+    So a renewed certificate needs no signal, no hook and no knowledge of our pid. Connections
+    that stand keep theirs; those that come get the new one.
+    """
+
+    def __init__(self, cert: str, key: str, log: Log) -> None:
+        self._cert = cert
+        self._key = key or cert
+        self._log = log
+        # What the files looked like when they were read, and at the last look.
+        self._signature = self._last_look = self._look()
+        self.context = self._load()
+
+    def _look(self) -> list[tuple[int, int, int]] | None:
         try:
-            uid, inode = ask((peer_ip, peer[1]), (local_ip, local[1]))
-        except (OSError, ValueError, struct.error):
-            continue
-        return uid == os.geteuid() and inode != 0
-    return False
+            status = [os.stat(path) for path in (self._cert, self._key)]
+        except OSError:
+            return None
+        return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in status]
+
+    def _load(self) -> ssl.SSLContext:
+        """Return a context of what the files hold now. Raises OSError or ValueError."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+        context.set_alpn_protocols(["http/1.1"])
+        # A password that is never right: else OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(self._cert, self._key, password="")
+        return context
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed and are at rest, i.e. look as last time."""
+        look = self._look()
+        changed = look != self._signature and look == self._last_look
+        self._last_look = look
+        if not changed:
+            return
+        self._signature = look
+        try:
+            self.context = self._load()
+        except (OSError, ValueError) as error:
+            self._log.write("error", "tls_not_reloaded", error=str(error))
+        else:
+            self._log.write("info", "tls_reloaded", cert=self._cert)
 
 
 @dataclass
@@ -3223,6 +3878,9 @@ async def answer_stats(server: Server, request: Request) -> Response:
     return json_response(server.sampler.newest)
 
 
+NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
+
+
 def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
     """Return what both `/info` and `hello` say."""
     return {
@@ -3234,6 +3892,7 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
         "exec": not server.config.no_exec,
         "auth": not server.config.no_auth,
         "limits": server.config.limits(),
+        **({"warning": NO_AUTH_WARNING} if server.config.no_auth else {}),
     }
 
 
@@ -3243,6 +3902,8 @@ async def answer_info(server: Server, request: Request) -> Response:
         {
             **describe_server(server, request.role),
             "ports": server.listeners.ports,
+            "tls": server.config.has_tls,
+            "audit_errors": server.audit.errors,
             "uptime": int(time.monotonic() - server.started_now),
             "clients": len(server.viewers.all),
             "tasks_running": len(server.tasks.running),
@@ -3319,7 +3980,7 @@ def find_route(head: RequestHead, role: Role | None) -> Route:
         if head.path in WEBSOCKET_PATHS:
             raise upgrade_required("this path is for WebSocket clients")
         raise HttpError(404, "not_found", "there is nothing at this path")
-    if head.method == "OPTIONS" and head.values("access-control-request-method"):
+    if is_preflight(head):
         return Route(head.path, "OPTIONS", None, route.parameters, answer_preflight)
     allowed = ("GET", "HEAD") if route.method == "GET" else (route.method,)
     if head.method not in allowed:
@@ -3350,9 +4011,17 @@ def parse_since(query: str, boot_id: str) -> tuple[int | None, bool]:
     return int(since), parameters.get("boot", boot_id) == boot_id
 
 
+def is_refusal(error: HttpError | CommandError) -> bool:
+    """Whether somebody was kept from what another client may do."""
+    if isinstance(error, CommandError):
+        return error.code in ("exec_disabled", "forbidden")
+    return error.status in (401, 403, 415, 429)
+
+
 class Phase(enum.Enum):
     """What a connection is doing; it decides what its deadline means."""
 
+    OPENING = "opening"  # the TLS handshake, which has a deadline of its own
     IDLE = "idle"
     READING = "reading"
     ANSWERING = "answering"
@@ -3361,34 +4030,73 @@ class Phase(enum.Enum):
     CLOSING = "closing"
 
 
+class ConnectionProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's stream protocol, which also passes on what a Viewer wants to know."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection: Connection | None = connection
+        super().__init__(connection.reader, loop=asyncio.get_running_loop())
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands; with TLS, the handshake is over."""
+        super().connection_made(transport)
+        if self._connection is not None:
+            self._connection.take_transport(cast("asyncio.Transport", transport))
+
+    def pause_writing(self) -> None:
+        """The transport has more than enough to write."""
+        super().pause_writing()
+        if self._connection is not None and self._connection.viewer is not None:
+            self._connection.viewer.is_stalled = True
+
+    def resume_writing(self) -> None:
+        """It has written nearly all of it."""
+        super().resume_writing()
+        if self._connection is not None and self._connection.viewer is not None:
+            self._connection.viewer.is_stalled = False
+            self._connection.server.viewers.serve(self._connection.viewer)
+
+    def eof_received(self) -> bool | None:
+        """The client sends nothing more. One that waits for a task has most likely gone."""
+        if self._connection is not None and self._connection.phase is Phase.WAITING:
+            self._connection.task.cancel()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, whoever ended it."""
+        # Why is no news to anybody, and an exception that nobody fetches would be logged.
+        super().connection_lost(None)
+        if self._connection is not None:
+            self._connection.forget()
+            self._connection = None
+
+
 class Connection:
-    """One TCP connection: HTTP requests, and possibly a WebSocket after them."""
+    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader writer transport peer address phase deadline viewer task "
-        "_is_expired _written_bytes _taken_bytes _progress_at _is_extra"
+        "server reader writer transport peer address role phase deadline viewer task opened_at "
+        "_socket _is_expired _written_bytes _taken_bytes _progress_at _is_extra"
     ).split()
 
     def __init__(
-        self,
-        server: Server,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        is_loopback_listener: bool,
+        self, server: Server, connection: socket.socket, listener: Listener, address: Any
     ) -> None:
         self.server = server
-        self.reader = reader
-        self.writer = writer
-        self.transport = cast("asyncio.Transport", writer.transport)
-        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        if sys.platform == "linux":
+        # None as soon as there is a transport.
+        self._socket: socket.socket | None = connection
+        scheme = "https" if server.tls and listener is not Listener.UNIX else "http"
+        self.peer, self.address = identify_peer(connection, listener, address, scheme)
+        connection.setblocking(False)
+        if sys.platform == "linux" and listener is not Listener.UNIX:
             # Else the kernel would take megabytes for each client that does not read.
-            tcp = self.transport.get_extra_info("socket")
-            tcp.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        self.phase = Phase.READING
-        now = time.monotonic()
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        self.transport: asyncio.Transport
+        # What the newest request may do, None before the first that has passed the gate.
+        self.role: Role | None = None
+        self.phase = Phase.OPENING
         # Monotonic time when the present phase must be over, or None.
-        self.deadline: float | None = now + HEAD_SECONDS
+        self.deadline: float | None = None
         self.viewer: Viewer | None = None
         # The deadline has passed while a request was being read.
         self._is_expired = False
@@ -3396,28 +4104,22 @@ class Connection:
         # last grew.
         self._written_bytes = 0
         self._taken_bytes = 0
-        self._progress_at = now
-        self.peer, self.address = self._identify(is_loopback_listener)
+        self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
-        if not (self.peer.same_account or server.policy.no_auth):
-            server.make_room(self)
+        if server.policy.require_token or not is_own_process(server.policy, self.peer):
+            server.take_stranger(self)
         self._is_extra = len(server.connections) > server.max_clients
-        self.task = asyncio.get_running_loop().create_task(self.run())
-
-    def _identify(self, is_loopback_listener: bool) -> tuple[Peer, str]:
-        """Find out who is there, right after accept: a closed socket loses its owner."""
-        peer = self.transport.get_extra_info("peername") or ("", 0)
-        local = self.transport.get_extra_info("sockname") or ("", 0)
-        local_only = is_loopback_listener and is_loopback(peer[0]) and is_loopback(local[0])
-        same_account = local_only and is_same_account(peer[:2], local[:2])
-        host = f"[{peer[0]}]" if ":" in peer[0] else peer[0]
-        return Peer(peer[0], "http", local_only, same_account), f"{host}:{peer[1]}"
+        loop = asyncio.get_running_loop()
+        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
+        self.writer: asyncio.StreamWriter
+        self.task = loop.create_task(self.run())
 
     # Life
 
     async def run(self) -> None:
         """Serve the connection until either side ends it."""
         try:
+            await self._open()
             if self._is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
@@ -3434,12 +4136,54 @@ class Connection:
         finally:
             self.close()
 
+    async def _open(self) -> None:
+        """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
+        assert self._socket is not None
+        loop, connection = asyncio.get_running_loop(), self._socket
+        options: dict[str, Any] = {}
+        if self.peer.scheme == "https" and self.server.tls:
+            if self._is_extra:  # a handshake would be too much of an answer
+                connection.close()
+                raise ConnectionAbortedError
+            options["ssl"] = self.server.tls.context
+            options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
+        protocol = ConnectionProtocol(self)
+        try:
+            await loop.connect_accepted_socket(lambda: protocol, connection, **options)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.server.log.write_limited("info", "tls_failed", by=self.address, error=reason)
+            raise ConnectionAbortedError from None
+        if self._socket is not None:  # the peer has gone in the same moment
+            raise ConnectionAbortedError
+        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.writer = asyncio.StreamWriter(self.transport, protocol, self.reader, loop)
+        self._begin_phase(Phase.READING, HEAD_SECONDS)
+
+    def take_transport(self, transport: asyncio.Transport) -> None:
+        """The connection stands."""
+        self.transport, self._socket = transport, None
+
     def close(self) -> None:
         """Close after what is still to be written; a client that does not take it is swept."""
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
         self.phase = Phase.CLOSING
-        self.transport.close()
+        if self._socket is None:
+            self.transport.close()
+        else:  # the handshake has failed
+            self.abort()
+            self.forget()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._socket is None:
+            self.transport.abort()
+            return
+        try:  # the event loop has the descriptor, and closes it when the handshake ends
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer has reset it
 
     def forget(self) -> None:
         """The transport is gone."""
@@ -3452,6 +4196,8 @@ class Connection:
 
     def sweep(self, now: float) -> None:
         """Look at the deadlines. Called every SWEEP_SECONDS."""
+        if self.phase is Phase.OPENING:
+            return
         waiting = self.transport.get_write_buffer_size()
         written = self._written_bytes + (self.viewer.written_bytes if self.viewer else 0)
         if waiting == 0 or written - waiting > self._taken_bytes:
@@ -3459,7 +4205,7 @@ class Connection:
         self._taken_bytes = written - waiting
         is_dead = self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now)
         if is_dead or now - self._progress_at >= WRITE_STALL_SECONDS:
-            self.transport.abort()
+            self.abort()
         elif self.deadline is not None and now >= self.deadline:
             self.deadline = None
             self._expire()
@@ -3474,7 +4220,7 @@ class Connection:
             self._is_expired = self.phase is Phase.READING
             self.task.cancel()
         else:
-            self.transport.abort()
+            self.abort()
 
     # HTTP
 
@@ -3507,6 +4253,9 @@ class Connection:
             if request is None:
                 return False
         except (HttpError, CommandError) as error:
+            if is_refusal(error):
+                request_line = f"{head.method} {head.path}"[:200]
+                self.server.note_refusal(self.name_client(), error.code, request_line)
             if head.has_body:
                 raise
             parser.next_body()
@@ -3559,7 +4308,9 @@ class Connection:
 
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
-        role = check_access(self.server.policy, self.peer, head)
+        role = self.role = self.server.check_access(self.peer, head)
+        if role is not None:
+            self.server.strangers.pop(self, None)
         # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
@@ -3570,10 +4321,12 @@ class Connection:
             self.server.check_exec()
         parameters = check_parameters(route, head)
         self._check_expectation(head)
-        return Request(head, route, parameters, role, self._name_client(role))
+        return Request(head, route, parameters, role, self.name_client())
 
-    def _name_client(self, role: Role | None) -> str:
-        return f"{self.address} {role.value if role else '-'}"
+    def name_client(self) -> str:
+        """Return who asks: address, role, and the account where the kernel knows it."""
+        uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
+        return f"{self.address} {self.role.value if self.role else '-'}{uid}"
 
     def _check_expectation(self, head: RequestHead) -> None:
         """RFC 9110, 10.1.1: say "go on" only to a request that may pass."""
@@ -3696,7 +4449,7 @@ class Connection:
             raise HttpError(503, "stopping", "the server is stopping")
         self._write(encode_upgrade_response(head, key))
         self._begin_phase(Phase.WEBSOCKET, None)
-        by = self._name_client(role)
+        by = self.name_client()
         self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = self.transport.get_write_buffer_size() > HIGH_WATER_BYTES
@@ -3720,48 +4473,6 @@ class Connection:
             data = await self.reader.read(READ_CHUNK_BYTES)
             if not data:
                 return
-
-
-class ConnectionProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's stream protocol, which also passes on what a Viewer wants to know."""
-
-    def __init__(self, server: Server, is_loopback_listener: bool) -> None:
-        loop = asyncio.get_running_loop()
-        self._server = server
-        self._is_loopback_listener = is_loopback_listener
-        self._connection: Connection | None = None
-        reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
-        super().__init__(reader, self._begin, loop=loop)
-
-    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connection = Connection(self._server, reader, writer, self._is_loopback_listener)
-
-    def pause_writing(self) -> None:
-        """The transport has more than enough to write."""
-        super().pause_writing()
-        if self._connection is not None and self._connection.viewer is not None:
-            self._connection.viewer.is_stalled = True
-
-    def resume_writing(self) -> None:
-        """It has written nearly all of it."""
-        super().resume_writing()
-        if self._connection is not None and self._connection.viewer is not None:
-            self._connection.viewer.is_stalled = False
-            self._server.viewers.serve(self._connection.viewer)
-
-    def eof_received(self) -> bool | None:
-        """The client sends nothing more. One that waits for a task has most likely gone."""
-        if self._connection is not None and self._connection.phase is Phase.WAITING:
-            self._connection.task.cancel()
-        return super().eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone, whoever ended it."""
-        # Why is no news to anybody, and an exception that nobody fetches would be logged.
-        super().connection_lost(None)
-        if self._connection is not None:
-            self._connection.forget()
-            self._connection = None
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
@@ -3831,12 +4542,54 @@ def bind_all(hosts: Sequence[Sequence[tuple[int, str]]], port: int) -> list[sock
     return bound
 
 
+def is_stale_socket(path: str) -> bool:
+    """Whether there is a socket on which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def bind_unix(path: str) -> socket.socket:
+    """Return a listening Unix socket (0600). One that a crash left there is replaced.
+
+    Raises OSError.
+    """
+    if is_stale_socket(path):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.setblocking(False)
+        listener.bind(path)
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if "too long" in str(error):  # Python's own message, without errno
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
 class Listeners:
-    """The bound TCP sockets: one HTTP port, one WebSocket port, possibly the same."""
+    """The bound sockets: an HTTP and a WebSocket port, possibly the same; a Unix socket."""
 
     def __init__(self, config: Config, log: Log) -> None:
         self._log = log
+        self._scheme_end = "s" if config.has_tls else ""
         self.sockets: list[socket.socket] = []
+        # The listening Unix socket, its path, and what is there (device, inode).
+        self.unix: socket.socket | None = None
+        self._unix_path = os.path.abspath(config.unix) if config.unix else ""
         # Real ports; discovery is None when it is off.
         self.ports: dict[str, int | None] = {"http": 0, "ws": 0, "discovery": None}
         try:
@@ -3851,6 +4604,17 @@ class Listeners:
             raise StartError(
                 f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             ) from None
+        if config.unix:
+            self._open_unix()
+
+    def _open_unix(self) -> None:
+        try:
+            self.unix = bind_unix(self._unix_path)
+        except OSError as error:
+            self.close()
+            reason = error.strerror or error
+            raise StartError(f"cannot listen on {self._unix_path}: {reason}") from None
+        self._unix_file = os.stat(self._unix_path)
 
     def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
         """Bind the first free port from `port` on. Raises OSError."""
@@ -3874,56 +4638,106 @@ class Listeners:
         """Whether every socket is bound to loopback: asked of the sockets, not the options."""
         return all(is_loopback(listener.getsockname()[0]) for listener in self.sockets)
 
-    def url(self, scheme: str, name: str) -> str:
-        """Return the URL of the listener `name`."""
-        host = self.sockets[0].getsockname()[0]
+    def url(self, name: str, host: str = "") -> str:
+        """Return the URL of the listener `name` ("http" or "ws")."""
+        host = host or self.sockets[0].getsockname()[0]
         host = f"[{host}]" if ":" in host else host
-        return f"{scheme}://{host}:{self.ports[name]}"
+        return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether the first address is one that nobody can type, such as 0.0.0.0."""
+        address = parse_ip(self.sockets[0].getsockname()[0])
+        return address is not None and address.is_unspecified
+
+    @property
+    def unix_path(self) -> str | None:
+        """Where the Unix socket is, None where there is none."""
+        return self._unix_path or None
+
+    def kinds(self) -> list[tuple[socket.socket, Listener]]:
+        """Return every listening socket with what it is bound to."""
+        kinds = [
+            (one, Listener.LOOPBACK if is_loopback(one.getsockname()[0]) else Listener.NETWORK)
+            for one in self.sockets
+        ]
+        return kinds + ([(self.unix, Listener.UNIX)] if self.unix else [])
 
     def close(self) -> None:
         """Stop listening."""
         close_all(self.sockets)
+        if self.unix is not None:
+            self.unix.close()
+            self.unix = None
+            try:
+                if os.path.samestat(os.stat(self._unix_path), self._unix_file):
+                    os.unlink(self._unix_path)
+            except OSError:
+                pass  # somebody else has removed it
+
+
+@dataclass
+class ServerParts:
+    """What main builds before the server, and hands down."""
+
+    config: Config
+    log: Log
+    audit: AuditLog
+    tokens: Tokens
+    ids: TaskIds
+    listeners: Listeners
+    tls: TlsFiles | None
+    environment: Mapping[str, str]
+    boot_id: str
+    # The state folder, or None.
+    folder: str | None
+    # RLIMIT_NOFILE as it was before we raised our own.
+    descriptor_limit: tuple[int, int] | None = None
 
 
 class Server:
     """All parts together, from the listening sockets to the last byte."""
 
-    def __init__(
-        self,
-        config: Config,
-        log: Log,
-        ids: TaskIds,
-        listeners: Listeners,
-        environment: Mapping[str, str],
-        descriptor_limit: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, parts: ServerParts) -> None:
+        config, log = parts.config, parts.log
         self.config = config
         self.log = log
-        self.listeners = listeners
+        self.audit = parts.audit
+        self.listeners = parts.listeners
+        self.tls = parts.tls
         self.policy = AccessPolicy(
+            own_uid=os.geteuid(),
+            require_token=config.require_token,
             no_auth=config.no_auth,
             allow_origins=frozenset(config.allow_origin),
             allow_hosts=frozenset(host.lower() for host in config.allow_host),
             hostnames=frozenset({read_hostname().lower()}),
+            tokens=parts.tokens.by_role(),
         )
+        self._wrong_tokens = WrongTokenLimit()
+        self._folder = parts.folder
+        self.tokens = parts.tokens
         self._loop = asyncio.get_running_loop()
         # Names this run of the server: a seq means something only together with it.
-        self.boot_id = os.urandom(8).hex()
+        self.boot_id = parts.boot_id
         self.started_now = time.monotonic()
         self.viewers = Viewers(self._loop)
         self.tasks = Tasks(
             config,
-            ids,
+            parts.ids,
             self.viewers.publish,
             self.viewers.is_pressed,
             log,
-            environment,
-            descriptor_limit,
+            self.audit,
+            parts.environment,
+            parts.descriptor_limit,
         )
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
         self.connections: set[Connection] = set()
-        # Those of them that cannot pass the gate, oldest first.
+        # Those of them that have not passed the gate, oldest first.
         self.strangers: dict[Connection, None] = {}
+        # Some of them will have to give way in a moment.
+        self._is_room_due = False
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
@@ -3931,7 +4745,6 @@ class Server:
         if self.max_clients < config.max_clients:
             log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
         self.is_stopping = False
-        self._servers: list[asyncio.AbstractServer] = []
         self._discovery: list[asyncio.BaseTransport] = []
         self._background: list[asyncio.Task[None]] = []
 
@@ -3943,32 +4756,48 @@ class Server:
         # Not by the loop, since uvloop keeps SIGCHLD for itself.
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
-        for listener in self.listeners.sockets:
-            is_local = is_loopback(listener.getsockname()[0])
-            self._servers.append(await self._accept_on(listener, is_local))
+        for listener, kind in self.listeners.kinds():
+            self._loop.add_reader(listener, self._accept, listener, kind)
         if not self.config.no_discovery:
             await self._start_discovery()
         for work in (self.sampler.run(), self._sweep()):
             self._background.append(self._loop.create_task(work))
         discovery = self.listeners.ports["discovery"]
         address = "127.0.0.1" if self.listeners.is_loopback else "0.0.0.0"
-        self.log.write(
-            "info",
-            "listening",
-            http=self.listeners.url("http", "http"),
-            ws=self.listeners.url("ws", "ws"),
-            discovery=None if discovery is None else f"udp://{address}:{discovery}",
-            pid=os.getpid(),
-            version=__version__,
-        )
+        places = {
+            "http": self.listeners.url("http"),
+            "ws": self.listeners.url("ws"),
+            "discovery": None if discovery is None else f"udp://{address}:{discovery}",
+            "unix": self.listeners.unix_path,
+        }
+        facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
+        files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
+        self.log.write("info", "listening", **places, **facts, **files)
+        complete_crashed_runs(self._folder, self.audit, self.log)
+        self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
+        self.audit.write("start", **places, **facts)
 
-    async def _accept_on(self, listener: socket.socket, is_local: bool) -> asyncio.AbstractServer:
-        server = await self._loop.create_server(
-            lambda: ConnectionProtocol(self, is_local), sock=listener, backlog=ACCEPTS_PER_TURN
-        )
-        # asyncio's backlog is both the kernel's queue and the accepts a turn: widen the queue.
-        listener.listen(LISTEN_BACKLOG)
-        return server
+    def _accept(self, listener: socket.socket, kind: Listener) -> None:
+        """Accept who waits, and ask the kernel at once who it is."""
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                connection, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # out of descriptors, most likely
+                reason = error.strerror or ""
+                self.log.write_limited("error", "accept_failed", error=reason)
+                self._loop.remove_reader(listener)
+                self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_again, listener, kind)
+                return
+            try:
+                Connection(self, connection, kind, address)
+            except OSError:
+                connection.close()  # the peer has reset it meanwhile
+
+    def _accept_again(self, listener: socket.socket, kind: Listener) -> None:
+        if not self.is_stopping:
+            self._loop.add_reader(listener, self._accept, listener, kind)
 
     async def _start_discovery(self) -> None:
         loopback_only = self.listeners.is_loopback
@@ -3994,29 +4823,70 @@ class Server:
             "ws_port": self.listeners.ports["ws"],
             "discovery_port": self.listeners.ports["discovery"],
             "version": __version__,
-            "tls": False,
+            "tls": self.config.has_tls,
             "auth": not self.config.no_auth,
             "exec": not self.config.no_exec,
         }
 
     # Running
 
-    def make_room(self, stranger: Connection) -> None:
-        """Keep those who cannot pass the gate few: the oldest idle one gives way."""
+    def check_access(self, peer: Peer, head: RequestHead) -> Role | None:
+        """Ask the gate; tell who tries many tokens to wait. Raises HttpError."""
+        try:
+            return check_access(self.policy, peer, head)
+        except HttpError as error:
+            seconds = 0
+            if error.code == "wrong_token":
+                seconds = self._wrong_tokens.count(peer.address, time.monotonic())
+            if not seconds:
+                raise
+        message = "too many wrong tokens came from this address; a right one still gets in"
+        raise HttpError(429, "too_many_tokens", message, [("Retry-After", str(seconds))])
+
+    def note_refusal(self, by: str, reason: str, request: str) -> None:
+        """Write down that somebody was refused."""
+        self.log.write_limited("warning", "refused", by=by, reason=reason, request=request)
+        self.audit.write_refusal(by=by, reason=reason, request=request)
+
+    def take_stranger(self, stranger: Connection) -> None:
+        """Remember who has not passed the gate yet; too many of them give way."""
         self.strangers[stranger] = None
         if len(self.strangers) > MAX_STRANGERS:
-            idle = (c for c in self.strangers if c.phase in (Phase.IDLE, Phase.READING))
-            loser = next(idle, stranger)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Keep strangers few: the oldest idle one gives way, else the oldest of all.
+
+        A burst of clients that come back together may be more for a moment, until each has had
+        the chance to speak, unless it takes more than half of all places.
+        """
+        youngest = time.monotonic() - STRANGER_GRACE_SECONDS
+        is_tight = len(self.connections) > self.max_clients // 2
+        while len(self.strangers) > MAX_STRANGERS:
+            quiet = (Phase.OPENING, Phase.IDLE, Phase.READING)
+            idle = (one for one in self.strangers if one.phase in quiet)
+            loser = next(idle, next(iter(self.strangers)))
+            if loser.opened_at > youngest and not is_tight:
+                if not self._is_room_due:
+                    self._is_room_due = True
+                    self._loop.call_later(STRANGER_GRACE_SECONDS, self._make_room_later)
+                return
             # At once, and not when the loop says that it is gone: many may come in one turn.
             del self.strangers[loser]
             self.connections.discard(loser)
-            loser.transport.abort()
+            loser.abort()
+
+    def _make_room_later(self) -> None:
+        self._is_room_due = False
+        self._make_room()
 
     async def _sweep(self) -> None:
         """Look at every connection's deadline, for ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
+            if self.tls is not None:
+                self.tls.refresh()
             for connection in list(self.connections):
                 try:
                     connection.sweep(now)
@@ -4055,6 +4925,8 @@ class Server:
                 reference = {"ref": message["ref"]}
             reply = find_command(message, viewer.role)(self, viewer, message)
         except CommandError as error:
+            if is_refusal(error):
+                self.note_refusal(viewer.by, error.code, str(message.get("type")))
             reply = {"type": "error", "code": error.code, "message": error.message}
         except Exception:
             self.log.write_limited("error", "message_failed", trace=traceback.format_exc())
@@ -4073,15 +4945,17 @@ class Server:
         self.check_exec()
         number = parse_signal(signal_name)
         self.tasks.stop(task, number)
-        self.log.write("info", "task_kill", task_id=task.task_id, signal=signal_name, by=by)
+        fields = {"task_id": task.task_id, "signal": SIGNAL_NAMES[number], "by": by}
+        self.log.write("info", "task_kill", **fields)
+        self.audit.write("task_kill", **fields)
 
     # Stopping
 
-    async def stop(self) -> None:
+    async def stop(self, reason: str) -> None:
         """End everything in order: listeners, tasks, viewers, connections."""
         self.is_stopping = True
-        for server in self._servers:
-            server.close()
+        for listener, _ in self.listeners.kinds():
+            self._loop.remove_reader(listener)
         self.listeners.close()
         for transport in self._discovery:
             transport.close()
@@ -4090,12 +4964,14 @@ class Server:
         if completions:
             await asyncio.wait(completions, timeout=STOP_SECONDS - STOP_CLOSE_SECONDS)
             self.tasks.kill_all()
+        self.audit.write("stop", reason=reason)
+        self._mark.remove()
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
         while self.connections and time.monotonic() < end:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
-            connection.transport.abort()
+            connection.abort()
         await self._end_background()
 
     def _close_connections(self) -> None:
@@ -4103,6 +4979,8 @@ class Server:
         for connection in list(self.connections):
             if connection.viewer is not None:
                 connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
+            elif connection.phase is Phase.OPENING:
+                connection.abort()
             elif connection.phase in (Phase.IDLE, Phase.READING):
                 connection.task.cancel()
 
@@ -4125,8 +5003,8 @@ several values separated by spaces. The option wins.
 
   python3 servercontrol.py                     serve, for this account on this machine
   curl -d 'uptime' localhost:8080/exec         run a command
-  python3 servercontrol.py --no-auth --host 0.0.0.0
-                                               let the whole network in (no password!)
+  python3 servercontrol.py --host 0.0.0.0      serve the network too, to who has the token
+  python3 servercontrol.py verify-audit        check that no line of the audit log was changed
 """
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_WORDS = {
@@ -4202,14 +5080,20 @@ OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
         "--host": (
             parse_host_option,
             "ADDRESS",
-            "address to listen on; beyond loopback only with --no-auth",
+            "address to listen on; beyond loopback everybody needs a token",
         ),
         "--port": (parse_port, "N", "HTTP port; 0 is any"),
         "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
         "--discovery-port": (parse_port, "N", "UDP port for discovery"),
         "--no-discovery": (None, "", "answer no discovery probes"),
+        "--unix": (str, "PATH", "listen on this Unix socket too, for our own account"),
+        "--tls-cert": (str, "FILE", "https and wss with this certificate chain (PEM)"),
+        "--tls-key": (str, "FILE", "its private key, if that is not in the same file"),
     },
     "who may connect": {
+        "--token-file": (str, "FILE", "has the token of the role run (default: made and kept)"),
+        "--view-token-file": (str, "FILE", "has the token of the role view, which only watches"),
+        "--require-token": (None, "", "ask for it on loopback too"),
         "--no-auth": (None, "", "let everybody in who can connect: they own this account!"),
         "--no-exec": (None, "", "monitor only: nothing can be run or killed"),
         "--allow-origin": (parse_origin, "ORIGIN", "let pages of https://example.org in"),
@@ -4228,6 +5112,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
         "--keep-tasks": (parse_count, "N", "finished tasks kept"),
     },
     "running": {
+        "--audit-log": (str, "FILE", "who did what; none, - for stderr (default: state folder)"),
         "--max-clients": (parse_count, "N", "open connections at once"),
         "--loop": (("auto", "asyncio", "uvloop"), "", "event loop; auto: uvloop if installed"),
         "--log-format": (("text", "json"), "", "of the log on stderr"),
@@ -4249,7 +5134,7 @@ def add_option(group: argparse._ArgumentGroup, option: str) -> None:
         group.add_argument(option, choices=check, help=f"{text} (default: {default})")
     else:
         shown = f"{default:g}" if isinstance(default, float) else default
-        text += f" (default: {shown})"
+        text += "" if default == "" else f" (default: {shown})"
         group.add_argument(option, type=check, metavar=metavar, help=text)
 
 
@@ -4297,7 +5182,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     parser = build_parser()
     argv = list(argv)
     if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
-        raise ConfigError("unknown command; there is: serve")
+        raise ConfigError("unknown command; there are: serve, verify-audit")
     given = vars(parser.parse_args(argv))
     twins = vars(parser.parse_args(read_environment(parser, environ)))
     values: dict[str, Any] = {}
@@ -4309,29 +5194,64 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     config = Config(**values)
     if config.loop == "uvloop" and uvloop is None:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
+    if config.tls_key and not config.tls_cert:
+        raise ConfigError("--tls-key: there is no --tls-cert to go with it")
     return config
 
 
-def check_exposure(config: Config, listeners: Listeners) -> None:
-    """Refuse to stand open on a network by accident. Raises ConfigError."""
-    if not listeners.is_loopback and not config.no_auth:
-        raise ConfigError(
-            "--host: without --no-auth only loopback addresses can be served; reach a loopback "
-            "server from elsewhere through ssh -L 8080:localhost:8080"
+def load_tls(config: Config, log: Log) -> TlsFiles | None:
+    """Return the TLS context, None without TLS. Raises ConfigError."""
+    if not config.has_tls:
+        return None
+    if ssl is None:
+        raise ConfigError("--tls-cert: this Python was built without OpenSSL")
+    try:
+        return TlsFiles(config.tls_cert, config.tls_key, log)
+    except (OSError, ValueError) as error:
+        names = f"{config.tls_cert} {config.tls_key}".strip()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--tls-cert: {names}: {reason}") from None
+
+
+def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Log) -> None:
+    """Say what is open to whom. Raises ConfigError where nobody could get in."""
+    needs_token = not config.no_auth and (config.require_token or not listeners.is_loopback)
+    if needs_token and tokens.run is None:
+        raise ConfigError("--token-file: a token is needed, and there is no folder to keep one in")
+    if config.no_auth:
+        log.write("warning", "no_auth", message=NO_AUTH_WARNING)
+    if not listeners.is_loopback and not config.has_tls:
+        port = listeners.ports["http"]
+        log.write(
+            "warning",
+            "no_tls",
+            message="commands and tokens can be read by whoever is on the path; use --tls-cert, "
+            f"or listen on loopback and type: ssh -L {port}:localhost:{port} {read_hostname()}",
         )
 
 
-def print_banner(config: Config, listeners: Listeners) -> None:
-    """Tell a person at a terminal what to do next."""
-    http, ws = listeners.url("http", "http"), listeners.url("ws", "ws")
-    who = "processes of this account on this machine"
+def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
+    """Tell a person at a terminal what to do next. The token is shown here and nowhere else."""
+    host = read_hostname() if listeners.is_wildcard else ""
+    http, ws = listeners.url("http", host), listeners.url("ws", host)
+    needs_token = not config.no_auth and (config.require_token or not listeners.is_loopback)
+    who = "processes of this account on this machine; others need the token"
+    page, option = "", ""
     if config.no_auth:
         who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
+    elif needs_token:
+        who, page = "whoever has the token", f"#token={tokens.run}"
+        option = f"-H 'Authorization: Bearer {tokens.run}' "
     print(f"ServerControl {__version__}")
-    print(f"  page     {http}/")
-    print(f"  run      curl -d 'uptime' {http}/exec")
+    print(f"  page     {http}/{page}")
+    print(f"  run      curl {option}-d 'uptime' {http}/exec")
     print(f"  watch    {ws}/")
     print(f"  open to  {who}")
+    if tokens.run_file is not None:
+        print(f"  token    {tokens.run_file}")
+    if not listeners.is_loopback and not config.has_tls:
+        port = listeners.ports["http"]
+        print(f"  safer    listen on loopback; ssh -L {port}:localhost:{port} {read_hostname()}")
     print("  stop     Ctrl-C", flush=True)
 
 
@@ -4396,36 +5316,99 @@ def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
     return stopped
 
 
+def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) -> Server:
+    """Return the server with its sockets bound. Raises ConfigError or StartError."""
+    tls = load_tls(config, log)
+    folder = open_state_folder(os.environ, log)
+    tokens = load_tokens(config, os.environ, folder)
+    listeners = Listeners(config, log)
+    boot_id = os.urandom(8).hex()
+    parts = ServerParts(
+        config=config,
+        log=log,
+        audit=AuditLog(find_audit_log(config.audit_log, folder), boot_id, log),
+        tokens=tokens,
+        ids=TaskIds(folder, log),
+        listeners=listeners,
+        tls=tls,
+        environment=os.environ,
+        boot_id=boot_id,
+        folder=folder,
+        descriptor_limit=descriptor_limit,
+    )
+    try:
+        check_exposure(config, listeners, tokens, log)
+        return Server(parts)
+    except ServerControlError:
+        listeners.close()
+        raise
+
+
 async def serve(config: Config, log: Log) -> None:
     """Run the server until a signal stops it. Raises ConfigError or StartError."""
     if not hasattr(os, "waitid"):
         raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
     ignored = reset_signals()
-    descriptor_limit = raise_descriptor_limit()
-    listeners = Listeners(config, log)
-    try:
-        check_exposure(config, listeners)
-        ids = TaskIds(open_state_folder(os.environ, log), log)
-        server = Server(config, log, ids, listeners, os.environ, descriptor_limit)
-    except ServerControlError:
-        listeners.close()
-        raise
-    if config.no_auth:
-        log.write("warning", "no_auth", message="anybody who can connect can run commands")
+    server = build_server(config, log, raise_descriptor_limit())
     stopped = watch_signals(server, ignored)
     await server.start()
     if os.isatty(1):
-        print_banner(config, listeners)
+        print_banner(config, server.listeners, server.tokens)
     await stopped
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
-    await server.stop()
+    await server.stop(stopped.result())
+
+
+def build_verify_parser() -> argparse.ArgumentParser:
+    """Return the parser of `verify-audit`."""
+    parser = OneLineParser(
+        prog="servercontrol.py verify-audit",
+        description="Say whether the chain of hashes in an audit log holds, and where it breaks.",
+        epilog="Exit status: 0 when it holds, 1 when it does not or cannot be read.",
+    )
+    parser.add_argument(
+        "file", nargs="*", help="oldest first, if rotated ones belong to it (default: our own)"
+    )
+    return parser
+
+
+def print_report(path: str, report: ChainReport) -> None:
+    """Print what was found in one file."""
+    for number, text in sorted(report.problems + report.notes):
+        print(f"{path}: line {number} {text}")
+    verdict = "the chain is BROKEN" if report.problems else "the chain holds"
+    start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
+    print(f"{path}: {report.lines} lines; {verdict}{start}", flush=True)
+
+
+def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`verify-audit [FILE…]`: walk the chain, print what is found, return the exit status."""
+    files = build_verify_parser().parse_args(argv).file
+    path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_state_folder(environ))
+    if not files and path in ("-", "none"):
+        raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
+    files = files or [path]
+    prev, is_whole = None, True
+    for file in files:
+        head = read_hash(file) if file == files[-1] else None
+        try:
+            with open(file, "rb") as lines:
+                report = check_chain(lines, prev, head)
+        except OSError as error:
+            raise StartError(f"{file}: {error.strerror}") from None
+        print_report(file, report)
+        prev, is_whole = report.last_hash, is_whole and not report.problems
+    return 0 if is_whole else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     open_standard_descriptors()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv, os.environ)
+        if argv[:1] == ["verify-audit"]:
+            return verify_audit(argv[1:], os.environ)
+        config = parse_config(argv, os.environ)
         log = Log(config.log_format, config.log_level)
         loop = make_loop(config)
         try:
