@@ -186,6 +186,10 @@ OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that reader
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
+MAX_TERMINAL_SIDE = 9999  # columns or rows
+MAX_INPUT_BYTES = 1 * MIB  # typed, but not taken by the task yet
+TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
+TERMINAL_LOOK_SECONDS = 0.1  # while nobody has the terminal open, between two looks
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
@@ -289,6 +293,9 @@ COMMAND_STATUS = {
     "forbidden": 403,
     "unknown_task": 404,
     "task_ended": 409,
+    "no_input": 409,
+    "no_terminal": 409,
+    "input_full": 429,
     "too_large": 413,
     "unsupported_media_type": 415,
     "too_many_tasks": 429,
@@ -1808,13 +1815,20 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExecRequest:
-    """What `POST /exec` asks for. timeout: seconds, 0 is none."""
+    """What `POST /exec` asks for. timeout: seconds, 0 is none.
+
+    stdin: text to be read, True for input that comes later, None for none.
+    """
 
     command: str
     cwd: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 0.0
     name: str | None = None
+    stdin: str | bool | None = None
+    tty: bool = False
+    cols: int = 80
+    rows: int = 24
 
 
 def is_plain_text(value: Any) -> bool:
@@ -1872,11 +1886,38 @@ def check_timeout(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_stdin(name: str, value: Any) -> str | bool | None:
+    """Return what the standard input is to be."""
+    if isinstance(value, bool):
+        return value or None
+    if not isinstance(value, str) or not is_plain_text(value.replace("\0", "")):
+        raise CommandError("bad_field", f"{name} must be text, or true to keep it open")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a yes or no."""
+    if not isinstance(value, bool):
+        raise CommandError("bad_field", f"{name} must be true or false")
+    return value
+
+
+def check_side(name: str, value: Any) -> int:
+    """Return a number of columns or rows."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TERMINAL_SIDE:
+        raise CommandError("bad_field", f"{name} must be 1 to {MAX_TERMINAL_SIDE}")
+    return value
+
+
 EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "cwd": check_text,
     "env": check_env,
     "timeout": check_timeout,
     "name": check_name,
+    "stdin": check_stdin,
+    "tty": check_flag,
+    "cols": check_side,
+    "rows": check_side,
 }
 
 
@@ -1891,6 +1932,8 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
         raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
     given = {name: fields[name] for name in EXEC_FIELDS if name in fields}
     checked = {name: EXEC_FIELDS[name](name, value) for name, value in given.items()}
+    if not checked.get("tty") and ("cols" in checked or "rows" in checked):
+        raise CommandError("bad_field", "cols and rows are a terminal's: they need tty")
     return ExecRequest(check_command(commands[0]), **checked)
 
 
@@ -2552,10 +2595,11 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
 # Child processes, from spawn to reap. Each runs as SHELL -c COMMAND in a session of its own, with
-# stdout and stderr as one pipe that the event loop reads; what is read is published in the same
-# turn. A task is complete when its shell has ended and all that the shell wrote has been read,
-# whether or not a background child still holds the pipe: what such a child writes later is read
-# and dropped, so that it neither waits nor breaks. asyncio's own subprocess support hangs there.
+# stdout and stderr as one pipe, or one terminal, that the event loop reads; what is read is
+# published in the same turn. A task is complete when its shell has ended and all that the shell
+# wrote has been read, whether or not a background child still holds the pipe: what such a child
+# writes later is read and dropped, so that it neither waits nor breaks. asyncio's own subprocess
+# support hangs there.
 #
 # Stopping is one function for kill, time-out and the server's own end:
 #
@@ -2564,6 +2608,7 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 # The shell stays unreaped until that is over, so its pid, which names the session, cannot be
 # given to a stranger meanwhile. A process that left the session (setsid) is out of reach.
 
+INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 RESTORED_BY_PYTHON = {signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)}
 
 
@@ -2574,6 +2619,74 @@ class TaskState(enum.Enum):
     DONE = "done"
     KILLED = "killed"
     TIMEOUT = "timeout"
+
+
+def set_terminal_size(fd: int, cols: int, rows: int) -> None:
+    """Set the size of a terminal (ioctl_tty(2))."""
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+
+class TaskInput:
+    """What is typed into a task, by pipe or terminal: it waits here until the task takes it.
+
+    Owns its descriptor.
+    """
+
+    def __init__(self, fd: int, is_terminal: bool) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._is_terminal = is_terminal
+        self._waiting = bytearray()
+        # Nothing more may come; when all has been taken, the task sees the end.
+        self._is_ending = False
+
+    def write(self, data: bytes) -> None:
+        """Type something. Raises CommandError `no_input` or `input_full`."""
+        if self._is_ending:
+            raise CommandError("no_input", "the task's standard input is closed")
+        if len(self._waiting) + len(data) > MAX_INPUT_BYTES:
+            raise CommandError("input_full", "the task does not read what was typed; try later")
+        self._waiting += data
+        self._drain()
+
+    def end(self) -> None:
+        """End the input: close the pipe, type Ctrl-D into the terminal."""
+        if self._is_terminal:
+            self.write(b"\x04")
+        else:
+            self._is_ending = True
+            self._drain()
+
+    def resize(self, cols: int, rows: int) -> None:
+        """Set the size; the kernel tells the programs (SIGWINCH). Raises CommandError."""
+        if not self._is_terminal or self._fd < 0:
+            raise CommandError("no_terminal", "the task has no terminal")
+        set_terminal_size(self._fd, cols, rows)
+
+    def close(self) -> None:
+        """Forget what waits still."""
+        self._is_ending = True
+        self._waiting.clear()
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_writer(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _drain(self) -> None:
+        if self._fd < 0:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._fd, self._waiting[:READ_CHUNK_BYTES])]
+        except BlockingIOError:
+            loop.add_writer(self._fd, self._drain)
+            return
+        except OSError:  # nobody reads it any more
+            self._is_ending = True
+        loop.remove_writer(self._fd)
+        if self._is_ending:
+            self.close()
 
 
 class Task:
@@ -2596,8 +2709,9 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # Our end of the pipe; -1 when it is closed.
+        # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
         self.fd = -1
+        self.input: TaskInput | None = None
         # The shell has ended, but is not reaped yet.
         self.is_shell_gone = False
         # What the state will be once it has ended, when it is being stopped.
@@ -2621,6 +2735,7 @@ class Task:
             "ended": self.ended_timestamp,
             "pid": self.pid,
             "output_bytes": self.output.end,
+            "tty": self.request.tty,
             "by": self.by,
         }
 
@@ -2721,6 +2836,56 @@ def count_pipe_bytes(fd: int) -> int:
     return int(count)
 
 
+def open_terminal(cols: int, rows: int) -> tuple[int, int]:
+    """Return our end and the child's end of a new pseudo-terminal (pty(7))."""
+    our_fd, child_fd = os.openpty()
+    attributes = termios.tcgetattr(child_fd)
+    attributes[0] |= INPUT_IS_UTF8  # so that backspace takes whole characters
+    termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
+    set_terminal_size(our_fd, cols, rows)
+    return our_fd, child_fd
+
+
+def take_terminal() -> None:
+    """In the child, which leads a new session: make standard input its controlling terminal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Streams(NamedTuple):
+    """Both ends of a task's standard streams. child_in may be subprocess.DEVNULL; our_in -1."""
+
+    child_in: int
+    child_out: int
+    our_in: int
+    our_out: int
+
+    def close(self, ours: bool, childs: bool) -> None:
+        """Close the ends of one side or both."""
+        for fd in {*(self[2:] if ours else ()), *(self[:2] if childs else ())}:
+            if fd >= 0:
+                os.close(fd)
+
+
+def open_streams(request: ExecRequest) -> Streams:
+    """Open what a task reads from and writes to. Raises OSError; then nothing is open."""
+    opened: list[int] = []
+    try:
+        if request.tty:
+            opened += open_terminal(request.cols, request.rows)
+            our_fd, child_fd = opened
+            opened.append(os.dup(our_fd))  # a descriptor for typing, one for reading
+            return Streams(child_fd, child_fd, opened[2], our_fd)
+        opened += os.pipe()
+        if request.stdin is None:
+            return Streams(subprocess.DEVNULL, opened[1], -1, opened[0])
+        opened += os.pipe()
+        return Streams(opened[2], opened[1], opened[3], opened[0])
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        raise
+
+
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
     """Say why a process could not be started, without naming paths."""
     reason = error.strerror or "unknown error"
@@ -2809,40 +2974,53 @@ class Tasks:
         self._tasks[task.task_id] = self.running[task.task_id] = task
         self._announce(task)
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
+        if task.input is not None and isinstance(request.stdin, str):
+            task.input.write(request.stdin.encode("utf-8"))
+            if not request.tty:
+                task.input.end()
         if request.timeout:
             task.set_timer("timeout", request.timeout, self._time_out)
         return task
 
     def _spawn(self, task: Task) -> None:
         request = task.request
-        environment = {
-            **self._environment,
-            **{name.encode("utf-8"): text.encode("utf-8") for name, text in request.env.items()},
-            b"SERVERCONTROL_TASK_ID": task.task_id.encode("ascii"),
-        }
-        read_fd, write_fd = os.pipe()
-        self._set_descriptor_limit(write_fd)
+        streams = open_streams(request)
+        self._set_descriptor_limit(streams.child_out)
         try:
             process = subprocess.Popen(
                 [self._config.shell, "-c", request.command.encode("utf-8")],
-                stdin=subprocess.DEVNULL,
-                stdout=write_fd,
-                stderr=write_fd,
+                stdin=streams.child_in,
+                stdout=streams.child_out,
+                stderr=streams.child_out,
                 cwd=None if request.cwd is None else request.cwd.encode("utf-8"),
-                env=environment,
+                env=self._make_environment(task),
                 start_new_session=True,
+                preexec_fn=take_terminal if request.tty else None,
             )
         except BaseException:
-            os.close(read_fd)
+            streams.close(ours=True, childs=False)
             raise
         finally:
             self._set_descriptor_limit(None)
-            os.close(write_fd)
+            streams.close(ours=False, childs=True)
         # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
         process.returncode = 0
-        os.set_blocking(read_fd, False)
-        task.fd, task.pid = read_fd, process.pid
+        os.set_blocking(streams.our_out, False)
+        task.fd, task.pid = streams.our_out, process.pid
+        if streams.our_in >= 0:
+            task.input = TaskInput(streams.our_in, request.tty)
         self._restore_descriptor_limit(process.pid)
+
+    def _make_environment(self, task: Task) -> dict[bytes, bytes]:
+        environment = dict(self._environment)
+        if task.request.tty:
+            environment[b"TERM"] = b"xterm-256color"
+            for name in (b"COLUMNS", b"LINES"):  # those of our own terminal
+                environment.pop(name, None)
+        for key, text in task.request.env.items():
+            environment[key.encode("utf-8")] = text.encode("utf-8")
+        environment[b"SERVERCONTROL_TASK_ID"] = task.task_id.encode("ascii")
+        return environment
 
     def _set_descriptor_limit(self, newest_fd: int | None) -> None:
         """Lower our limit to what the child is to inherit; None raises it again.
@@ -2884,7 +3062,7 @@ class Tasks:
             command=task.request.command,
             pid=task.pid,
             cwd=task.cwd,
-            tty=False,
+            tty=task.request.tty,
             by=task.by,
             name=task.request.name,
         )
@@ -2915,14 +3093,22 @@ class Tasks:
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
-        """Read from the pipe; at its end close it."""
+        """Read output; close at its end."""
         try:
             chunk = os.read(task.fd, size)
         except BlockingIOError:
             return b""
-        if not chunk:
+        except OSError:  # EIO: nobody has the terminal open
+            chunk = b""
+        if chunk:
+            return chunk
+        if task.request.tty and not task.is_shell_gone:
+            # Somebody may open it again, as /dev/tty.
+            asyncio.get_running_loop().remove_reader(task.fd)
+            task.set_timer("read", TERMINAL_LOOK_SECONDS, self._resume_read)
+        else:
             self._close_pipe(task)
-        return chunk
+        return b""
 
     def _close_pipe(self, task: Task) -> None:
         if task.fd >= 0:
@@ -2965,7 +3151,32 @@ class Tasks:
                 return
         except BlockingIOError:
             pass
+        except OSError:  # EIO: the terminal's last user has gone
+            os.close(fd)
+            return
         loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
+
+    # Typing
+
+    def type(self, task: Task, data: bytes, is_end: bool = False) -> None:
+        """Give a task input, and possibly its end. Raises CommandError."""
+        task_input = self._find_input(task)
+        task_input.write(data)
+        if is_end:
+            task_input.end()
+
+    def resize(self, task: Task, cols: int, rows: int) -> None:
+        """Set the size of a task's terminal. Raises CommandError."""
+        self._find_input(task).resize(cols, rows)
+
+    @staticmethod
+    def _find_input(task: Task) -> TaskInput:
+        if task.state is not TaskState.RUNNING:
+            raise CommandError("task_ended", f"task {task.task_id} has ended")
+        if task.input is None:
+            message = "the task has no standard input; start it with stdin true, or tty true"
+            raise CommandError("no_input", message)
+        return task.input
 
     # Stopping
 
@@ -2988,6 +3199,8 @@ class Tasks:
             self._kill(task)
             return
         signal_session(task.pid, number)
+        if task.request.tty and number == signal.SIGTERM:
+            signal_session(task.pid, signal.SIGHUP)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
             # A stopped process takes a signal only when it goes on.
             signal_session(task.pid, signal.SIGCONT)
@@ -3044,7 +3257,7 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         """Read what the shell left in the pipe, reap it, publish the end."""
-        left = count_pipe_bytes(task.fd) if task.fd >= 0 else 0
+        left = self._count_left(task)
         while left > 0:
             chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
             if not chunk:
@@ -3054,6 +3267,8 @@ class Tasks:
         self._take_output(task, b"", final=True)
         for name in list(task.timers):
             task.cancel_timer(name)
+        if task.input is not None:
+            task.input.close()
         self._publish_complete(task, self._wait(task))
         del self.running[task.task_id]
         self._finished.append(task)
@@ -3065,6 +3280,14 @@ class Tasks:
         self._forget_oldest()
         task.completed.set_result(None)
         task.wake()
+
+    @staticmethod
+    def _count_left(task: Task) -> int:
+        """How much may have been written before the end and is not read yet."""
+        if task.fd < 0:
+            return 0
+        # Part of a terminal's output is on its way inside the kernel, and only read() awaits it.
+        return TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
 
     @staticmethod
     def _wait(task: Task) -> tuple[float, int]:
@@ -3869,6 +4092,13 @@ async def answer_kill(server: Server, request: Request) -> Response:
     return json_response({"task_id": task.task_id, "signal": name})
 
 
+async def answer_stdin(server: Server, request: Request) -> Response:
+    """`POST /stdin`: the body goes to the task's standard input; `eof` ends it."""
+    task = find_task(server, request)
+    server.tasks.type(task, request.body, is_end=parse_flag(request.parameters, "eof"))
+    return json_response({"task_id": task.task_id, "bytes": len(request.body)})
+
+
 async def answer_stats(server: Server, request: Request) -> Response:
     """`GET /stats`: the newest `stats_update`, or the history."""
     if parse_flag(request.parameters, "history"):
@@ -3922,6 +4152,7 @@ ROUTES = {
         Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
         Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
         Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
+        Route("/stdin", "POST", Role.RUN, frozenset({"id", "eof"}), answer_stdin),
         Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
         Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
     )
@@ -3948,10 +4179,30 @@ def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) ->
     server.stop_task(task, message.get("signal", "TERM"), viewer.by)
 
 
+def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+    """`task_input`: types `data`."""
+    server.check_exec()
+    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    data = message.get("data")
+    if not isinstance(data, str):
+        raise CommandError("bad_field", "data must be text")
+    server.tasks.type(task, data.encode("utf-8", "replace"))
+
+
+def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+    """`task_resize`: sets the terminal's size to `cols` x `rows`."""
+    server.check_exec()
+    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    cols, rows = (check_side(name, message.get(name)) for name in ("cols", "rows"))
+    server.tasks.resize(task, cols, rows)
+
+
 # The role that each message needs, and what carries it out.
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
     "hello": (Role.VIEW, answer_hello),
+    "task_input": (Role.RUN, answer_task_input),
+    "task_resize": (Role.RUN, answer_task_resize),
     "task_kill": (Role.RUN, answer_task_kill),
 }
 
