@@ -4970,6 +4970,313 @@ class TestTaskStop:
         assert [e["state"] for e in events if is_complete(task_id)(e)] == ["killed"]
 
 
+class Typist:
+    """Somebody who watches one task and types into it over the same WebSocket."""
+
+    def __init__(self, server: ServerProcess, command: str, **fields: Any) -> None:
+        self.server = server
+        self.websocket = server.websocket()
+        self.task_id = server.start(command, **fields)
+        self.text = ""
+        self.end: dict[str, Any] | None = None
+        self.errors: list[str] = []
+
+    def __enter__(self) -> Typist:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.end is None:
+            kill_task(self.server, self.task_id, "KILL")
+            self.server.wait_for_end(self.task_id)
+        self.websocket.close()
+
+    def send(self, kind: str, **fields: Any) -> None:
+        message = {"type": kind, "task_id": self.task_id, **fields}
+        self.websocket.send(json.dumps(message))
+
+    def type(self, data: str) -> None:
+        self.send("task_input", data=data)
+
+    def read(self) -> None:
+        event = json.loads(self.websocket.recv(timeout=PATIENCE_SECONDS))
+        if event["type"] == "error":
+            self.errors.append(event["code"])
+        if event.get("task_id") == self.task_id:
+            self.text += event.get("output", "")
+            if event["type"] == "task_complete":
+                self.end = event
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Read until the output has the pattern; it is searched from there on next time."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            match = re.search(pattern, self.text)
+            if match:
+                self.text = self.text[match.end() :]
+                return match
+            assert self.end is None and time.monotonic() < end, self.text
+            self.read()
+
+    def wait_for_errors(self, count: int) -> None:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while len(self.errors) < count:
+            assert time.monotonic() < end, self.errors
+            self.read()
+
+    def wait_for_end(self) -> dict[str, Any]:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while self.end is None:
+            assert time.monotonic() < end, self.text
+            self.read()
+        return self.end
+
+
+@pytest.mark.usefixtures("tidy")
+class TestTaskInput:
+    """SPEC 3 and 5: standard input, as text or kept open."""
+
+    @pytest.mark.parametrize("text", ["", "a", "no newline", "z\u00e9\u20ac\U0001f600\n", "\0\x1b\r\n",
+                                      "line\n" * 40000])  # fmt: skip
+    def test_text_is_read_whole_and_ends(self, server: ServerProcess, text: str) -> None:
+        assert server.run("cat", stdin=text)["output"] == text
+
+    def test_text_that_nobody_reads_is_no_failure(self, server: ServerProcess) -> None:
+        assert server.run("exec <&-; echo ok", stdin="x" * 200000)["output"] == "ok\n"
+        assert server.run("head -c 3", stdin="abcdef" * 30000)["output"] == "abc"
+
+    def test_input_comes_later_by_both_ways(self, server: ServerProcess) -> None:
+        with Typist(server, "cat; echo end", stdin=True) as typist:
+            typist.type("by socket\n")
+            typist.wait_for("by socket\n")
+            path = f"/stdin?id={typist.task_id}"
+            answer = server.request("POST", path, b"\xe2\x82", Content_Type="text/plain")
+            assert answer.json() == {"task_id": typist.task_id, "bytes": 2}
+            assert server.request("POST", path + "&eof", b"\xac.\n").status == 200
+            typist.wait_for("^\u20ac\\.\nend\n")
+            assert typist.wait_for_end()["exit_code"] == 0
+            answer = server.request("POST", path, b"late")
+            assert (answer.status, answer.json()["error"]) == (409, "task_ended")
+
+    def test_end_is_final(self, server: ServerProcess) -> None:
+        with Typist(server, "cat; sleep 60", stdin=True) as typist:
+            path = f"/stdin?id={typist.task_id}&eof=1"
+            assert server.request("POST", path).status == 200
+            answer = server.request("POST", path, b"late")
+            assert (answer.status, answer.json()["error"]) == (409, "no_input")
+
+    def test_input_that_is_not_read_waits_up_to_a_limit(
+        self, server: ServerProcess, tmp_path: Path
+    ) -> None:
+        os.mkfifo(tmp_path / "gate")
+        command = f"exec 3>{tmp_path}/gate; wc -c"
+        with Typist(server, command, stdin=True) as typist:
+            path, body = f"/stdin?id={typist.task_id}", b"x" * 250_000
+            statuses = [server.request("POST", path, body).status for _ in range(10)]
+            taken = statuses.count(200)
+            assert 4 <= taken <= 5 and statuses == [200] * taken + [429] * (10 - taken)
+            assert server.run("echo other")["output"] == "other\n"
+            with open(tmp_path / "gate"):
+                wait_until(lambda: server.request("POST", path).status == 200)
+                server.request("POST", path + "&eof")
+                assert int(typist.wait_for(r"(\d+)\n").group(1)) == taken * len(body)
+
+    @pytest.mark.parametrize("fields", [{}, {"stdin": False}], ids=["absent", "false"])
+    def test_no_input_unless_asked_for(self, server: ServerProcess, fields: Any) -> None:
+        assert server.run("cat; readlink /proc/self/fd/0", **fields)["output"] == "/dev/null\n"
+        with Typist(server, "sleep 60", **fields) as typist:
+            typist.type("x")
+            typist.send("task_resize", cols=80, rows=24)
+            typist.wait_for_errors(2)
+            assert typist.errors == ["no_input"] * 2
+            answer = server.request("POST", f"/stdin?id={typist.task_id}", b"x")
+            assert (answer.status, answer.json()["error"]) == (409, "no_input")
+
+    def test_refused_messages(self, server: ServerProcess) -> None:
+        with Typist(server, "cat", stdin=True) as typist:
+            typist.send("task_resize", cols=80, rows=24)  # there is no terminal
+            typist.send("task_input")
+            typist.send("task_input", data=5)
+            for cols in (0, True, "80", 10000, None):
+                typist.send("task_resize", cols=cols, rows=24)
+            typist.wait_for_errors(8)
+            assert typist.errors == ["no_terminal", *["bad_field"] * 7]
+            assert server.request("POST", "/stdin?id=999999", b"x").status == 404
+            assert server.request("GET", f"/stdin?id={typist.task_id}").status == 405
+
+    @pytest.mark.parametrize("fields", [
+        {"stdin": 5}, {"stdin": None}, {"stdin": "\ud800"}, {"tty": 1}, {"tty": "yes"},
+        {"tty": True, "cols": 0}, {"tty": True, "rows": 10000}, {"tty": True, "cols": 80.5},
+        {"tty": True, "rows": True}, {"cols": 80}, {"tty": False, "rows": 24},
+    ])  # fmt: skip
+    def test_bad_fields_are_400(self, server: ServerProcess, fields: Any) -> None:
+        body = json.dumps({"cmd": "true", **fields})
+        answer = server.request("POST", "/exec", body, Content_Type="application/json")
+        assert (answer.status, answer.json()["error"]) == (400, "bad_field")
+
+    def test_nothing_is_typed_with_no_exec(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server, server.websocket() as websocket:
+            assert server.request("POST", "/stdin?id=1", b"x").json()["error"] == "exec_disabled"
+            for kind in ("task_input", "task_resize"):
+                websocket.send(json.dumps({"type": kind, "task_id": "1", "data": "x"}))
+                event = receive_events(websocket, is_type("error"))[-1]
+                assert event["code"] == "exec_disabled"
+
+
+@pytest.mark.usefixtures("tidy")
+class TestTerminal:
+    """SPEC 5: `tty`, a task in a pseudo-terminal of its own."""
+
+    def test_terminal_is_one(self, server: ServerProcess) -> None:
+        command = "for n in 0 1 2; do test -t $n && echo $n; done; echo $TERM; stty size; stty -a"
+        output = server.run(command, tty=True)["output"]
+        assert output.startswith("0\r\n1\r\n2\r\nxterm-256color\r\n24 80\r\n")
+        assert "iutf8" in output and "-iutf8" not in output
+        assert "50 132\r\n" in server.run("stty size", tty=True, cols=132, rows=50)["output"]
+        assert server.run("echo x >/dev/tty", tty=True)["output"] == "x\r\n"
+
+    def test_size_of_the_starters_terminal_is_not_inherited(self, tmp_path: Path) -> None:
+        env = {"COLUMNS": "7", "LINES": "8", "TERM": "vt52"}
+        command = "echo $COLUMNS $LINES $TERM."
+        with ServerProcess(tmp_path, env=env) as server:
+            assert server.run(command, tty=True)["output"] == "xterm-256color.\r\n"
+            assert server.run(command)["output"] == "7 8 vt52.\n"
+            given = {"TERM": "dumb", "LINES": "9"}
+            assert server.run(command, tty=True, env=given)["output"] == "9 dumb.\r\n"
+
+    def test_events_say_so(self, server: ServerProcess) -> None:
+        with server.websocket() as websocket:
+            task_id = server.run("echo hi", tty=True)["task_id"]
+            events = receive_events(websocket, is_complete(task_id))
+        assert [e["tty"] for e in events if e["type"] == "task_start"] == [True]
+        assert server.task(task_id)["tty"] is True
+
+    def test_all_output_comes_before_the_end(self, server: ServerProcess) -> None:
+        expected = "".join(f"{n}\r\n" for n in range(1, 100001))
+        for _ in range(3):
+            answer = server.run("seq 1 100000", tty=True)
+            assert (answer["output"], answer["exit_code"]) == (expected, 0)
+        for number in range(30):
+            assert (
+                server.run(f"echo {number}; exit {number}", tty=True)["output"] == f"{number}\r\n"
+            )
+
+    def test_keys_do_what_they_do_in_a_terminal(self, server: ServerProcess) -> None:
+        with Typist(server, "trap 'echo got INT' INT; cat; cat; echo end", tty=True) as typist:
+            typist.type("one\n")
+            typist.wait_for("one\r\none\r\n")
+            typist.type("\x03")
+            typist.wait_for(r"\^Cgot INT\r\n")
+            typist.type("tw\u00e9\x7f\x7fwo\n")  # backspace takes whole characters
+            typist.wait_for("\ntwo\r\n")
+            typist.type("\x04")
+            typist.wait_for("end\r\n")
+            assert typist.wait_for_end()["exit_code"] == 0
+
+    def test_end_is_typed_as_control_d(self, server: ServerProcess) -> None:
+        with Typist(server, "cat; echo end", tty=True, stdin="given\n") as typist:
+            typist.wait_for("given\r\ngiven\r\n")
+            assert server.request("POST", f"/stdin?id={typist.task_id}&eof").status == 200
+            typist.wait_for("end\r\n")
+
+    def test_job_control_of_a_shell(self, server: ServerProcess) -> None:
+        env = {"PS1": "$ ", "HOME": "/nonexistent"}
+        with Typist(server, "exec bash --norc -i", tty=True, env=env) as typist:
+            typist.type("sleep 61\n")
+            typist.wait_for("sleep 61")
+            wait_until(lambda: len(sc.find_session(server.task(typist.task_id)["pid"])) == 2)
+            typist.type("\x1a")
+            typist.wait_for("Stopped")
+            typist.type("bg; jobs\n")
+            typist.wait_for("Running")
+            typist.type("fg\n")
+            typist.wait_for("fg\r\n.*sleep 61")
+            typist.type("\x03")
+            typist.wait_for(r"\^C")
+            typist.type("echo $?; exit 3\n")
+            typist.wait_for("130\r\n")
+            assert typist.wait_for_end()["exit_code"] == 3
+
+    def test_password_is_not_echoed(self, server: ServerProcess) -> None:
+        command = "stty -echo; echo ready; read -r word; stty echo; echo got ${#word}"
+        with Typist(server, command, tty=True) as typist:
+            typist.wait_for("ready\r\n")
+            typist.type("s3cret\n")
+            typist.wait_for_end()
+            assert typist.text == "got 6\r\n"
+            log = server.get(f"/logs?id={typist.task_id}")["logs"]
+            assert "s3cret" not in log + "".join(server.stderr)
+
+    def test_new_size_arrives(self, server: ServerProcess) -> None:
+        trap = "trap 'stty size' WINCH; echo ready; while :; do sleep 0.02; done"
+        with Typist(server, trap, tty=True) as typist:
+            typist.wait_for("ready")
+            for cols, rows in ((100, 30), (1, 1), (9999, 9999)):
+                typist.send("task_resize", cols=cols, rows=rows)
+                typist.wait_for(f"{rows} {cols}\r\n")
+            assert typist.errors == []
+
+    @cases_task(
+        "program, begin, keys",
+        {
+            "vim": ("vim -u NONE -n file", "second line", ["ihello\x1b", ":wq\r"]),
+            "less": ("LESSOPEN= less file", "second line", ["/line\r", "q"]),
+            "top": ("top -d 0.2", "PID", ["q"]),
+        },
+    )
+    def test_full_screen_program(
+        self, server: ServerProcess, tmp_path: Path, program: str, begin: str, keys: list[str]
+    ) -> None:
+        if shutil.which(re.sub("[A-Z]+= ", "", program).split()[0]) is None:
+            pytest.skip(f"{program.split()[0]} is not installed")
+        file = tmp_path / "file"
+        file.write_text("first line\nsecond line\n")
+        with Typist(server, program, tty=True, cwd=str(tmp_path)) as typist:
+            typist.wait_for(begin)
+            for key in keys:
+                typist.type(key)
+            assert typist.wait_for_end()["exit_code"] == 0
+        if "vim" in program:
+            assert file.read_text() == "hellofirst line\nsecond line\n"
+
+    def test_kill_hangs_up(self, server: ServerProcess) -> None:
+        with Typist(server, "exec bash --norc -i", tty=True) as typist:
+            typist.wait_for(r"[$#]")
+            typist.type("sleep 62 & sleep 63\n")
+            pid = server.task(typist.task_id)["pid"]
+            pids = wait_until(lambda: (lambda p: p if len(p) == 3 else None)(sc.find_session(pid)))
+            with kill_at_last(pids):
+                assert kill_task(server, typist.task_id).status == 200
+                end = typist.wait_for_end()
+                wait_for_death(pids)
+            assert end["state"] == "killed" and end["duration_ms"] < 60_000
+            # An interactive shell is deaf for TERM: without the hang-up it would take the KILL.
+            assert end["signal"] != "KILL"
+
+    def test_background_child_neither_delays_nor_breaks(
+        self, server: ServerProcess, gate: Any, tmp_path: Path
+    ) -> None:
+        out, armed = tmp_path / "out", tmp_path / "armed"
+        # Whoever does not ignore HUP ends with the terminal's leader, here as anywhere.
+        child = f"trap '' HUP; : >{armed}; {gate.wait}; echo late; echo written >{out}"
+        command = f"({child}) & while ! test -e {armed}; do sleep 0.01; done; echo hi"
+        answer = server.run(command, tty=True)
+        assert answer["output"] == "hi\r\n"
+        gate.open()
+        assert wait_until(lambda: out.exists() and out.read_text()) == "written\n"
+        assert "late" not in server.get(f"/logs?id={answer['task_id']}")["logs"]
+
+    def test_terminal_that_is_left_for_a_while(self, server: ServerProcess) -> None:
+        command = "exec 3</dev/null; exec <&3 >&3 2>&3; sleep 0.5; echo back >/dev/tty; exit 4"
+        answer = server.run(command, tty=True)
+        assert (answer["output"], answer["exit_code"]) == ("back\r\n", 4)
+
+    def test_many_terminals_at_once(self, server: ServerProcess) -> None:
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda n: server.run(f"seq 1 {n}", tty=True), range(1, 61)))
+        for number, answer in enumerate(answers, 1):
+            assert answer["output"] == "".join(f"{n}\r\n" for n in range(1, number + 1))
+
+
 class TestTaskLimits:
     """SPEC 5 and 9: options of tasks, and starters that leave much out."""
 
