@@ -8,6 +8,7 @@ CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 4 --dist loadgroup
 # A test that fails while four run at once is run again alone, aloud: then it is no busy machine.
 AGAIN := -m pytest -q -ra --last-failed --last-failed-no-failures none
+FUZZ_SECONDS ?= 120
 export TEST_PACKAGES EXTRA_PACKAGES PYTEST AGAIN
 
 help:            ## this list
@@ -31,6 +32,9 @@ matrix:          ## tests on every CPython 3.8 to 3.14 found, with and without t
 bench: .venv/ok  ## measure beside the websockets package
 	$(BIN)/python test_servercontrol.py bench
 
+fuzz: .venv/ok   ## mutated and random input, for FUZZ_SECONDS (120)
+	$(BIN)/python test_servercontrol.py fuzz --seconds $(FUZZ_SECONDS)
+
 clean:           ## remove what make made
 	rm -rf .venv .venv-* __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -41,4 +45,4 @@ clean:           ## remove what make made
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
 	touch .venv/ok
 
-.PHONY: help run test check matrix bench clean
+.PHONY: help run test check matrix bench fuzz clean

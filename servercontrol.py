@@ -881,7 +881,8 @@ def parse_host(value: str) -> tuple[str, int | None]:
     if match is None or (match.group(2) and int(match.group(2)) > 65535):
         raise HttpError(400, "bad_host", "the Host field is malformed")
     name = match.group(1).lower().strip("[]")
-    if match.group(1).startswith("[") and parse_ip(name) is None:
+    # In brackets stands an IPv6 address alone (RFC 3986, 3.2.2).
+    if match.group(1).startswith("[") and (":" not in name or parse_ip(name) is None):
         raise HttpError(400, "bad_host", "the Host field is malformed")
     return name, int(match.group(2)) if match.group(2) else None
 
@@ -3694,7 +3695,7 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
     try:
         with open("/proc/net/route", encoding="ascii") as file:
             return parse_link_routes(file.read())
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, OverflowError):
         return []
 
 

@@ -5,6 +5,7 @@
     .venv/bin/python test_servercontrol.py echo --port 9001    an echo server on the module's
                                                    own codec, for conformance suites
     .venv/bin/python test_servercontrol.py bench   figures beside the `websockets` package
+    .venv/bin/python test_servercontrol.py fuzz    mutated and random input, for two minutes
 
 Pure sections are tested as tables (name, bytes, expected): each case is fed whole, byte by byte
 and with a tail. End to end means a real server process on free ports, real children and clients
@@ -57,10 +58,11 @@ import termios
 import threading
 import time
 import tokenize
+import traceback
 import urllib.parse
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
 import servercontrol as sc
@@ -121,14 +123,26 @@ if __name__ == "__main__" and sys.argv[1:2] == ["echo"]:
     # Here, since the echo server shall run where nothing but the module is installed.
     sys.exit(run_echo_command(sys.argv[2:]))
 
-import h11
 import hypothesis
 import pytest
 from hypothesis import given, settings, strategies
 from hypothesis import strategies as st
-from websockets.exceptions import ProtocolError
-from websockets.frames import Frame
-from websockets.streams import StreamReader
+
+try:
+    import h11
+except ImportError:
+    if sys.argv[1:2] != ["fuzz"]:  # which does without, and says so
+        raise
+    h11 = None
+try:
+    from websockets.exceptions import ProtocolError
+    from websockets.frames import Frame
+    from websockets.protocol import Protocol, Side
+    from websockets.streams import StreamReader
+except ImportError:
+    if sys.argv[1:2] != ["fuzz"]:
+        raise
+    Protocol = None
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "servercontrol.py"
@@ -936,7 +950,7 @@ class TestAccess:
     @pytest.mark.parametrize("value", [
         "", "a b", "a\tb", "\xe9", "a\\b",
         *["a@b", "a/b", "a,b", "a:", "a:x", "a:65536", "a:123456", ":80", "::1", "[::1", "::1]"],
-        *["[::1]x", "[]", "[::g]", "[1:2]", "a?b", "a#b", "http://a", "%31", "[::1%lo]", "a:+1"],
+        *["[::1]x", "[]", "[127.0.0.1]", "[::g]", "[1:2]", "a?b", "a#b", "http://a", "%31", "[::1%lo]", "a:+1"],
     ])  # fmt: skip
     def test_host_is_refused_when_it_is(self, value: str) -> None:
         assert check_get(OPEN_POLICY, OWN_PEER, f"Host: {value}") == 400
@@ -6853,7 +6867,999 @@ def bench_main(argv: list[str]) -> int:
     return 0 if all(results) else 1
 
 
+# Fuzz run ─────────────────────────────────────────────────────────────────────────────────────────
+# `python3 test_servercontrol.py fuzz [--seconds 120] [--seed N] [--job NAME]` feeds the parsers
+# with mutated and random input, and a live server with mutated requests and frames. A case is made
+# from (seed, job, number) alone, so `--job NAME --seed N --case K` replays exactly one.
+#
+# A finding is: an exception that is not the parser's named error; bytes that mean something else
+# when they arrive in other pieces; what is accepted here and refused, or read otherwise, by another
+# implementation or by a model written down beside it (stricter is fine); more than a limit allows;
+# time that rises faster than the input; memory that is kept; for the server, anything that shows.
+
+FUZZ_SLOW_MS = 5.0  # per KiB of input: beyond it, four times in a row, a case is slow
+FUZZ_PIECE_MS = 0.02  # in a flood, besides: for each call, which may bring one byte alone
+FUZZ_STUCK_SECONDS = 30  # a case that takes this long will never end
+FUZZ_KEPT_KIB = 16 * 1024  # memory may rise by this much once everything is warm
+FUZZ_KEPT_BLOCKS = 20000  # and so many objects: a cache without a limit shows here first
+FUZZ_ALL_SPLITS_BYTES = 256  # up to here an input is split at every point
+FUZZ_PIECES = [bytes([code]) for code in b'\0\t\n\v\r\x1b "%&+,-./09:;=?@A[]\\z{}\x7f\x80\xa0\xff']
+FUZZ_PIECES += [b"\r\n", b"\n\r", b"\r\n\r\n", b"\r\n ", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"]
+FUZZ_PIECES += [char.encode("utf-8") for char in "\xe9\u0663\u212a\u2028\ufeff\U0001f600"]
+FUZZ_NUMBERS = [b"0", b"-1", b"+1", b"00", b"1_0", b"0x10", b"1e999", b"65536", b"262144"]
+FUZZ_NUMBERS += [b"262145", b"9223372036854775808", b"9" * 40, b"9" * 5000, "\u0663".encode()]
+FUZZ_NUMBER = re.compile(rb"[0-9]+")
+
+
+class FuzzJob(NamedTuple):
+    """make: a case, which is a literal. parse: what is timed. check: raises what it finds."""
+
+    make: Callable[[random.Random], Any]
+    parse: Callable[[Any], Outcome]
+    check: Callable[[Any, Outcome], None]
+    is_timed: bool = True
+
+
+# Making input.
+
+
+def fuzz_renumber(chance: random.Random, data: bytes) -> bytes:
+    """Put an edge in place of a number, or the number beside it."""
+    found = chance.choice(list(FUZZ_NUMBER.finditer(data)) or [None])
+    if found is None:
+        return data
+    near = b"%d" % (int(found.group()[:18]) + chance.choice((-1, 1)))
+    new = chance.choice([near, chance.choice(FUZZ_NUMBERS)])
+    return data[: found.start()] + new + data[found.end() :]
+
+
+def fuzz_repeat_line(chance: random.Random, data: bytes) -> bytes:
+    lines = data.split(b"\r\n")
+    lines.insert(chance.randrange(len(lines) + 1), chance.choice(lines))
+    return b"\r\n".join(lines)
+
+
+# Of d (data), with a place a and z behind it, and of another seed; c is chance.
+FUZZ_MUTATIONS: list[Callable[[random.Random, bytes, int, int, bytes], bytes]] = [
+    lambda c, d, a, z, other: (
+        d[:a] + bytes(b ^ 1 << c.randrange(8) for b in d[a:z][:1]) + d[a + 1 :]
+    ),
+    lambda c, d, a, z, other: d[:a] + c.choice(FUZZ_PIECES) + d[a:],
+    lambda c, d, a, z, other: d[:a] + c.choice(FUZZ_PIECES) + d[z:],
+    lambda c, d, a, z, other: d[:a] + bytes([c.randrange(256)]) + d[z:],
+    lambda c, d, a, z, other: d[:a] + d[z:],
+    lambda c, d, a, z, other: d[:a] + d[a:z] * c.choice((2, 2, 90)) + d[z:],
+    lambda c, d, a, z, other: d[:a] + other[c.randrange(len(other) + 1) :],
+    lambda c, d, a, z, other: d[:a] + other + d[a:],
+    lambda c, d, a, z, other: d[:a],
+    lambda c, d, a, z, other: mutate_bytes(c, d, HTTP_POOL),
+    lambda c, d, a, z, other: fuzz_renumber(c, d),
+    lambda c, d, a, z, other: fuzz_repeat_line(c, d),
+]
+
+
+def fuzz_vary(chance: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
+    """Return data, now and then as it is, mostly mutated, sometimes random bytes instead."""
+    kind = chance.random()
+    if kind < 0.05:
+        return bytes(chance.choices(range(256), k=chance.randrange(200)))
+    for _ in range(0 if kind < 0.15 else chance.choice((1, 1, 1, 2, 3, 8))):
+        at = chance.randint(0, len(data))
+        end = min(at + chance.choice((1, 1, 2, 4, 20)), len(data))
+        data = chance.choice(FUZZ_MUTATIONS)(chance, data, at, end, chance.choice(seeds))
+    return data
+
+
+def fuzz_vary_text(chance: random.Random, text: str, seeds: Sequence[str]) -> str:
+    """The same for text; latin-1, as header fields are."""
+    raw = fuzz_vary(chance, text.encode("latin-1"), [seed.encode("latin-1") for seed in seeds])
+    return raw.decode("latin-1")
+
+
+def fuzz_check_splits(
+    parse: Callable[[Iterable[bytes]], Outcome], data: bytes, outcome: Outcome
+) -> None:
+    """The same must come of data byte by byte, and cut at every point of a short one."""
+    if len(data) <= 4096:
+        pieces = (data[at : at + 1] for at in range(len(data)))
+        assert parse(pieces) == outcome, "it means something else byte by byte"
+    chance = random.Random(data)
+    # Every point of every case would leave time for few cases.
+    is_thorough = len(data) <= FUZZ_ALL_SPLITS_BYTES and chance.random() < 0.2
+    places = range(len(data)) if is_thorough else chance.choices(range(len(data) + 1), k=5)
+    for place in places:
+        assert parse(cut_bytes(data, [place])) == outcome, f"it means something else cut at {place}"
+
+
+def fuzz_call(
+    errors: type[Exception] | tuple[type[Exception], ...], call: Callable[..., Any], *given: Any
+) -> Outcome:
+    """Return what a call gives or the text of its named error; any other comes out."""
+    try:
+        return Outcome([call(*given)], None)
+    except errors as error:
+        return Outcome([], str(error))
+
+
+# HTTP.
+
+FUZZ_TARGETS = ["/", "/health", "/tasks?id=1", "/logs?id=1&follow", "/stats?history", "/nothing"]
+FUZZ_HTTP = [row[1] for row in SMALL_ACCEPTED + EDGE_ACCEPTED + HTTP_REJECTED]
+FUZZ_HTTP += [make_request(line, *fields, body=body) for line, fields, body in CLOSED_REQUESTS]
+FUZZ_SMALL_HTTP = [data for data in FUZZ_HTTP if len(data) < 1024]
+FUZZ_TRAILERS = re.compile(rb"\r\n((?:[^\s;:]+:[^\r\n]*\r\n)+)\r\n\Z")
+FUZZ_FRAMING = re.compile(rb"(?i)content-length|transfer-encoding")
+
+
+def fuzz_make_http(chance: random.Random) -> bytes:
+    seeds = FUZZ_HTTP if chance.random() < 0.02 else FUZZ_SMALL_HTTP
+    parts = chance.choices(seeds, k=chance.choice((1, 1, 1, 2, 3)))
+    return fuzz_vary(chance, b"".join(parts), FUZZ_SMALL_HTTP)
+
+
+def fuzz_check_http(data: bytes, outcome: Outcome) -> None:
+    """Its status is one we know, its limits hold, and pieces change nothing."""
+    assert outcome.end is None or outcome.end in sc.STATUS_PHRASES
+    for head, body in outcome.items:
+        lines = [f"{head.method} {head.target} HTTP/1.1"]
+        lines += [f"{name}:{value}" for name, value in head.fields]
+        assert len(lines) <= 101 and len(body) <= 256 * 1024 and max(map(len, lines)) <= 8192
+        assert sum(len(line) + 2 for line in lines) <= 32 * 1024
+        names = [name for name, _ in head.fields]
+        # Where h11 is laxer than we are: two lengths are how requests get smuggled.
+        assert names.count("content-length") + names.count("transfer-encoding") <= 1
+        assert not (head.http_1_0 and head.chunked)
+    fuzz_check_splits(parse_requests, data, outcome)
+
+
+def fuzz_check_h11(data: bytes, outcome: Outcome) -> None:
+    """Every request, alone and without what follows it, means the same to h11."""
+    for head, body in outcome.items:
+        data = data.lstrip(b"\r\n")  # h11 takes no empty line before a request
+        parser = sc.HttpParser()
+        parser.feed(data)
+        assert (parser.next_head(), parser.next_body()) == (head, body), "alone it is another"
+        rest = parser.take_rest()
+        used = data[: len(data) - len(rest)]
+        trailers = FUZZ_TRAILERS.search(used) if head.chunked else None
+        if trailers and FUZZ_FRAMING.search(trailers.group()):
+            # We ignore all trailers; h11 judges those that would be about the body's length.
+            used = used[: trailers.start()] + b"\r\n\r\n"
+        if status_of(sc.check_host_syntax, head) != 400:  # the gate demands a Host, h11 itself
+            # It gives that one value in lower case.
+            fields = tuple(
+                (name, value.lower() if name == "transfer-encoding" else value)
+                for name, value in head.fields
+            )
+            got = parse_with_h11(used)
+            assert got == (head.method, head.target, fields, body), f"h11 reads {got}"
+        data = rest
+
+
+# WebSocket.
+
+FUZZ_CODES = [0, 999, *range(1000, 1017), 2999, 3000, 4999, 5000, 65535]
+FUZZ_FIRSTS = [TEXT, BINARY, PING, PONG, TEXT_START, BINARY_START, CONTINUE, CONTINUE_END]
+FUZZ_TEXTS = [text.encode("utf-8") for text in ("", "a", "\xe9", "\u20ac", "\U0001f600", "Hello")]
+FUZZ_WEBSOCKET = [row[1] for row in WEBSOCKET_ACCEPTED + WEBSOCKET_REJECTED if len(row[1]) < 1024]
+FUZZ_LARGE_WEBSOCKET = [row[1] for row in WEBSOCKET_ACCEPTED if len(row[1]) > 1024]
+FUZZ_SAID = [b'{"type":"ping"}', b'{"type":"hello","ref":"a"}', b'{"ref":{"a":[1e9]},"type":""}']
+FUZZ_SAID += [b'{"type":"task_kill","task_id":"1","signal":"TERM","ref":1}', b'{"type":5,"ref":-1}']
+
+
+def fuzz_make_frame(chance: random.Random) -> bytes:
+    """Return a frame that is right in itself, but for a few."""
+    mask = bytes(chance.choices(range(256), k=4)) if chance.random() < 0.97 else None
+    kind = chance.random()
+    if kind < 0.1:
+        payload = struct.pack("!H", chance.choice(FUZZ_CODES)) + chance.choice(FUZZ_TEXTS)
+        return build_frame(CLOSE, payload[: chance.choice((0, 1, 2, 9))], mask)
+    first = chance.randrange(256) if kind < 0.15 else chance.choice(FUZZ_FIRSTS)
+    if kind < 0.2:
+        return build_frame(first, b"x" * chance.choice((123, 124, 125, 126, 127, 128, 300)), mask)
+    payload = chance.choice([*FUZZ_SAID, b"\xe2\x82", b"\xff", *FUZZ_TEXTS * 3])
+    return build_frame(first, payload, mask)
+
+
+def fuzz_make_websocket(chance: random.Random) -> bytes:
+    frames = [fuzz_make_frame(chance) for _ in range(chance.randint(1, 6))]
+    if chance.random() < 0.01:
+        return chance.choice(FUZZ_LARGE_WEBSOCKET) + frames[0]
+    if chance.random() < 0.2:
+        frames.insert(chance.randrange(len(frames) + 1), chance.choice(FUZZ_WEBSOCKET))
+    data = b"".join(frames)
+    return data if chance.random() < 0.4 else fuzz_vary(chance, data, FUZZ_WEBSOCKET)
+
+
+def fuzz_make_header(chance: random.Random) -> bytes:
+    """Return the first bytes of a frame: any, with lengths about their edges."""
+    lengths = [0, 1, 125, 126, 127, 255, 256, 65535, 65536, 2**31, 2**62, 2**63 - 1, 2**63]
+    second = chance.choice([chance.randrange(256), 126, 127, 254, 255])
+    size = {126: 2, 127: 8}.get(second & 127, 0)
+    length = chance.choice(lengths) % 256**size
+    data = bytes([chance.choice([chance.randrange(256), *FUZZ_FIRSTS]), second])
+    data += length.to_bytes(size, "big") + bytes(chance.choices(range(256), k=6))
+    return data[: chance.choice((0, 1, 2, 3, 4, 6, 9, 10, 13, 14, 20, 20, 20, 20))]
+
+
+def fuzz_check_header(data: bytes, outcome: Outcome) -> None:
+    """RFC 6455, 5.2, written down once more: what is refused, what is not whole, what it says."""
+    refused, size = False, 2
+    if len(data) >= 2:
+        fin, opcode, short = data[0] >> 7, data[0] & 15, data[1] & 127
+        refused = bool(data[0] & 0x70) or opcode not in (0, 1, 2, 8, 9, 10)
+        refused |= opcode >= 8 and (not fin or short > 125)
+        size = 2 + {126: 2, 127: 8}.get(short, 0)
+    if len(data) >= size and not refused:
+        length = int.from_bytes(data[2:size], "big") if size > 2 else short
+        refused = not {2: 0, 4: 126, 10: 65536}[size] <= length < 2**63
+        size += data[1] // 128 * 4
+    assert refused == (not outcome.items), "refused" if refused else "not refused"
+    expected = None
+    if not refused and len(data) >= size:
+        mask = data[size - 4 : size] if data[1] & 128 else None
+        expected = bool(fin), opcode, mask, length, size
+    assert refused or outcome.items == [expected], f"a model reads {expected}"
+
+
+def fuzz_check_websocket(data: bytes, outcome: Outcome) -> None:
+    """Limits hold, the answer to an end is one close frame, and pieces change nothing."""
+    for opcode, payload in outcome.items:
+        assert len(payload) <= (125 if opcode >= sc.Opcode.CLOSE else sc.MAX_MESSAGE_BYTES)
+        assert opcode != sc.Opcode.TEXT or payload.encode("utf-8").decode("utf-8") == payload
+    if outcome.end is not None:
+        frames = read_frames_of(outcome.end[1])
+        assert [first for first, _ in frames] == [CLOSE]
+        sc.parse_close_payload(frames[0][1])
+    fuzz_check_splits(receive_as_server, data, outcome)
+
+
+def fuzz_join_frames(frames: Iterable[Any]) -> list[Any]:
+    """Return the messages of the frames that `websockets` gives, up to a text that is none."""
+    messages: list[Any] = []
+    kind, parts = 0, []
+    for frame in frames:
+        if frame.opcode >= 8:
+            messages.append((int(frame.opcode), bytes(frame.data)))
+            continue
+        kind, parts = (int(frame.opcode), []) if frame.opcode else (kind, parts)
+        parts.append(bytes(frame.data))
+        if frame.fin:
+            data: Any = b"".join(parts)
+            try:
+                messages.append((kind, data.decode("utf-8") if kind == 1 else data))
+            except UnicodeDecodeError:
+                return [*messages, ("not UTF-8", data)]
+    return messages
+
+
+def fuzz_check_websockets(data: bytes, outcome: Outcome) -> None:
+    """Where we go on or are closed in peace, `websockets` has the same messages."""
+    peer = Protocol(Side.SERVER, max_size=None)
+    peer.receive_data(data)
+    theirs, ours = fuzz_join_frames(peer.events_received()), list(map(tuple, outcome.items))
+    is_closed = bool(ours) and ours[-1][0] == sc.Opcode.CLOSE
+    if outcome.end is not None and not is_closed:
+        assert theirs[: len(ours)] == ours, f"websockets reads {theirs}"
+        return
+    # It takes no close between fragments, which RFC 6455, 5.4 allows.
+    is_stricter = is_closed and "incomplete fragmented" in str(peer.parser_exc)
+    # It judges the mask before the length is whole; we a few bytes later.
+    is_early = outcome.end is None and "incorrect masking" in str(peer.parser_exc)
+    is_fine = peer.parser_exc is None or is_stricter or is_early
+    assert is_fine, f"websockets: {peer.parser_exc!r}"
+    assert theirs == (ours[:-1] if is_stricter else ours), f"websockets reads {theirs}"
+
+
+# Limits: of each the longest that passes, and how it is made longer or shorter.
+
+FUZZ_LIMITS: dict[str, Callable[[int], bytes]] = {
+    "line": lambda more: http_message(f"GET /{'x' * (8178 + more)} HTTP/1.1"),
+    "field": lambda more: http_get("x:" + "v" * (8190 + more)),
+    "fields": lambda more: http_get(*["x: y"] * (99 + more)),
+    "head": lambda more: http_head_of(32 * 1024 + more),
+    "body": lambda more: http_post(f"Content-Length: {262144 + more}", body=bytes(262144 + more)),
+    "chunk": lambda more: http_chunked(
+        b"%x\r\n" % (262144 + more) + bytes(262144 + more) + b"\r\n0\r\n\r\n"
+    ),
+    "chunks": lambda more: http_chunked(
+        b"3ff00\r\n" + bytes(0x3FF00) + b"\r\n" + b"1;a\r\nx\r\n" * (256 + more) + b"0\r\n\r\n"
+    ),
+    "extension": lambda more: http_chunked(b"1;" + b"e" * (255 + more) + b"\r\nx\r\n0\r\n\r\n"),
+    "trailer": lambda more: http_chunked(b"0\r\nx:" + b"v" * (4090 + more) + b"\r\n\r\n"),
+    "trailers": lambda more: http_chunked(b"0\r\n" + b"x:\r\n" * (1023 + more) + b"\r\n"),
+    "text": lambda more: build_frame(TEXT, b"x" * (65536 + more), bytes(4)),
+    "fragment": lambda more: build_frame(BINARY_START, bytes(65530), bytes(4))
+    + build_frame(CONTINUE_END, bytes(6 + more)),
+    "fragments": lambda more: build_text(*[b"x"] * (1024 + more)),
+    "ping": lambda more: build_frame(PING, bytes(125 + more)),
+}  # fmt: skip
+FUZZ_WEBSOCKET_LIMITS = ("text", "fragment", "fragments", "ping")
+
+
+def fuzz_make_limit(chance: random.Random) -> Any:
+    """Return (what, how much more than the limit, how many bytes a piece)."""
+    more = chance.choice([-2, -1, 0, 0, 1, 1, 2, 3, chance.randrange(-5, 2000)])
+    return chance.choice(list(FUZZ_LIMITS)), more, chance.choice([100, 1000, 65536, 10**6])
+
+
+def fuzz_parse_limit(case: Any) -> Outcome:
+    name, more, size = case
+    data = FUZZ_LIMITS[name](more) * 2  # limits start anew with each message
+    parse = receive_as_server if name in FUZZ_WEBSOCKET_LIMITS else parse_requests
+    return parse(cut_bytes(data, range(size, len(data), size)))
+
+
+def fuzz_check_limit(case: Any, outcome: Outcome) -> None:
+    """The longest is taken, both times; a longer one is not, nor what follows it."""
+    passed = outcome.end is None and len(outcome.items) == 2
+    assert passed if case[1] <= 0 else outcome.end and not outcome.items, outcome.end
+
+
+# Queries, the gate, bodies, /proc.
+
+FUZZ_QUERIES = """
+    id=1 since=5&boot=b a=%E2%82%ac&b=c+d wait&raw=&x=1 id=1&%69d=1 a=%ff a=b=c&&d token=x
+    since=1&since=2 since=18446744073709551616
+""".split()
+FUZZ_HOSTS = [host for host, _ in ACCESS_HOSTS] + """
+    [::ffff:7f00:1]:80 [::1] localhost:65535 port.test:9 127.255.0.1 [127.0.0.1] a.localhost 127.1
+""".split()  # fmt: skip
+FUZZ_ORIGINS = ["https://app.test", "null", "http://a@b", *("http://" + h for h in FUZZ_HOSTS)]
+FUZZ_MARKS = [field for _, fields in ACCESS_FETCHES for field in fields] + [*UPGRADE, *FORM]
+FUZZ_MARKS += [*PREFLIGHT, *(field for _, fields in ACCESS_TOKENS for field in fields)]
+FUZZ_MARKS += ["X-Forwarded-For: ::1", "Via: 1.1 a", "Forwarded: for=a", "Content-Length: 0"]
+FUZZ_TYPES = ["", "application/json", "text/plain", "application/x-www-form-urlencoded"]
+FUZZ_TYPES += ["multipart/form-data", "application/jsonx"]
+FUZZ_BODIES = [
+    *FUZZ_SAID, b"uptime", b"cmd=ls", b"{ ls; }", b'{"cmd":"ls"}', b'{"command":"\\ud83d\\ude00"}',
+    b'{"cmd":"x","cwd":"/","env":{"A":"=b"},"timeout":1.5,"name":"n"}', b'{"cmd":"\\u0000"}',
+    b'{"a":[[[[1e5,-0.0]]],"\\udcff"]}', b"[" * 5000, b"x" * 65537, b'{"a":' * 900,
+    b'{"a":%b1%b}' % (b"[" * 90, b"]" * 90), b'{"cmd":"a","cmd":"b"}',
+]  # fmt: skip
+FUZZ_PROC = {
+    "parse_cpu_times": "cpu  10 20 30 400 50 6 7 8 9 9\ncpu0 1 1 1 1\n",
+    "parse_meminfo": "MemTotal:  2 kB\nHugePages_Total:   3\nX(y): 1 kB\nEmpty:\n",
+    "parse_net_dev": "Inter-| x\n lo: 9 1 0 0 0 0 0 0 9\neth0:5 1 0 0 0 0 0 0 7\nb: 1" + " 0" * 15,
+    "parse_link_routes": "Iface\neth0 000200C0 00000000 0001 0 0 0 80FFFFFF 0 0 0\nx 0 0 0 0 0 0 0\n",
+    "parse_proc_tcp": "0: 0100007F:0050 0100007F:0051 01 0:0 0:0 0 1001 0 11 1 0\n",
+    "parse_diag_reply": struct.pack("=IHHII", 88, 20, 0, 0, 0).decode("latin-1") + "\1" * 72,
+}
+
+
+def fuzz_make_query(chance: random.Random) -> str:
+    text = fuzz_vary_text(chance, chance.choice(FUZZ_QUERIES), FUZZ_QUERIES)
+    return text.encode("ascii", "ignore").decode("ascii")  # a target has no other characters
+
+
+def fuzz_parse_query(query: str) -> Outcome:
+    def parse() -> Any:
+        parameters = sc.parse_query(query)
+        for name in parameters:
+            fuzz_call(sc.HttpError, sc.parse_flag, parameters, name)
+        return parameters, sc.parse_since(query, "b")
+
+    return fuzz_call(sc.HttpError, parse)
+
+
+def fuzz_check_query(query: str, outcome: Outcome) -> None:
+    """What is accepted, urllib reads in the same way."""
+    for parameters, (since, same_boot) in outcome.items:
+        pairs = [pair.partition("=") for pair in query.split("&") if pair]
+        plain = functools.partial(urllib.parse.unquote_plus, errors="strict")
+        assert [(plain(name), plain(value)) for name, _, value in pairs] == list(parameters.items())
+        digits = parameters.get("since")
+        assert since is None if digits is None else f"{since}" == (digits.lstrip("0") or "0")
+        assert same_boot == (digits is None or parameters.get("boot", "b") == "b")
+
+
+def fuzz_make_access(chance: random.Random) -> Any:
+    host, origin = chance.choice(FUZZ_HOSTS), chance.choice(FUZZ_ORIGINS)
+    if chance.random() < 0.3:
+        host = fuzz_vary_text(chance, host, FUZZ_HOSTS)
+    origin = f"http://{host}" if chance.random() < 0.4 else origin
+    if chance.random() < 0.3:
+        origin = fuzz_vary_text(chance, origin, FUZZ_ORIGINS)
+    fields = [f"Host: {host}"] + [f"Origin: {origin}"] * chance.choice((0, 0, 1, 1, 1, 2))
+    fields += chance.choices(FUZZ_MARKS, k=chance.choice((0, 0, 1, 2, 3)))
+    if chance.random() < 0.1:
+        fields[-1] = fuzz_vary_text(chance, fields[-1], FUZZ_MARKS)
+    target = chance.choice(FUZZ_TARGETS) + chance.choice(["", "", "", "?%74oken=x", "&token"])
+    method = chance.choice(["GET", "GET", "HEAD", "POST", "OPTIONS"])
+    return chance.randrange(len(ACCESS_SITUATIONS)), f"{method} {target}", fields
+
+
+def fuzz_parse_access(case: Any) -> Outcome:
+    number, line, fields = case
+    _, policy, peer, _ = ACCESS_SITUATIONS[number]
+
+    def parse() -> Any:
+        head = parse_head(line, *fields)
+        return head, sc.check_access(policy, peer, head)
+
+    return fuzz_call(sc.HttpError, parse)
+
+
+def fuzz_host_kind(host: str) -> str:
+    """Return the kind of a Host as ACCESS_HOSTS has it, judged by urllib and ipaddress."""
+    parts = urllib.parse.urlsplit("//" + host)
+    assert parts.netloc == host and "@" not in host and (parts.port or 0) < 65536, "no Host"
+    name = parts.hostname or ""
+    if name == "localhost":
+        return "loopback"
+    if name == "box.test" or host.lower() == "port.test:9":
+        return "listed"
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        assert "[" not in host, "no IPv6 address in brackets"
+        return "own" if name == "myname" else "foreign"
+    assert (address.version == 6) == ("[" in host), "brackets are for IPv6 (RFC 3986, 3.2.2)"
+    address = getattr(address, "ipv4_mapped", None) or address
+    return "loopback" if address.is_loopback else "address"
+
+
+def fuzz_check_access(case: Any, outcome: Outcome) -> None:
+    """Who got in may: the rules of the contract, for what is accepted alone."""
+    _, policy, peer, own = ACCESS_SITUATIONS[case[0]]
+    for head, role in outcome.items:
+        names, (host,) = [name for name, _ in head.fields], head.values("host")
+        offers = ",".join(head.values("sec-websocket-protocol")).split(",")
+        shown = [text.split()[-1:] for text in head.values("authorization")]
+        shown += [[text.strip(" \t")[7:]] for text in offers if text.strip(" \t")[:7] == "bearer."]
+        is_proxied = any(name.startswith(("x-forwarded-", "via", "forwarded")) for name in names)
+        is_trusted = own and not is_proxied and not policy.require_token
+        tokens = {RUN_TOKEN: sc.Role.RUN, VIEW_TOKEN: sc.Role.VIEW}
+        origins = head.values("origin")
+        is_listed = origins == ["https://app.test"]
+        if shown and not policy.no_auth:
+            assert len(shown) == 1 and role is tokens[shown[0][0]]
+        else:
+            assert role is (sc.Role.RUN if policy.no_auth or is_trusted else None)
+            served = ["loopback", "listed"] + ["address", "own"] * policy.no_auth
+            kind = fuzz_host_kind(host)
+            assert kind in served or not policy.no_auth and peer.listener is NETWORK, kind
+        is_page = head.path in ("/", "/health") and "upgrade" not in names
+        assert role or is_page or head.method == "OPTIONS" and is_listed
+        plain = [urllib.parse.unquote_plus(p.split("=")[0]) for p in head.query.split("&")]
+        assert "token" not in plain, "a token in the query"
+        parts = [urllib.parse.urlsplit(text) for text in [*origins, f"http://{host}"]]
+        ends = {(part.scheme, part.hostname, part.port or 80) for part in parts}
+        is_same = len(origins) < 2 and len(ends) == 1 and not any(part.path for part in parts)
+        assert is_listed or is_same, "a foreign page"
+        is_cross = head.value("sec-fetch-site") in ("cross-site", "same-site")
+        assert is_listed or not is_cross or (head.method, head.path) == ("GET", "/"), (
+            "a foreign page"
+        )
+
+
+def fuzz_make_body(chance: random.Random) -> Any:
+    body = fuzz_vary(chance, chance.choice(FUZZ_BODIES), FUZZ_BODIES)
+    return chance.choice(FUZZ_TYPES), body
+
+
+def fuzz_parse_body(case: Any) -> Outcome:
+    made = fuzz_call(sc.CommandError, sc.parse_exec_body, *case)
+    read = fuzz_call(sc.CommandError, sc.parse_json_object, case[1])
+    return Outcome([made, read], None if made.items or read.items else made.end)
+
+
+def fuzz_check_body(case: Any, outcome: Outcome) -> None:
+    """What is accepted is strict JSON that says the same, or the bytes as they are."""
+    (media_type, body), (made, read) = case, outcome.items
+    for value in read.items:
+        objects: list[Any] = []
+        json.loads(body.decode("utf-8"), object_pairs_hook=objects.append)
+        assert all(len(dict(pairs)) == len(pairs) for pairs in objects), "a name stands twice"
+        assert value == parse_strict_json(body.decode("utf-8"))
+        json.dumps(value, allow_nan=False)
+        fuzz_call(sc.CommandError, sc.find_command, value, sc.Role.VIEW)
+        for one in value.values():
+            fuzz_call(sc.CommandError, sc.parse_task_id, one)
+            fuzz_call(sc.CommandError, sc.parse_signal, one)
+        sc.encode_json(value)
+    for request in made.items:
+        raw = request.command.encode("utf-8")
+        assert raw.strip() and b"\0" not in raw and len(raw) <= 65536
+        if media_type != "application/json" and (body[:1] != b"{" or media_type == "text/plain"):
+            assert raw == body and not media_type.startswith("multipart/")
+            continue
+        fields = dict(read.items[0])
+        assert [raw.decode("utf-8")] == [fields.pop(n) for n in ("cmd", "command") if n in fields]
+        assert all(getattr(request, name) == value for name, value in fields.items())
+        texts = [request.cwd or "", request.name or "", *itertools.chain(*request.env.items())]
+        assert b"\0" not in "".join(texts).encode("utf-8")
+        assert 0 <= request.timeout <= 366 * 24 * 3600
+
+
+def fuzz_make_proc(chance: random.Random) -> Any:
+    name = chance.choice(list(FUZZ_PROC))
+    return name, fuzz_vary_text(chance, FUZZ_PROC[name], list(FUZZ_PROC.values()))
+
+
+def fuzz_parse_proc(case: Any) -> Outcome:
+    name, text = case
+    ends = [(ipaddress.ip_address("127.0.0.1"), port) for port in (80, 81)]
+    given = (text.encode("latin-1"),) if name == "parse_diag_reply" else (text,)
+    # What their callers take for "the kernel does not say".
+    errors = (ValueError, LookupError, OverflowError, struct.error)
+    return fuzz_call(errors, getattr(sc, name), *given, *ends * (name == "parse_proc_tcp"))
+
+
+def fuzz_check_proc(case: Any, outcome: Outcome) -> None:
+    for value in outcome.items:
+        numbers = value.values() if isinstance(value, dict) else value
+        kind = ipaddress.IPv4Network if case[0] == "parse_link_routes" else int
+        assert all(isinstance(number, kind) for number in numbers)
+
+
+# Kept output and events, beside plain models.
+
+
+def fuzz_make_steps(chance: random.Random) -> Any:
+    """Return (capacity, steps): text is appended, a number is read from, ("to", n) is dropped to."""
+    steps: list[Any] = []
+    letters = 'ab\t\r\n"\\\0\x1b\x7f\xe9\u20ac\U0001f600'
+    for _ in range(chance.randint(1, 40)):
+        text = "".join(chance.choices(letters, k=chance.randrange(30)))
+        steps += [chance.choice([text, text, chance.randrange(300), ("to", chance.randrange(99))])]
+    return chance.randrange(200), steps
+
+
+def fuzz_parse_steps(case: Any) -> Outcome:
+    def next_character(at: int) -> int:
+        return next((n for n in range(at, len(text)) if text[n] & 0xC0 != 0x80), len(text))
+
+    capacity, steps = case
+    log, text, start = sc.OutputLog(capacity), b"", 0
+    with mock.patch.object(sc, "OUTPUT_BLOCK_BYTES", 16):
+        for step in steps:
+            if isinstance(step, str):
+                text += step.encode("utf-8")
+                log.append(step.encode("utf-8"))
+                start = next_character(max(start, len(text) - capacity))
+            elif isinstance(step, tuple):
+                log.drop_to(step[1])
+                start = next_character(max(start, len(text) - step[1]))
+            at = next_character(max(start, step if isinstance(step, int) else 0))
+            assert b"".join(log.read(step if isinstance(step, int) else 0)) == text[at:]
+            assert (log.start, log.end, log.kept_bytes) == (start, len(text), len(text) - start)
+    return Outcome([text], None)
+
+
+def fuzz_check_feed(case: Any, outcome: Outcome) -> None:
+    """The same steps for a Feed: it keeps what it should, frames are JSON, gaps are named; and a
+    discovery reply."""
+    capacity, steps = case[0] * 50, case[1]
+    feed, sizes, first = sc.Feed(sc.encode_event, capacity), [0], 1
+    for step in steps:
+        event = {"type": "task_output", "output": f"{step}".encode()}
+        sizes.append(len(event["output"]) + 2 * sc.EVENT_OVERHEAD_BYTES)
+        assert feed.append(event) == len(sizes) - 1
+        while sum(sizes[first:]) > capacity and first < len(sizes) - 1:
+            first += 1
+        assert (feed.first, feed.next) == (first, len(sizes))
+        since = step if isinstance(step, int) else len(sizes) - 2
+        cursor, gap = feed.find_cursor(since, True)
+        missed = (since + 1, first - 1) if since + 1 < first else None
+        missed = (0, first - 1) if since >= len(sizes) else missed
+        assert (cursor, gap) == (first if missed else since + 1, missed)
+        data, after = feed.read_batch(cursor, 500)
+        frames = read_frames_of(data)
+        read = [parse_strict_json(payload.decode("utf-8")) for _, payload in frames]
+        assert [one["seq"] for one in read] == list(range(cursor, after))
+        assert [one["output"] for one in read] == [f"{s}" for s in steps[cursor - 1 : after - 1]]
+        for seq, (_, payload) in zip(range(cursor, after), frames):
+            sizes[seq] = len(build_frame(TEXT, payload, None)) + sc.EVENT_OVERHEAD_BYTES
+    hostname = outcome.items[0].decode("utf-8")
+    reply = sc.encode_discovery_reply({"hostname": hostname, "port": 65535})
+    got = parse_strict_json(reply.decode("utf-8"))
+    assert len(reply) <= 256 and hostname.startswith(got["hostname"])
+
+
+# Floods: a beginning, then the same over and over, in pieces of one size.
+
+FUZZ_CHUNKED = http_chunked(b"")
+FUZZ_LONG = http_post("Content-Length: 262144")
+FUZZ_FLOODS = [
+    (b"", http_get()), (b"", b"\r\n"), (b"", b"GET /"), (b"GET / HTTP/1.1\r\n", b"x: y\r\n"),
+    (b"GET / HTTP/1.1\r\n", b"x"), (FUZZ_LONG, b"x"), (FUZZ_CHUNKED, b"1\r\nx\r\n"),
+    (FUZZ_CHUNKED, b"8;a\r\n12345678\r\n"), (FUZZ_CHUNKED + b"0\r\n", b"x: y\r\n"),
+    (FUZZ_CHUNKED + b"1;", b"x"), (FUZZ_CHUNKED, b"0"), (b"GET / HTTP/1.1\r\nx: ", b" "),
+    (b"GET / HTTP/1.1\r\nConnection: ", b", "), (FUZZ_CHUNKED + b"0\r\nx:", b" "),
+]  # fmt: skip
+FUZZ_WEBSOCKET_FLOODS = [
+    (b"", build_frame(PING)), (b"", build_frame(PONG, b"x" * 125)), (b"", build_frame(TEXT, b"a")),
+    (build_frame(TEXT_START), build_frame(CONTINUE, b"x")), (b"", build_frame(BINARY_START, b"x")),
+    (build_frame(TEXT_START), build_frame(CONTINUE)), (build_frame(CLOSE), build_frame(TEXT, b"x")),
+    (build_frame(TEXT_START), build_frame(CONTINUE) + build_frame(PING)),
+    (b"\x81\xff" + struct.pack("!Q", 65536), b"\xc4\x80"), (b"\x82\xff" + bytes(4), b"\0"),
+    (b"", build_frame(TEXT, "\u0100".encode() * 9999, bytes(4))),
+]  # fmt: skip
+# By a WebSocketConnection, by an HttpParser: twice the largest body and head. Text that drips in,
+# two bytes a time, is kept as many small strings, of some 50 bytes for a byte.
+FUZZ_HELD_BYTES = (64 * sc.MAX_MESSAGE_BYTES, 2 * (sc.MAX_BODY_BYTES + sc.MAX_HEAD_BYTES))
+
+
+def fuzz_make_flood(is_http: bool, chance: random.Random) -> Any:
+    """Return (is HTTP, the beginning, what comes over and over, bytes a piece)."""
+    begin, unit = chance.choice(FUZZ_FLOODS if is_http else FUZZ_WEBSOCKET_FLOODS)
+    if chance.random() < 0.3:
+        unit = fuzz_vary(chance, unit, [unit])[:10000] or b"x"
+    return is_http, begin, unit, chance.choice([1, 7, 64, 65536])
+
+
+def fuzz_held_bytes(owner: Any) -> int:
+    """Return how much memory a parser holds, in its attributes and their items."""
+    held, due = 0, list(gc.get_referents(owner))
+    while due:
+        one = due.pop()
+        if isinstance(one, (bytes, bytearray, str, list, dict, tuple)):
+            held += sys.getsizeof(one)
+            due += gc.get_referents(one) if isinstance(one, (list, dict, tuple)) else []
+    return held
+
+
+def fuzz_drain(parser: Any) -> bool:
+    """Take all requests that are whole. False: an error, nothing more is read."""
+    try:
+        while parser.head or parser.next_head():
+            if parser.next_body() is None:
+                return True
+    except sc.HttpError:
+        return False
+    return True
+
+
+def fuzz_flood(case: Any, pieces: int) -> tuple[float, float, int]:
+    """Feed so many pieces; return ms, the share of the time that is allowed, bytes held at most."""
+    is_http, begin, unit, size = case
+    parser: Any = sc.HttpParser() if is_http else sc.WebSocketConnection()
+    block = unit * (size // len(unit) + 2)
+    held, fed, spent, goes_on = 0, 0, 0.0, True
+    while goes_on and fed < pieces:
+        data = begin * (fed == 0) + block[fed * size % len(unit) :][:size]
+        start = time.thread_time()
+        if is_http:
+            parser.feed(data)
+            goes_on = fuzz_drain(parser)
+        else:
+            parser.receive(data)
+            goes_on = parser.state is sc.WebSocketState.OPEN
+        spent += time.thread_time() - start
+        fed += 1
+        if fed & fed - 1 == 0 or fed == pieces:
+            held = max(held, fuzz_held_bytes(parser))
+    allowed = max(1, fed * size / 1024) * FUZZ_SLOW_MS + fed * FUZZ_PIECE_MS
+    return spent * 1e3, spent * 1e3 / allowed, held
+
+
+def fuzz_check_flood(case: Any, outcome: Outcome) -> None:
+    """Bounded memory; 5 ms a KiB; eight times as much takes about eight times as long."""
+    is_http, _, _, size = case
+    pieces = min(40000, max(16, 512 * 1024 // size))
+    for _ in range(4):  # as often as a slow case gets its chance elsewhere
+        few_ms, _, _ = fuzz_flood(case, pieces // 8)
+        ms, share, held = fuzz_flood(case, pieces)
+        assert held <= FUZZ_HELD_BYTES[is_http] + 2 * size, f"{held} bytes are held"
+        if share <= 1 and (ms < 50 or ms < 30 * few_ms):
+            return
+    raise AssertionError(f"{pieces // 8} pieces take {few_ms:.0f} ms, {pieces} take {ms:.0f} ms")
+
+
+# The live server.
+
+FUZZ_LIVE_HTTP = [make_request(*row[:1], *row[1], body=row[2]) for row in OPEN_REQUESTS]
+FUZZ_LIVE_HTTP += [make_request(*row[:1], *row[1], body=row[2]) for row in CLOSED_REQUESTS]
+FUZZ_LIVE_HTTP += [data.replace(b"Host: a\r\n", b"Host: localhost\r\n") for data in FUZZ_SMALL_HTTP]
+
+
+def fuzz_make_request(chance: random.Random) -> bytes:
+    """Return a request that is well-formed, whether or not it makes sense."""
+    fields = [*FUZZ_MARKS, "x: y", "Connection: close", "Expect: 100-continue", *UPGRADE_FIELDS]
+    method = chance.choice(["GET", "GET", "HEAD", "POST", "OPTIONS", "PUT"])
+    target = chance.choice([*FUZZ_TARGETS, "/exec?wait", "/kill?id=1", "/stdin?id=1", "/info"])
+    body = chance.choice([b"", b"", b"true"])
+    fields = chance.choices(fields, k=chance.randrange(4))
+    return make_request(f"{method} {target}", *fields, body=body)
+
+
+def fuzz_make_batch(chance: random.Random) -> Any:
+    """Return conversations: (is WebSocket, bytes, bytes a piece or 0, how it ends)."""
+    batch = []
+    for _ in range(chance.randint(1, 6)):
+        is_websocket = chance.random() < 0.5
+        data = b"".join(chance.choices(FUZZ_LIVE_HTTP, k=chance.choice((1, 1, 2, 5))))
+        data = fuzz_vary(chance, data, FUZZ_LIVE_HTTP)
+        data = chance.choice([b"", fuzz_make_request(chance)]) + data
+        if is_websocket:
+            begin = UPGRADE_WS.encode("utf-8")
+            said = [build_frame(TEXT, fuzz_vary(chance, text, FUZZ_BODIES)[:999])
+                    for text in chance.choices(FUZZ_SAID, k=3)]  # fmt: skip
+            data = begin + b"".join(chance.choice([said, []])) + fuzz_make_websocket(chance)
+        size = chance.choice([0, 0, 0, 1, 7, 100]) if len(data) < 2000 else 0
+        batch.append((is_websocket, data, size, chance.choice(["close", "half", "reset", "leave"])))
+    return batch
+
+
+class FuzzServer:
+    """The live job: a real server that can run nothing, and what it was like at the start."""
+
+    WARM_BATCHES = 40
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
+        self.job = FuzzJob(fuzz_make_batch, self.send, self.check, is_timed=False)
+        server.get("/stats")  # waits for the first
+        self.tasks = server.get("/tasks")
+        self.descriptors = server.descriptors()
+        self.warm_kib = 0
+        self.batches = 0
+
+    def send(self, batch: Any) -> Outcome:
+        """Send the conversations in turn, piece by piece; return what comes back."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(self.server.connect()) for _ in batch]
+            queues = []
+            for connection, (_, data, size, _) in zip(sockets, batch):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                cuts = range(size, len(data), size) if size else []
+                queues.append([(connection, piece) for piece in cut_bytes(data, cuts)])
+            for turn in itertools.zip_longest(*queues):
+                for connection, piece in filter(None, turn):
+                    with contextlib.suppress(ConnectionError):
+                        connection.sendall(piece)
+            answers = [self.finish(c, ending) for c, (*_, ending) in zip(sockets, batch)]
+        return Outcome(answers, None)
+
+    @staticmethod
+    def finish(connection: socket.socket, ending: str) -> bytes:
+        """Read until nothing comes, after the end that a client may choose."""
+        if ending == "leave":
+            return b""
+        if ending == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return b""
+        received = b""
+        with contextlib.suppress(OSError):
+            if ending == "half":
+                connection.shutdown(socket.SHUT_WR)
+            while select.select([connection], [], [], 0.03)[0]:
+                data = connection.recv(65536)
+                received += data
+                if not data:
+                    break
+        return received
+
+    def check(self, batch: Any, outcome: Outcome) -> None:
+        """What came back is no failure, and the server is as it was."""
+        for (is_websocket, *_), received in zip(batch, outcome.items):
+            assert received[:9] in (b"", b"HTTP/1.1 "), received
+            assert not re.search(rb"(?m)^HTTP/1\.1 500 ", received), received
+            head, _, frames = received.partition(b"\r\n\r\n")
+            if is_websocket and head.startswith(b"HTTP/1.1 101 "):
+                buffer = bytearray(frames)
+                for first, payload in iter(lambda: take_frame(buffer), None):
+                    assert first in (TEXT, PING, PONG, CLOSE), received
+                    assert first != TEXT or parse_strict_json(payload.decode("utf-8"))
+                    # The code alone may be the echo of a client's.
+                    assert (first, payload) != (CLOSE, b"\x03\xf3internal error"), payload
+        assert self.server.process.poll() is None, "the server is dead"
+        assert self.server.get("/health") == {"ok": True}
+        assert self.server.get("/tasks") == self.tasks, "something was run"
+        assert not [line for line in self.server.stderr if "Traceback" in line], "a traceback"
+        assert not [record for record in list(self.server.records) if "trace" in record]
+        self.batches += 1
+        if self.batches == self.WARM_BATCHES:
+            self.warm_kib = self.server.resident_kib()
+
+    def check_end(self) -> None:
+        """Descriptors and memory come back to where they were."""
+        wait_until(lambda: self.server.descriptors() <= self.descriptors)
+        grown = self.server.resident_kib() - self.warm_kib if self.warm_kib else 0
+        assert grown <= FUZZ_KEPT_KIB, f"the server has grown by {grown} KiB"
+
+
+@contextlib.contextmanager
+def fuzz_live() -> Iterator[FuzzServer]:
+    """A server with the defaults, except that nothing can be run: mutants of /exec may mean it."""
+    with tempfile.TemporaryDirectory(prefix="servercontrol-fuzz-") as folder:
+        with ServerProcess(Path(folder), "--no-exec") as server:
+            live = FuzzServer(server)
+            yield live
+            live.check_end()
+
+
+# The run.
+
+
+def fuzz_parse_http(data: bytes) -> Outcome:
+    return parse_requests([data])
+
+
+def fuzz_parse_websocket(data: bytes) -> Outcome:
+    return receive_as_server([data])
+
+
+def fuzz_parse_header(data: bytes) -> Outcome:
+    return fuzz_call(sc.WebSocketError, sc.parse_frame_header, bytearray(data))
+
+
+def fuzz_skip(_case: Any) -> Outcome:
+    """The check does it all."""
+    return Outcome([], None)
+
+
+FUZZ_JOBS = {
+    "http": FuzzJob(fuzz_make_http, fuzz_parse_http, fuzz_check_http),
+    "h11": FuzzJob(fuzz_make_http, fuzz_parse_http, fuzz_check_h11),
+    "frames": FuzzJob(fuzz_make_header, fuzz_parse_header, fuzz_check_header),
+    "websocket": FuzzJob(fuzz_make_websocket, fuzz_parse_websocket, fuzz_check_websocket),
+    "websockets": FuzzJob(fuzz_make_websocket, fuzz_parse_websocket, fuzz_check_websockets),
+    "limits": FuzzJob(fuzz_make_limit, fuzz_parse_limit, fuzz_check_limit, is_timed=False),
+    "query": FuzzJob(fuzz_make_query, fuzz_parse_query, fuzz_check_query),
+    "access": FuzzJob(fuzz_make_access, fuzz_parse_access, fuzz_check_access),
+    "body": FuzzJob(fuzz_make_body, fuzz_parse_body, fuzz_check_body),
+    "proc": FuzzJob(fuzz_make_proc, fuzz_parse_proc, fuzz_check_proc),
+    "kept": FuzzJob(fuzz_make_steps, fuzz_parse_steps, fuzz_check_feed, is_timed=False),
+    "http-flood": FuzzJob(
+        functools.partial(fuzz_make_flood, True), fuzz_skip, fuzz_check_flood, is_timed=False
+    ),
+    "websocket-flood": FuzzJob(
+        functools.partial(fuzz_make_flood, False), fuzz_skip, fuzz_check_flood, is_timed=False
+    ),
+}
+
+
+class FuzzTally:
+    """What a job has done so far."""
+
+    def __init__(self, name: str, job: FuzzJob, seed: int) -> None:
+        self.name = name
+        self.job = job
+        self.seed = seed
+        self.cases = 0
+        self.rejected = 0
+        self.slowest_ms = 0.0
+        self.begin = time.monotonic()
+
+    def try_case(self, number: int) -> str:
+        """Run one case and return what is wrong with it, or ""."""
+        case = self.job.make(random.Random(f"{self.seed}/{self.name}/{number}"))
+        problem = ""
+        signal.alarm(FUZZ_STUCK_SECONDS)
+        try:
+            outcome, ms = self.time_case(case)
+            self.job.check(case, outcome)
+            for _ in range(3):  # a busy machine is not slow four times in a row
+                ms = min(ms, self.time_case(case)[1]) if ms > FUZZ_SLOW_MS else ms
+            problem = f"it is slow: {ms:.1f} ms/KiB" if ms > FUZZ_SLOW_MS else ""
+            self.slowest_ms = max(self.slowest_ms, ms)
+            self.cases += 1
+            self.rejected += outcome.end is not None
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{type(error).__name__} in {place.name}: {error}"
+        signal.alarm(0)
+        if problem:
+            replay = f"--job {self.name} --seed {self.seed} --case {number}"
+            return f"FINDING in {self.name}: {problem}\n  replay: {replay}\n  case: {case!r}"
+        return ""
+
+    def time_case(self, case: Any) -> tuple[Outcome, float]:
+        """Return what comes of a case, and ms of processor time for each KiB of it."""
+        start = time.thread_time()
+        outcome = self.job.parse(case)
+        seconds = time.thread_time() - start
+        size = len(case) if isinstance(case, (bytes, str)) else len(repr(case))
+        return outcome, seconds * 1e3 / max(1.0, size / 1024) if self.job.is_timed else 0.0
+
+    def __str__(self) -> str:
+        rate = self.cases / max(time.monotonic() - self.begin, 1e-3)
+        accepted = self.cases - self.rejected
+        text = f"{self.name:15} {self.cases:8} cases {rate:7.0f}/s {accepted:8} accepted"
+        slowest = f"{self.slowest_ms:6.2f} ms/KiB at most" if self.job.is_timed else "not timed"
+        return f"{text} {self.rejected:8} rejected  {slowest}"
+
+
+def fuzz_memory() -> tuple[int, int]:
+    """Return (resident KiB, blocks) of this process, garbage left out."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024, sys.getallocatedblocks()
+
+
+def fuzz_loop(tally: FuzzTally, seconds: float) -> str:
+    """Run cases until the time is over or one is wrong."""
+    warm: tuple[int, int] | None = None
+    for number in itertools.count():
+        problem = tally.try_case(number)
+        elapsed = time.monotonic() - tally.begin
+        if problem or elapsed > seconds:
+            break
+        if warm is None and elapsed > seconds / 4:
+            warm = fuzz_memory()
+    grown = [now - then for now, then in zip(fuzz_memory(), warm or fuzz_memory())]
+    if not problem and (grown[0] > FUZZ_KEPT_KIB or grown[1] > FUZZ_KEPT_BLOCKS):
+        return f"FINDING in {tally.name}: {grown[0]} KiB, {grown[1]} objects were kept"
+    return problem
+
+
+def fuzz_run(name: str, seed: int, seconds: float, number: int | None) -> bool:
+    """Run one job, or one of its cases; print its line. True: nothing was found."""
+    problem = ""
+    try:
+        with contextlib.ExitStack() as stack:
+            live = stack.enter_context(fuzz_live()) if name == "live" else None
+            tally = FuzzTally(name, live.job if live else FUZZ_JOBS[name], seed)
+            problem = fuzz_loop(tally, seconds) if number is None else tally.try_case(number)
+            print(tally, flush=True)
+    except (AssertionError, OSError, http.client.HTTPException) as error:
+        problem += f"\nFINDING in {name}, at its end: {type(error).__name__}: {error}"
+    print(problem.strip(), end="\n" if problem else "", flush=True)
+    return not problem
+
+
+def fuzz_give_up(*_: Any) -> None:
+    raise RuntimeError(f"it has not ended after {FUZZ_STUCK_SECONDS} s")
+
+
+def fuzz_main(argv: list[str]) -> int:
+    """Run all jobs, or some. Exit status: 0 nothing found, 1 something, 2 cannot be run."""
+    parser = argparse.ArgumentParser(prog="fuzz")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for all jobs together")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time")
+    parser.add_argument("--job", action="append", choices=[*FUZZ_JOBS, "live"], metavar="NAME",
+                        help=" ".join([*FUZZ_JOBS, "live"]))  # fmt: skip
+    parser.add_argument("--case", type=int, help="one case of the job alone")
+    options = parser.parse_args(argv)
+    names = options.job or [*FUZZ_JOBS, "live"]
+    if options.case is not None and (len(names) != 1 or options.seconds <= 0):
+        parser.error("--case is about one --job")
+    signal.signal(signal.SIGALRM, fuzz_give_up)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
+    print(f"seed {options.seed}, Python {platform.python_version()}", flush=True)
+    for name, package in (("h11", h11), ("websockets", Protocol)):
+        if package is None and name in names:
+            print(f"NOT INSTALLED: {name}. Nothing was compared with it.", flush=True)
+            names.remove(name)
+    # The server gets a third of the time: its cases are the slowest.
+    shares = [(len(names) - 1) / 2 if name == "live" and len(names) > 1 else 1 for name in names]
+    seconds = [options.seconds * share / sum(shares) for share in shares]
+    clean = [fuzz_run(name, options.seed, s, options.case) for name, s in zip(names, seconds)]
+    found = len(clean) - sum(clean)
+    print(f"{len(clean)} jobs, findings in {found}, seed {options.seed}", flush=True)
+    return 1 if found else 0
+
+
+class TestFuzz:
+    """The fuzz run itself: it passes here, and finds what is planted."""
+
+    def run(self, folder: Path, *options: str) -> tuple[int, str]:
+        command = [sys.executable, "test_servercontrol.py", "fuzz", "--seed", "5", *options]
+        done = subprocess.run(command, cwd=folder, stdout=-1, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    def test_a_short_run_finds_nothing(self) -> None:
+        status, output = self.run(HERE, "--seconds", "2")
+        assert (status, "findings in 0" in output) == (0, True), output
+
+    def test_a_planted_bug_is_found_and_replayed(self, tmp_path: Path) -> None:
+        right, wrong = "        shortest = length >= 126\n", "        shortest = length > 126\n"
+        assert SOURCE.count(right) == 1
+        shutil.copy(__file__, tmp_path / "test_servercontrol.py")
+        source = SOURCE.replace(right, wrong)
+        (tmp_path / "servercontrol.py").write_text(source, encoding="utf-8")
+        status, output = self.run(tmp_path, "--seconds", "1", "--job", "frames")
+        case = re.search(r"replay: --job frames --seed 5 --case (\d+)\n  case: b'(.*)'", output)
+        assert status == 1 and case is not None, output
+        status, output = self.run(tmp_path, "--job", "frames", "--case", case.group(1))
+        assert (status, case.group(2) in output) == (1, True), output
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: test_servercontrol.py echo --port N | bench [NAME ...] [--rounds N]")
-    sys.exit(bench_main(sys.argv[2:]))
+    FACILITIES = {"bench": bench_main, "fuzz": fuzz_main}
+    if sys.argv[1:2] not in ([name] for name in FACILITIES):
+        usage = "echo --port N | bench [NAME ...] [--rounds N] | fuzz [--seconds N] [--seed N]"
+        sys.exit(f"usage: test_servercontrol.py {usage}")
+    sys.exit(FACILITIES[sys.argv[1]](sys.argv[2:]))
