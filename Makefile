@@ -32,6 +32,9 @@ matrix:          ## tests on every CPython 3.8 to 3.14 found, with and without t
 bench: .venv/ok  ## measure beside the websockets package
 	$(BIN)/python test_servercontrol.py bench
 
+soak: .venv/ok   ## minutes of cut connections, stalls, floods and short tasks
+	$(BIN)/python test_servercontrol.py soak
+
 fuzz: .venv/ok   ## mutated and random input, for FUZZ_SECONDS (120)
 	$(BIN)/python test_servercontrol.py fuzz --seconds $(FUZZ_SECONDS)
 
@@ -45,4 +48,4 @@ clean:           ## remove what make made
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
 	touch .venv/ok
 
-.PHONY: help run test check matrix bench fuzz clean
+.PHONY: help run test check matrix bench soak fuzz clean

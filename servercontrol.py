@@ -58,6 +58,7 @@ from __future__ import annotations
 # source of statistics (section 15), uvloop as the event loop (section 17).
 import argparse
 import asyncio
+import asyncio.sslproto
 import base64
 import binascii
 import codecs
@@ -168,7 +169,10 @@ HIGH_WATER_BYTES = 64 * KIB  # asyncio's default, made explicit: above it a view
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
-FLUSH_TURN_SECONDS = 0.01  # then the flush lets other work of the event loop pass
+# How long reading output, and handing it to viewers, may take before other work of the event loop
+# has its turn. A new connection needs six turns until it is answered, and that within 50 ms.
+READ_TURN_SECONDS = 0.002
+FLUSH_TURN_SECONDS = 0.003
 # A flood is read no faster than viewers take it that do take it: one that is half a feed behind
 # is waited for, if it took something lately, this long until it has caught up again. So nobody
 # who reads 32 MB/s loses an event, and one who does not read delays a task by 0.1 s, once.
@@ -203,7 +207,8 @@ MAX_WRONG_ADDRESSES = 4096  # remembered at once
 # Audit log.
 MAX_REFUSALS = 100  # records of refusals at once, then one a second: nobody fills the disk
 AUDIT_ERROR_SECONDS = 60.0  # between two complaints about a log that cannot be written
-AUDIT_LOCK_SECONDS = 0.1  # another instance holds the lock for some 0.05 ms
+LOCK_SECONDS = 0.1  # for a file that another instance holds for some 0.05 ms
+LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
 
 # Statistics.
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
@@ -222,8 +227,11 @@ LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then those that were accepted get a chance to speak
 ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
+TLS_BUFFER_BYTES = 32 * KIB
 MAX_STRANGERS = 64  # connections that have not passed the gate; else they could fill all places
 STRANGER_GRACE_SECONDS = 0.1  # so long a burst of clients may be more, until each could speak
+TLS_GRACE_SECONDS = 3.0  # the same in a handshake: a burst of 300 keeps a core busy for a second
+MAX_BURST = 512  # but not more than this
 SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
 STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
@@ -765,6 +773,8 @@ def encode_last_chunk(trailers: Iterable[tuple[str, str]]) -> bytes:
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
+# States of a client's end that has connected, and may have ended its half (linux/tcp_states.h).
+CLIENT_STATES = (1, 4, 5)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2
 FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip"}
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
@@ -848,9 +858,9 @@ def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
 
 
 def parse_diag_reply(reply: bytes) -> tuple[int, int]:
-    """Return (uid, inode) of the socket. Raises ValueError when there is none."""
+    """Return (uid, inode) of the socket. Raises ValueError when there is none that stands."""
     (kind,) = struct.unpack_from("=H", reply, 4)
-    if kind != SOCK_DIAG_BY_FAMILY or len(reply) < 88:
+    if kind != SOCK_DIAG_BY_FAMILY or len(reply) < 88 or reply[17] not in CLIENT_STATES:
         raise ValueError("no such socket")
     uid, inode = struct.unpack_from("=II", reply, 80)
     return uid, inode
@@ -869,6 +879,8 @@ def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> tuple[int, in
     if not found:
         raise ValueError("no such socket")
     columns = row.split(None, 7)
+    if int(columns[0], 16) not in CLIENT_STATES:
+        raise ValueError("no such socket")
     return int(columns[4]), int(columns[6])
 
 
@@ -1058,7 +1070,7 @@ class WrongTokenLimit:
 
     def count(self, address: str, now: float) -> int:
         """Count a wrong token; return how many seconds to wait, 0 while there were few."""
-        key = self._find_key(address)
+        key = self.find_key(address)
         times = self._times.setdefault(key, deque())
         while times and now - times[0] >= WRONG_TOKEN_SECONDS:
             times.popleft()
@@ -1071,8 +1083,8 @@ class WrongTokenLimit:
         return 0
 
     @staticmethod
-    def _find_key(address: str) -> str:
-        """Who has one IPv6 address has all of its /64."""
+    def find_key(address: str) -> str:
+        """Return what names the host: who has one IPv6 address has all of its /64."""
         ip = parse_ip(address)
         if ip is None or ip.version == 4:
             return str(ip)
@@ -2118,6 +2130,19 @@ class Log:
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
 
 
+def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
+    """Lock a file for a moment. Raises OSError when somebody else does not let go of it."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.001)
+
+
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all instances of this account.
 
@@ -2155,7 +2180,7 @@ class TaskIds:
         """Add a block to the number in the file, under its lock; return the number before."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock_file(fd)
             text = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
             # After damage go on above anything that counting from 1 can have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
@@ -2182,6 +2207,8 @@ def open_state_folder(environ: Mapping[str, str], log: Log) -> str | None:
         if not os.path.isabs(folder):  # no home
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.stat(folder).st_uid != os.geteuid():  # root could chmod it, and not own it
+            raise PermissionError(errno.EPERM, "it belongs to another account")
         os.chmod(folder, 0o700)
     except OSError as error:
         log.write("warning", "no_state_folder", folder=folder, error=error.strerror or "")
@@ -2194,8 +2221,9 @@ TOKEN_TEXT = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, 2.1: b64token
 
 def make_token_file(path: str) -> None:
     """Write a new token, whole or not at all: instances that start together agree on one."""
-    temporary = f"{path}.{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    # No pid: in containers that share the folder each server is process 1.
+    temporary = f"{path}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
         os.fchmod(file.fileno(), 0o600)  # whatever the umask is
         file.write(secrets.token_urlsafe(32) + "\n")
@@ -2315,20 +2343,7 @@ def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
     return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
 
 
-def lock_file(fd: int) -> None:
-    """Lock a file for a moment. Raises OSError when somebody else does not let go of it."""
-    end = time.monotonic() + AUDIT_LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.001)
-
-
-def open_audit_file(path: str) -> int:
+def open_audit_file(path: str, lock_seconds: float) -> int:
     """Return the descriptor of the audit log, locked. Raises OSError."""
     while True:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
@@ -2337,7 +2352,11 @@ def open_audit_file(path: str) -> int:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            lock_file(fd)
+            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
+                raise PermissionError(errno.EPERM, "other accounts could change it")
+            if status.st_size == 0 and not status.st_mode & 0o600:
+                os.fchmod(fd, 0o600)  # the umask has taken everything
+            lock_file(fd, lock_seconds)
             # It may have been rotated between the open and the lock.
             if os.path.samestat(status, os.stat(path)):
                 return fd
@@ -2362,6 +2381,8 @@ class AuditLog:
         # The hash of the newest line we wrote, and (device, inode, size) of the file after it.
         self._hash = ZERO_HASH
         self._seen: tuple[int, int, int] | None = None
+        # How long to wait for the file's lock.
+        self._lock_seconds = LOCK_SECONDS
         # How many refusals may be written now, since when (monotonic), and how many were not.
         self._refusals_left = float(MAX_REFUSALS)
         self._refused_at = time.monotonic()
@@ -2405,15 +2426,22 @@ class AuditLog:
 
     def _write_to_stderr(self, record: dict[str, Any]) -> None:
         line = encode_json({**record, "prev": self._hash})
-        if len(line) >= LOG_LINE_BYTES:  # only a command can be so long
-            record["command"] = record["command"][:400] + " ..."
+        if len(line) >= LOG_LINE_BYTES:  # only a command and a folder can be so long
+            for name in ("command", "cwd"):
+                if len(record.get(name, "")) > 250:
+                    record[name] = record[name][:250] + " ..."
             line = encode_json({**record, "prev": self._hash})
         if not write_without_waiting(2, line + b"\n"):
             raise OSError(errno.EAGAIN, "stderr takes nothing")
         self._hash = hash_line(line)
 
     def _append(self, record: dict[str, Any]) -> None:
-        fd = open_audit_file(self.path)
+        try:
+            fd = open_audit_file(self.path, self._lock_seconds)
+        except BlockingIOError:
+            self._lock_seconds = LOCKED_SECONDS
+            raise
+        self._lock_seconds = LOCK_SECONDS
         try:
             before = self._find_end(fd)
             line = encode_json({**record, "prev": self._hash})
@@ -2496,7 +2524,7 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if not re.fullmatch(r"run-[0-9a-f]{16}", name):
+        if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -2941,6 +2969,10 @@ class Tasks:
         # The finished ones, in the order in which they ended.
         self._finished: deque[Task] = deque()
         self._kept_bytes = 0
+        # Who waits to be read, in this order, and until when (perf_counter) this turn of the event
+        # loop may read; 0 when it has not begun to.
+        self._queue: dict[Task, None] = {}
+        self._turn_end = 0.0
         # Set when the server stops: no new tasks.
         self.is_stopping = False
 
@@ -3082,6 +3114,30 @@ class Tasks:
     # Output
 
     def _read(self, task: Task) -> None:
+        """Output has come: read it now, or when it is this task's turn."""
+        now = time.perf_counter()
+        if not self._turn_end:
+            self._turn_end = now + READ_TURN_SECONDS
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+        if self._queue or now >= self._turn_end:
+            self._queue[task] = None
+        else:
+            self._read_now(task)
+
+    def _begin_turn(self) -> None:
+        """The event loop begins its next turn: those come first who had to wait in the last."""
+        self._turn_end = 0.0
+        if not self._queue:
+            return
+        self._turn_end = time.perf_counter() + READ_TURN_SECONDS
+        asyncio.get_running_loop().call_soon(self._begin_turn)
+        while self._queue and time.perf_counter() < self._turn_end:
+            task = next(iter(self._queue))
+            del self._queue[task]
+            if task.fd >= 0 and "read" not in task.timers:
+                self._read_now(task)
+
+    def _read_now(self, task: Task) -> None:
         if self._is_pressed():
             asyncio.get_running_loop().remove_reader(task.fd)
             task.set_timer("read", PRESSURE_SECONDS, self._resume_read)
@@ -3112,6 +3168,7 @@ class Tasks:
         return b""
 
     def _close_pipe(self, task: Task) -> None:
+        self._queue.pop(task, None)
         if task.fd >= 0:
             asyncio.get_running_loop().remove_reader(task.fd)
             os.close(task.fd)
@@ -3278,6 +3335,7 @@ class Tasks:
             loop.remove_reader(task.fd)
             loop.add_reader(task.fd, self._discard, task.fd)
             task.fd = -1
+            self._queue.pop(task, None)
         self._forget_oldest()
         task.completed.set_result(None)
         task.wake()
@@ -3778,6 +3836,7 @@ def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket
 # becomes an answer in one place: Connection._make_error_response, Server._handle_text.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
+SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
 
 
 def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
@@ -3797,19 +3856,58 @@ def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
         return parse_proc_tcp(file.read(), peer, local)
 
 
-def find_owner(peer: Endpoint, local: Endpoint) -> tuple[int | None, int]:
+def has_sock_diag() -> bool:
+    """Whether netlink names the owner of a socket that is surely there: one of our own."""
+    try:
+        with socket.socket() as listener, socket.socket() as client:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            client.connect(listener.getsockname())
+            names = (client.getsockname(), listener.getsockname())
+            ends = [(ipaddress.ip_address(host), port) for host, port in names]
+            return query_socket_owner(ends[0], ends[1])[1] != 0
+    except (OSError, ValueError, struct.error, AttributeError):
+        return False
+
+
+def find_owner(peer: Endpoint, local: Endpoint, may_scan: bool) -> tuple[int | None, int]:
     """Return (uid, inode) of the other end of a connection on this machine; None is unknown.
 
-    Addresses that are mapped into IPv6 are in the kernel's IPv4 tables, and so parse_ip() gives
-    them.
+    may_scan: whether to read /proc/net/tcp*, since there is no netlink. Addresses that are mapped
+    into IPv6 are in the kernel's IPv4 tables, and so parse_ip() gives them.
     """
-    if hasattr(socket, "AF_NETLINK"):
-        for ask in (query_socket_owner, scan_socket_owner):
-            try:
-                return ask(peer, local)
-            except (OSError, ValueError, struct.error):
-                continue
-    return None, 0
+    try:
+        return scan_socket_owner(peer, local) if may_scan else query_socket_owner(peer, local)
+    except (OSError, ValueError, struct.error, AttributeError):
+        return None, 0
+
+
+def is_standing(connection: socket.socket) -> bool:
+    """Whether an accepted connection still has its other end. Asked after its owner.
+
+    A client that has reset its connection leaves a request to be read, and its port to others:
+    who connects from there next is found as the owner, and is not who sent it.
+    """
+    try:
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]  # tcp(7)
+    except (OSError, AttributeError):
+        return False
+    return state in SERVER_STATES
+
+
+def read_trusted_uid() -> int:
+    """Return our effective uid, or -1 where others have it too.
+
+    In a user namespace that maps only some accounts, one uid stands for all the others.
+    """
+    try:
+        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+            overflow_uid = int(file.read())
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            maps_all = file.read().split() == ["0", "0", "4294967295"]
+    except (OSError, ValueError):
+        return os.geteuid()
+    return -1 if os.geteuid() == overflow_uid and not maps_all else os.geteuid()
 
 
 def find_unix_owner(connection: socket.socket) -> int | None:
@@ -3822,7 +3920,7 @@ def find_unix_owner(connection: socket.socket) -> int | None:
 
 
 def identify_peer(
-    connection: socket.socket, listener: Listener, address: Any, scheme: str
+    connection: socket.socket, listener: Listener, address: Any, scheme: str, may_scan: bool
 ) -> tuple[Peer, str]:
     """Return who is at the other end, and a name for logs.
 
@@ -3834,7 +3932,9 @@ def identify_peer(
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
     uid, inode = None, 0
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
-        uid, inode = find_owner((peer_ip, address[1]), (local_ip, local[1]))
+        uid, inode = find_owner((peer_ip, address[1]), (local_ip, local[1]), may_scan)
+        if not is_standing(connection):
+            uid, inode = None, 0
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     peer = Peer(listener, address[0], local[0], uid if inode else None, inode, scheme)
     return peer, f"{host}:{address[1]}"
@@ -4327,8 +4427,8 @@ class Connection:
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader writer transport peer address role phase deadline viewer task opened_at "
-        "_socket _is_expired _written_bytes _taken_bytes _progress_at _is_extra"
+        "server reader writer transport peer address crowd role phase deadline viewer task "
+        "opened_at _socket _is_expired _written_bytes _taken_bytes _progress_at _is_extra"
     ).split()
 
     def __init__(
@@ -4338,7 +4438,11 @@ class Connection:
         # None as soon as there is a transport.
         self._socket: socket.socket | None = connection
         scheme = "https" if server.tls and listener is not Listener.UNIX else "http"
-        self.peer, self.address = identify_peer(connection, listener, address, scheme)
+        self.peer, self.address = identify_peer(
+            connection, listener, address, scheme, server.may_scan
+        )
+        # Strangers of one account, or else of one address, are counted together.
+        self.crowd = self.peer.uid, WrongTokenLimit.find_key(self.peer.address)
         connection.setblocking(False)
         if listener is not Listener.UNIX:
             # Else what is written in two pieces waits 40 ms for the first one's ACK.
@@ -4418,6 +4522,12 @@ class Connection:
     def take_transport(self, transport: asyncio.Transport) -> None:
         """The connection stands."""
         self.transport, self._socket = transport, None
+        self.opened_at = time.monotonic()  # with TLS it could not speak before
+
+    def had_its_chance(self, now: float) -> bool:
+        """Whether there was time to say something."""
+        seconds = TLS_GRACE_SECONDS if self.phase is Phase.OPENING else STRANGER_GRACE_SECONDS
+        return now - self.opened_at >= seconds
 
     def close(self) -> None:
         """Close after what is still to be written; a client that does not take it is swept."""
@@ -4425,7 +4535,10 @@ class Connection:
             self.server.viewers.leave(self.viewer)
         self.phase = Phase.CLOSING
         if self._socket is None:
-            self.transport.close()
+            # asyncio has closed it already when the client did, and takes a second close of a TLS
+            # transport ill: a look at its buffer fails after that.
+            if not self.transport.is_closing():
+                self.transport.close()
         else:  # the handshake has failed
             self.abort()
             self.forget()
@@ -4443,7 +4556,7 @@ class Connection:
     def forget(self) -> None:
         """The transport is gone."""
         self.server.connections.discard(self)
-        self.server.strangers.pop(self, None)
+        self.server.forget_stranger(self)
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
         if not self.task.done():
@@ -4484,7 +4597,8 @@ class Connection:
         parser = HttpParser()
         try:
             while await self._serve_request(parser):
-                pass
+                if not parser.is_idle:
+                    await asyncio.sleep(0)  # pipelined requests must not keep others waiting
         except Exception as error:
             await self._refuse(parser.head, error)
         if self.viewer is not None:
@@ -4563,9 +4677,10 @@ class Connection:
 
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
+        self.role = None
         role = self.role = self.server.check_access(self.peer, head)
         if role is not None:
-            self.server.strangers.pop(self, None)
+            self.server.forget_stranger(self)
         # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
@@ -4712,18 +4827,22 @@ class Connection:
 
     async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
         """Take messages, `data` first, until the connection is closed by either side."""
-        websocket = viewer.websocket
+        websocket, is_done = viewer.websocket, False
         while True:
             if data:
                 viewer.heard_at = time.monotonic()
                 for message in websocket.receive(data):
+                    is_done = message.opcode is Opcode.CLOSE
                     self.server.handle_message(viewer, message)
                 self._write(websocket.take_outgoing())
             if websocket.state is not WebSocketState.OPEN:
                 self.server.viewers.leave(viewer)
                 self.deadline = self.deadline or time.monotonic() + CLOSE_SECONDS
             if websocket.state is WebSocketState.CLOSED:
-                await self._linger()
+                # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
+                # of which it can only be told by closing.
+                if self.transport.can_write_eof() or not is_done:
+                    await self._linger()
                 return
             data = await self.reader.read(READ_CHUNK_BYTES)
             if not data:
@@ -4961,7 +5080,7 @@ class Server:
         self.listeners = parts.listeners
         self.tls = parts.tls
         self.policy = AccessPolicy(
-            own_uid=os.geteuid(),
+            own_uid=read_trusted_uid(),
             require_token=config.require_token,
             no_auth=config.no_auth,
             allow_origins=frozenset(config.allow_origin),
@@ -4990,9 +5109,13 @@ class Server:
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
         self.connections: set[Connection] = set()
         # Those of them that have not passed the gate, oldest first.
-        self.strangers: dict[Connection, None] = {}
+        self._strangers: dict[Connection, None] = {}
+        # How many of them belong together.
+        self._crowds: Counter[Any] = Counter()
         # Some of them will have to give way in a moment.
         self._is_room_due = False
+        # Asked once: a kernel's answer "no such socket" must not make us read long tables.
+        self.may_scan = not has_sock_diag()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
@@ -5105,29 +5228,40 @@ class Server:
 
     def take_stranger(self, stranger: Connection) -> None:
         """Remember who has not passed the gate yet; too many of them give way."""
-        self.strangers[stranger] = None
-        if len(self.strangers) > MAX_STRANGERS:
+        self._strangers[stranger] = None
+        self._crowds[stranger.crowd] += 1
+        if len(self._strangers) > MAX_STRANGERS:
             self._make_room()
 
+    def forget_stranger(self, stranger: Connection) -> None:
+        """Somebody has passed the gate, or gone."""
+        if stranger in self._strangers:
+            del self._strangers[stranger]
+            self._crowds[stranger.crowd] -= 1
+            if not self._crowds[stranger.crowd]:
+                del self._crowds[stranger.crowd]
+
     def _make_room(self) -> None:
-        """Keep strangers few: the oldest idle one gives way, else the oldest of all.
+        """Keep strangers few: of the largest crowd the oldest gives way, so that nobody takes all
+        places from the others.
 
         A burst of clients that come back together may be more for a moment, until each has had
-        the chance to speak, unless it takes more than half of all places.
+        the chance to speak, unless it is a flood or takes more than half of all places.
         """
-        youngest = time.monotonic() - STRANGER_GRACE_SECONDS
-        is_tight = len(self.connections) > self.max_clients // 2
-        while len(self.strangers) > MAX_STRANGERS:
-            quiet = (Phase.OPENING, Phase.IDLE, Phase.READING)
-            idle = (one for one in self.strangers if one.phase in quiet)
-            loser = next(idle, next(iter(self.strangers)))
-            if loser.opened_at > youngest and not is_tight:
+        now = time.monotonic()
+        while len(self._strangers) > MAX_STRANGERS:
+            largest = max(self._crowds.values())
+            crowd = (one for one in self._strangers if self._crowds[one.crowd] == largest)
+            loser = next(crowd)
+            is_tight = len(self.connections) > self.max_clients // 2
+            is_flood = len(self._strangers) > MAX_BURST
+            if not (is_tight or is_flood or loser.had_its_chance(now)):
                 if not self._is_room_due:
                     self._is_room_due = True
                     self._loop.call_later(STRANGER_GRACE_SECONDS, self._make_room_later)
                 return
             # At once, and not when the loop says that it is gone: many may come in one turn.
-            del self.strangers[loser]
+            self.forget_stranger(loser)
             self.connections.discard(loser)
             loser.abort()
 
@@ -5460,6 +5594,9 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
         return None
     if ssl is None:
         raise ConfigError("--tls-cert: this Python was built without OpenSSL")
+    # asyncio keeps so large a buffer for each connection; 256 KiB is far more than a TLS record.
+    if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
+        asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
     try:
         return TlsFiles(config.tls_cert, config.tls_key, log)
     except (OSError, ValueError) as error:

@@ -1058,8 +1058,15 @@ class TestAccess:
         assert request[28:44] == request[44:60] == address.packed.ljust(16, b"\0")
 
     def test_diag_reply_tells_the_owner_or_nothing(self) -> None:
-        reply = struct.pack("=IHHII", 88, 20, 0, 0, 0) + b"\xee" * 64 + struct.pack("=II", 1000, 7)
-        assert sc.parse_diag_reply(reply) == (1000, 7)
+        def make_reply(state: int) -> bytes:
+            row = b"\xee" + bytes([state]) + b"\xee" * 62 + struct.pack("=II", 1000, 7)
+            return struct.pack("=IHHII", 88, 20, 0, 0, 0) + row
+
+        reply = make_reply(1)
+        assert [sc.parse_diag_reply(make_reply(state)) for state in (1, 4, 5)] == [(1000, 7)] * 3
+        for state in (0, 2, 3, 6, 7, 8, 9, 10, 11, 12):  # SYN_SENT, TIME_WAIT, LISTEN and so on
+            with pytest.raises(ValueError):
+                sc.parse_diag_reply(make_reply(state))
         error = struct.pack("=IHHIIi", 36, 2, 0, 0, 0, -2) + b"\0" * 100
         for bad in (error, reply[:87]):
             with pytest.raises(ValueError):
@@ -6764,6 +6771,60 @@ def bench_startup(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
     return BenchSample(statistics.median(taken))
 
 
+def bench_tasks(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Short tasks a second, 50 at a time; the peer is a bare Popen loop, one at a time."""
+    count = 200 if load is BENCH_QUICK else 2000
+    if not ours:
+        begin = time.monotonic()
+        for _ in range(count):
+            subprocess.Popen(["/bin/sh", "-c", "true"]).wait()
+        return BenchSample(count / (time.monotonic() - begin))
+    poll, left, done = select.epoll(), count, 0
+    request = b"POST /exec?wait HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\ntrue"
+    with bench_server(True, folder) as server, contextlib.ExitStack() as stack:
+        host, _, port = server.http.rpartition(":")
+        address = (host, int(port))
+        links = [stack.enter_context(socket.create_connection(address)) for _ in range(50)]
+        links_by_fd = {link.fileno(): link for link in links}
+        begin = time.monotonic()
+        for link in links:
+            poll.register(link, select.EPOLLIN)
+            link.sendall(request)
+            left -= 1
+        while done < count:
+            for fd, _ in poll.poll(BENCH_PATIENCE_SECONDS):
+                answers = links_by_fd[fd].recv(65536).count(b'"exit_code":0,')
+                done += answers
+                if answers and left > 0:
+                    links_by_fd[fd].sendall(request)
+                    left -= 1
+        return BenchSample(count / (time.monotonic() - begin))
+
+
+def bench_gate(ours: bool, _folder: Path, load: BenchLoad) -> BenchSample:
+    """What the gate costs a connection: asking the kernel, then judging a head. The peer is the
+    accept alone, which every server has."""
+    policy = sc.AccessPolicy(own_uid=os.geteuid())
+    head = parse_head("GET /tasks", "Host: localhost", "User-Agent: curl/8", "Accept: */*")
+    delays = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(50 if load is BENCH_QUICK else 1000):
+            with socket.create_connection(listener.getsockname()):
+                begin = time.perf_counter()
+                connection, address = listener.accept()
+                accepted = time.perf_counter()
+                peer, _ = sc.identify_peer(
+                    connection, sc.Listener.LOOPBACK, address, "http", may_scan=False
+                )
+                role = sc.check_access(policy, peer, head)
+                end = time.perf_counter()
+                connection.close()
+            if role is not sc.Role.RUN:
+                raise BenchError("the gate is closed")
+            delays.append((end - accepted if ours else accepted - begin) * 1e3)
+    return BenchSample(statistics.median(delays), sorted(delays)[int(len(delays) * 0.99)])
+
+
 # The run.
 
 
@@ -6786,6 +6847,8 @@ BENCH_JOBS = {
     "fanout-bulk": BenchJob(functools.partial(bench_fanout, 5), "M lines/s", ""),
     "cpu": BenchJob(bench_cpu, "CPU ms/s", "ratio <= 1.0"),
     "startup": BenchJob(bench_startup, "ms", "ratio <= 2.0"),
+    "tasks": BenchJob(bench_tasks, "tasks/s", "ratio >= 0.7"),
+    "gate": BenchJob(bench_gate, "ms", "ours < 0.5"),
 }
 
 
@@ -6865,6 +6928,386 @@ def bench_main(argv: list[str]) -> int:
     print(f"{title:22} {'ours':>9} {'ours p99':>9} {'peer':>9} {'ratio':>7}  target")
     results = [bench_run(name, rounds, load) for name in options.names or BENCH_JOBS]
     return 0 if all(results) else 1
+
+
+# Soak run ─────────────────────────────────────────────────────────────────────────────────────────
+# `python3 test_servercontrol.py soak [NAME ...] [--scale X]`: what people rely on, for minutes and
+# by the thousand; TestSoak does the same in seconds. A job raises AssertionError for anything that
+# was lost, doubled or left behind, and returns what it measured: times are told, never judged.
+
+# Run as a task, and here to know what that wrote: random characters of 1 to 4 bytes, seldom a
+# newline, in writes that cut characters.
+SOAK_WRITER = r"""
+import os, random, sys, time
+
+def make_blocks(seed, size):
+    chance = random.Random(seed)
+    letters = "ab \u00e9\u0416\u20ac\u4e2d\U0001f600\x1b"
+    pool = ["".join(chance.choices(letters, k=3000)).encode("utf-8") for _ in range(64)]
+    while size:
+        block = chance.choice(pool) + b"\n" * (chance.random() < 0.01)
+        block = block if len(block) <= size else b"." * size
+        size -= len(block)
+        yield block
+
+def main(seed, size, seconds):
+    chance, begin, done, data = random.Random(0), time.monotonic(), 0, b""
+    for block in [*make_blocks(seed, size), b""]:
+        data += block
+        while len(data) >= 50000 or (data and not block):
+            piece = data[: chance.randrange(1, 50000)]
+            os.write(1, piece)
+            data = data[len(piece) :]
+            done += len(piece)
+            time.sleep(max(0, begin + done / size * seconds - time.monotonic()))
+"""
+SOAK_NAMES: dict[str, Any] = {}
+
+
+def soak_text(seed: int, size: int) -> bytes:
+    """Return what the writer writes."""
+    if not SOAK_NAMES:
+        exec(SOAK_WRITER, SOAK_NAMES)
+    return b"".join(SOAK_NAMES["make_blocks"](seed, size))
+
+
+def soak_start(server: ServerProcess, seed: int, size: int, seconds: float) -> str:
+    """Start the writer as a task."""
+    code = f"{SOAK_WRITER}\nmain({seed}, {size}, {seconds})"
+    return server.start(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+
+
+class SoakViewer:
+    """One who watches one task through connections that break, and keeps what it wrote."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        info = server.get("/info")
+        self.server = server
+        self.boot, self.seq = info["boot_id"], info["seq"]
+        self.task_id = ""
+        self.data = bytearray()
+        self.gaps = 0
+        self.connections = 0
+        self.is_done = False
+
+    def take(self, event: dict[str, Any]) -> None:
+        if event["type"] == "gap":
+            assert event["from"] == self.seq + 1, "the gap begins elsewhere"
+            self.gaps += 1
+            self.seq = event["to"]
+            return
+        assert event["seq"] == self.seq + 1, "an event is missing or came twice"
+        self.seq = event["seq"]
+        if event.get("task_id") != self.task_id:
+            return
+        if event["type"] == "task_output":
+            self.fill(event["offset"])
+            self.data += event["output"].encode("utf-8")
+        elif event["type"] == "task_complete":
+            self.fill(event["output_bytes"])
+            self.is_done = True
+
+    def fill(self, end: int) -> None:
+        """Fetch what a gap has left out."""
+        if len(self.data) < end:
+            path = f"/logs?id={self.task_id}&offset={len(self.data)}"
+            answer = self.server.get(path)
+            assert answer["offset"] == len(self.data), "more is missing than /logs has"
+            self.data += answer["logs"].encode("utf-8")[: end - len(self.data)]
+        assert len(self.data) == end, "an output came twice"
+
+    def watch(self, seconds: float, pause: Callable[[], float] = lambda: 0.0) -> None:
+        """Connect, read for a while with pauses, and break the connection in its middle."""
+        with RawPeer(self.server, f"/?since={self.seq}&boot={self.boot}") as peer:
+            self.connections += 1
+            end = time.monotonic() + seconds
+            peer.socket.settimeout(0.05)
+            while not self.is_done and time.monotonic() < end:
+                time.sleep(pause())
+                with contextlib.suppress(socket.timeout):
+                    assert peer.read_some(1 << 18), "the server has closed"
+                frame = take_frame(peer.buffer)
+                while frame is not None:
+                    if frame[0] == 0x81:
+                        self.take(json.loads(frame[1].decode("utf-8")))
+                    frame = take_frame(peer.buffer)
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def soak_cuts(server: ServerProcess, scale: float) -> str:
+    """A connection that is cut again and again while a task writes 100 MB."""
+    size, cuts, chance = int(100e6 * scale), int(1000 * scale), random.Random(1)
+    seconds = 0.1 * cuts
+    viewer = SoakViewer(server)
+    viewer.task_id = soak_start(server, 1, size, seconds)
+    while not viewer.is_done:
+        viewer.watch(chance.uniform(0, 1.6 * seconds / cuts))
+    assert bytes(viewer.data) == soak_text(1, size)
+    assert viewer.connections >= cuts, f"only {viewer.connections} connections"
+    return f"{size / 1e6:.0f} MB through {viewer.connections} connections, {viewer.gaps} gaps"
+
+
+def soak_stalls(server: ServerProcess, scale: float) -> str:
+    """Viewers that stop reading at random, each for as long as it likes."""
+    size, count, seconds = int(30e6 * scale), max(4, int(100 * scale)), 60 * scale
+    viewers = [SoakViewer(server) for _ in range(count)]
+    task_id = soak_start(server, 2, size, seconds)
+    expected = soak_text(2, size)
+
+    def stall(number: int) -> int:
+        viewer, chance = viewers[number], random.Random(number)
+        viewer.task_id = task_id
+        # A third of them hardly ever stall, a third often, a third for long.
+        often, long = ((0.001, 0.5), (0.2, 0.1), (0.02, 0.3 * seconds))[number % 3]
+        while not viewer.is_done:
+            viewer.watch(1e9, lambda: chance.uniform(0, long) if chance.random() < often else 0.0)
+        assert bytes(viewer.data) == expected, f"viewer {number}"
+        return viewer.gaps
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        gaps = sum(pool.map(stall, range(count)))
+    return f"{size / 1e6:.0f} MB to {count} viewers, {gaps} gaps, all filled in"
+
+
+@contextlib.contextmanager
+def soak_child(work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+    """Do work in a process of its own, so that it does not disturb what is timed here."""
+    read_fd, write_fd = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about threads: the child uses none
+        pid = os.fork()
+    if pid == 0:
+        try:
+            result = [work()]
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        with open(write_fd, "w") as pipe:
+            json.dump(result, pipe)
+        os._exit(0)
+    os.close(write_fd)
+
+    def collect() -> Any:
+        with open(read_fd, closefd=False) as pipe:
+            text = pipe.read()
+        assert text, "the child process died"
+        result = json.loads(text)
+        assert isinstance(result, list), result
+        return result[0]
+
+    try:
+        yield collect
+    finally:
+        os.close(read_fd)
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+SOAK_EVENT = re.compile(
+    rb'\{"type":"(\w+)",(?:"timestamp":\d+,"seq":(\d+)|"from":(\d+),"to":(\d+))'
+)
+
+
+def soak_read_honestly(server: ServerProcess, count: int, last_task: str) -> list[Any]:
+    """Watch with many viewers until each has seen a task's end; return [what failed, gaps]."""
+    poll, gaps = select.epoll(), 0
+    peers = {peer.socket.fileno(): peer for peer in (RawPeer(server) for _ in range(count))}
+    seqs = dict.fromkeys(peers, 0)
+    for fd in peers:
+        poll.register(fd, select.EPOLLIN)
+    marker = f'"task_id":"{last_task}"'.encode()
+    while peers:
+        ready = poll.poll(PATIENCE_SECONDS)
+        if not ready:
+            return [f"{len(peers)} viewers saw no end", gaps]
+        for fd, _ in ready:
+            if not peers[fd].read_some(1 << 20):
+                return ["a viewer was closed", gaps]
+            frame = take_frame(peers[fd].buffer)
+            while frame is not None:
+                match = SOAK_EVENT.match(frame[1]) if frame[0] == 0x81 else None
+                if match:
+                    kind, seq, low, high = match.groups()
+                    first, last = int(low or seq), int(high or seq)
+                    if seqs[fd] and first != seqs[fd] + 1:
+                        return [f"{seqs[fd]} is followed by {first}", gaps]
+                    seqs[fd] = last
+                    gaps += kind == b"gap"
+                    if kind == b"task_complete" and marker in frame[1][:200]:
+                        poll.unregister(fd)
+                        del peers[fd]
+                        break
+                frame = take_frame(peers[fd].buffer)
+    return ["", gaps]
+
+
+def soak_ping(server: ServerProcess, stop: Path) -> list[float]:
+    """Return the ms from a JSON ping to its pong, until the file `stop` is there."""
+    delays = []
+    with RawPeer(server) as peer:
+        while not stop.exists():
+            begin = time.monotonic()
+            peer.say(type="ping")
+            while b'"type":"pong"' not in peer.buffer:
+                del peer.buffer[:-20]
+                assert peer.read_some(1 << 20), "the server has closed"
+            del peer.buffer[:]
+            delays.append((time.monotonic() - begin) * 1e3)
+            time.sleep(0.02)
+    return delays
+
+
+def soak_health(server: ServerProcess, seconds: float) -> list[float]:
+    """Return the ms that /health takes, each time on a new connection."""
+    delays, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin = time.monotonic()
+        assert server.get("/health") == {"ok": True}
+        delays.append((time.monotonic() - begin) * 1e3)
+        time.sleep(0.02)
+    return delays
+
+
+def soak_tell(name: str, delays: list[float]) -> str:
+    middle, last = statistics.median(delays), sorted(delays)[int(len(delays) * 0.99)]
+    return f"{name} median {middle:.1f} ms, p99 {last:.1f} ms"
+
+
+def soak_load(server: ServerProcess, scale: float) -> str:
+    """64 tasks that flood, many viewers, every tenth of which reads nothing."""
+    count, seconds = max(10, int(200 * scale)), max(2.0, 60 * scale)
+    # The end is a task of its own, whose id is known beforehand: ids rise by one.
+    last_task = str(int(server.run("true")["task_id"]) + 65)
+    before = server.resident_kib()
+    with contextlib.ExitStack() as stack:
+        stop = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stop"
+        read = functools.partial(soak_read_honestly, server, count * 9 // 10, last_task)
+        honest = stack.enter_context(soak_child(read))
+        pings = stack.enter_context(soak_child(functools.partial(soak_ping, server, stop)))
+        for _ in range(count // 10):
+            stack.enter_context(RawPeer(server, receive_bytes=4096))
+        wait_until(lambda: server.get("/info")["clients"] == count // 10 + count * 9 // 10 + 1)
+        tasks = [server.start("exec yes 'all work and no play'") for _ in range(64)]
+        delays = soak_health(server, seconds)
+        grown = server.resident_kib() - before
+        stop.touch()
+        ping_delays = pings()
+        for task_id in tasks:
+            server.request("POST", f"/kill?id={task_id}&signal=KILL")
+        assert server.run("true")["task_id"] == last_task
+        fault, gaps = honest()
+        assert not fault, fault
+    written = sum(server.task(task_id)["output_bytes"] for task_id in tasks) / 1e6
+    # Kept events and their overhead, kept output, and 30 MiB for everything else.
+    assert grown < (16 + 64 + 30) * 1024, f"the server has grown by {grown} KiB"
+    told = f"{soak_tell('health', delays)}; {soak_tell('ping', ping_delays)}"
+    return f"{written:.0f} MB to {count} viewers, {gaps} gaps; {told}; +{grown // 1024} MiB"
+
+
+def soak_short_tasks(server: ServerProcess, scale: float) -> str:
+    """Thousands of short tasks, 50 at a time."""
+    count = int(10000 * scale)
+
+    def run(number: int) -> str:
+        answer = server.run(f"echo {number} '\u20ac'; exit {number % 256}")
+        assert answer["output"] == f"{number} \u20ac\n" and answer["exit_code"] == number % 256
+        return answer["task_id"]
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        assert len(set(pool.map(run, range(300)))) == 300  # warm, and more than are kept
+        descriptors, memory = server.descriptors(), server.resident_kib()
+        begin = time.monotonic()
+        assert len(set(pool.map(run, range(count)))) == count
+        rate = count / (time.monotonic() - begin)
+    wait_until(lambda: server.descriptors() <= descriptors and not child_pids(server.pid))
+    grown = server.resident_kib() - memory
+    assert grown < 16 * 1024, f"the server has grown by {grown} KiB"
+    return f"{count} tasks, {rate:.0f} a second with the client; {grown:+} KiB"
+
+
+def soak_siege(server: ServerProcess, scale: float) -> str:
+    """Half-open connections, wrong tokens and slow readers, while a token holder asks."""
+    count, seconds = int(1000 * scale), max(1.0, 20 * scale)
+    token = Path(server.wait_for_log("listening")["token_file"]).read_text().strip()
+
+    def ask() -> float:
+        begin = time.monotonic()
+        assert server.request("GET", "/info", Authorization=f"Bearer {token}").status == 200
+        return (time.monotonic() - begin) * 1e3
+
+    def besiege() -> None:
+        slow = [socket.socket() for _ in range(count // 10)]
+        for one in slow:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(("127.0.0.1", server.port))
+            with contextlib.suppress(OSError):  # the server may have cut it off
+                one.sendall(make_request("GET /") * 200)
+        while True:
+            halves = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(count)]
+            wrong = make_request("GET /tasks", "Authorization: Bearer " + "x" * 20)
+            for half in halves:
+                with contextlib.suppress(OSError):
+                    half.sendall(wrong if half.fileno() % 2 else wrong[:30])
+
+    for _ in range(20):
+        ask()
+    descriptors, memory = server.descriptors(), server.resident_kib()
+    with soak_child(besiege):
+        delays, end = [ask()], time.monotonic() + seconds
+        while time.monotonic() < end:
+            delays.append(ask())
+            time.sleep(0.01)
+    wait_until(lambda: server.descriptors() <= descriptors)
+    grown = server.resident_kib() - memory
+    assert grown < 16 * 1024, f"the server has grown by {grown} KiB"
+    return f"{len(delays)} requests of a token holder: {soak_tell('', delays)}; {grown:+} KiB"
+
+
+# What each job needs of its server besides.
+SOAK_OPTIONS = {"siege": ("--require-token", "--audit-log=none")}
+SOAK_JOBS = {
+    "cuts": soak_cuts,
+    "stalls": soak_stalls,
+    "load": soak_load,
+    "short-tasks": soak_short_tasks,
+    "siege": soak_siege,
+}
+
+
+def soak_run(name: str, scale: float, *options: str) -> str:
+    """Run one job on a server of its own."""
+    with tempfile.TemporaryDirectory(prefix="servercontrol-soak-") as folder:
+        options = ("--cpu-alert=100", *SOAK_OPTIONS.get(name, ()), *options)
+        with ServerProcess(Path(folder), *options) as server:
+            return SOAK_JOBS[name](server, scale)
+
+
+def soak_main(argv: list[str]) -> int:
+    """Run all jobs, or some. Exit status: 0 all went well, 1 something did not."""
+    parser = argparse.ArgumentParser(prog="soak")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=" ".join(SOAK_JOBS))
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is minutes")
+    options = parser.parse_args(argv)
+    if not set(options.names) <= set(SOAK_JOBS) or options.scale <= 0:
+        parser.error("names are " + " ".join(SOAK_JOBS))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped too
+    failed = 0
+    for name in options.names or SOAK_JOBS:
+        try:
+            told = soak_run(name, options.scale)
+        except (AssertionError, OSError, ValueError) as error:
+            told, failed = f"FAILED: {error}", 1
+        print(f"{name:12} {told}", flush=True)
+    return failed
+
+
+class TestSoak:
+    """SPEC 2, 5, 9: nothing lost, nothing left behind; `make soak` does it at full length."""
+
+    @pytest.mark.parametrize("loop", loops())
+    @pytest.mark.parametrize("name", SOAK_JOBS)
+    def test_short_form(self, name: str, loop: str) -> None:
+        print(soak_run(name, 0.03, f"--loop={loop}"))
 
 
 # Fuzz run ─────────────────────────────────────────────────────────────────────────────────────────
@@ -7858,8 +8301,8 @@ class TestFuzz:
 
 
 if __name__ == "__main__":
-    FACILITIES = {"bench": bench_main, "fuzz": fuzz_main}
+    FACILITIES = {"bench": bench_main, "soak": soak_main, "fuzz": fuzz_main}
     if sys.argv[1:2] not in ([name] for name in FACILITIES):
-        usage = "echo --port N | bench [NAME ...] [--rounds N] | fuzz [--seconds N] [--seed N]"
+        usage = "echo --port N | bench [NAME ...] | soak [NAME ...] | fuzz [--seconds N]"
         sys.exit(f"usage: test_servercontrol.py {usage}")
     sys.exit(FACILITIES[sys.argv[1]](sys.argv[2:]))
