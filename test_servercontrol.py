@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import codecs
 import concurrent.futures
 import contextlib
@@ -28,6 +29,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
@@ -48,6 +50,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import statistics
 import struct
@@ -1976,13 +1979,19 @@ class RawPeer:
     """A WebSocket client on a bare socket: it reads when it is told to and can break any rule."""
 
     def __init__(
-        self, server: ServerProcess, path: str = "/", extra: bytes = b"", receive_bytes: int = 0
+        self,
+        server: ServerProcess,
+        path: str = "/",
+        extra: bytes = b"",
+        receive_bytes: int = 0,
+        wrap: Callable[[socket.socket], socket.socket] = lambda plain: plain,
     ) -> None:
         self.socket = socket.socket()
         if receive_bytes:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(PATIENCE_SECONDS)
         self.socket.connect(("127.0.0.1", server.ws_port))
+        self.socket = wrap(self.socket)
         self.socket.sendall(UPGRADE_WS.replace("/ws", path).encode("utf-8") + extra)
         self.buffer = bytearray()
         while b"\r\n\r\n" not in self.buffer:
@@ -4054,6 +4063,82 @@ class TestGate(RunsNothing):
             os.kill(server.pid, signal.SIGCONT)
 
 
+class TestOwnerOfAPort:
+    """CASES, fact 1, and what follows from it: the kernel is asked about a pair of ports, and the
+    answer must be about who sent the bytes."""
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_port_of_a_reset_connection_proves_nothing(self, tmp_path: Path, loop: str) -> None:
+        with ServerProcess(tmp_path, f"--loop={loop}") as server:
+            with socket.create_server(("127.0.0.1", 0)) as holder:
+                source = holder.getsockname()
+            os.kill(server.pid, signal.SIGSTOP)  # stands for any delay
+
+            def connect() -> socket.socket:
+                connection = socket.socket()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                connection.bind(source)
+                connection.connect(("127.0.0.1", server.port))
+                return connection
+
+            def attack() -> bytes:
+                with connect() as connection:
+                    connection.sendall(make_request("POST /exec", body=b"id"))
+                    linger = struct.pack("ii", 1, 0)  # close resets, and the port is free at once
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                return b"sent"
+
+            try:
+                assert as_nobody(attack) == b"sent"
+                with connect() as victim:  # our own account, from the same port
+                    os.kill(server.pid, signal.SIGCONT)
+                    victim.sendall(make_request("GET /tasks"))
+                    assert AnswerStream(victim).next().json() == []
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            assert server.get("/tasks") == []
+
+    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
+        request = make_request("POST /exec", body=b"id")
+
+        def attack() -> bytes:
+            for number in range(300):
+                with server.connect() as connection:
+                    connection.sendall(request)
+                    if number % 3:
+                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
+            return b"sent"
+
+        assert as_nobody(attack) == b"sent"
+        assert server.get("/tasks") == []
+
+    def test_half_closed_client_is_still_ours(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            connection.sendall(make_request("GET /tasks", "Connection: close"))
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+    def test_pipelined_requests_keep_nobody_waiting(self, server: ServerProcess) -> None:
+        count, request = 30000, make_request("GET /health")
+        with server.connect() as hog:
+            sender = threading.Thread(target=hog.sendall, args=(request * count,), daemon=True)
+            sender.start()
+            answers = hog.recv(65536).count(b"200 OK")
+            assert server.get("/health") == {"ok": True}
+            hog.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    answers += hog.recv(1 << 20).count(b"200 OK")
+            assert answers < count  # somebody else was answered before its last request
+            hog.settimeout(PATIENCE_SECONDS)
+            tail = b""
+            while answers < count:
+                data = hog.recv(1 << 20)
+                answers += (tail + data).count(b"200 OK")
+                tail = data[-5:]
+            sender.join()
+
+
 class TestAccessOptions:
     """SPEC 4 with options; each test has a server of its own."""
 
@@ -4189,6 +4274,1065 @@ class TestAccessOptions:
                         return read_all(connection)
 
                 assert as_nobody(connect_as_nobody).startswith(b"HTTP/1.1 401 ")
+
+
+# Shared pieces of the token, TLS and Unix socket tests ────────────────────────────────────────
+
+RUN_TOKEN = "run-token-0123456789.~+"  # of what a subprotocol may hold, too
+VIEW_TOKEN = "view-token-9876543210_-"
+TOKENS = {"SERVERCONTROL_TOKEN": RUN_TOKEN, "SERVERCONTROL_VIEW_TOKEN": VIEW_TOKEN}
+NETWORK_BIND = "--host=0.0.0.0"
+PREFLIGHT_FIELD = "Access-Control-Request-Method: POST"
+# What the requests of CLOSED_REQUESTS get from who may do everything, when task 1 has ended.
+OPENED = [200] * 6 + [409, 200, 200, 404] + [101] * 3
+
+
+def bearer(token: str) -> str:
+    return f"Authorization: Bearer {token}"
+
+
+def protocol(*offers: str) -> str:
+    return "Sec-WebSocket-Protocol: " + ", ".join(offers)
+
+
+class SocketServer(ServerProcess):
+    """A server that is asked over `connect`, and always with these fields."""
+
+    fields: tuple[str, ...] = ()
+
+    def request(
+        self, method: str, path: str, body: bytes | str | None = None, **headers: str
+    ) -> Answer:
+        data = body.encode("utf-8") if isinstance(body, str) else body or b""
+        fields = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        fields += ["Connection: close", *self.fields]
+        return ask(self, make_request(f"{method} {path}", *fields, body=data), method)
+
+
+class TokenServer(SocketServer):
+    """A server on the network, with known tokens; the shared helpers show the one of role run."""
+
+    fields = (bearer(RUN_TOKEN),)
+
+    def __init__(self, state: Path, *options: str, env: Any = None, **popen: Any) -> None:
+        super().__init__(state, NETWORK_BIND, *options, env={**TOKENS, **(env or {})}, **popen)
+
+
+SOURCES = itertools.count()
+
+
+def fresh_source() -> str:
+    """Return an own address that has shown no wrong token yet: ten a minute are its share."""
+    number = next(SOURCES)
+    return f"127.1.{number // 250}.{number % 250 + 1}"
+
+
+def ask_from(server: ServerProcess, source: str, data: bytes, method: str = "GET") -> Answer:
+    """Send bytes from another address of this machine; return the first answer."""
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, PATIENCE_SECONDS, (source, 0)) as connection:
+        connection.sendall(data)
+        return AnswerStream(connection).next(method)
+
+
+def find_addresses() -> list[str]:
+    """Return 127.0.0.1 and, where there is one, this machine's address on the network."""
+    found = ["127.0.0.1"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+            found.append(probe.getsockname()[0])
+    return found
+
+
+def state_file(server: ServerProcess, name: str) -> Path:
+    return Path(server.env["XDG_STATE_HOME"]) / "servercontrol" / name
+
+
+def read_audit(path: Path, event: str = "") -> list[dict[str, Any]]:
+    """Return the records of an audit log, or those of one event; every line must be whole."""
+    lines = path.read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    records = [parse_strict_json(line.decode("utf-8")) for line in lines]
+    return [record for record in records if event in ("", record["event"])]
+
+
+def check_nowhere(server: ServerProcess, *tokens: str) -> None:
+    """No token is in a log line, the audit log, an answer, or the command line."""
+    texts = ["".join(server.stderr), state_file(server, "audit.log").read_text("utf-8")]
+    texts.append(Path(f"/proc/{server.pid}/cmdline").read_text())
+    ids = [task["task_id"] for task in server.get("/tasks")]
+    paths = ["/", "/health", "/info", "/tasks", "/stats", *(f"/logs?id={n}" for n in ids)]
+    texts += [server.request("GET", path).body.decode("utf-8") for path in paths]
+    assert len(texts[1]) > 100  # it was read
+    assert not [text for text in texts if any(token in text for token in tokens)]
+
+
+@pytest.fixture(scope="class", params=loops())
+def network_server(request: Any, tmp_path_factory: Any) -> Iterator[TokenServer]:
+    """A server on the network with both tokens; its task 1 has ended."""
+    state = tmp_path_factory.mktemp("network")
+    options = (f"--loop={request.param}", "--allow-origin=https://one.test", "--interval=0.2")
+    with TokenServer(state, *options) as server:
+        assert server.run("true")["task_id"] == "1"
+        yield server
+
+
+# What is no token of ours: (name, fields)
+WRONG_TOKENS = [
+    ("cut", (bearer(RUN_TOKEN[:-1]),)),
+    ("with more", (bearer(RUN_TOKEN + "="),)),
+    ("other case", (bearer(RUN_TOKEN.upper()),)),
+    ("both joined", (bearer(RUN_TOKEN + VIEW_TOKEN),)),
+    ("empty", ("Authorization: Bearer ",)),
+    ("no scheme", (f"Authorization: {RUN_TOKEN}",)),
+    ("other scheme", (f"Authorization: Token {RUN_TOKEN}",)),
+    ("Latin-1", ("Authorization: Bearer \xe4" + RUN_TOKEN,)),
+    ("right one and more words", (bearer(RUN_TOKEN + " x"),)),
+    ("right one and a wrong one", (bearer(RUN_TOKEN), bearer("x" * 20))),
+    ("both roles", (bearer(RUN_TOKEN), bearer(VIEW_TOKEN))),
+    ("Basic", ("Authorization: Basic " + base64.b64encode(f"x:{RUN_TOKEN}".encode()).decode(),)),
+    ("Basic token", (f"Authorization: Basic {RUN_TOKEN}",)),
+    ("subprotocol", (protocol("servercontrol.v1", "bearer." + RUN_TOKEN[:-1]),)),
+    ("empty subprotocol", (protocol("servercontrol.v1", "bearer."),)),
+    ("wrong subprotocol", (bearer(RUN_TOKEN), protocol("servercontrol.v1", "bearer.x"))),
+]
+NO_TOKENS = [
+    ("nothing", ()),
+    ("cookie", (f"Cookie: token={RUN_TOKEN}; Authorization=Bearer {RUN_TOKEN}",)),
+    ("other field", (f"X-Token: {RUN_TOKEN}", f"Proxy-Authorization: Bearer {RUN_TOKEN}")),
+    ("other subprotocol", (protocol("servercontrol.v1", RUN_TOKEN, "BEARER." + RUN_TOKEN),)),
+]
+
+
+class TestTokens:
+    """SPEC 4 where tokens are needed; CASES 16, 44 to 49."""
+
+    @pytest.mark.parametrize("address", find_addresses())
+    def test_every_request_without_token_is_401(
+        self, network_server: TokenServer, address: str
+    ) -> None:
+        with unharmed(network_server):
+            for line, fields, body in CLOSED_REQUESTS:
+                data = make_request(line, *fields, body=body, host=address)
+                with socket.create_connection((address, network_server.port), 20) as connection:
+                    connection.sendall(data)
+                    answer = AnswerStream(connection).next()
+                check_error(answer, 401)
+                assert answer.headers["www-authenticate"] == "Bearer"
+            for line, fields, body in OPEN_REQUESTS:
+                answer = ask(network_server, make_request(line, host=address), line.split()[0])
+                assert answer.status == 200
+
+    @pytest.mark.parametrize("name, fields", WRONG_TOKENS + NO_TOKENS)
+    def test_what_is_no_token_is_401(
+        self, network_server: TokenServer, name: str, fields: tuple[str, ...]
+    ) -> None:
+        with unharmed(network_server):
+            for line, more, body in CLOSED_REQUESTS[:4] + CLOSED_REQUESTS[-2:]:
+                data = make_request(line, *fields, *more, body=body)
+                check_error(ask_from(network_server, fresh_source(), data), 401)
+
+    @pytest.mark.parametrize(
+        "field",
+        [bearer(RUN_TOKEN), f"authorization: bearer  {RUN_TOKEN}", protocol("bearer." + RUN_TOKEN)],
+    )
+    @pytest.mark.parametrize("address", find_addresses())
+    def test_run_token_opens_everything(
+        self, network_server: TokenServer, address: str, field: str
+    ) -> None:
+        statuses = []
+        with unharmed(network_server, runs=True):
+            for line, fields, body in CLOSED_REQUESTS:
+                data = make_request(line, field, *fields, body=body, host=f"{address}:1")
+                with socket.create_connection((address, network_server.port), 20) as connection:
+                    connection.sendall(data)
+                    statuses.append(AnswerStream(connection).next().status)
+        assert statuses == OPENED
+
+    def test_subprotocol_is_echoed_without_token(self, network_server: TokenServer) -> None:
+        from websockets.exceptions import InvalidStatus
+
+        for token, role in ((RUN_TOKEN, "run"), (VIEW_TOKEN, "view")):
+            offers = ["servercontrol.v1", "bearer." + token]
+            for order in (offers, offers[::-1], ["chat", *offers]):
+                with network_server.websocket(subprotocols=order) as websocket:
+                    assert websocket.subprotocol == "servercontrol.v1"
+                    assert token not in str(websocket.response.headers)
+                    websocket.send('{"type":"hello"}')
+                    hello = receive_events(websocket, is_type("hello"))[-1]
+                    assert (hello["role"], hello["auth"]) == (role, True)
+                    assert token not in json.dumps(hello)
+        with pytest.raises(InvalidStatus) as refused:
+            network_server.websocket(subprotocols=["servercontrol.v1", "bearer." + "x" * 20])
+        assert refused.value.response.status_code == 401
+        alone = make_request("GET /ws", *UPGRADE_FIELDS, protocol("bearer." + RUN_TOKEN))
+        assert "sec-websocket-protocol" not in ask(network_server, alone).headers
+
+    def test_view_token_sees_all_and_does_nothing(self, network_server: TokenServer) -> None:
+        view = bearer(VIEW_TOKEN)
+        task_id = network_server.start("exec sleep 300")
+        before = network_server.get("/tasks")
+        for line, fields, body in CLOSED_REQUESTS[:3] + [(f"POST /kill?id={task_id}", (), b"")]:
+            answer = ask(network_server, make_request(line, view, *fields, body=body))
+            check_error(answer, 403)
+            assert answer.json()["error"] == "forbidden"
+        for path in ("tasks", "tasks?id=1", "logs?id=1&raw", "stats", "stats?history", "info"):
+            answer = ask(network_server, make_request(f"GET /{path}", view))
+            assert answer.status == 200
+        assert answer.json()["role"] == "view"
+        check_error(ask(network_server, make_request("GET /nothing", view)), 404)
+        assert network_server.get("/tasks") == before
+        assert kill_task(network_server, task_id).status == 200
+        network_server.wait_for_end(task_id)
+
+    def test_view_token_gets_every_event(self, network_server: TokenServer) -> None:
+        headers = {"Authorization": f"Bearer {VIEW_TOKEN}"}
+        with network_server.websocket("/ws", additional_headers=headers) as websocket:
+            task_id = network_server.start("echo out; exec sleep 300")
+            receive_events(websocket, is_type("task_output"))
+            kill = {"type": "task_kill", "task_id": task_id, "ref": 7}
+            websocket.send(json.dumps(kill))
+            error = receive_events(websocket, is_type("error"))[-1]
+            assert (error["code"], error["ref"]) == ("forbidden", 7)
+            seq = network_server.get("/info")["seq"]
+            receive_events(websocket, lambda event: event.get("seq", 0) > seq)
+            assert network_server.task(task_id)["state"] == "running"
+            kill_task(network_server, task_id)
+            events = receive_events(websocket, is_complete(task_id))
+            check_stream(events)
+
+    def test_token_in_the_address_is_401_and_nowhere(self, network_server: TokenServer) -> None:
+        source = fresh_source()
+        with unharmed(network_server):
+            for query in (f"token={RUN_TOKEN}", f"id=1&token={VIEW_TOKEN}", f"%74oken={RUN_TOKEN}"):
+                for path, fields in (("/tasks", ()), ("/ws", UPGRADE_FIELDS), ("/", ())):
+                    for shown in ((), (bearer(RUN_TOKEN),)):
+                        data = make_request(f"GET {path}?{query}", *shown, *fields)
+                        answer = ask_from(network_server, source, data)
+                        check_error(answer, 401)
+                        assert "Bearer" in answer.json()["message"]
+                        assert not [t for t in TOKENS.values() if t in repr(answer)]
+            # It was right: that is no guessing.
+            data = make_request("GET /tasks", bearer("x" * 20))
+            check_error(ask_from(network_server, source, data), 401)
+            check_nowhere(network_server, RUN_TOKEN, VIEW_TOKEN)
+
+    def test_other_account_needs_the_token(self, network_server: TokenServer) -> None:
+        with unharmed(network_server):
+            data = make_request("GET /info", "Connection: close")
+            (answer,) = ask_as_nobody(network_server, data)
+            check_error(answer, 401)
+            data = make_request("GET /info", "Connection: close", bearer(RUN_TOKEN))
+            (answer,) = ask_as_nobody(network_server, data)
+            assert (answer.status, answer.json()["role"]) == (200, "run")
+
+    def test_many_wrong_tokens_are_429_and_the_right_one_200(
+        self, network_server: TokenServer
+    ) -> None:
+        source = fresh_source()
+        wrong = make_request("GET /tasks", bearer("x" * 20))
+        with unharmed(network_server):
+            answers = [ask_from(network_server, source, wrong) for _ in range(12)]
+            assert [answer.status for answer in answers] == [401] * 10 + [429] * 2
+            check_error(answers[-1], 429)
+            assert 50 <= int(answers[-1].headers["retry-after"]) <= 60
+            upgrade = make_request("GET /ws", *UPGRADE_FIELDS, protocol("bearer.x"))
+            check_error(ask_from(network_server, source, upgrade), 429)
+            right = make_request("GET /tasks", bearer(RUN_TOKEN))
+            assert ask_from(network_server, source, right).status == 200
+            check_error(ask_from(network_server, source, make_request("GET /tasks")), 401)
+            assert ask_from(network_server, source, make_request("GET /")).status == 200
+            check_error(ask_from(network_server, fresh_source(), wrong), 401)
+
+    def test_wrong_token_is_not_asked_to_go_on(self, network_server: TokenServer) -> None:
+        fields = ("Expect: 100-continue", LENGTH_5)
+        with unharmed(network_server):
+            for wrong in (bearer("x" * 20), "A: b"):
+                data = make_request("POST /exec", wrong, *fields)
+                assert network_server.exchange(data).startswith(b"HTTP/1.1 401 ")
+            view = make_request("POST /exec", bearer(VIEW_TOKEN), *fields)
+            assert network_server.exchange(view).startswith(b"HTTP/1.1 403 ")
+        data = make_request("POST /exec?wait", bearer(RUN_TOKEN), "Connection: close", *fields)
+        with unharmed(network_server, runs=True), network_server.connect() as connection:
+            connection.sendall(data)
+            assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(b"echo 1"[:5])
+            assert AnswerStream(connection).next().status == 200
+
+    def test_preflight_of_a_listed_origin_needs_no_token(self, network_server: TokenServer) -> None:
+        with unharmed(network_server):
+            for path in ("/exec", "/tasks"):
+                data = make_request(f"OPTIONS {path}", "Origin: https://one.test", PREFLIGHT_FIELD)
+                answer = ask(network_server, data)
+                assert answer.status == 204
+                assert answer.headers["access-control-allow-origin"] == "https://one.test"
+                assert "authorization" in answer.headers["access-control-allow-headers"]
+                for origin in ("https://two.test", "null"):
+                    data = make_request(f"OPTIONS {path}", f"Origin: {origin}", PREFLIGHT_FIELD)
+                    answer = ask(network_server, data)
+                    check_error(answer, 403)
+                    assert "access-control-allow-origin" not in answer.headers
+            data = make_request("OPTIONS /exec", "Origin: https://one.test")
+            check_error(ask(network_server, data), 401)
+            data = make_request("GET /tasks", "Origin: https://one.test", PREFLIGHT_FIELD)
+            check_error(ask(network_server, data), 401)
+
+    def test_foreign_origin_is_403_with_the_right_token(self, network_server: TokenServer) -> None:
+        for line, fields, body in PAGE_REQUESTS:
+            foreign = ("Origin: http://evil.test", bearer(RUN_TOKEN))
+            data = make_request(line, *foreign, *fields, body=body)
+            check_error(ask(network_server, data), 403)
+
+    def test_keep_alive_asks_for_every_request(self, network_server: TokenServer) -> None:
+        """A token is good for one request, not for the connection."""
+        with unharmed(network_server), network_server.connect() as connection:
+            stream, statuses = AnswerStream(connection), []
+            for fields in ((bearer(RUN_TOKEN),), (), (bearer(VIEW_TOKEN),), ("A: b",)):
+                connection.sendall(make_request("GET /tasks", *fields))
+                statuses.append(stream.next().status)
+        assert statuses == [200, 401, 200, 401]
+
+
+class TestTokenOptions:
+    """SPEC 4: where tokens come from and when they are asked for; each test has its own server."""
+
+    def test_token_on_loopback_counts_before_trust(self, tmp_path: Path) -> None:
+        """CASES 46: who shows a token gets its role, a wrong one nothing; nobody falls back."""
+        with ServerProcess(tmp_path, env=TOKENS) as server, unharmed(server):
+            for name, fields in WRONG_TOKENS:
+                data = make_request("POST /exec", *fields, body=b"true")
+                check_error(ask_from(server, fresh_source(), data), 401)
+            view = make_request("POST /exec", bearer(VIEW_TOKEN), body=b"true")
+            check_error(ask(server, view), 403)
+            for fields in ((), ("Via: 1.1 proxy", bearer(RUN_TOKEN))):
+                assert ask(server, make_request("GET /info", *fields)).json()["role"] == "run"
+            data = make_request("GET /info", bearer(RUN_TOKEN), host="evil.test")
+            assert ask(server, data).status == 200  # an attacker's page has no token
+            data = make_request(f"GET /tasks?token={RUN_TOKEN}")
+            check_error(ask(server, data), 401)
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_require_token_asks_our_own_account(self, tmp_path: Path, loop: str) -> None:
+        options = ("--require-token", f"--loop={loop}")
+        with SocketServer(tmp_path, *options, env=TOKENS) as server:
+            server.fields = (bearer(RUN_TOKEN),)
+            with unharmed(server):
+                for line, fields, body in CLOSED_REQUESTS:
+                    check_error(ask(server, make_request(line, *fields, body=body)), 401)
+                for line, fields, body in OPEN_REQUESTS:
+                    assert ask(server, make_request(line), line.split()[0]).status == 200
+                check_error(ask(server, make_request("GET /", host="evil.test")), 403)
+                assert server.get("/info")["role"] == "run"
+
+    def test_environment_wins_over_files(self, tmp_path: Path) -> None:
+        files = {"run": "file-run-0123456789", "view": "file-view-0123456789"}
+        for role, token in files.items():
+            (tmp_path / role).write_text(f"{token}\n")
+            (tmp_path / role).chmod(0o600)
+        run, view = f"--token-file={tmp_path / 'run'}", f"--view-token-file={tmp_path / 'view'}"
+        for options, env, right in [
+            ((run, view), {}, files),
+            ((run, view), TOKENS, {"run": RUN_TOKEN, "view": VIEW_TOKEN}),
+            ((run,), {"SERVERCONTROL_VIEW_TOKEN": VIEW_TOKEN}, {**files, "view": VIEW_TOKEN}),
+        ]:
+            with ServerProcess(tmp_path, NETWORK_BIND, *options, env=env) as server:
+                for token in (RUN_TOKEN, VIEW_TOKEN, *files.values()):
+                    answer = ask(server, make_request("GET /info", bearer(token)))
+                    roles = [role for role, value in right.items() if value == token]
+                    assert answer.status == (200 if roles else 401)
+                    assert [answer.json().get("role")] == (roles or [None])
+                (listening,) = server.log("listening")
+                used = [
+                    None if env.get(name) else path
+                    for name, path in zip(TOKENS, (str(tmp_path / "run"), str(tmp_path / "view")))
+                ]
+                assert [listening["token_file"], listening["view_token_file"]] == used
+        assert not list((tmp_path / "servercontrol").glob("*token"))
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_tokens_of_the_environment_are_nowhere(self, tmp_path: Path, loop: str) -> None:
+        """CASES 49."""
+        out, popen = tmp_path / "out", {"env": TOKENS}
+        with TokenServer(tmp_path, f"--loop={loop}", **popen) as server:
+            shown = server.run("env; set; cat /proc/self/environ | tr '\\0' '\\n'")["output"]
+            assert "SERVERCONTROL_TASK_ID" in shown and "TOKEN" not in shown
+            assert not [token for token in TOKENS.values() if token in shown]
+            with server.websocket(additional_headers={"Authorization": f"Bearer {RUN_TOKEN}"}) as w:
+                server.run("env")
+                events = receive_events(w, is_type("task_complete"))
+            assert not [token for token in TOKENS.values() if token in json.dumps(events)]
+            check_nowhere(server, RUN_TOKEN, VIEW_TOKEN)
+        command = ["sh", "-c", f'exec "$@" >{shlex.quote(str(out))} 2>&1', "sh", *server.command]
+        with subprocess.Popen(command, env=server.env) as process:
+            try:
+                wait_until(lambda: out.exists() and "listening" in out.read_text())
+            finally:
+                process.terminate()
+        assert not [token for token in TOKENS.values() if token in out.read_text()]
+
+    def test_no_auth_cannot_come_from_the_environment(self, tmp_path: Path) -> None:
+        for value in ("1", "0", "maybe"):
+            with TokenServer(tmp_path, env={"SERVERCONTROL_NO_AUTH": value}) as server:
+                check_error(ask(server, make_request("GET /tasks")), 401)
+                assert server.get("/info")["auth"] is True and not server.log("no_auth")
+
+    def test_network_beside_loopback_trusts_on_loopback_alone(self, tmp_path: Path) -> None:
+        """The bound socket decides, not the first of the options."""
+        network = find_addresses()[1:]
+        if not network:
+            pytest.skip("this machine has no address beside loopback")
+        options = ("--host=127.0.0.1", f"--host={network[0]}")
+        with ServerProcess(tmp_path, *options, env=TOKENS) as server:
+            assert ask(server, make_request("GET /tasks")).status == 200
+            data = make_request("GET /tasks", "Connection: close")
+            for fields, status in ((), b"401"), ((bearer(RUN_TOKEN),), b"200"):
+                data = make_request("GET /tasks", "Connection: close", *fields)
+                with socket.create_connection((network[0], server.port), 20) as connection:
+                    connection.sendall(data)
+                    assert read_all(connection).split()[1] == status
+
+
+class TestTokenPieces:
+    """What may be a token, and what a file of one must be like."""
+
+    @pytest.mark.parametrize("text", ["a" * 16, "A-._~+/9" * 2, "a" * 15 + "=", "a" * 4000])
+    def test_good_token_is_taken(self, tmp_path: Path, text: str) -> None:
+        assert sc.find_token("X", text, None, make=False) == text
+        path = tmp_path / "token"
+        for end in ("", "\n", "\r\n", "  \n\n"):
+            path.write_text(text + end)
+            path.chmod(0o600)
+            assert sc.find_token("X", None, str(path), make=False) == text
+            path.chmod(0o400)
+            assert sc.find_token("X", "b" * 16, str(path), make=False) == "b" * 16
+
+    BAD_TOKENS = [
+        "",
+        "a" * 15,
+        "a" * 15 + " ",
+        " " * 20,
+        "a" * 16 + "\n" + "b" * 16,
+        "a" * 16 + " b",
+    ]
+    BAD_TOKENS += [
+        "a" * 16 + "=b",
+        "=" * 20,
+        "ä" * 20,
+        "a" * 16 + "\0",
+        "a" * 16 + ",",
+        "\x1c" * 20,
+    ]
+
+    @pytest.mark.parametrize("text", BAD_TOKENS)
+    def test_bad_token_is_refused(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(sc.ConfigError) as error:
+            sc.find_token("NAME", text, None, make=False)
+        assert "NAME" in str(error.value) and "\n" not in str(error.value)
+        assert len(text) < 10 or text not in str(error.value)
+        path = tmp_path / "token"
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o600)
+        with pytest.raises(sc.ConfigError):
+            sc.find_token("NAME", None, str(path), make=True)
+        assert path.read_text(encoding="utf-8") == text
+
+    def test_no_source_is_no_token(self) -> None:
+        assert sc.find_token("X", None, None, make=True) is None
+
+    def test_file_is_made_only_where_it_may_be(self, tmp_path: Path) -> None:
+        path = tmp_path / "token"
+        with pytest.raises(sc.ConfigError):
+            sc.find_token("X", None, str(path), make=False)
+        assert not path.exists()
+        made = sc.find_token("X", None, str(path), make=True)
+        assert made is not None and len(made) == 43 and path.read_text() == made + "\n"
+        assert [file.name for file in tmp_path.iterdir()] == ["token"]
+
+    def test_maker_that_comes_second_changes_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "token"
+        sc.make_token_file(str(path))
+        first = path.read_text()
+        sc.make_token_file(str(path))
+        assert path.read_text() == first
+        assert [file.name for file in tmp_path.iterdir()] == ["token"]
+
+    def test_makers_with_the_same_pid_agree(self, tmp_path: Path) -> None:
+        """Containers that share a folder: each is process 1."""
+        path, link = str(tmp_path / "token"), os.link
+        told = []
+
+        def meet(source: str, target: str) -> None:
+            with mock.patch.object(sc.os, "link", link):
+                link(source, target)
+                told.append(sc.read_token_file(path))
+                try:
+                    sc.make_token_file(path)  # the other one, in the same moment
+                except OSError as error:
+                    told.append(repr(error))
+
+        with mock.patch.object(sc.os, "link", meet):
+            sc.make_token_file(path)
+        assert told == [sc.read_token_file(path)]
+
+
+# TLS and the Unix socket ──────────────────────────────────────────────────────────────────────
+
+
+class Certificate(NamedTuple):
+    """A certificate for localhost that signs itself, and its key."""
+
+    cert: Path
+    key: Path
+
+    @property
+    def options(self) -> tuple[str, str]:
+        return f"--tls-cert={self.cert}", f"--tls-key={self.key}"
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.cert))
+
+    def copy_to(self, folder: Path) -> Certificate:
+        """Copy both, as a renewal does it: beside, then renamed."""
+        copy = Certificate(folder / "cert.pem", folder / "key.pem")
+        for source, target in zip(self, copy):
+            (folder / "new").write_bytes(source.read_bytes())
+            os.replace(folder / "new", target)
+        return copy
+
+
+def make_certificate(folder: Path) -> Certificate:
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command is not installed: no test of TLS")
+    made = Certificate(folder / "cert.pem", folder / "key.pem")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-out", str(made.cert), "-keyout", str(made.key)]
+    subprocess.run([*command.split(), *names, *files], check=True, stderr=subprocess.DEVNULL)
+    return made
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: Any) -> list[Certificate]:
+    return [make_certificate(tmp_path_factory.mktemp("cert")) for _ in range(2)]
+
+
+class TlsServer(SocketServer):
+    """A server that speaks TLS; its helpers check the certificate."""
+
+    def __init__(self, state: Path, certificate: Certificate, *options: str, **popen: Any) -> None:
+        super().__init__(state, *certificate.options, *options, **popen)
+        self.context = certificate.context()
+
+    def connect(self, port: int | None = None) -> ssl.SSLSocket:
+        return self.wrap(self.connect_plain(port))
+
+    def wrap(self, plain: socket.socket) -> ssl.SSLSocket:
+        return self.context.wrap_socket(plain, server_hostname="localhost")
+
+    def connect_plain(self, port: int | None = None) -> socket.socket:
+        return super().connect(port)
+
+    def websocket(self, path: str = "/", **options: Any) -> Any:
+        from websockets.sync.client import connect
+
+        url = f"wss://127.0.0.1:{self.ws_port}{path}"
+        return connect(url, compression=None, max_size=None, ssl=self.context, **options)
+
+    def shown_certificate(self, context: ssl.SSLContext) -> bool:
+        """Whether a new handshake gets the certificate that this context trusts."""
+        with self.connect_plain() as plain:
+            try:
+                context.wrap_socket(plain, server_hostname="localhost").close()
+            except ssl.SSLCertVerificationError:
+                return False
+        return True
+
+
+@pytest.fixture(scope="class", params=loops())
+def tls_server(
+    request: Any, tmp_path_factory: Any, certificates: list[Certificate]
+) -> Iterator[TlsServer]:
+    folder = tmp_path_factory.mktemp("tls")
+    script = make_launcher(folder, "sc.HANDSHAKE_SECONDS = 1.0")
+    options = (f"--loop={request.param}", "--interval=0.2")
+    with TlsServer(folder, certificates[0], *options, script=script, env=TOKENS) as server:
+        server.get("/health")
+        yield server
+
+
+class TestTls(RunsTasks):
+    """SPEC 1, 4, 9: https and wss on both ports; CASES 73."""
+
+    @pytest.fixture(autouse=True)
+    def stays_unharmed(self, tls_server: TlsServer) -> Iterator[None]:
+        with unharmed(tls_server, runs=True):
+            yield
+
+    def test_curl_and_websockets_get_through(
+        self, tls_server: TlsServer, certificates: list[Certificate]
+    ) -> None:
+        for port in (tls_server.port, tls_server.ws_port):
+            url = f"https://localhost:{port}/exec?wait"
+            told = curl("--cacert", str(certificates[0].cert), "-d", "echo ok", url)
+            assert json.loads(told.stdout.decode())["output"] == "ok\n", told
+            told = curl("--cacert", str(certificates[1].cert), "-d", "echo bad", url)
+            assert told.returncode == 60  # the certificate is not trusted
+        with tls_server.websocket() as websocket:
+            task_id = tls_server.start("echo wss")
+            events = receive_events(websocket, is_complete(task_id))
+            assert "wss\n" in [event.get("output") for event in events]
+            check_stream([event for event in events if "seq" in event])
+
+    def test_closing_takes_no_time(self, tls_server: TlsServer) -> None:
+        """TLS has no half-closed connections: who has said goodbye waits for us to close."""
+        with tls_server.websocket() as websocket:
+            websocket.send('{"type":"ping"}')
+            receive_events(websocket, is_type("pong"))
+            started = time.monotonic()
+        assert time.monotonic() - started < sc.LINGER_SECONDS / 2
+        with RawPeer(tls_server, wrap=tls_server.wrap) as peer:
+            peer.send(make_frame(0x83))  # what is violated is told before the end
+            assert peer.read_until(0x88)[-1][1][:2] == (1002).to_bytes(2, "big")
+
+    def test_places_say_that_it_is_tls(self, tls_server: TlsServer) -> None:
+        (listening,) = tls_server.log("listening")
+        assert listening["http"] == f"https://127.0.0.1:{tls_server.port}"
+        assert listening["ws"] == f"wss://127.0.0.1:{tls_server.ws_port}"
+        assert tls_server.get("/info")["tls"] is True
+        with Prober(tls_server.discovery_port) as prober:
+            (reply,) = prober.ask()
+        assert reply["tls"] is True and reply["port"] == tls_server.port
+
+    @pytest.mark.parametrize(
+        "version, served", [("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)]
+    )
+    def test_versions(
+        self,
+        tls_server: TlsServer,
+        certificates: list[Certificate],
+        version: str,
+        served: bool,
+    ) -> None:
+        context = certificates[0].context()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the old version
+            context.maximum_version = getattr(ssl.TLSVersion, version)
+            context.minimum_version = getattr(ssl.TLSVersion, version)
+        with contextlib.suppress(ssl.SSLError):
+            context.set_ciphers("ALL:@SECLEVEL=0")  # else our own OpenSSL would refuse 1.1
+        with tls_server.connect_plain() as plain:
+            try:
+                with context.wrap_socket(plain, server_hostname="localhost") as connection:
+                    told = connection.version()
+                    connection.sendall(make_request("GET /health"))
+                    assert AnswerStream(connection).next().status == 200
+            except (ssl.SSLError, ConnectionError) as error:
+                told = str(error)
+        own = sc.TlsFiles(str(certificates[0].cert), str(certificates[0].key), mock.Mock()).context
+        assert own.minimum_version is ssl.TLSVersion.TLSv1_2  # whatever OpenSSL's own rules are
+        if served:
+            assert told == version.replace("_", ".")
+        else:
+            assert "NO_PROTOCOLS" not in told, told  # our own side would speak it
+
+    @pytest.mark.parametrize(
+        "data",
+        [make_request("GET /tasks"), bytes(range(256)) * 40, b"\x16\x03\x01\xff\xff" + b"x" * 99],
+        ids=["http", "noise", "broken hello"],
+    )
+    def test_what_is_no_tls_is_closed(self, tls_server: TlsServer, data: bytes) -> None:
+        for port in (tls_server.port, tls_server.ws_port):
+            with tls_server.connect_plain(port) as plain:
+                with contextlib.suppress(ConnectionError):
+                    plain.sendall(data)
+                assert b"HTTP/" not in read_all(plain)
+
+    def test_silent_connection_is_closed_at_the_deadline(self, tls_server: TlsServer) -> None:
+        with tls_server.connect_plain() as silent, tls_server.connect_plain() as half:
+            started = time.monotonic()
+            half.sendall(b"\x16\x03\x01\x02\x00\x01")
+            for plain in (silent, half):
+                assert read_all(plain) == b""
+            assert 0.8 < time.monotonic() - started < 8
+
+    def test_half_open_handshakes_keep_nobody_out(self, tls_server: TlsServer) -> None:
+        right = make_request("GET /info", "Connection: close", bearer(RUN_TOKEN))
+        release, ready = os.pipe(), os.pipe()
+
+        def hog() -> bytes:
+            peers = [tls_server.connect_plain() for _ in range(1000)]
+            for peer in peers:
+                with contextlib.suppress(OSError):
+                    peer.sendall(b"\x16\x03\x01\x02\x00\x01")
+            os.write(ready[1], b"x")
+            os.read(release[0], 1)
+            return b"%d" % len(peers)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            taken = pool.submit(as_nobody, hog)
+            wait_until(lambda: taken.done() or select.select([ready[0]], [], [], 0)[0])
+            try:
+                for _ in range(3):
+                    assert ask(tls_server, right).json()["role"] == "run"
+                    with tls_server.connect() as connection:
+                        connection.sendall(right)
+                        (answer,) = AnswerStream(connection).rest()
+                        assert answer.status == 200
+            finally:
+                os.write(release[1], b"x")
+            assert taken.result() == b"1000"
+        for fd in (*release, *ready):
+            os.close(fd)
+
+    def test_origin_is_https(self, tls_server: TlsServer) -> None:
+        host = f"localhost:{tls_server.port}"
+        for scheme, port, status in (
+            ("https", tls_server.port, 200),
+            ("http", tls_server.port, 403),
+            ("https", tls_server.port + 1, 403),
+        ):
+            origin = f"Origin: {scheme}://localhost:{port}"
+            assert ask(tls_server, make_request("GET /tasks", origin, host=host)).status == status
+        data = make_request("GET /tasks", "Origin: https://localhost:443")
+        assert ask(tls_server, data).status == 200
+
+    def test_large_output_comes_whole(
+        self, tls_server: TlsServer, certificates: list[Certificate]
+    ) -> None:
+        url = f"https://localhost:{tls_server.port}/exec?follow"
+        told = curl("--cacert", str(certificates[0].cert), "-N", "-d", "seq 1 1500000", url)
+        assert told.returncode == 0
+        assert told.stdout == "".join(f"{n}\n" for n in range(1, 1500001)).encode()
+
+    def test_slow_viewer_costs_bounded_memory(self, tls_server: TlsServer) -> None:
+        with RawPeer(tls_server, receive_bytes=4096, wrap=tls_server.wrap) as viewer:
+            before, largest = tls_server.resident_kib(), 0
+            task_id = tls_server.start("head -c 100000000 /dev/zero | tr '\\0' a")
+            while tls_server.task(task_id)["state"] == "running":
+                largest = max(largest, tls_server.resident_kib())
+                viewer.read_some(1000)
+                select.select([], [], [], 0.02)
+            assert tls_server.task(task_id)["output_bytes"] == 100000000
+            # The kept events (16 MiB) and output (8 MiB), and what malloc makes of them.
+            assert largest - before < 60 * 1024
+
+
+class TestTlsFiles:
+    """SPEC 1: certificates that change or cannot be used; each test has a server of its own."""
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_burst_of_token_holders_gets_in(
+        self, tmp_path: Path, certificates: list[Certificate], loop: str
+    ) -> None:
+        """Handshakes take long when many come at once: that makes nobody an idle stranger."""
+        data = make_request("GET /info", bearer(RUN_TOKEN))
+        options = ("--require-token", f"--loop={loop}")
+
+        def hold_on(_: int) -> int:
+            with server.connect() as connection:
+                connection.sendall(data)
+                status = AnswerStream(connection).next().status
+                all_in.wait(PATIENCE_SECONDS)
+                return status
+
+        with TlsServer(tmp_path, certificates[0], *options, env=TOKENS) as server:
+            all_in = threading.Barrier(200)
+            with concurrent.futures.ThreadPoolExecutor(200) as pool:
+                assert list(pool.map(hold_on, range(200))) == [200] * 200
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_new_files_are_taken_without_a_restart(
+        self, tmp_path: Path, certificates: list[Certificate], loop: str
+    ) -> None:
+        old, new = certificates
+        used = old.copy_to(tmp_path)
+        script = make_launcher(tmp_path, "sc.SWEEP_SECONDS = 0.05")
+        options = (f"--loop={loop}", "--interval=0.2")
+        with TlsServer(tmp_path, used, *options, script=script) as server:
+            with server.websocket() as websocket:
+                used.cert.write_bytes(new.cert.read_bytes())  # the key is still the old one
+                server.wait_for_log("tls_not_reloaded")
+                assert server.shown_certificate(old.context())
+                assert not server.shown_certificate(new.context())
+                new.copy_to(tmp_path)
+                server.wait_for_log("tls_reloaded")
+                assert server.shown_certificate(new.context())
+                assert not server.shown_certificate(old.context())
+                server.context = new.context()
+                task_id = server.start("echo on")
+                check_stream(receive_events(websocket, is_complete(task_id)))
+                used.key.unlink()
+                wait_until(lambda: len(server.log("tls_not_reloaded")) == 2)
+                assert server.shown_certificate(new.context())
+            assert all(r["level"] == "error" for r in server.log("tls_not_reloaded"))
+
+    def test_bad_files_are_refused_with_status_2(
+        self, tmp_path: Path, certificates: list[Certificate]
+    ) -> None:
+        one, two = certificates
+        locked = ["openssl", "ec", "-aes256", "-passout", "pass:secret", "-in", str(one.key)]
+        for path in ("locked", "empty", "noise"):
+            (tmp_path / path).write_bytes(b"noise"[: 5 * (path == "noise")])
+        subprocess.run([*locked, "-out", str(tmp_path / "locked")], check=True, stderr=-3)
+        state = tmp_path / "state"
+        state.mkdir()
+        for cert, key in [
+            (one.cert, two.key),
+            (one.cert, tmp_path / "missing"),
+            (tmp_path / "missing", one.key),
+            (one.cert, tmp_path / "locked"),  # must not ask on the terminal
+            (tmp_path / "empty", one.key),
+            (one.cert, tmp_path / "noise"),
+            (tmp_path, one.key),
+            (one.cert, None),
+        ]:
+            options = [f"--tls-cert={cert}"] + ([f"--tls-key={key}"] if key else [])
+            check_refusal(state, 2, ["--tls-cert", str(cert)], "--port=0", "--ws-port=0", *options)
+
+    def test_transport_is_closed_once(
+        self, tmp_path: Path, certificates: list[Certificate]
+    ) -> None:
+        """After a second close asyncio forgets what the sweep asks for: an AttributeError."""
+        code = """
+import asyncio.sslproto
+close = asyncio.sslproto._SSLProtocolTransport.close
+def close_and_tell(self):
+    if self._closed:
+        os.write(2, b'{"event":"closed_twice"}\\n')
+    close(self)
+asyncio.sslproto._SSLProtocolTransport.close = close_and_tell
+"""
+        script = make_launcher(tmp_path, code)
+        with TlsServer(tmp_path, certificates[0], "--loop=asyncio", script=script) as server:
+            for data in (make_request("GET /health"), b"GET / HT"):
+                with server.connect() as connection:
+                    connection.sendall(data)
+                    select.select([connection], [], [], 0.2)
+            with server.websocket():
+                pass
+            assert server.get("/health") == {"ok": True}
+        assert not server.log("closed_twice")
+
+    def test_one_file_may_hold_both(self, tmp_path: Path, certificates: list[Certificate]) -> None:
+        both = tmp_path / "both.pem"
+        both.write_bytes(b"".join(path.read_bytes() for path in certificates[0]))
+        with SocketServer(tmp_path, f"--tls-cert={both}", NETWORK_BIND) as server:
+            url = f"https://localhost:{server.port}/health"
+            told = curl("--cacert", str(both), url)
+            assert json.loads(told.stdout.decode()) == {"ok": True}
+            assert not server.log("no_tls")
+
+
+class UnixServer(SocketServer):
+    """A server that is asked over its Unix socket."""
+
+    def __init__(self, state: Path, *options: str, path: Path | None = None, **popen: Any) -> None:
+        self.path = path or state / "socket"
+        super().__init__(state, f"--unix={self.path}", *options, **popen)
+
+    def connect(self, port: int | None = None) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(PATIENCE_SECONDS)
+        connection.connect(str(self.path))
+        return connection
+
+
+class TestUnixSocket:
+    """SPEC 1, 4: a Unix socket beside the ports."""
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_own_account_is_trusted_and_no_other(self, loop: str) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            with UnixServer(folder, f"--loop={loop}", env=TOKENS) as server, unharmed(server):
+                assert stat.S_IMODE(server.path.lstat().st_mode) == 0o600
+                told = curl("--unix-socket", str(server.path), "http://localhost/info")
+                assert json.loads(told.stdout.decode())["role"] == "run"
+                self.check_rules(server)
+                server.path.chmod(0o666)  # as a careless administrator would
+                data = make_request("GET /info", "Connection: close")
+                (answer,) = ask_as_nobody(server, data)
+                check_error(answer, 401)
+                data = make_request("GET /info", "Connection: close", bearer(VIEW_TOKEN))
+                (answer,) = ask_as_nobody(server, data)
+                assert (answer.status, answer.json()["role"]) == (200, "view")
+            assert not server.path.exists()
+
+    @staticmethod
+    def check_rules(server: UnixServer) -> None:
+        for line, fields, body in CLOSED_REQUESTS:
+            data = make_request(line, "Via: 1.1 proxy", *fields, body=body)
+            check_error(ask(server, data), 401)
+            data = make_request(line, *fields, body=body, host="evil.test")
+            check_error(ask(server, data), 403)
+        assert ask(server, make_request("GET /ws", *UPGRADE_FIELDS)).status == 101
+        check_error(ask(server, make_request("GET /tasks", bearer("x" * 20))), 401)
+        check_error(ask(server, make_request("GET /tasks", "Origin: http://evil.test")), 403)
+        assert server.log("listening")[0]["unix"] == str(server.path)
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_network_bind_leaves_it_trusted(self, tmp_path: Path, loop: str) -> None:
+        options = (NETWORK_BIND, f"--loop={loop}")
+        with UnixServer(tmp_path, *options, env=TOKENS) as server:
+            assert server.run("echo here")["output"] == "here\n"
+            check_error(ServerProcess.request(server, "GET", "/tasks"), 401)
+            assert server.get("/tasks")[0]["by"] == f"unix run uid={os.geteuid()}"
+
+    def test_require_token_asks_there_too(self, tmp_path: Path) -> None:
+        with UnixServer(tmp_path, "--require-token", env=TOKENS) as server:
+            check_error(ask(server, make_request("POST /exec", body=b"true")), 401)
+            server.fields = (bearer(RUN_TOKEN),)
+            assert server.get("/tasks") == []
+
+    def test_no_auth_needs_nothing_there(self, tmp_path: Path) -> None:
+        with UnixServer(tmp_path, "--no-auth") as server:
+            assert server.get("/info")["role"] == "run"
+            check_error(ask(server, make_request("GET /tasks", host="evil.test")), 403)
+
+    def test_file_of_a_killed_server_is_replaced(self, tmp_path: Path) -> None:
+        with UnixServer(tmp_path) as server:
+            server.check = False
+            server.process.kill()
+            server.process.wait()
+        assert server.path.is_socket()
+        with UnixServer(tmp_path) as server:
+            assert server.get("/health") == {"ok": True}
+            options = ("--port=0", "--ws-port=0", "--no-discovery", f"--unix={server.path}")
+            other = tmp_path / "other"
+            other.mkdir()
+            self.check_start_is_refused(other, options, str(server.path))
+            assert server.get("/health") == {"ok": True}
+
+    @staticmethod
+    def check_start_is_refused(state: Path, options: tuple[str, ...], word: str) -> None:
+        environ = {**os.environ, "XDG_STATE_HOME": str(state)}
+        command = [sys.executable, str(SCRIPT), *options]
+        told = subprocess.run(command, env=environ, capture_output=True, timeout=20)
+        assert told.returncode == 1 and told.stderr.count(b"\n") == 1
+        assert word.encode() in told.stderr and b"Traceback" not in told.stderr
+
+    def test_place_that_is_taken_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("precious")
+        (tmp_path / "link").symlink_to("file")
+        (tmp_path / "folder").mkdir()
+        for name in ("file", "link", "folder", "missing/socket", "x" * 200):
+            path = tmp_path / name
+            options = ("--port=0", "--ws-port=0", "--no-discovery", f"--unix={path}")
+            self.check_start_is_refused(tmp_path, options, str(path))
+        self.check_start_is_refused(tmp_path, options, os.strerror(errno.ENAMETOOLONG))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder").is_dir()
+        assert (tmp_path / "file").read_text() == "precious"
+
+    def test_file_of_a_successor_is_not_removed(self, tmp_path: Path) -> None:
+        with UnixServer(tmp_path) as server:
+            server.path.unlink()
+            with UnixServer(tmp_path) as successor:
+                server.process.terminate()
+                server.process.wait(PATIENCE_SECONDS)
+                assert successor.get("/health") == {"ok": True}
+        assert not successor.path.exists()
+
+
+# Strangers ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="class", params=[*loops(), *(f"{loop} no-auth" for loop in loops())])
+def crowded_server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]:
+    """A server on the network, on either loop, with tokens and with --no-auth."""
+    state = tmp_path_factory.mktemp("crowd")
+    loop, _, no_auth = request.param.partition(" ")
+    kind: Any = TokenServer
+    options = [f"--loop={loop}"]
+    if no_auth:
+        kind, options = ServerProcess, [*options, NETWORK_BIND, "--no-auth"]
+    with kind(state, *options) as server:
+        server.get("/health")
+        yield server
+
+
+class TestStrangers:
+    """SPEC 9: who has not passed the gate cannot keep out who may; CASES 69."""
+
+    @pytest.fixture(autouse=True)
+    def gives_all_back(self, crowded_server: ServerProcess) -> Iterator[None]:
+        before = crowded_server.resident_kib()
+        with unharmed(crowded_server, runs=True):
+            yield
+        assert crowded_server.resident_kib() - before < 24 * 1024
+
+    @pytest.mark.parametrize("data", [b"", b"GET / HT", make_request("GET /health")])
+    def test_half_open_connections_keep_nobody_out(
+        self, crowded_server: ServerProcess, data: bytes
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1000):
+                peer = stack.enter_context(crowded_server.connect())
+                with contextlib.suppress(ConnectionError):
+                    peer.sendall(data)
+            for _ in range(3):
+                assert crowded_server.run("echo in")["output"] == "in\n"
+            assert crowded_server.get("/info")["role"] == "run"
+            if crowded_server.get("/info")["auth"]:
+                # Those that pass by every rule but the token are bounded, too.
+                wait_until(lambda: crowded_server.descriptors() < sc.MAX_STRANGERS + 40)
+
+    def test_only_the_oldest_give_way(self, crowded_server: ServerProcess) -> None:
+        """No more of them than must; the connections of the check before may count for a moment."""
+        with contextlib.ExitStack() as stack:
+            peers = []
+            for _ in range(sc.MAX_STRANGERS + 20):
+                peers.append(stack.enter_context(crowded_server.connect()))
+                peers[-1].sendall(b"GET / HT")
+            wait_until(lambda: len(select.select(peers, [], [], 0)[0]) >= 20)
+            assert select.select(peers[24:], [], [], sc.STRANGER_GRACE_SECONDS * 3)[0] == []
+            assert set(peers[:20]) <= set(select.select(peers, [], [], 0)[0])
+
+    def test_readers_that_do_not_read_keep_nobody_out(self, crowded_server: ServerProcess) -> None:
+        requests = make_request("GET /") * 300
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                peer = stack.enter_context(socket.socket())
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                peer.connect(("127.0.0.1", crowded_server.port))
+                peer.setblocking(False)
+                with contextlib.suppress(OSError):
+                    peer.send(requests)
+            for _ in range(3):
+                assert crowded_server.run("echo in")["output"] == "in\n"
+
+    def test_many_wrong_tokens_keep_nobody_out(self, crowded_server: ServerProcess) -> None:
+        source, wrong = fresh_source(), make_request("GET /tasks", bearer("x" * 20))
+        address = ("127.0.0.1", crowded_server.port)
+        statuses: list[int] = []
+        for _ in range(10):
+            with socket.create_connection(address, PATIENCE_SECONDS, (source, 0)) as peer:
+                peer.sendall(wrong * 100)
+                assert crowded_server.run("echo in")["output"] == "in\n"
+                peer.shutdown(socket.SHUT_WR)
+                statuses += [answer.status for answer in AnswerStream(peer).rest()]
+        needs_token = crowded_server.get("/info")["auth"]
+        assert statuses == ([401] * 10 + [429] * 990 if needs_token else [200] * 1000)
+
+    def test_burst_of_token_holders_gets_in(self, crowded_server: ServerProcess) -> None:
+        data = make_request("GET /info", bearer(RUN_TOKEN))
+        with contextlib.ExitStack() as stack:
+            for _ in range(sc.MAX_STRANGERS):
+                stack.enter_context(crowded_server.connect()).sendall(b"GET / HT")
+            os.kill(crowded_server.pid, signal.SIGSTOP)  # they all come in the same moment
+            try:
+                peers = [stack.enter_context(crowded_server.connect()) for _ in range(300)]
+                for peer in peers:
+                    peer.sendall(data)
+            finally:
+                os.kill(crowded_server.pid, signal.SIGCONT)
+            assert [AnswerStream(peer).next().status for peer in peers] == [200] * 300
+            # And they stay: no stranger is any more who has shown a token.
+            assert select.select(peers, [], [], sc.STRANGER_GRACE_SECONDS * 3)[0] == []
+            for peer in peers:
+                peer.sendall(data)
+            assert [AnswerStream(peer).next().status for peer in peers] == [200] * 300
 
 
 # End to end: limits ──────────────────────────────────────────────────────────────────────────
@@ -4660,9 +5804,9 @@ def server_with_output(state: Path, redirect: str, *options: str, **popen: Any) 
 class Terminal:
     """A server on a terminal of its own, as a person starts it."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, *options: str) -> None:
         self.master, slave = pty.openpty()
-        server = ServerProcess(state)
+        server = ServerProcess(state, *options)
         self.process = subprocess.Popen(
             server.command,
             env=server.env,
@@ -4676,7 +5820,7 @@ class Terminal:
         self.text = ""
 
     def __enter__(self) -> Terminal:
-        self.port = int(self.read_until(r'"http":"http://127\.0\.0\.1:(\d+)"').group(1))
+        self.port = int(self.read_until(r'"http":"http://[\d.]+:(\d+)"').group(1))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -5466,6 +6610,607 @@ class TestState:
                 ids += [int(server.run("true")["task_id"]) for _ in range(2)]
                 assert [record for record in server.records if record["level"] == "warning"]
         assert sorted(set(ids)) == ids
+
+
+class TestTokenFiles:
+    """SPEC 4: the tokens in the state folder, and files that are refused."""
+
+    @staticmethod
+    def read_tokens(state: Path) -> list[str]:
+        return [(state / "servercontrol" / name).read_text() for name in ("token", "view-token")]
+
+    @pytest.mark.parametrize("umask", [0, 0o777])
+    def test_first_start_makes_both_whatever_the_umask(self, tmp_path: Path, umask: int) -> None:
+        with ServerProcess(tmp_path, preexec_fn=lambda: os.umask(umask)) as server:
+            folder = tmp_path / "servercontrol"
+            for name in ("token", "view-token"):
+                status = (folder / name).stat()
+                assert (stat.S_IMODE(status.st_mode), status.st_nlink) == (0o600, 1)
+            run, view = self.read_tokens(tmp_path)
+            assert run != view and re.fullmatch(r"[\w-]{43}\n", run, re.ASCII)
+            for token, role in ((run, "run"), (view, "view")):
+                data = make_request("GET /info", bearer(token.strip()))
+                assert ask(server, data).json()["role"] == role
+            (listening,) = server.log("listening")
+            assert listening["token_file"] == str(folder / "token")
+            assert listening["view_token_file"] == str(folder / "view-token")
+            check_nowhere(server, run.strip(), view.strip())
+            shown = f"umask; ls {shlex.quote(str(folder))}"
+            assert server.run(shown)["output"].startswith(
+                f"{umask:04o}\n"
+            )  # the task's is as it was
+
+    def test_tokens_stay_across_a_stop_and_a_kill(self, tmp_path: Path) -> None:
+        """CASES 81."""
+        tokens = []
+        for number in range(3):
+            with ServerProcess(tmp_path, NETWORK_BIND) as server:
+                tokens.append(self.read_tokens(tmp_path))
+                answer = ask(server, make_request("GET /tasks", bearer(tokens[-1][0].strip())))
+                assert answer.status == 200
+                if number == 1:
+                    server.check = False
+                    server.process.kill()
+        assert tokens[0] == tokens[1] == tokens[2]
+
+    def test_instances_that_start_at_once_agree(self, tmp_path: Path) -> None:
+        with contextlib.ExitStack() as stack:
+            servers = [ServerProcess(tmp_path, NETWORK_BIND, "--no-discovery") for _ in range(3)]
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(stack.enter_context, servers))
+            for token, role in zip(self.read_tokens(tmp_path), ("run", "view")):
+                for server in servers:
+                    answer = ask(server, make_request("GET /info", bearer(token.strip())))
+                    assert answer.json()["role"] == role
+            names = {path.name for path in (tmp_path / "servercontrol").iterdir()}
+            assert {name for name in names if "token" in name} == {"token", "view-token"}
+
+    @pytest.mark.parametrize(
+        "kind",
+        "0644 0640 0610 0601 other_account symlink fifo folder empty short two_lines binary".split(),
+    )
+    @pytest.mark.parametrize("name", ["token", "view-token"])
+    def test_file_that_may_be_known_is_refused(self, tmp_path: Path, kind: str, name: str) -> None:
+        path, option = tmp_path / name, f"--{name}-file"
+        self.make_bad_file(path, kind)
+        state = tmp_path / "state"
+        state.mkdir()
+        any_ports = ("--port=0", "--ws-port=0")
+        check_refusal(state, 2, [option], *any_ports, f"{option}={path}")
+        if kind == "0644":  # the same in the state folder
+            folder = state / "servercontrol"
+            os.replace(path, folder / name)
+            told = subprocess.run(
+                [sys.executable, str(SCRIPT), *any_ports],
+                env={**os.environ, "XDG_STATE_HOME": str(state)},
+                capture_output=True,
+                timeout=PATIENCE_SECONDS,
+            )
+            assert (told.returncode, told.stderr.count(b"\n")) == (2, 1)
+            assert str(folder / name).encode() in told.stderr and b"chmod 600" in told.stderr
+
+    @staticmethod
+    def make_bad_file(path: Path, kind: str) -> None:
+        if kind == "fifo":
+            os.mkfifo(path, 0o600)
+        elif kind == "folder":
+            path.mkdir(mode=0o700)
+        elif kind == "symlink":
+            path.with_suffix(".real").write_text("t" * 43)
+            path.with_suffix(".real").chmod(0o600)
+            path.symlink_to(path.with_suffix(".real"))
+        else:
+            contents = {"empty": b"", "short": b"t" * 15 + b"\n", "binary": b"\xe4" * 43}
+            contents["two_lines"] = b"t" * 20 + b"\n" + b"t" * 20
+            path.write_bytes(contents.get(kind, b"t" * 43))
+            path.chmod(int(kind, 8) if kind.isdigit() else 0o600)
+        if kind == "other_account":
+            if os.geteuid() != 0:
+                pytest.skip("only root can give a file away")
+            os.chown(path, NOBODY, NOBODY)
+
+    def test_one_token_for_both_roles_is_refused(self, tmp_path: Path) -> None:
+        any_ports = ("--port=0", "--ws-port=0")
+        same = dict.fromkeys(TOKENS, RUN_TOKEN)
+        check_refusal(tmp_path, 2, ["both roles"], *any_ports, **same)
+
+    def test_network_bind_without_a_place_for_tokens_is_refused(self, tmp_path: Path) -> None:
+        """Else nobody could get in, or everybody."""
+        (tmp_path / "servercontrol").write_text("no folder")
+        for option in (NETWORK_BIND, "--require-token"):
+            options = (option, "--port=0", "--ws-port=0", "--log-level=error")
+            told = subprocess.run(
+                [sys.executable, str(SCRIPT), *options],
+                env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+                capture_output=True,
+                timeout=PATIENCE_SECONDS,
+            )
+            assert (told.returncode, told.stderr.count(b"\n")) == (2, 1)
+            assert b"--token-file" in told.stderr
+        with ServerProcess(tmp_path) as server:
+            assert server.run("echo local")["output"] == "local\n"
+
+    @pytest.mark.parametrize("option", [NETWORK_BIND, "--require-token", "--no-discovery"])
+    def test_terminal_shows_the_token_where_it_is_needed(self, tmp_path: Path, option: str) -> None:
+        with Terminal(tmp_path, option) as terminal:
+            terminal.read_until(r"Ctrl-C")
+            run, view = (token.strip() for token in self.read_tokens(tmp_path))
+            host = socket.gethostname() if option == NETWORK_BIND else "127.0.0.1"
+            link = f"http://{host}:{terminal.port}/#token={run}\r\n"
+            if option == "--no-discovery":
+                assert run not in terminal.text
+            else:
+                assert link in terminal.text
+            assert view not in terminal.text
+            log, banner = terminal.text.split("\r\nServerControl ")
+            assert run not in log  # nor in the log on the same terminal
+
+    def test_redirected_output_shows_no_token(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        options = (NETWORK_BIND, "--log-level=debug", "--no-discovery")
+        with server_with_output(tmp_path, f">'{out}' 2>&1", *options):
+            wait_until(lambda: "listening" in out.read_text())
+            tokens = self.read_tokens(tmp_path)
+        text = out.read_text()
+        assert str(tmp_path / "servercontrol" / "token") in text
+        assert not [token for token in tokens if token.strip() in text]
+
+
+# Audit log ───────────────────────────────────────────────────────────────────────────────────
+
+FIRST_PREV = "0" * 64
+
+
+def hash_text(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def verify(*files: Path) -> tuple[int, str]:
+    """Return the exit status of verify-audit and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = sc.verify_audit([str(file) for file in files], {})
+    return status, out.getvalue()
+
+
+def write_chain(path: Path, count: int, start: int = 1) -> list[bytes]:
+    """Write that many records into an audit log; return all its lines."""
+    audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
+    for number in range(start, start + count):
+        audit.write("task_start", task_id=str(number), command="true")
+    assert audit.errors == 0
+    return path.read_bytes().splitlines()
+
+
+class TestAuditChain:
+    """SPEC 7: the chain of hashes, and what verify-audit says of it."""
+
+    def test_each_line_names_the_hash_of_the_one_before(self, tmp_path: Path) -> None:
+        path = tmp_path / "audit.log"
+        lines = write_chain(path, 3) and write_chain(path, 2, start=4)
+        prevs = [FIRST_PREV, *map(hash_text, lines)]
+        assert [json.loads(line)["prev"] for line in lines] == prevs[:-1]
+        assert Path(f"{path}.head").read_text() == prevs[-1] + "\n"
+        for file in (path, Path(f"{path}.head")):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert verify(path) == (0, f"{path}: 5 lines; the chain holds\n")
+
+    def test_long_line_is_hashed_whole(self, tmp_path: Path) -> None:
+        """Also where somebody else goes on from it, who reads the end of the file alone."""
+        path = tmp_path / "audit.log"
+        for size in (sc.READ_CHUNK_BYTES - 200, sc.READ_CHUNK_BYTES, 300_000):
+            audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
+            audit.write("task_start", task_id="1", command="x" * size)
+        write_chain(path, 1)
+        assert verify(path) == (0, f"{path}: 4 lines; the chain holds\n")
+
+    @cases_task(
+        "damage, number",
+        {
+            "nothing": (lambda lines: lines, None),
+            "changed": (
+                lambda lines: [*lines[:2], lines[2].replace(b"true", b"evil"), *lines[3:]],
+                4,
+            ),
+            "first changed": (lambda lines: [lines[0].replace(b"true", b"evil"), *lines[1:]], 2),
+            "last changed": (lambda lines: [*lines[:-1], lines[-1].replace(b"true", b"false")], 6),
+            "removed": (lambda lines: lines[:2] + lines[3:], 3),
+            "inserted": (lambda lines: lines[:3] + lines[2:], 4),
+            "noise inserted": (lambda lines: [*lines[:3], b"noise", *lines[3:]], 5),
+            "swapped": (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
+            "end cut off": (lambda lines: lines[:-1], 5),
+            "all but one cut off": (lambda lines: lines[:1], 1),
+            "all cut off": (lambda lines: [], 0),
+            "space added": (lambda lines: [*lines[:2], lines[2] + b" ", *lines[3:]], 4),
+            "no prev": (lambda lines: [*lines[:2], b'{"time":"x"}', *lines[3:]], 4),
+        },
+    )
+    def test_break_is_found_where_it_is(self, tmp_path: Path, damage: Any, number: Any) -> None:
+        path = tmp_path / "audit.log"
+        lines = damage(write_chain(path, 6))
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        status, told = verify(path)
+        if number is None:
+            assert (status, told.count("\n")) == (0, 1) and "BROKEN" not in told
+            return
+        assert status == 1 and f"{len(lines)} lines; the chain is BROKEN" in told
+        problems = [line for line in told.splitlines() if "not a whole record" not in line][:-1]
+        assert problems[0].startswith(f"{path}: line {number} "), told
+
+    def test_rotated_files_are_one_chain(self, tmp_path: Path) -> None:
+        path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
+        audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
+        for rotated in (older, old, path):
+            for number in range(3):
+                audit.write("task_start", task_id=str(number))
+            if rotated is not path:
+                path.rename(rotated)
+        status, told = verify(older, old, path)
+        assert status == 0 and told.count("the chain holds") == 3
+        assert told.count("goes on from an older file") == 2
+        assert verify(older, path)[0] == verify(old, older, path)[0] == 1
+        assert verify(path)[0] == verify(old)[0] == 0
+        lines = old.read_bytes().splitlines(keepends=True)
+        old.write_bytes(b"".join(lines[:-1]))  # the end of a rotated file is missing
+        status, told = verify(older, old, path)
+        assert status == 1 and f"{path}: line 1 does not follow" in told
+        changed = lines[0].replace(b"task_start", b"task_kill"), *lines[1:]
+        old.write_bytes(b"".join(changed))  # and one in its middle is another
+        status, told = verify(older, old, path)
+        assert status == 1 and f"{old}: line 2 does not follow" in told
+        assert told.count("BROKEN") == 1 and told.endswith("older file\n")
+
+    def test_rotation_between_open_and_lock_is_seen(self, tmp_path: Path) -> None:
+        path, old, lock = tmp_path / "audit.log", tmp_path / "audit.1", sc.lock_file
+        write_chain(path, 2)
+
+        def rotate_and_lock(*arguments: Any) -> None:
+            if not old.exists():
+                path.rename(old)
+            lock(*arguments)
+
+        with mock.patch.object(sc, "lock_file", rotate_and_lock):
+            assert len(write_chain(path, 1, start=3)) == 1
+        assert len(old.read_bytes().splitlines()) == 2
+        assert verify(old, path)[0] == 0
+
+    def test_half_line_is_noted_and_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "audit.log"
+        write_chain(path, 2)
+        for half in (b'{"time":"half', b"\xff\xfe\0", b"{}"):
+            with path.open("ab") as file:
+                file.write(half)
+            lines = write_chain(path, 2)
+            assert lines[-3] == half and json.loads(lines[-2])["prev"] == hash_text(half)
+        status, told = verify(path)
+        assert status == 0 and told.count("is not a whole record") == 3
+        assert f"{path}: line 3 is not" in told
+
+    def test_exit_statuses(self, tmp_path: Path) -> None:
+        path = tmp_path / "servercontrol" / "audit.log"
+        path.parent.mkdir()
+        command = [sys.executable, str(SCRIPT), "verify-audit"]
+        environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+
+        def run(*arguments: str, **env: str) -> tuple[int, bytes, bytes]:
+            told = subprocess.run(
+                [*command, *arguments], env={**environ, **env}, stdout=-1, stderr=-1
+            )
+            return told.returncode, told.stdout, told.stderr
+
+        status, out, error = run()
+        assert (status, out, error.count(b"\n")) == (1, b"", 1) and str(path).encode() in error
+        write_chain(path, 2)
+        assert run() == (0, f"{path}: 2 lines; the chain holds\n".encode(), b"")
+        path.write_bytes(path.read_bytes().replace(b"true", b"evil"))
+        assert run(str(path))[0] == 1 and b"BROKEN" in run()[1]
+        assert run("--bogus")[0] == 2
+        assert run(SERVERCONTROL_AUDIT_LOG="none")[0] == 1
+
+
+class TestAuditLog:
+    """SPEC 7 on a running server: what is written down, and a log that gives trouble."""
+
+    COMMON = {"time", "event", "host", "boot_id", "prev"}
+    FIELDS = {
+        "start": {"pid", "version", "http", "ws", "discovery", "unix"},
+        "task_start": {"task_id", "command", "cwd", "by", "pid"},
+        "task_complete": {
+            *("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
+        },
+        "task_kill": {"task_id", "signal", "by"},
+        "refused": {"by", "reason", "request"},
+        "stop": {"reason"},
+    }
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_who_did_what_is_written_down(self, tmp_path: Path, loop: str) -> None:
+        with TokenServer(tmp_path, f"--loop={loop}") as server:
+            boot_id = server.get("/info")["boot_id"]
+            done = server.run("exit 3")["task_id"]
+            first, second = server.start("exec sleep 300"), server.start("exec sleep 300")
+            assert kill_task(server, first, "INT").status == 200
+            self.refuse_all(server)
+            headers = {"Authorization": f"Bearer {RUN_TOKEN}"}
+            with server.websocket(additional_headers=headers) as websocket:
+                websocket.send(json.dumps({"type": "task_kill", "task_id": second}))
+                receive_events(websocket, is_complete(second))
+            server.wait_for_end(first)
+        records = read_audit(tmp_path / "servercontrol" / "audit.log")
+        assert [records[0]["event"], records[-1]["event"]] == ["start", "stop"]
+        assert records[-1]["reason"] == "SIGTERM"
+        for record in records:
+            assert set(record) == self.COMMON | self.FIELDS[record["event"]]
+            assert (record["boot_id"], record["host"]) == (boot_id, socket.gethostname())
+            assert re.fullmatch(TestLogging.TIME, record["time"])
+        self.check_tasks(records, done, first, second)
+        self.check_refusals([r for r in records if r["event"] == "refused"])
+        assert verify(tmp_path / "servercontrol" / "audit.log")[0] == 0
+
+    @staticmethod
+    def refuse_all(server: TokenServer) -> None:
+        """Be refused by the gate, by the role over HTTP, and by the role over WebSocket."""
+        assert ask(server, make_request("GET /tasks?id=secret")).status == 401
+        data = make_request("POST /exec", bearer(VIEW_TOKEN), body=b"true")
+        assert ask(server, data).status == 403
+        assert ask(server, make_request("GET /ws", bearer("x" * 20), *UPGRADE_FIELDS)).status == 401
+        headers = {"Authorization": f"Bearer {VIEW_TOKEN}"}
+        with server.websocket(additional_headers=headers) as websocket:
+            websocket.send('{"type":"task_kill","task_id":"1"}')
+            receive_events(websocket, is_type("error"))
+
+    @staticmethod
+    def check_tasks(records: list[dict[str, Any]], done: str, first: str, second: str) -> None:
+        uid = os.geteuid()
+        by_run = re.compile(rf"127\.0\.0\.1:\d+ run uid={uid}")
+        starts = [r for r in records if r["event"] == "task_start"]
+        assert [r["command"] for r in starts] == ["exit 3", "exec sleep 300", "exec sleep 300"]
+        assert all(by_run.fullmatch(r["by"]) and r["cwd"] == os.getcwd() for r in starts)
+        kills = [r for r in records if r["event"] == "task_kill"]
+        assert [(r["task_id"], r["signal"]) for r in kills] == [(first, "INT"), (second, "TERM")]
+        assert all(by_run.fullmatch(r["by"]) for r in kills)
+        ends = {r["task_id"]: r for r in records if r["event"] == "task_complete"}
+        assert (ends[done]["exit_code"], ends[done]["state"]) == (3, "done")
+        assert (ends[first]["signal"], ends[first]["state"]) == ("INT", "killed")
+        assert (ends[second]["exit_code"], ends[second]["signal"]) == (143, "TERM")
+
+    @staticmethod
+    def check_refusals(refused: list[dict[str, Any]]) -> None:
+        uid = os.geteuid()
+        told = [(r["reason"], r["request"], r["by"].split(None, 1)[1]) for r in refused]
+        assert told == [
+            ("unauthorized", "GET /tasks", f"- uid={uid}"),
+            ("forbidden", "POST /exec", f"view uid={uid}"),
+            ("wrong_token", "GET /ws", f"- uid={uid}"),
+            ("forbidden", "task_kill", f"view uid={uid}"),
+        ]
+
+    def test_other_account_is_named(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            assert ask_as_nobody(server, make_request("POST /exec", body=b"true"))[0].status == 401
+            (record,) = read_audit(state_file(server, "audit.log"), "refused")
+        assert record["by"].endswith(f" - uid={NOBODY}") and record["request"] == "POST /exec"
+
+    def test_refusal_is_not_put_down_to_the_role_before(self, tmp_path: Path) -> None:
+        """The request before on the same connection was let in; this one shows nothing."""
+        with TokenServer(tmp_path) as server, server.connect() as connection:
+            stream = AnswerStream(connection)
+            for fields in ((bearer(RUN_TOKEN),), (), (bearer("x" * 20),)):
+                connection.sendall(make_request("GET /tasks", *fields))
+                stream.next()
+            refused = read_audit(state_file(server, "audit.log"), "refused")
+        assert [record["by"].split()[1] for record in refused] == ["-", "-"]
+
+    def test_no_exec_is_written_down(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server:
+            check_error(server.request("POST", "/exec", b"true"), 403)
+            with server.websocket() as websocket:
+                websocket.send('{"type":"task_kill","task_id":"1"}')
+                receive_events(websocket, is_type("error"))
+            # Whether there is such a task is asked first over WebSocket; that is no refusal.
+            refused = read_audit(state_file(server, "audit.log"), "refused")
+        assert (refused[0]["reason"], refused[0]["request"]) == ("exec_disabled", "POST /exec")
+
+    def test_place_of_the_log(self, tmp_path: Path) -> None:
+        path, standard = tmp_path / "my.log", tmp_path / "servercontrol" / "audit.log"
+        with ServerProcess(tmp_path, "--audit-log=my.log", cwd=str(tmp_path)) as server:
+            server.run("true")
+            assert server.get("/info")["audit_errors"] == 0
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        events = [record["event"] for record in read_audit(path)]
+        assert events == ["start", "task_start", "task_complete", "stop"]
+        with ServerProcess(tmp_path, "--audit-log=none", cwd=str(tmp_path)) as server:
+            server.run("true")
+        assert not standard.exists() and not (tmp_path / "none").exists()
+        with ServerProcess(tmp_path, "--audit-log=-") as server:
+            server.run("# " + "x" * 9000)
+            server.run("true")
+        records = [record for record in server.records if "prev" in record]
+        assert [r["event"] for r in records] == [events[0], *events[1:3], *events[1:]]
+        lines = [line.strip().encode() for line in server.stderr if '"prev"' in line]
+        prevs = [FIRST_PREV, *map(hash_text, lines)]
+        assert [record["prev"] for record in records] == prevs[:-1]
+        assert max(map(len, lines)) < 4096 and not standard.exists()
+
+    def test_long_record_fits_a_pipe(self, tmp_path: Path) -> None:
+        """A longer line could make us wait for who reads our stderr."""
+        folder = tmp_path.joinpath(*["d" * 200] * 18)
+        folder.mkdir(parents=True)
+        with ServerProcess(tmp_path, "--audit-log=-") as server:
+            for command in ("true #" + "x" * 300, "exit 0\n" + "\x01" * 5000):
+                server.run(command, cwd=str(folder))
+        lines = [line for line in server.stderr if '"prev"' in line]
+        assert len(lines) == 6 and max(len(line.encode()) for line in lines) <= 4096
+
+    @pytest.mark.parametrize("umask", [0, 0o777])
+    def test_log_is_private_whatever_the_umask(self, tmp_path: Path, umask: int) -> None:
+        with ServerProcess(tmp_path, preexec_fn=lambda: os.umask(umask)) as server:
+            server.run("true")
+            for name in ("audit.log", "audit.log.head"):
+                assert not state_file(server, name).stat().st_mode & 0o177
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_log_can_be_renamed_at_any_time(self, tmp_path: Path, loop: str) -> None:
+        path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
+        options = (f"--audit-log={path}", f"--loop={loop}")
+        with ServerProcess(tmp_path, *options) as server:
+            server.run("true")
+            path.rename(older)
+            server.run("true")
+            assert read_audit(path)[0]["prev"] == hash_text(older.read_bytes().splitlines()[-1])
+        path.rename(old)
+        with ServerProcess(tmp_path, *options) as server:  # and a restart between
+            server.run("true")
+        assert read_audit(path)[0]["prev"] == hash_text(old.read_bytes().splitlines()[-1])
+        status, told = verify(older, old, path)
+        assert status == 0 and told.count("the chain holds") == 3, told
+
+    @pytest.mark.parametrize("place", ["folder", "/dev/full", "missing/log", "fifo"])
+    def test_log_that_cannot_be_written_stops_nothing(self, tmp_path: Path, place: str) -> None:
+        (tmp_path / "folder").mkdir()
+        os.mkfifo(tmp_path / "fifo")
+        with ServerProcess(tmp_path, f"--audit-log={tmp_path / place}") as server:
+            for _ in range(3):
+                assert server.run("echo on")["output"] == "on\n"
+            assert server.get("/info")["audit_errors"] == 7
+            (record,) = server.log("audit_failed")
+            assert record["level"] == "error" and record["error"]
+
+    @pytest.mark.parametrize("written", ["data[:0]", "data[:20]"])
+    def test_full_disk_stops_nothing_and_is_gone_on_from(
+        self, tmp_path: Path, written: str
+    ) -> None:
+        flag = tmp_path / "full"
+        code = f"""
+write = os.write
+def write_or_fail(fd, data):
+    if b'"prev"' not in data or not os.path.exists({str(flag)!r}):
+        return write(fd, data)
+    if {written}:
+        return write(fd, {written})
+    raise OSError(28, "No space left on device")
+os.write = write_or_fail
+"""
+        with ServerProcess(tmp_path, script=make_launcher(tmp_path, code)) as server:
+            server.run("true")
+            flag.touch()
+            for _ in range(3):
+                assert server.run("echo on")["output"] == "on\n"
+            flag.unlink()
+            server.run("true")
+            assert server.get("/info")["audit_errors"] == 6
+            (record,) = server.log("audit_failed")
+            assert "space" in record["error"]
+        path = state_file(server, "audit.log")
+        status, told = verify(path)
+        assert status == 0, told
+        assert ("not a whole record" in told) is (written == "data[:20]")
+        assert path.read_bytes().endswith(b"\n")
+
+    def test_half_line_of_a_crash_stays_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "servercontrol" / "audit.log"
+        with ServerProcess(tmp_path):
+            pass
+        count = len(read_audit(path))
+        with path.open("ab") as file:
+            file.write(b'{"time":"2026-01-01T00:')
+        with ServerProcess(tmp_path) as server:
+            server.run("true")
+            with path.open("ab") as file:  # and of another instance, while we run
+                file.write(b'{"time":')
+            server.run("true")
+        status, told = verify(path)
+        assert status == 0 and told.count("is not a whole record") == 2
+        assert f"line {count + 1} is not a whole record" in told
+
+    def test_instances_share_one_chain(self, tmp_path: Path) -> None:
+        path = tmp_path / "audit.log"
+        option = f"--audit-log={path}"
+        with ServerProcess(tmp_path, option) as one, ServerProcess(tmp_path, option) as two:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                servers = [(one, two)[n % 2] for n in range(400)]
+                ids = list(pool.map(lambda server: server.run("true")["task_id"], servers))
+            assert one.get("/info")["audit_errors"] == two.get("/info")["audit_errors"] == 0
+        status, told = verify(path)
+        assert status == 0 and told.count("\n") == 1, told
+        for event in ("task_start", "task_complete"):
+            assert sorted(r["task_id"] for r in read_audit(path, event)) == sorted(ids)
+
+    def test_crash_leaves_no_task_open(self, tmp_path: Path) -> None:
+        path, pids = tmp_path / "servercontrol" / "audit.log", []
+        with contextlib.ExitStack() as stack:
+            alive = stack.enter_context(ServerProcess(tmp_path))
+            other = alive.start("exec sleep 300")
+            server = stack.enter_context(ServerProcess(tmp_path))
+            server.run("true")
+            lost = [server.start("exec sleep 300") for _ in range(2)]
+            pids = [server.task(task_id)["pid"] for task_id in lost]
+            boot_id = server.get("/info")["boot_id"]
+            server.check = False
+            server.process.kill()
+            server.process.wait()
+            with kill_at_last(pids):
+                for _ in range(2):  # the second start has nothing left to do
+                    with ServerProcess(tmp_path):
+                        pass
+            ends = [r for r in read_audit(path, "task_complete") if r["state"] == "interrupted"]
+            assert sorted(r["task_id"] for r in ends) == sorted(lost)
+            assert {r["boot_id"] for r in ends} == {boot_id}
+            kill_task(alive, other)
+            alive.wait_for_end(other)
+        (end,) = [r for r in read_audit(path, "task_complete") if r["task_id"] == other]
+        assert end["state"] == "killed"
+        assert verify(path)[0] == 0
+        assert not list(path.parent.glob("run-*"))
+
+    def test_flood_of_refusals_is_bounded_and_counted(self, tmp_path: Path) -> None:
+        total = 400
+        with ServerProcess(tmp_path) as server:
+            data = make_request("GET /tasks", "Via: 1.1 proxy")
+            with server.connect() as connection:
+                connection.sendall(data * total)
+                stream = AnswerStream(connection)
+                assert {stream.next().status for _ in range(total)} == {401}
+            path = state_file(server, "audit.log")
+            written = len(read_audit(path, "refused"))
+            assert 100 <= written <= 110
+
+            def find_skipped() -> list[int]:
+                assert ask(server, data).status == 401
+                return [r["skipped"] for r in read_audit(path, "refused") if "skipped" in r]
+
+            skipped = wait_until(find_skipped)
+            records = read_audit(path, "refused")
+            asked = total + (len(records) + sum(skipped) - total)
+            assert sum(skipped) >= total - 110 and asked >= total
+            assert len(server.log("refused")) < 10
+
+    def test_log_that_another_process_locks_blocks_nobody(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            path = state_file(server, "audit.log")
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                started = time.monotonic()
+                for _ in range(40):
+                    assert server.run("true")["exit_code"] == 0
+                taken = time.monotonic() - started
+                errors = server.get("/info")["audit_errors"]
+            assert errors == 80 and len(server.log("audit_failed")) == 1
+            assert taken < 4, "each record waited for the lock"
+            server.run("echo unlocked")
+            assert read_audit(path, "task_start")[-1]["command"] == "echo unlocked"
+            assert server.get("/info")["audit_errors"] == errors
+        assert verify(path)[0] == 0
+
+    def test_long_command_is_one_line(self, tmp_path: Path) -> None:
+        text = '\x01\x1b[2J\r\n\t\x7f\x9b\u2028\x85é€😀"\\' * 3000
+        command = "exit 0\n" + text.encode("utf-8")[:65000].decode("utf-8", "ignore")
+        with ServerProcess(tmp_path) as server:
+            body = json.dumps({"cmd": command}, ensure_ascii=False)
+            answer = server.request("POST", "/exec?wait", body, Content_Type=JSON_TYPE)
+            assert answer.json()["exit_code"] == 0
+            (record,) = read_audit(state_file(server, "audit.log"), "task_start")
+        assert record["command"] == command
+        assert verify(state_file(server, "audit.log"))[0] == 0
 
 
 # Command line, ports, log ────────────────────────────────────────────────────────────────────
