@@ -4544,7 +4544,19 @@ class Connection:
             self.forget()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once. Where the peer does not take what waits, the kernel is to forget it too:
+        else that would stay in its memory for minutes, and the peer's writes would hang."""
+        if self._socket is None and self.transport.get_write_buffer_size():
+            reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
+            connection = self.transport.get_extra_info("socket")
+            try:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            except OSError:
+                pass  # it is closed already
+        self.drop()
+
+    def drop(self) -> None:
+        """Close at once; what the kernel has taken it may still deliver."""
         if self._socket is None:
             self.transport.abort()
             return
@@ -5360,7 +5372,7 @@ class Server:
         while self.connections and time.monotonic() < end:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
-            connection.abort()
+            connection.drop()
         await self._end_background()
 
     def _close_connections(self) -> None:
