@@ -26,7 +26,7 @@ check: .venv/ok  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict servercontrol.py
 
-matrix:          ## tests on every CPython 3.8 to 3.14 found, with and without the extras
+matrix:          ## tests on every CPython 3.8 to 3.14 found
 	@.ci/matrix
 
 bench: .venv/ok  ## measure beside the websockets package

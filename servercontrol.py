@@ -2046,9 +2046,10 @@ class ReplyLimit:
 # nobody reads; the folder can be read-only; the disk can be full.
 #
 # The audit log is one JSON object a line. Each names the SHA-256 of the line before as `prev`, so
-# that a changed or missing line shows. The file is opened and locked for each record: it can be
-# rotated by rename, and instances of one account share it. FILE.head has the hash of the newest
-# line: a successor of a rotated file begins with it, and lines cut off at the end show too.
+# that a changed or missing line shows. The file is locked for each record, and opened anew when
+# its path names another one: it can be rotated by rename, and instances of one account share it.
+# FILE.head has the hash of the newest line: a successor of a rotated file begins with it, and
+# lines cut off at the end show too.
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -2343,29 +2344,31 @@ def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
     return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
 
 
-def open_audit_file(path: str, lock_seconds: float) -> int:
-    """Return the descriptor of the audit log, locked. Raises OSError."""
-    while True:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(path, flags, 0o600)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
-                raise PermissionError(errno.EPERM, "other accounts could change it")
-            if status.st_size == 0 and not status.st_mode & 0o600:
-                os.fchmod(fd, 0o600)  # the umask has taken everything
-            lock_file(fd, lock_seconds)
-            # It may have been rotated between the open and the lock.
-            if os.path.samestat(status, os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
+def open_audit_file(path: str) -> int:
+    """Return the descriptor of the audit log, which is made where there is none. Raises OSError."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o600)
+    status = os.fstat(fd)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "not a regular file"
+    elif status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
+        problem = "other accounts could change it"
+    if problem:
         os.close(fd)
+        raise PermissionError(errno.EPERM, problem)
+    if status.st_size == 0 and not status.st_mode & 0o600:
+        os.fchmod(fd, 0o600)  # the umask has taken everything
+    return fd
+
+
+def open_head_file(path: str) -> int:
+    """Return the descriptor of FILE.head, -1 where the folder (/var/log) does not allow it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path + ".head", flags, 0o600)
+    except OSError:
+        return -1
 
 
 class AuditLog:
@@ -2378,6 +2381,8 @@ class AuditLog:
         self.path = path
         self._boot_id = boot_id
         self._log = log
+        # The log and its head, as they were opened last; -1 is closed.
+        self._fd = self._head_fd = -1
         # The hash of the newest line we wrote, and (device, inode, size) of the file after it.
         self._hash = ZERO_HASH
         self._seen: tuple[int, int, int] | None = None
@@ -2436,49 +2441,57 @@ class AuditLog:
         self._hash = hash_line(line)
 
     def _append(self, record: dict[str, Any]) -> None:
+        status = self._lock()
         try:
-            fd = open_audit_file(self.path, self._lock_seconds)
-        except BlockingIOError:
-            self._lock_seconds = LOCKED_SECONDS
-            raise
-        self._lock_seconds = LOCK_SECONDS
-        try:
-            before = self._find_end(fd)
+            is_whole = self._find_end(status)
             line = encode_json({**record, "prev": self._hash})
             # After a crash or a full disk half a line may stand there: it stays as it is.
-            data = line + b"\n" if before else b"\n" + line + b"\n"
-            if os.write(fd, data) != len(data):
+            data = line + b"\n" if is_whole else b"\n" + line + b"\n"
+            if os.write(self._fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._hash = hash_line(line)
-            status = os.fstat(fd)
-            self._seen = status.st_dev, status.st_ino, status.st_size
-            self._write_head()
+            self._seen = status.st_dev, status.st_ino, status.st_size + len(data)
+            if self._head_fd >= 0:
+                os.pwrite(self._head_fd, self._hash.encode("ascii") + b"\n", 0)
         finally:
-            os.close(fd)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _find_end(self, fd: int) -> bool:
+    def _lock(self) -> os.stat_result:
+        """Lock the file that the path names now, opening it anew after a rotation."""
+        while True:
+            if self._fd < 0:
+                self._fd = open_audit_file(self.path)
+                self._head_fd = open_head_file(self.path)
+            try:
+                lock_file(self._fd, self._lock_seconds)
+            except BlockingIOError:
+                self._lock_seconds = LOCKED_SECONDS
+                raise
+            self._lock_seconds = LOCK_SECONDS
+            status = os.fstat(self._fd)
+            try:
+                if os.path.samestat(status, os.stat(self.path)):
+                    return status
+            except FileNotFoundError:
+                pass
+            self._close()
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._head_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._head_fd = -1
+
+    def _find_end(self, status: os.stat_result) -> bool:
         """Set the hash of the last line; return whether that is whole."""
-        status = os.fstat(fd)
         if (status.st_dev, status.st_ino, status.st_size) == self._seen:
             return True
         if status.st_size == 0:
             self._hash = read_hash(self.path) or self._hash
             return True
-        line, is_whole = read_last_line(fd, status.st_size)
+        line, is_whole = read_last_line(self._fd, status.st_size)
         self._hash = hash_line(line)
         return is_whole
-
-    def _write_head(self) -> None:
-        """Keep the newest hash beside the log, where the folder allows it."""
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = os.open(self.path + ".head", flags, 0o600)
-            try:
-                os.pwrite(fd, self._hash.encode("ascii") + b"\n", 0)
-            finally:
-                os.close(fd)
-        except OSError:
-            pass  # a folder of somebody else's, such as /var/log
 
 
 def find_audit_log(config_value: str, folder: str | None) -> str:
@@ -4027,6 +4040,14 @@ async def iterate_json(
     yield b'"}\n'
 
 
+def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) -> Response:
+    """Return JSON whose text field `name` may be long: then it is written piece by piece."""
+    if sum(map(len, pieces)) > BATCH_BYTES:
+        return Response(pieces=iterate_json(fields, name, pieces))
+    text = escape_json_text(b"".join(pieces))
+    return Response(body=b'%b,"%b":"%b"}\n' % (encode_json(fields)[:-1], name.encode(), text))
+
+
 async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
     """Give pieces one after the other."""
     for piece in pieces:
@@ -4139,7 +4160,7 @@ async def answer_exec(server: Server, request: Request) -> Response:
         state=task.state.value,
         truncated=truncated,
     )
-    return Response(pieces=iterate_json(fields, "output", task.output.read()))
+    return text_response(fields, "output", task.output.read())
 
 
 def find_task(server: Server, request: Request) -> Task:
@@ -4182,7 +4203,7 @@ async def answer_logs(server: Server, request: Request) -> Response:
         "dropped": task.output.start,
         "running": task.state is TaskState.RUNNING,
     }
-    return Response(pieces=iterate_json(fields, "logs", pieces))
+    return text_response(fields, "logs", pieces)
 
 
 async def answer_kill(server: Server, request: Request) -> Response:
@@ -4482,8 +4503,7 @@ class Connection:
             if self._is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
-                self._write_response_head(None, response, keep_alive=False)
-                self._write(response.body)
+                self._write(self._encode_head(None, response, keep_alive=False) + response.body)
             else:
                 await self._serve()
         except (asyncio.CancelledError, ConnectionError):
@@ -4744,16 +4764,16 @@ class Connection:
         keep_alive = head.keep_alive and not self.server.is_stopping
         if response.pieces is not None and head.http_1_0:
             keep_alive = False  # the end of the connection is the end of the body
-        self._write_response_head(head, response, keep_alive)
-        if head.method != "HEAD":
-            self._write(response.body)
+        answer = self._encode_head(head, response, keep_alive)
+        if head.method == "HEAD":
+            self._write(answer)
+        else:
+            self._write(answer + response.body)
             await self._write_pieces(head, response)
         await self.writer.drain()
         return keep_alive
 
-    def _write_response_head(
-        self, head: RequestHead | None, response: Response, keep_alive: bool
-    ) -> None:
+    def _encode_head(self, head: RequestHead | None, response: Response, keep_alive: bool) -> bytes:
         fields = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("Cache-Control", "no-store"),
@@ -4771,7 +4791,7 @@ class Connection:
             fields.append(("Connection", "close"))
         elif head is not None and head.http_1_0:
             fields.append(("Connection", "keep-alive"))
-        self._write(encode_response_head(response.status, fields))
+        return encode_response_head(response.status, fields)
 
     def _cors_fields(self, head: RequestHead | None) -> list[tuple[str, str]]:
         """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
@@ -4796,9 +4816,9 @@ class Connection:
         if isinstance(error, ConnectionError) or self.transport.is_closing():
             return
         response = self._make_error_response(error)
-        self._write_response_head(head, response, keep_alive=False)
-        if head is None or head.method != "HEAD":
-            self._write(response.body)
+        answer = self._encode_head(head, response, keep_alive=False)
+        is_head = head is not None and head.method == "HEAD"
+        self._write(answer if is_head else answer + response.body)
         await self._linger()
 
     async def _linger(self) -> None:
