@@ -2879,12 +2879,17 @@ def count_pipe_bytes(fd: int) -> int:
 
 
 def open_terminal(cols: int, rows: int) -> tuple[int, int]:
-    """Return our end and the child's end of a new pseudo-terminal (pty(7))."""
+    """Return our end and the child's end of a new pseudo-terminal (pty(7)). Raises OSError."""
     our_fd, child_fd = os.openpty()
-    attributes = termios.tcgetattr(child_fd)
-    attributes[0] |= INPUT_IS_UTF8  # so that backspace takes whole characters
-    termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
-    set_terminal_size(our_fd, cols, rows)
+    try:
+        attributes = termios.tcgetattr(child_fd)
+        attributes[0] |= INPUT_IS_UTF8  # so that backspace takes whole characters
+        termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
+        set_terminal_size(our_fd, cols, rows)
+    except (OSError, termios.error) as error:
+        os.close(our_fd)
+        os.close(child_fd)
+        raise OSError(*error.args) from None
     return our_fd, child_fd
 
 
@@ -2931,7 +2936,7 @@ def open_streams(request: ExecRequest) -> Streams:
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
     """Say why a process could not be started, without naming paths."""
     reason = error.strerror or "unknown error"
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         return CommandError("no_resources", f"no process can be started now: {reason}")
     if error.errno == errno.E2BIG:
         return CommandError("too_large", "command and environment are too large together")

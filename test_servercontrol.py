@@ -6565,6 +6565,78 @@ class TestTaskLimits:
             assert outputs == {"256\n512\n"}
 
 
+class TestFaults:
+    """SPEC 9: what the machine refuses fails for that one task, and leaves nothing behind."""
+
+    CODE = """
+import errno, os, subprocess, termios
+flag = os.environ["FLAG"]
+def fail_when_told(function):
+    def call(*arguments, **fields):
+        kind = open(flag).read() if os.path.exists(flag) else ""
+        if kind == "MEMORY":
+            raise MemoryError
+        if kind:
+            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+        return function(*arguments, **fields)
+    return call
+owner, name = {owner}, "{name}"
+setattr(owner, name, fail_when_told(getattr(owner, name)))
+"""
+
+    @pytest.mark.parametrize("loop", loops())
+    @cases_task(
+        "owner, name, tty, kind, status",
+        {
+            "fork, no process": ("subprocess", "Popen", False, "EAGAIN", 503),
+            "fork, no memory": ("subprocess", "Popen", True, "ENOMEM", 503),
+            "fork, our own memory": ("subprocess", "Popen", False, "MEMORY", 500),
+            "no pipe": ("os", "pipe", False, "EMFILE", 503),
+            "no terminal": ("os", "openpty", True, "ENOSPC", 503),
+            "no terminal left": ("os", "dup", True, "EMFILE", 503),
+            "terminal fails": ("termios", "tcgetattr", True, "EIO", 500),
+        },
+    )
+    def test_task_that_cannot_start(
+        self, tmp_path: Path, loop: str, owner: str, name: str, tty: bool, kind: str, status: int
+    ) -> None:
+        flag = tmp_path / "flag"
+        script = make_launcher(tmp_path, self.CODE.format(owner=owner, name=name))
+        env = {"FLAG": str(flag)}
+        with ServerProcess(tmp_path, f"--loop={loop}", script=script, env=env) as server:
+            assert server.run("echo before", tty=tty)["output"].strip() == "before"
+            tasks = server.get("/tasks")
+            wait_until(lambda: not child_pids(server.pid))
+            before = server.descriptors()
+            flag.write_text(kind)
+            for _ in range(5):
+                body = json.dumps({"cmd": "echo no", "tty": tty})
+                answer = server.request("POST", "/exec", body, Content_Type="application/json")
+                check_error(answer, status)
+            flag.unlink()
+            assert server.get("/tasks") == tasks
+            wait_until(lambda: server.descriptors() <= before and not child_pids(server.pid))
+            assert server.run("echo after", tty=tty)["output"].strip() == "after"
+            server.check = kind != "MEMORY"  # that one is a bug's way, and is logged as such
+
+    def test_full_disk_stops_no_task(self, tmp_path: Path) -> None:
+        flag = tmp_path / "flag"
+        code = self.CODE.format(owner="os", name="pwrite")
+        code += "sc.TASK_ID_BLOCK = 2\nowner, name = os, 'write'\n"
+        code += "write, full = os.write, fail_when_told(os.write)\n"
+        code += "os.write = lambda fd, data: (write if fd < 3 else full)(fd, data)\n"
+        script = make_launcher(tmp_path, code)
+        with ServerProcess(tmp_path, script=script, env={"FLAG": str(flag)}) as server:
+            ids = [int(server.run("true")["task_id"])]
+            flag.write_text("ENOSPC")
+            ids += [int(server.run(f"exit {n}")["task_id"]) for n in range(5)]
+            assert server.get("/info")["audit_errors"] == 10
+            flag.unlink()
+            ids.append(int(server.run("true")["task_id"]))
+            assert sorted(set(ids)) == ids
+            assert server.get("/info")["audit_errors"] == 10
+
+
 class TestState:
     """SPEC 1, 5: the state folder, and ids that rise for ever."""
 
