@@ -2253,24 +2253,35 @@ def read_token_file(path: str) -> str:
         os.close(fd)
 
 
-def find_token(source: str, value: str | None, path: str | None, make: bool) -> str | None:
-    """Return a token from the environment's `value`, else from the file, which may be made.
-
-    source: for the error message. Raises ConfigError.
-    """
-    if value is None and path is None:
-        return None
-    try:
-        if value is None and path is not None:
-            if make and not os.path.lexists(path):
-                make_token_file(path)
-            value = read_token_file(path)
-    except OSError as error:
-        raise ConfigError(f"{source}: {path}: {error.strerror}") from None
-    if value is None or len(value) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(value):
+def check_token(source: str, token: str) -> str:
+    """Return a token that can be one. source: for the error message. Raises ConfigError."""
+    if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
         message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
         raise ConfigError(f"{source}: {message} + / (then =)")
-    return value
+    return token
+
+
+def load_token_file(source: str, path: str) -> str:
+    """Return the token in a file. source: for the error message. Raises ConfigError."""
+    try:
+        token = read_token_file(path)
+    except OSError as error:
+        raise ConfigError(f"{source}: {path}: {error.strerror}") from None
+    return check_token(f"{source}: {path}", token)
+
+
+def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
+    """Return the token in the state folder, made if there is none, and its path; or None twice."""
+    if folder is None:
+        return None, None
+    path = os.path.join(folder, name)
+    try:
+        if not os.path.lexists(path):
+            make_token_file(path)
+    except OSError as error:
+        log.write("warning", "token_not_made", path=path, error=error.strerror or "")
+        return None, None
+    return load_token_file("state folder", path), path
 
 
 class Tokens(NamedTuple):
@@ -2287,7 +2298,9 @@ class Tokens(NamedTuple):
         return {role: token.encode("ascii") for role, token in pairs if token is not None}
 
 
-def load_tokens(config: Config, environ: MutableMapping[str, str], folder: str | None) -> Tokens:
+def load_tokens(
+    config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
+) -> Tokens:
     """Return the tokens, taking them out of the environment. Raises ConfigError.
 
     The environment wins, then the option, then the state folder, where they are made.
@@ -2299,20 +2312,19 @@ def load_tokens(config: Config, environ: MutableMapping[str, str], folder: str |
         if any(options) or config.require_token or values != [None, None]:
             raise ConfigError("--no-auth: there are tokens to ask for as well; choose one")
         return Tokens()
-    tokens: list[str | None] = []
-    files: list[str | None] = []
-    flags = ("--token-file", "--view-token-file")
-    for name, value, option, flag, kept in zip(
-        names, values, options, flags, ("token", "view-token")
-    ):
-        path = option or (None if folder is None else os.path.join(folder, kept))
-        path = path if value is None else None
-        source = name if value is not None else flag if option else "state folder"
-        tokens.append(find_token(source, value, path, make=not option))
-        files.append(path)
-    if tokens[0] is not None and tokens[0] == tokens[1]:
+
+    def load(number: int) -> tuple[str | None, str | None]:
+        value, option = values[number], options[number]
+        if value is not None:
+            return check_token(names[number], value), None
+        if option:
+            return load_token_file(("--token-file", "--view-token-file")[number], option), option
+        return load_kept_token(folder, ("token", "view-token")[number], log)
+
+    (run, run_file), (view, view_file) = load(0), load(1)
+    if run is not None and run == view:
         raise ConfigError("--view-token-file: both roles have the same token")
-    return Tokens(tokens[0], tokens[1], files[0], files[1])
+    return Tokens(run, view, run_file, view_file)
 
 
 ZERO_HASH = "0" * 64  # before the first line of all
@@ -5749,7 +5761,7 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     """Return the server with its sockets bound. Raises ConfigError or StartError."""
     tls = load_tls(config, log)
     folder = open_state_folder(os.environ, log)
-    tokens = load_tokens(config, os.environ, folder)
+    tokens = load_tokens(config, os.environ, folder, log)
     listeners = Listeners(config, log)
     boot_id = os.urandom(8).hex()
     parts = ServerParts(

@@ -4726,14 +4726,13 @@ class TestTokenPieces:
 
     @pytest.mark.parametrize("text", ["a" * 16, "A-._~+/9" * 2, "a" * 15 + "=", "a" * 4000])
     def test_good_token_is_taken(self, tmp_path: Path, text: str) -> None:
-        assert sc.find_token("X", text, None, make=False) == text
+        assert sc.check_token("X", text) == text
         path = tmp_path / "token"
         for end in ("", "\n", "\r\n", "  \n\n"):
             path.write_text(text + end)
             path.chmod(0o600)
-            assert sc.find_token("X", None, str(path), make=False) == text
+            assert sc.load_token_file("X", str(path)) == text
             path.chmod(0o400)
-            assert sc.find_token("X", "b" * 16, str(path), make=False) == "b" * 16
 
     BAD_TOKENS = [
         "",
@@ -4755,27 +4754,42 @@ class TestTokenPieces:
     @pytest.mark.parametrize("text", BAD_TOKENS)
     def test_bad_token_is_refused(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(sc.ConfigError) as error:
-            sc.find_token("NAME", text, None, make=False)
+            sc.check_token("NAME", text)
         assert "NAME" in str(error.value) and "\n" not in str(error.value)
         assert len(text) < 10 or text not in str(error.value)
         path = tmp_path / "token"
         path.write_text(text, encoding="utf-8")
         path.chmod(0o600)
         with pytest.raises(sc.ConfigError):
-            sc.find_token("NAME", None, str(path), make=True)
+            sc.load_token_file("NAME", str(path))
+        with pytest.raises(sc.ConfigError):
+            sc.load_kept_token(str(tmp_path), "token", sc.Log("json", "error"))
         assert path.read_text(encoding="utf-8") == text
 
-    def test_no_source_is_no_token(self) -> None:
-        assert sc.find_token("X", None, None, make=True) is None
-
     def test_file_is_made_only_where_it_may_be(self, tmp_path: Path) -> None:
-        path = tmp_path / "token"
+        path, log = tmp_path / "token", sc.Log("json", "error")
         with pytest.raises(sc.ConfigError):
-            sc.find_token("X", None, str(path), make=False)
+            sc.load_token_file("X", str(path))
         assert not path.exists()
-        made = sc.find_token("X", None, str(path), make=True)
+        assert sc.load_kept_token(None, "token", log) == (None, None)
+        made, place = sc.load_kept_token(str(tmp_path), "token", log)
         assert made is not None and len(made) == 43 and path.read_text() == made + "\n"
-        assert [file.name for file in tmp_path.iterdir()] == ["token"]
+        assert [file.name for file in tmp_path.iterdir()] == ["token"] and place == str(path)
+
+    def test_folder_that_takes_no_token_matters_only_where_one_is_needed(
+        self, tmp_path: Path
+    ) -> None:
+        code = "import errno, os\ndef link(*_):\n    raise OSError(errno.EROFS, 'read-only')\n"
+        script = make_launcher(tmp_path, code + "os.link = link")
+        with ServerProcess(tmp_path, script=script) as server:
+            assert server.wait_for_log("token_not_made")["level"] == "warning"
+            assert server.run("echo yes")["output"] == "yes\n"
+            shown = server.request("GET", "/tasks", Authorization="Bearer " + "x" * 43)
+            assert shown.status == 401
+        command = [sys.executable, script, "--require-token", "--port=0", "--ws-port=0"]
+        env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+        told = subprocess.run(command, env=env, stdout=-1, stderr=-1, timeout=PATIENCE_SECONDS)
+        assert told.returncode == 2 and b"--token-file: " in told.stderr
 
     def test_maker_that_comes_second_changes_nothing(self, tmp_path: Path) -> None:
         path = tmp_path / "token"
