@@ -8888,8 +8888,13 @@ class SoakViewer:
             peer.socket.settimeout(0.05)
             while not self.is_done and time.monotonic() < end:
                 time.sleep(pause())
-                with contextlib.suppress(socket.timeout):
-                    assert peer.read_some(1 << 18), "the server has closed"
+                try:
+                    if not peer.read_some(1 << 18):
+                        return  # it stalled for too long; it may come again
+                except socket.timeout:
+                    continue
+                except ConnectionResetError:
+                    return
                 frame = take_frame(peer.buffer)
                 while frame is not None:
                     if frame[0] == 0x81:
@@ -8905,7 +8910,7 @@ def soak_cuts(server: ServerProcess, scale: float) -> str:
     viewer = SoakViewer(server)
     viewer.task_id = soak_start(server, 1, size, seconds)
     while not viewer.is_done:
-        viewer.watch(chance.uniform(0, 1.6 * seconds / cuts))
+        viewer.watch(chance.uniform(0, 1.4 * seconds / cuts))
     assert bytes(viewer.data) == soak_text(1, size)
     assert viewer.connections >= cuts, f"only {viewer.connections} connections"
     return f"{size / 1e6:.0f} MB through {viewer.connections} connections, {viewer.gaps} gaps"
