@@ -9133,7 +9133,10 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
 
 
 # What each job needs of its server besides.
-SOAK_OPTIONS = {"siege": ("--require-token", "--audit-log=none")}
+SOAK_OPTIONS = {
+    "siege": ("--require-token", "--audit-log=none"),
+    "stalls": ("--keep-output=64MiB",),  # so that /logs has what the events no longer have
+}
 SOAK_JOBS = {
     "cuts": soak_cuts,
     "stalls": soak_stalls,
