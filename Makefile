@@ -4,6 +4,9 @@ BIN := .venv/bin
 # What the tests stand on, and the two packages that the server uses when they are there.
 TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
 EXTRA_PACKAGES := psutil uvloop
+# What drives a browser through the page (it needs Debian's chromium as well), and a terminal
+# emulator to compare the page's with. Not part of `make matrix`.
+PAGE_PACKAGES := playwright pyte
 CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 4 --dist loadgroup
 # A test that fails while four run at once is run again alone, aloud: then it is no busy machine.
@@ -46,6 +49,8 @@ clean:           ## remove what make made
 	$(BIN)/python -m pip install --quiet --upgrade $(TEST_PACKAGES) $(CHECK_PACKAGES)
 	$(BIN)/python -m pip install --quiet --upgrade $(EXTRA_PACKAGES) || \
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
+	$(BIN)/python -m pip install --quiet --upgrade $(PAGE_PACKAGES) || \
+	  echo "NOT INSTALLED: $(PAGE_PACKAGES); the page will not be tested"
 	touch .venv/ok
 
 .PHONY: help run test check matrix bench soak fuzz clean

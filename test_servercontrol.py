@@ -9,8 +9,8 @@
 
 Pure sections are tested as tables (name, bytes, expected): each case is fed whole, byte by byte
 and with a tail. End to end means a real server process on free ports, real children and clients
-that are not ours: http.client, curl, the `websockets` package, Node. A test that waits, waits
-for an event with a deadline.
+that are not ours: http.client, curl, the `websockets` package, Node, Chromium. A test that waits,
+waits for an event with a deadline.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import errno
 import fcntl
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import importlib.metadata
@@ -8018,6 +8019,681 @@ class TestReadme:
         parser = sc.build_parser()
         options = {o for action in parser._actions for o in action.option_strings if o[1] == "-"}
         assert options - {"--help", "--version"} <= documented
+
+
+# The page ────────────────────────────────────────────────────────────────────────────────────
+
+
+class TestDashboard:
+    """Section 17, without a browser: what is sent, and the promises that the source makes."""
+
+    HTML_FIELDS = {"Accept": "text/html,*/*;q=0.8"}
+
+    def ask(self, server: ServerProcess, **fields: str) -> Answer:
+        return server.request("GET", "/", **{**self.HTML_FIELDS, **fields})
+
+    def test_page_is_for_browsers_and_help_for_curl(self, server: ServerProcess):
+        page, text = self.ask(server), server.request("GET", "/", Accept="*/*")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert text.headers["content-type"] == "text/plain; charset=utf-8"
+        assert page.body.startswith(b"<!doctype html>") and b"curl" in text.body
+        for answer in (page, text):
+            assert answer.headers["vary"] == "Accept, Accept-Encoding"
+            assert answer.headers["cache-control"] == "no-store"
+            assert answer.headers["referrer-policy"] == "no-referrer"
+            assert answer.headers["x-content-type-options"] == "nosniff"
+
+    def test_page_is_compressed_when_asked(self, server: ServerProcess):
+        plain, small = self.ask(server), self.ask(server, Accept_Encoding="gzip, br")
+        assert "content-encoding" not in plain.headers
+        assert small.headers["content-encoding"] == "gzip"
+        assert gzip.decompress(small.body) == plain.body
+        assert len(small.body) <= 80 * 1024
+        for value in ("gzip;q=0", "identity", "gzip; q=0.000", "br"):
+            answer = self.ask(server, Accept_Encoding=value)
+            assert "content-encoding" not in answer.headers, value
+        assert self.ask(server, Accept_Encoding="br, gzip;q=0.5").headers["content-encoding"]
+
+    def test_same_page_is_not_sent_twice(self, server: ServerProcess):
+        plain, small = self.ask(server), self.ask(server, Accept_Encoding="gzip")
+        tag, small_tag = plain.headers["etag"], small.headers["etag"]
+        assert tag != small_tag and re.fullmatch(r'"[0-9a-f]+"', tag)
+        for value in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+            answer = self.ask(server, If_None_Match=value)
+            assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", tag), value
+            assert "content-length" not in answer.headers
+            assert answer.headers["vary"] == "Accept, Accept-Encoding"
+        for value in (small_tag, '"other"', tag.strip('"')):
+            assert self.ask(server, If_None_Match=value).status == 200, value
+
+    def test_head_has_the_fields_of_get(self, server: ServerProcess):
+        head = server.request("HEAD", "/", **self.HTML_FIELDS)
+        page = self.ask(server)
+        assert head.body == b"" and head.headers["etag"] == page.headers["etag"]
+        assert head.headers["content-length"] == str(len(page.body))
+
+    def test_policy_vouches_for_what_is_sent_and_nothing_else(self, server: ServerProcess):
+        page = self.ask(server)
+        policy = dict(
+            part.split(" ", 1) for part in page.headers["content-security-policy"].split("; ")
+        )
+        text = page.body.decode()
+        for kind in ("script", "style"):
+            (source,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+            assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
+        host = f"127.0.0.1:{server.port}"
+        assert policy["connect-src"] == f"'self' ws://{host} wss://{host}"
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["form-action"] == "'none'" and policy["img-src"] == "data:"
+        other = self.ask(server, Host="[::1]:8080").headers["content-security-policy"]
+        assert "connect-src 'self';" in other
+
+    def test_source_is_short_and_readable(self):
+        parts = {"CSS": sc.CSS, "HTML": sc.HTML, "JS": sc.JS}
+        assert sum(len(text.strip().split("\n")) for text in parts.values()) <= 900
+        for name, text in parts.items():
+            assert [line for line in text.split("\n") if len(line) > 100] == [], name
+
+    def test_source_makes_no_markup_of_data_and_loads_nothing(self):
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert word not in sc.JS
+        assert "DOMParser" not in sc.JS and "new Function" not in sc.JS
+        assert not re.search(r"\son[a-z]+=|\sstyle=|javascript:", sc.HTML)
+        assert not re.search(r"(src|href)=\"(?!data:)", sc.HTML)
+        assert not re.search(r"@import|url\(", sc.CSS)
+
+    def test_nothing_is_made_before_the_first_visit(self):
+        page = sc.Page()
+        assert vars(page) == {}
+        assert page.compressed is page.compressed and len(page.compressed) <= 80 * 1024
+
+
+def start_browser() -> Any:
+    """Return (Playwright, Chromium); skip aloud where they are missing, but fail in CI."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    missing = [name for name in ("playwright", "pyte") if importlib.util.find_spec(name) is None]
+    if path is None:
+        missing.append("chromium")
+    if missing:
+        message = "THE PAGE IS NOT TESTED: no " + " and no ".join(missing)
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    playwright = sync_playwright().start()
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return playwright, playwright.chromium.launch(executable_path=path, args=arguments)
+
+
+@pytest.fixture(scope="class")
+def browser() -> Iterator[Any]:
+    """A Chromium, shared by the tests of a class."""
+    playwright, browser = start_browser()
+    yield browser
+    browser.close()
+    playwright.stop()
+
+
+class Visit:
+    """A browser tab on a server. At its end nothing may have been complained about."""
+
+    def __init__(self, browser: Any, url: str, **context: Any) -> None:
+        context.setdefault("viewport", {"width": 1280, "height": 800})
+        self.context = browser.new_context(**context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE_SECONDS * 1000)
+        self.complaints: list[str] = []
+        self.allowed = "net::ERR_CONNECTION|status of 401"
+        self.page.on("console", lambda message: self.hear(message.type, message.text))
+        self.page.on("pageerror", lambda error: self.hear("error", f"{error}\n{error.stack}"))
+        self.page.on("dialog", lambda dialog: (self.hear("error", "a dialog"), dialog.dismiss()))
+        self.page.goto(url)
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.context.close()
+        if kind is None:
+            assert [text for text in self.complaints if not re.search(self.allowed, text)] == []
+
+    def hear(self, kind: str, text: str) -> None:
+        if kind in ("error", "warning"):
+            self.complaints.append(text)
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def wait_for(self, selector: str, pattern: str) -> str:
+        """Return an element's text once it is shown and matches."""
+
+        def matching() -> str | None:
+            # Playwright hears of the page's events only while it is being asked something.
+            self.page.wait_for_timeout(20)
+            shown = self.page.locator(selector)
+            text = shown.inner_text() if shown.is_visible() else ""
+            return text if re.search(pattern, text) else None
+
+        try:
+            return wait_until(matching)
+        except AssertionError:
+            raise AssertionError(
+                f"{selector} is {self.text(selector)!r}, not {pattern!r}"
+            ) from None
+
+    def wait_until_true(self, expression: str) -> None:
+        """Wait for a JavaScript expression. (Playwright's own way is stopped by the policy.)"""
+        wait_until(lambda: self.page.wait_for_timeout(20) or self.page.evaluate(expression))
+
+    def wait_live(self) -> Visit:
+        self.wait_for("#link", "^live$")
+        return self
+
+    def run(self, command: str, tty: bool = False) -> None:
+        """Run a command from the box."""
+        self.page.set_checked("#tty", tty)
+        self.page.fill("#command", command)
+        self.page.press("#command", "Enter")
+        self.wait_until_true(
+            f"document.getElementById('title').textContent === {json.dumps(command)}"
+        )
+
+    def tab_to(self, name: str) -> None:
+        """Press Tab until the element with this id has the focus."""
+        for _ in range(60):
+            if self.page.evaluate("document.activeElement.id") == name:
+                return
+            self.page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not lead to {name}")
+
+
+class PathProxy:
+    """A TCP proxy that takes a prefix off the path of each request."""
+
+    def __init__(self, port: int, prefix: bytes) -> None:
+        self.target, self.prefix = port, prefix
+
+    def __enter__(self) -> int:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self.listener.getsockname()[1]
+
+    def __exit__(self, *_: Any) -> None:
+        self.listener.close()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self.listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self.target))
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self.copy, args=pair, daemon=True).start()
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                sink.sendall(re.sub(rb"^([A-Z]+) " + self.prefix, rb"\1 ", data))
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+
+
+def record_terminal(
+    argv: list[str], keys: Iterable[str], cols: int, rows: int
+) -> tuple[bytes, list[int]]:
+    """Run a program on a terminal; return its bytes and how many there were before each key."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", LC_ALL="C.UTF-8")
+        os.execvp(argv[0], argv)
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+    data, marks, waiting = b"", [], list(keys)
+    while True:
+        readable = select.select([fd], [], [], 0.4)[0]
+        try:
+            piece = os.read(fd, 65536) if readable else b""
+        except OSError:
+            break  # it has ended
+        if readable and not piece:
+            break
+        data += piece
+        if not readable:
+            marks.append(len(data))
+            if not waiting:
+                break
+            os.write(fd, waiting.pop(0).encode())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(fd)
+    return data, [*marks, len(data)]
+
+
+READ_CELLS = """([encoded, marks, cols, rows]) => {
+  const data = Uint8Array.from(atob(encoded), (char) => char.charCodeAt(0));
+  const terminal = new Terminal(cols, rows), decoder = new TextDecoder(), screens = [];
+  let at = 0;
+  for (const mark of marks) {
+    for (; at < mark; at = Math.min(at + 7, mark)) { // in small pieces, so that all is split once
+      const piece = data.subarray(at, Math.min(at + 7, mark));
+      terminal.write(decoder.decode(piece, { stream: true }));
+    }
+    const screen = [];
+    for (let y = 0; y < rows; y++) {
+      const cells = [...terminal.row(y).open()];
+      while (cells.length < cols) cells.push([" ", ""]);
+      screen.push(cells);
+    }
+    screens.push([screen, terminal.x, terminal.y]);
+  }
+  return screens;
+}"""
+
+COLOR_TEST = r"""
+for i in $(seq 0 255); do printf '\033[38;5;%dmX\033[48;5;%dm \033[0m' $i $i; done
+printf '\033[1;3;4;7mall\033[22mb\033[24mu\033[27mi\033[0m\033[38;2;10;20;30;48;2;1;2;3mtrue\033[0m'
+printf '\033[31mred\033[39m\033[92mbright\033[101mback\033[m\n\033[5;10Hat\033[K\033[3@ins\033[2P'
+printf '\033[10;20r\033[20;1Hx\n\n\ny\033[10;1H\033M\033Mz\033[r\033[12;1H\033[2L\033[3M\033[4Xz'
+printf '\033[6;5H\033[1Jq\0337\033[1;1Hhome\0338back\t\ttab wide\346\274\242\345\255\227x\b\b\by'
+printf '\033[24;79Hwrapped around\033[3Aup\033[2Dleft\033[2;3H\033[J\033[44m\033[Kblue'
+"""
+ANSI_NAMES = "black red green brown blue magenta cyan white".split()
+
+
+def check_cell(ours: list[Any], theirs: Any) -> bool:
+    """Whether a cell of the page is what pyte says."""
+    from pyte.graphics import FG_BG_256
+
+    char, style = ours
+    fg, bg, flags = map(int, style.split(",")[:3]) if style else (-1, -1, 0)
+
+    def is_color(number: int, name: str) -> bool:
+        if number < 0:
+            return name == "default"
+        if number >= 1 << 24:
+            return name == f"{number & 0xFFFFFF:06x}"
+        names = [FG_BG_256[number]]
+        if number < 16:
+            names.append("bright" * (number > 7) + ANSI_NAMES[number % 8])
+        return name in names or (number == 13 and name == "bfightmagenta")
+
+    same = char == theirs.data and is_color(bg, theirs.bg)
+    if char in " ":  # of a blank only the background shows; with erased ones opinions differ
+        return same or theirs.reverse
+    shown = (theirs.bold, theirs.italics, theirs.underscore, theirs.reverse)
+    return (
+        same and is_color(fg, theirs.fg) and shown == tuple(bool(flags & n) for n in (1, 4, 8, 16))
+    )
+
+
+@pytest.mark.xdist_group("browser")
+class TestPage:
+    """The page in a real Chromium."""
+
+    @pytest.fixture(scope="class")
+    def server(self, tmp_path_factory: Any) -> Iterator[ServerProcess]:
+        state = tmp_path_factory.mktemp("page")
+        with ServerProcess(state, "--interval=0.2", "--alert-for=600") as server:
+            yield server
+
+    @pytest.fixture
+    def visit(self, browser: Any, server: ServerProcess) -> Iterator[Visit]:
+        with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+            yield visit.wait_live()
+        for task in server.get("/tasks"):
+            if task["state"] == "running":
+                server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
+
+    def test_first_paint_has_data(self, visit: Visit):
+        visit.wait_for("#cpu", r"^\d+\.\d %$")
+        for name in ("ram", "disk", "load", "uptime", "recv"):
+            visit.wait_for(f"#{name}", r"\d")
+        assert visit.text("#host") == socket.gethostname() == visit.page.title()
+        assert visit.page.locator("#cpu-chart path").nth(1).get_attribute("d").startswith("M")
+        assert visit.page.locator("#icon").get_attribute("href").startswith("data:image/png")
+
+    def test_run_shows_output_live_and_failure_in_red(self, visit: Visit, tmp_path: Path):
+        go = tmp_path / "go"
+        visit.run(f"echo first; until [ -e {go} ]; do sleep 0.02; done; echo last; exit 3")
+        visit.wait_for("#lines", "^first$")
+        visit.wait_for("#state", "^.?running$")
+        go.touch()
+        visit.wait_for("#lines", "^first\nlast$")
+        visit.wait_for("#state", "failed, exit 3")
+        assert "bad" in visit.page.locator("#state").get_attribute("class")
+        assert "failed" in visit.text("#tasks li:first-child")
+
+    def test_output_reads_like_a_terminal(self, visit: Visit):
+        visit.run(
+            r"printf 'progress 10%%\rprogress 100%%\n'; printf 'abc\b\bX\n'; printf 'gone\r\033[Kkept\n';"
+            r"printf '\033[31mred\033[0m \033[1;4;48;5;21mbold\033[0m \033[38;2;1;2;3mtrue\033[7minverse\n';"
+            r"printf 'one\ntwo\n\033[1A\rTWO\n'; printf 'see https://example.org/a?b=c.\n'"
+        )
+        visit.wait_for("#state", "done")
+        visit.wait_for("#lines", "example")
+        lines = visit.text("#lines").split("\n")
+        assert lines[:2] == ["progress 100%", "aXc"] and lines[2] == "kept"
+        assert lines[3:] == ["red bold trueinverse", "one", "TWO", "see https://example.org/a?b=c."]
+        script = """text => { const span = [...document.querySelectorAll('#lines span')]
+          .find((one) => one.textContent === text); const style = getComputedStyle(span);
+          return [style.color, style.backgroundColor, style.fontWeight, style.textDecorationLine]; }"""
+        red = visit.page.evaluate(script, "red")
+        want = (
+            "getComputedStyle(Object.assign(document.body.appendChild(document.createElement('i')),"
+        )
+        want += " {className: 'bad'})).color"
+        assert red[0] == visit.page.evaluate(want)
+        assert visit.page.evaluate(script, "bold")[1:] == ["rgb(0, 0, 255)", "600", "underline"]
+        assert visit.page.evaluate(script, "true")[0] == "rgb(1, 2, 3)"
+        assert visit.page.evaluate(script, "inverse")[1] == "rgb(1, 2, 3)"
+        link = visit.page.locator("#lines a")
+        assert link.get_attribute("href") == "https://example.org/a?b=c"
+        assert link.get_attribute("rel") == "noopener noreferrer"
+
+    def test_output_joins_what_was_and_what_comes(self, visit: Visit, server: ServerProcess):
+        command = 'i=0; while [ $i -lt 400 ]; do echo "$i äöü 漢字"; i=$((i+1)); sleep 0.002; done'
+        task_id = server.start(command)
+        wait_until(lambda: server.task(task_id)["output_bytes"] > 1000)
+        visit.page.locator("#tasks button").first.click()
+        visit.wait_for("#state", "done")
+        read = "stream.terminal.lines.map((line) => line.text).join('\\n')"
+        visit.wait_until_true("stream.queue.length === 0")
+        assert visit.page.evaluate(read) == server.get(f"/logs?id={task_id}")["logs"]
+
+    def test_overlapping_and_missing_output_is_mended(self, visit: Visit, server: ServerProcess):
+        task_id = server.run("printf 'äbcdefgh'")["task_id"]
+        visit.page.locator("#tasks button").first.click()
+        visit.wait_for("#lines", "äbcdefgh")
+        take = f"(offset, output) => stream.take({{task_id: '{task_id}', offset, output, timestamp: 1}})"
+        visit.page.evaluate(f"({take})(0, 'äb')")  # known
+        visit.page.evaluate(f"({take})(8, 'hXY')")  # half known
+        visit.wait_for("#lines", "^äbcdefghXY$")
+
+    def test_stop_says_what_happens(self, visit: Visit):
+        visit.run("trap '' TERM; echo ready; while :; do sleep 0.05; done")
+        visit.wait_for("#lines", "ready")
+        visit.page.click("#stop")
+        visit.wait_for("#state", "stopping…")
+        visit.page.click("#stop:has-text('Kill now')")
+        visit.wait_for("#state", "stopped by KILL")
+        assert visit.page.is_disabled("#stop")
+        visit.page.click("#rerun")
+        visit.wait_for("#state", "running")
+
+    def test_history_and_several_lines(self, visit: Visit):
+        visit.run("echo one")
+        visit.run("echo two")
+        box = visit.page.locator("#command")
+        box.press("ArrowUp")
+        box.press("ArrowUp")
+        assert box.input_value() == "echo one"
+        box.press("ArrowDown")
+        assert box.input_value() == "echo two"
+        box.press("Shift+Enter")
+        box.press_sequentially("echo three")
+        box.press("Enter")
+        assert box.input_value() == "echo two\necho three\n"
+        box.press("Control+Enter")
+        visit.wait_for("#lines", "^two\nthree$")
+
+    def test_keyboard_alone_runs_and_stops(self, visit: Visit):
+        visit.tab_to("command")
+        visit.page.keyboard.type("echo hi; sleep 60")
+        visit.page.keyboard.press("Enter")
+        visit.wait_for("#lines", "^hi$")
+        visit.tab_to("stop")
+        visit.page.keyboard.press("Enter")
+        visit.wait_for("#state", "stopped by TERM")
+
+    def test_hostile_text_stays_text(self, visit: Visit):
+        evil = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+        visit.run(f"echo '{evil}'; printf '\\033]0;<b>\\007%s\\n' '<svg onload=alert(3)>'")
+        visit.wait_for("#lines", re.escape(evil) + "\n<svg")
+        assert evil in visit.text("#tasks li:first-child code") and evil in visit.text("#title")
+        visit.page.evaluate(
+            """evil => { showStats({ hostname: evil, cpu: 1, cpus: 1, load_avg: [1, 1, 1], ram_used: 1,
+              ram_total: 2, disk_used: 1, disk_total: 2, swap_used: 0, swap_total: 0, uptime: 1,
+              net_recv: 1, net_sent: 1 });
+            takeAlert({ hostname: evil, timestamp: 1 }, evil, true); notice(evil); }""",
+            evil,
+        )
+        assert visit.text("#host") == evil and evil in visit.text("#banner")
+        assert visit.page.locator("img, #lines script, #lines svg").count() == 0
+
+    def test_terminal_task_is_a_screen_with_keys(self, visit: Visit):
+        visit.run("sh", tty=True)
+        visit.page.keyboard.type("stty size; echo $((6*7)); tput smcup; tput cup 3 5; printf alt")
+        visit.page.keyboard.press("Enter")
+        visit.wait_until_true("stream.terminal.row(3).text.startsWith('     alt')")
+        size = visit.page.evaluate("`${view.fits} ${view.cols}`")
+        visit.page.keyboard.type("tput rmcup")
+        visit.page.keyboard.press("Enter")
+        assert size in visit.wait_for("#lines", r"\n42\n")
+        visit.page.set_viewport_size({"width": 1000, "height": 700})
+        visit.wait_until_true("view.cols < 90")
+        visit.page.keyboard.type("stty size")
+        visit.page.keyboard.press("Enter")
+        visit.wait_for("#lines", visit.page.evaluate("`\\n${view.fits} ${view.cols}\\n`"))
+        visit.page.keyboard.press("Control+d")
+        visit.wait_for("#state", "done")
+
+    def test_keys_are_those_of_xterm(self, visit: Visit):
+        table = [  # key, Ctrl, Alt, Shift, DECCKM, what is sent; None comes as input
+            ("ArrowUp", 0, 0, 0, 0, "\x1b[A"), ("ArrowUp", 0, 0, 0, 1, "\x1bOA"),
+            ("ArrowLeft", 1, 0, 0, 1, "\x1b[1;5D"), ("Home", 0, 0, 1, 0, "\x1b[1;2H"),
+            ("F1", 0, 0, 0, 0, "\x1bOP"), ("F5", 0, 0, 0, 0, "\x1b[15~"), ("F12", 0, 1, 0, 0, "\x1b[24;3~"),
+            ("Delete", 0, 0, 0, 0, "\x1b[3~"), ("PageUp", 1, 0, 0, 0, "\x1b[5;5~"),
+            ("Enter", 0, 0, 0, 0, "\r"), ("Tab", 0, 0, 0, 0, "\t"), ("Tab", 0, 0, 1, 0, "\x1b[Z"),
+            ("Backspace", 0, 0, 0, 0, "\x7f"), ("Escape", 0, 0, 0, 0, "\x1b"),
+            ("c", 1, 0, 0, 0, "\x03"), ("[", 1, 0, 0, 0, "\x1b"), (" ", 1, 0, 0, 0, "\0"),
+            ("b", 0, 1, 0, 0, "\x1bb"), ("x", 1, 1, 0, 0, "\x1b\x18"), ("Enter", 0, 1, 0, 0, "\x1b\r"),
+            ("a", 0, 0, 0, 0, None), ("\u6f22", 0, 0, 0, 0, None), ("Shift", 0, 0, 1, 0, None),
+        ]  # fmt: skip
+        script = """table => table.map(([key, isCtrl, isAlt, isShift, isApplication]) =>
+            sequence(key, !!isCtrl, !!isAlt, !!isShift, { 1: !!isApplication }))"""
+        sent = visit.page.evaluate(script, [row[:5] for row in table])
+        assert sent == [row[5] for row in table]
+
+    def test_paste_is_bracketed_when_asked_for(self, visit: Visit):
+        paste = """text => {
+          const clipboardData = new DataTransfer(); clipboardData.setData("text/plain", text);
+          document.getElementById("keys").dispatchEvent(
+            new ClipboardEvent("paste", { clipboardData, cancelable: true })); }"""
+        visit.run(
+            "stty raw -echo; printf '\\033[?2004h>'; head -c 23 | od -An -c; sleep 60", tty=True
+        )
+        visit.wait_for("#lines", ">")
+        visit.page.evaluate(paste, "two\n\x1blines")  # 6 + 9 + 6 bytes, without the ESC
+        visit.page.keyboard.type("xy")
+        shown = visit.wait_for("#lines", r"x\s+y")
+        assert re.sub(r"\s+", "", shown) == r">033[200~two\rlines033[201~xy"
+
+    def test_screens_equal_those_of_pyte(self, visit: Visit, tmp_path: Path):
+        import pyte
+
+        text = tmp_path / "text"
+        text.write_text("".join(f"line {number} of a text\n" for number in range(200)))
+        vim_keys = (
+            "10G",
+            "dd",
+            "ihello w\u00f6rld \u6f22\u5b57\x1b",
+            "o\tx\x1b",
+            ":set nu\r",
+            "G",
+            "\x06",
+        )
+        vim_keys += ("\x02", "gg", "5dd", "u", "yyP", "x", "/55\r", "zt", ":sp\r")
+        programs = [
+            (["sh", "-c", COLOR_TEST], ()),
+            (["top", "-n", "2", "-d", "0.3"], ()),
+            (["vim", "-u", "NONE", "-N", str(text)], vim_keys),
+            (["less", str(text)], (" ", "b", "/77\r", "G", "k", "k", "g", "j")),
+            (["htop"], ("\x1b[B", "\x1b[B", "t")),
+        ]
+        seen = []
+        for argv, keys in programs:
+            if shutil.which(argv[0]) is None:
+                continue
+            data, marks = record_terminal(argv, keys, 80, 24)
+            # pyte takes these for others: modifyOtherKeys, questions, strings.
+            odd = re.compile(rb"\x1b\[[>=?][\d;:]*[mcu]|\x1bP[^\x1b]*\x1b\\|\x1b\[\?[\d;]*\$p")
+            marks = [len(odd.sub(b"", data[:mark])) for mark in marks]
+            data = odd.sub(b"", data)
+            screens = visit.page.evaluate(
+                READ_CELLS, [base64.b64encode(data).decode(), marks, 80, 24]
+            )
+            screen = pyte.Screen(80, 24)
+            stream, at = pyte.ByteStream(screen), 0
+            for mark, (ours, x, y) in zip(marks, screens):
+                stream.feed(data[at:mark])
+                at = mark
+                wrong = [
+                    (column, row, ours[row][column], screen.buffer[row][column])
+                    for row in range(24)
+                    for column in range(80)
+                    if not check_cell(ours[row][column], screen.buffer[row][column])
+                ]
+                assert wrong[:3] == [], (argv[0], mark)
+                assert (x, y) == (min(screen.cursor.x, 79), screen.cursor.y), (argv[0], mark)
+            seen.append(argv[0])
+        assert "sh" in seen
+
+    def test_long_output_keeps_the_document_small(self, visit: Visit):
+        visit.run("seq 150000")
+        visit.wait_for("#state", "done")
+        visit.wait_for("#lines", "150000$")
+        assert visit.page.locator("#lines > div").count() < 120
+        assert visit.page.evaluate("stream.terminal.lines.length") <= 101300
+        visit.page.evaluate("document.getElementById('output').scrollTop -= 5000")
+        visit.page.click("#tail")
+        visit.wait_for("#lines", "150000$")
+        visit.page.fill("#find", "149")
+        visit.wait_for("#hits", r"^\d+ of \d+$")
+        visit.page.fill("#find", "99999")
+        visit.wait_for("#hits", "^1 of 1$")
+        visit.wait_for("#lines .hit", "^99999$")
+
+    def test_gap_is_named(self, visit: Visit):
+        visit.page.evaluate("EVENTS.gap({ from: 3, to: 9 })")
+        visit.wait_for("#notice", "Events 3 to 9 were missed")
+        visit.page.click("#dismiss")
+        assert visit.page.is_hidden("#notice")
+
+    def test_lost_connection_loses_no_output(self, visit: Visit):
+        visit.run("i=0; while [ $i -lt 150 ]; do echo line $i; i=$((i+1)); sleep 0.01; done")
+        visit.wait_for("#lines", "line 20")
+        visit.page.evaluate("socket.close()")
+        visit.wait_for("#link", "offline")
+        visit.wait_live()
+        visit.wait_for("#state", "done")
+        visit.wait_until_true("stream.queue.length === 0 && stream.terminal.lines.length === 151")
+        shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
+        assert shown == [*(f"line {number}" for number in range(150)), ""]
+        assert visit.page.is_hidden("#notice")
+
+    def test_works_below_a_path_of_a_proxy(self, browser: Any, server: ServerProcess):
+        with PathProxy(server.port, b"/deep/er") as port:
+            with Visit(browser, f"http://127.0.0.1:{port}/deep/er/") as visit:
+                visit.wait_live()
+                visit.run("echo through")
+                visit.wait_for("#lines", "^through$")
+
+    def test_comes_back_after_a_restart(self, browser: Any, tmp_path: Path):
+        with bind() as free:
+            port = free.getsockname()[1]
+        options = (f"--port={port}", f"--ws-port={port}", "--interval=0.2")
+        with ServerProcess(tmp_path, *options) as server:
+            visit = Visit(browser, f"http://127.0.0.1:{port}/").wait_live()
+            visit.run("echo before; sleep 60")
+            visit.wait_for("#lines", "before")
+        with visit:
+            visit.wait_for("#link", "offline|connecting")
+            with ServerProcess(tmp_path, *options) as server:
+                visit.wait_live()
+                visit.wait_for("#notice", "restarted")
+                assert server.get("/tasks") == []
+                visit.run("echo after")
+                visit.wait_for("#lines", "^after$")
+                visit.page.goto("about:blank")
+
+    def test_alert_is_shown(self, browser: Any, tmp_path: Path):
+        with ServerProcess(
+            tmp_path, "--cpu-alert=1", "--alert-cooldown=0.5", "--interval=0.2"
+        ) as server:
+            with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+                visit.wait_live()
+                task_id = server.start("timeout 30 sh -c 'while :; do :; done'")
+                visit.wait_for("#banner", "CPU usage exceeded 1%!")
+                assert visit.page.title().startswith("⚠ ")
+                visit.page.click("#bell")
+                visit.wait_for("#alert-list", r"^\d\d:\d\d:\d\d.*exceeded")
+                visit.page.reload()
+                visit.wait_for("#banner", "CPU usage exceeded 1%!")
+                server.request("POST", f"/kill?id={task_id}&signal=KILL")
+
+    def test_view_only_says_why(self, browser: Any, tmp_path: Path):
+        with ServerProcess(tmp_path, "--require-token") as server:
+            folder = tmp_path / "servercontrol"
+            token = (folder / "view-token").read_text().strip()
+            with Visit(browser, f"http://127.0.0.1:{server.port}/#token={token}") as visit:
+                visit.wait_live()
+                assert visit.page.url == f"http://127.0.0.1:{server.port}/"
+                visit.wait_for("#readonly", "View only")
+                assert visit.page.is_hidden("#run")
+                run_token = (folder / "token").read_text().strip()
+                body = json.dumps({"cmd": "echo seen; sleep 60"})
+                fields = {
+                    "Content_Type": "application/json",
+                    "Authorization": f"Bearer {run_token}",
+                }
+                task_id = server.request("POST", "/exec", body, **fields).json()["task_id"]
+                visit.page.locator("#tasks button").first.click()
+                visit.wait_for("#lines", "^seen$")
+                assert visit.page.is_disabled("#stop") and visit.page.is_disabled("#rerun")
+                del fields["Content_Type"]
+                server.request("POST", f"/kill?id={task_id}&signal=KILL", **fields)
+
+    def test_no_exec_says_why(self, browser: Any, tmp_path: Path):
+        with ServerProcess(tmp_path, "--no-exec") as server:
+            with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+                visit.wait_live().wait_for("#readonly", "--no-exec")
+                assert visit.page.is_hidden("#run")
+
+    def test_login_on_a_network_bind(self, browser: Any, tmp_path: Path):
+        with ServerProcess(
+            tmp_path, "--host=0.0.0.0", "--require-token", "--no-discovery"
+        ) as server:
+            token = (tmp_path / "servercontrol" / "token").read_text().strip()
+            with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+                visit.page.fill("#token", "wrong-wrong-wrong-wrong")
+                visit.page.press("#token", "Enter")
+                visit.wait_for("#login-error", "not right")
+                visit.page.fill("#token", token)
+                visit.page.click("#login-form button")
+                visit.wait_live()
+                visit.run("echo in")
+                visit.wait_for("#lines", "^in$")
+                assert token not in visit.page.url
+                visit.page.reload()
+                visit.wait_live()
+                visit.page.click("#logout")
+                visit.page.wait_for_selector("#login[open]")
+
+    def test_phone_is_wide_enough(self, browser: Any, server: ServerProcess):
+        options = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+        with Visit(browser, f"http://127.0.0.1:{server.port}/", **options) as visit:
+            visit.wait_live()
+            fits = "document.documentElement.scrollWidth <= innerWidth"
+            assert visit.page.evaluate(fits)
+            visit.run("echo small; cat", tty=True)
+            visit.wait_for("#lines", "small")
+            assert visit.page.evaluate(fits)
+            visit.page.click("#keybar >> text=Ctrl")
+            visit.page.keyboard.press("d")
+            visit.wait_for("#state", "done")
+            visit.page.click("#back")
+            visit.wait_for("#tasks", "small")
 
 
 # The layout of the module ────────────────────────────────────────────────────────────────────
