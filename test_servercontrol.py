@@ -6183,7 +6183,8 @@ class Typist:
 
     def __init__(self, server: ServerProcess, command: str, **fields: Any) -> None:
         self.server = server
-        self.websocket = server.websocket()
+        self.stack = contextlib.ExitStack()
+        self.websocket = self.stack.enter_context(server.websocket())
         self.task_id = server.start(command, **fields)
         self.text = ""
         self.end: dict[str, Any] | None = None
@@ -6196,7 +6197,7 @@ class Typist:
         if self.end is None:
             kill_task(self.server, self.task_id, "KILL")
             self.server.wait_for_end(self.task_id)
-        self.websocket.close()
+        self.stack.close()
 
     def send(self, kind: str, **fields: Any) -> None:
         message = {"type": kind, "task_id": self.task_id, **fields}
