@@ -6615,7 +6615,10 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
         raise ConfigError("unknown command; there are: serve, verify-audit")
     given = vars(parser.parse_args(argv))
-    twins = vars(parser.parse_args(read_environment(parser, environ)))
+    try:
+        twins = vars(parser.parse_args(read_environment(parser, environ)))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in the environment)") from None
     values: dict[str, Any] = {}
     for name in Config.__dataclass_fields__:
         absent = given[name] is None or given[name] is False
@@ -6628,6 +6631,15 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
     return config
+
+
+def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return the names that look like ours and mean nothing: most likely misspelt."""
+    options = [name.upper() for name in Config.__dataclass_fields__]
+    known = {f"SERVERCONTROL_{name}" for name in [*options, "TOKEN", "VIEW_TOKEN", "TASK_ID"]}
+    return sorted(
+        name for name in environ if name.startswith("SERVERCONTROL_") and name not in known
+    )
 
 
 def load_tls(config: Config, log: Log) -> TlsFiles | None:
@@ -6752,6 +6764,8 @@ def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
 
 def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) -> Server:
     """Return the server with its sockets bound. Raises ConfigError or StartError."""
+    for name in find_unknown_variables(os.environ):
+        log.write("warning", "unknown_variable", name=name)
     tls = load_tls(config, log)
     folder = open_state_folder(os.environ, log)
     tokens = load_tokens(config, os.environ, folder, log)

@@ -7353,6 +7353,22 @@ class TestCommandLine:
         twin = "SERVERCONTROL_" + name.upper().replace("-", "_")
         check_refusal(tmp_path, 2, [value], **{twin: value})
 
+    def test_misspelt_variable_is_a_warning(self, tmp_path: Path) -> None:
+        env = {
+            "SERVERCONTROL_PROT": "1",
+            "SERVERCONTROL_TASK_ID": "7",
+            "SERVERCONTROL_TOKEN": "t" * 16,
+        }
+        with ServerProcess(tmp_path, env={**env, "SERVERCONTROL_MAX_TASKS": "3"}) as server:
+            assert server.get("/info")["limits"]["max_tasks"] == 3
+            warnings = [r for r in server.records if r["level"] == "warning"]
+        assert [(r["event"], r["name"]) for r in warnings] == [
+            ("unknown_variable", "SERVERCONTROL_PROT")
+        ]
+
+    def test_environment_is_named_when_its_value_is_bad(self, tmp_path: Path) -> None:
+        check_refusal(tmp_path, 2, ["--port", "environment"], SERVERCONTROL_PORT="x")
+
     @cases_task(
         "options, env, word",
         {
