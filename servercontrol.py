@@ -3435,6 +3435,14 @@ class Tasks:
 # slow it is, and delays nobody beyond the tenth of a second that PATIENCE_SECONDS is about.
 
 
+def count_waiting_bytes(transport: asyncio.Transport) -> int:
+    """Return how much the transport has still to write."""
+    try:
+        return transport.get_write_buffer_size()
+    except AttributeError:  # a TLS transport of asyncio that is gone already (Python 3.8 to 3.10)
+        return 0
+
+
 class Viewer:
     """One WebSocket client."""
 
@@ -3472,7 +3480,7 @@ class Viewer:
     def send_json(self, message: Mapping[str, Any]) -> None:
         """Send a message to this client alone; close it when it asks but never reads."""
         self.write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
-        if self.transport.get_write_buffer_size() > MAX_PERSONAL_BYTES:
+        if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
 
     def send_pong(self, payload: bytes) -> None:
@@ -4617,7 +4625,7 @@ class Connection:
     def abort(self) -> None:
         """Close at once. Where the peer does not take what waits, the kernel is to forget it too:
         else that would stay in its memory for minutes, and the peer's writes would hang."""
-        if self._socket is None and self.transport.get_write_buffer_size():
+        if self._socket is None and count_waiting_bytes(self.transport):
             reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
             connection = self.transport.get_extra_info("socket")
             try:
@@ -4649,7 +4657,7 @@ class Connection:
         """Look at the deadlines. Called every SWEEP_SECONDS."""
         if self.phase is Phase.OPENING:
             return
-        waiting = self.transport.get_write_buffer_size()
+        waiting = count_waiting_bytes(self.transport)
         written = self._written_bytes + (self.viewer.written_bytes if self.viewer else 0)
         if waiting == 0 or written - waiting > self._taken_bytes:
             self._progress_at = now
@@ -4905,7 +4913,7 @@ class Connection:
         by = self.name_client()
         self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
         # Answers before this may wait still; pause_writing() has been called for them already.
-        self.viewer.is_stalled = self.transport.get_write_buffer_size() > HIGH_WATER_BYTES
+        self.viewer.is_stalled = count_waiting_bytes(self.transport) > HIGH_WATER_BYTES
         self.server.viewers.join(self.viewer, since, same_boot)
 
     async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
