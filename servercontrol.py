@@ -229,6 +229,7 @@ ACCEPTS_PER_TURN = 16  # then those that were accepted get a chance to speak
 ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_BUFFER_BYTES = 32 * KIB
+TLS_GOODBYE_SECONDS = 0.5
 MAX_STRANGERS = 64  # connections that have not passed the gate; else they could fill all places
 STRANGER_GRACE_SECONDS = 0.1  # so long a burst of clients may be more, until each could speak
 TLS_GRACE_SECONDS = 3.0  # the same in a handshake: a burst of 300 keeps a core busy for a second
@@ -4460,6 +4461,7 @@ class Phase(enum.Enum):
     WAITING = "waiting"  # for a task: given up when the client goes away
     WEBSOCKET = "websocket"
     CLOSING = "closing"
+    ENDING = "ending"  # nothing more is to be said; a TLS peer may say goodbye
 
 
 class ConnectionProtocol(asyncio.StreamReaderProtocol):
@@ -4618,9 +4620,21 @@ class Connection:
             # transport ill: a look at its buffer fails after that.
             if not self.transport.is_closing():
                 self.transport.close()
+            if self.peer.scheme == "https":
+                self._end_tls()
         else:  # the handshake has failed
             self.abort()
             self.forget()
+
+    def _end_tls(self) -> None:
+        """Do not wait for the peer's goodbye (RFC 8446, 6.1): Python 3.8 would, for ever."""
+        if self not in self.server.connections:
+            return
+        if self.phase is Phase.ENDING and not count_waiting_bytes(self.transport):
+            self.transport.abort()
+            return
+        self.phase = Phase.ENDING
+        asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
 
     def abort(self) -> None:
         """Close at once. Where the peer does not take what waits, the kernel is to forget it too:
