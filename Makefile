@@ -4,9 +4,9 @@ BIN := .venv/bin
 # What the tests stand on, and the two packages that the server uses when they are there.
 TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
 EXTRA_PACKAGES := psutil uvloop
-# What drives a browser through the page (it needs Debian's chromium as well), and a terminal
-# emulator to compare the page's with. Not part of `make matrix`.
-PAGE_PACKAGES := playwright pyte
+# What drives a browser through the page (it needs Debian's chromium as well), a terminal emulator
+# to compare the page's with, and axe-core, which finds barriers. Not part of `make matrix`.
+PAGE_PACKAGES := playwright pyte axe-playwright-python
 CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 4 --dist loadgroup
 # A test that fails while four run at once is run again alone, aloud: then it is no busy machine.

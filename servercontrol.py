@@ -5506,7 +5506,7 @@ CSS = r"""
   --violet: light-dark(#7a48c7, #b490f5); --screen: light-dark(#fcfdfe, #0a0e14);
   --c0: light-dark(#24292f, #545d68); --c1: var(--red); --c2: var(--green); --c3: var(--amber);
   --c4: var(--blue); --c5: var(--violet);
-  --c6: light-dark(#0f6f7d, #3cbfca); --c7: light-dark(#7c8691, #c5ced8); }
+  --c6: light-dark(#0f6f7d, #3cbfca); --c7: light-dark(#66707b, #c5ced8); }
 [data-theme="light"] { color-scheme: light; } [data-theme="dark"] { color-scheme: dark; }
 * { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
 body { display: flex; flex-direction: column; height: 100dvh; min-height: 40rem; color: var(--text);

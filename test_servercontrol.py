@@ -8129,7 +8129,8 @@ class TestDashboard:
 def start_browser() -> Any:
     """Return (Playwright, Chromium); skip aloud where they are missing, but fail in CI."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    missing = [name for name in ("playwright", "pyte") if importlib.util.find_spec(name) is None]
+    needed = ("playwright", "pyte", "axe_playwright_python")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if path is None:
         missing.append("chromium")
     if missing:
@@ -8149,6 +8150,9 @@ def browser() -> Iterator[Any]:
     yield browser
     browser.close()
     playwright.stop()
+
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
 class Visit:
@@ -8214,6 +8218,18 @@ class Visit:
         self.wait_until_true(
             f"document.getElementById('title').textContent === {json.dumps(command)}"
         )
+
+    def find_barriers(self) -> list[str]:
+        """Return what axe-core finds serious or critical for people with disabilities."""
+        (folder,) = importlib.util.find_spec("axe_playwright_python").submodule_search_locations
+        self.page.evaluate((Path(folder) / "axe.min.js").read_text(encoding="utf-8"))
+        found = self.page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
+        return [
+            f"{rule['impact']}: {rule['id']}: {node['html']}: {node['failureSummary']}"
+            for rule in found
+            for node in rule["nodes"]
+            if rule["impact"] in ("serious", "critical")
+        ]
 
     def tab_to(self, name: str) -> None:
         """Press Tab until the element with this id has the focus."""
@@ -8697,9 +8713,36 @@ class TestPage:
                 visit.page.click("#logout")
                 visit.page.wait_for_selector("#login[open]")
 
+    @pytest.mark.parametrize("look", [{"color_scheme": "dark"}, {"color_scheme": "light"}, PHONE])
+    def test_axe_finds_nothing_serious(
+        self, browser: Any, server: ServerProcess, look: dict[str, Any]
+    ):
+        with Visit(browser, f"http://127.0.0.1:{server.port}/", **look) as visit:
+            visit.wait_live()
+            assert visit.find_barriers() == []
+            colors = "for c in 31 32 33 34 35 36 37 90 '1;31' 7; do printf \"\\033[${c}mword $c\\033[m\\n\"; done"
+            visit.run(f"{colors}; echo https://example.org/; exit 3")
+            visit.wait_for("#state", "failed")
+            visit.wait_for("#lines", "example")
+            visit.page.evaluate(
+                """() => { notice("Words"); takeAlert({ hostname: "h", timestamp: 1 }, "hot", true);
+                  takeAlert({ hostname: "h", timestamp: 2 }, "hot again", true); }"""
+            )
+            visit.page.fill("#find", "word")
+            visit.wait_for("#hits", "of")
+            assert visit.find_barriers() == []
+            if visit.page.is_visible("#back"):
+                visit.page.click("#back")
+            visit.page.click("#bell")
+            assert visit.find_barriers() == []
+            visit.run("cat", tty=True)
+            visit.wait_for("#state", "running")
+            assert visit.find_barriers() == []
+            visit.page.evaluate("document.getElementById('login').showModal()")
+            assert visit.find_barriers() == []
+
     def test_phone_is_wide_enough(self, browser: Any, server: ServerProcess):
-        options = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-        with Visit(browser, f"http://127.0.0.1:{server.port}/", **options) as visit:
+        with Visit(browser, f"http://127.0.0.1:{server.port}/", **PHONE) as visit:
             visit.wait_live()
             fits = "document.documentElement.scrollWidth <= innerWidth"
             assert visit.page.evaluate(fits)
