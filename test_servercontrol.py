@@ -8454,6 +8454,41 @@ class TestPage:
         visit.page.click("#rerun")
         visit.wait_for("#state", "running")
 
+    def test_output_can_be_copied_and_downloaded(self, visit: Visit):
+        visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        visit.run("printf 'one\\n\\033[31mtwo\\033[m\\n'")
+        visit.wait_for("#lines", "^one\ntwo$")
+        visit.page.click("#copy")
+        visit.wait_for("#copy", "Copied")
+        assert visit.page.evaluate("navigator.clipboard.readText()") == "one\ntwo\n"
+        with visit.page.expect_download() as download:
+            visit.page.click("#download")
+        assert re.fullmatch(r"task-\d+\.txt", download.value.suggested_filename)
+        assert Path(download.value.path()).read_bytes() == b"one\n\x1b[31mtwo\x1b[m\n"
+
+    def test_colours_follow_the_system_or_the_button(self, browser: Any, server: ServerProcess):
+        url = f"http://127.0.0.1:{server.port}/"
+        color = "getComputedStyle(document.body).backgroundColor"
+        dark, light = "rgb(13, 17, 23)", "rgb(244, 246, 248)"
+        with Visit(browser, url, color_scheme="dark", reduced_motion="reduce") as visit:
+            assert visit.wait_live().page.evaluate(color) == dark
+            visit.page.emulate_media(color_scheme="light")
+            assert visit.page.evaluate(color) == light
+            visit.page.click("#theme")
+            assert (visit.text("#theme"), visit.page.evaluate(color)) == ("Dark", dark)
+            visit.page.reload()
+            assert visit.wait_live().page.evaluate(color) == dark
+            visit.page.click("#theme")
+            assert (visit.text("#theme"), visit.page.evaluate(color)) == ("Light", light)
+            visit.run("sleep 60")
+            visit.wait_for("#state", "running")
+            moves = "document.getAnimations().length"
+            assert visit.page.evaluate(moves) == 0
+            visit.page.emulate_media(reduced_motion="no-preference")
+            assert visit.page.evaluate(moves) > 0
+            visit.page.click("#stop")
+            visit.wait_for("#state", "stopped")
+
     def test_history_and_several_lines(self, visit: Visit):
         visit.run("echo one")
         visit.run("echo two")
@@ -8625,6 +8660,26 @@ class TestPage:
         assert shown == [*(f"line {number}" for number in range(150)), ""]
         assert visit.page.is_hidden("#notice")
 
+    def test_gap_after_a_lost_connection_is_told_and_filled(self, browser: Any, tmp_path: Path):
+        code = "sc.Feed.__init__.__defaults__ = (20_000,)  # how many bytes of events are kept"
+        script, go = make_launcher(tmp_path, code), tmp_path / "go"
+        with ServerProcess(tmp_path, "--interval=0.2", script=script) as server:
+            with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+                visit.wait_live()
+                visit.run(f"echo 0; until [ -e {go} ]; do sleep 0.02; done; seq 20000; sleep 60")
+                visit.wait_for("#lines", "^0$")
+                (task,) = server.get("/tasks")
+                visit.page.evaluate("wait = 1000; socket.close()")
+                visit.wait_for("#link", "offline")
+                go.touch()
+                wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
+                visit.wait_live()
+                visit.wait_for("#notice", r"Events \d+ to \d+ were missed")
+                visit.wait_for("#lines", "20000$")
+                shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
+                assert shown == [*map(str, range(20001)), ""]
+                server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
+
     def test_works_below_a_path_of_a_proxy(self, browser: Any, server: ServerProcess):
         with PathProxy(server.port, b"/deep/er") as port:
             with Visit(browser, f"http://127.0.0.1:{port}/deep/er/") as visit:
@@ -8664,6 +8719,27 @@ class TestPage:
                 visit.page.reload()
                 visit.wait_for("#banner", "CPU usage exceeded 1%!")
                 server.request("POST", f"/kill?id={task_id}&signal=KILL")
+
+    def test_alert_is_told_on_the_desktop_on_request(self, browser: Any, tmp_path: Path):
+        stub = """window.told = []; window.Notification = class extends Notification {
+          constructor(title, { body }) { super(title); told.push([title, body]); } };"""
+        options = ("--cpu-alert=0", "--alert-for=0", "--alert-cooldown=0.5", "--interval=0.2")
+        with ServerProcess(tmp_path, *options) as server:
+            with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+                visit.context.add_init_script(stub)
+                visit.page.reload()
+                visit.wait_live()
+                server.run("timeout 1 sh -c 'while :; do :; done'")
+                visit.wait_for("#banner", "exceeded 0%")
+                assert visit.page.evaluate("told") == []  # nobody asked for it
+                visit.context.grant_permissions(["notifications"])
+                visit.page.click("#bell")
+                visit.page.click("#notify")
+                visit.wait_for("#notify", "are on")
+                server.start("timeout 3 sh -c 'while :; do :; done'")
+                visit.wait_until_true("told.length")
+                host, text = visit.page.evaluate("told[0]")
+                assert host == socket.gethostname() and "CPU" in text
 
     def test_view_only_says_why(self, browser: Any, tmp_path: Path):
         with ServerProcess(tmp_path, "--require-token") as server:
@@ -8712,6 +8788,19 @@ class TestPage:
                 visit.wait_live()
                 visit.page.click("#logout")
                 visit.page.wait_for_selector("#login[open]")
+
+    def test_login_over_tls(self, browser: Any, tmp_path: Path):
+        options = (*make_certificate(tmp_path).options, "--require-token")
+        with ServerProcess(tmp_path, *options) as server:
+            token = (tmp_path / "servercontrol" / "token").read_text().strip()
+            url = f"https://127.0.0.1:{server.port}/"
+            with Visit(browser, url, ignore_https_errors=True) as visit:
+                visit.page.fill("#token", token)
+                visit.page.click("#login-form button")
+                visit.wait_live()
+                assert visit.page.evaluate("socket.url").startswith(url.replace("https", "wss"))
+                visit.run("echo in")
+                visit.wait_for("#lines", "^in$")
 
     @pytest.mark.parametrize("look", [{"color_scheme": "dark"}, {"color_scheme": "light"}, PHONE])
     def test_axe_finds_nothing_serious(
