@@ -2793,6 +2793,7 @@ class Task:
             "pid": self.pid,
             "output_bytes": self.output.end,
             "tty": self.request.tty,
+            "cwd": self.cwd,
             "by": self.by,
         }
 
@@ -4253,11 +4254,13 @@ async def answer_logs(server: Server, request: Request) -> Response:
     if parse_flag(request.parameters, "follow"):
         return follow_response(task, offset)
     pieces = task.output.read(offset)
+    start = task.output.end - sum(map(len, pieces))
     if parse_flag(request.parameters, "raw"):
-        return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
+        places = [("X-Offset", str(start)), ("X-Next-Offset", str(task.output.end))]
+        return Response(media_type=PLAIN_TEXT, fields=places, pieces=iterate_pieces(pieces))
     fields = {
         "task_id": task.task_id,
-        "offset": task.output.end - sum(map(len, pieces)),
+        "offset": start,
         "next_offset": task.output.end,
         "dropped": task.output.start,
         "running": task.state is TaskState.RUNNING,
@@ -5755,12 +5758,10 @@ class Line {
       if (row[x]?.[0] === "") row[x] = row[x - 1] = [" ", row[x][1]]; }
     row.splice(from, gone, ...cells); if (row.length > cols) row.length = cols; }
   erase(from, to, style) { // what is not there at the end need not be made, if it has no colour
-    const isEnd = !style && to >= this.open().length;
-    if (!isEnd || from < this.cells.length) {
+    const isEnd = !style && to >= this.open().length; if (!isEnd || from < this.cells.length) {
       this.edit(from, to - from, isEnd ? [] : blanks(to - from, style)); } }
   toRuns() {
-    if (!this.cells) return this.runs; const runs = [];
-    this.cells.forEach(([char, style], x) => {
+    if (!this.cells) return this.runs; const runs = []; this.cells.forEach(([char, style], x) => {
       const isWide = this.cells[x + 1]?.[0] === "";
       if (isWide) runs.push(char, `${style || "-1,-1,0"},wide`);
       else if (char && runs.length && runs.at(-1) === style) runs[runs.length - 2] += char;
@@ -5814,8 +5815,7 @@ class Terminal {
     const isPlain = char < "\u0300", { style, cols } = this;
     if (!isPlain && IS_MARK.test(char)) return this.combine(char);
     const cells = !isPlain && IS_WIDE.test(char) ? [[char, style], ["", style]] : [[char, style]];
-    const width = cells.length;
-    if (this.isPending || (this.modes[7] && this.x + width > cols)) {
+    const width = cells.length; if (this.isPending || (this.modes[7] && this.x + width > cols)) {
       this.row().isSoft = true; this.newLine(); }
     const x = clamp(this.x, 0, cols - width);
     this.row().edit(x, this.isInserting ? 0 : width, cells, cols);
@@ -6042,7 +6042,8 @@ async function api(path, { body, method = body ? "POST" : "GET", form = "json" }
   const headers = { ...(token && { Authorization: `Bearer ${token}` }),
     ...(body && { "Content-Type": "application/json" }) };
   const init = { method, headers, body: body && JSON.stringify(body) };
-  const response = await fetch(BASE + path, init); if (response.ok) return response[form]();
+  const response = await fetch(BASE + path, init);
+  if (response.ok) return form ? response[form]() : response;
   const { message } = await response.json().catch(() => ({})), { status } = response;
   if (status === 401 || (status === 429 && !info)) { // a token is needed, or another one
     show("login-error", token ? message : ""); if (!$("login").open) $("login").showModal(); }
@@ -6103,21 +6104,28 @@ const EVENTS = {
   error(event) { notice(`The server refused: ${event.message}`); }, };
 
 // ── Output: what /logs has, then what comes live, joined by offset in bytes of UTF-8 ──
-const MAX_QUEUE = 16e6, SLICE = 65536, encoder = new TextEncoder(), decoder = new TextDecoder();
+const MAX_QUEUE = 16e6, SLICE = 65536, KEEP = { ignoreBOM: true }; // a byte order mark stays
+const encoder = new TextEncoder(), decoder = new TextDecoder("utf-8", KEEP);
 class Stream { // queue: [text, time], time -1 marks a note; waiting: events while /logs is read
   constructor(task) {
     Object.assign(this, { task, next: 0, waiting: null, queue: [], queued: 0, isPumping: false });
     this.terminal = task.tty ? new Terminal(view.cols, view.fits) : new Terminal(0, 0);
     view.show(this.terminal); }
-  async refill() {
-    if (this.waiting) return;
-    const waiting = this.waiting = [], path = `logs?id=${this.task.task_id}&offset=${this.next}`;
-    const logs = await api(path).catch((error) => this.add(`Not read: ${error.message}`, -1));
-    const lost = logs ? logs.offset - this.next : 0;
-    if (lost) this.add(`${bytes(lost)} of output before this are no longer kept`, -1);
-    if (logs) this.add(logs.logs, 0);
-    this.next = logs?.next_offset ?? waiting[0]?.offset ?? this.next; this.waiting = null;
-    waiting.forEach((event) => this.take(event)); }
+  async refill() { // piece by piece: there may be megabytes
+    if (this.waiting) return; const waiting = this.waiting = [];
+    try {
+      const path = `logs?id=${this.task.task_id}&offset=${this.next}&raw`;
+      const { body, headers } = await api(path, { form: "" }), start = +headers.get("X-Offset");
+      const reader = body.pipeThrough(new TextDecoderStream("utf-8", KEEP)).getReader();
+      const lost = start - this.next; this.next = start;
+      if (lost) this.add(`${bytes(lost)} of output before this are no longer kept`, -1);
+      for (let part; stream === this && !(part = await reader.read()).done;) {
+        this.add(part.value, 0); this.next += encoder.encode(part.value).length; }
+      reader.cancel();
+    } catch (error) {
+      this.add(`Not read: ${error.message}`, -1);
+      this.next = Math.max(this.next, waiting[0]?.offset ?? 0); }
+    this.waiting = null; waiting.forEach((event) => this.take(event)); }
   take(event) {
     if (event.offset > this.next) this.refill();
     if (this.waiting) { // one that falls off here will be missed, and read again
@@ -6180,8 +6188,7 @@ function drawChart(id, top, ...columns) { // x is time, so a time without sample
   const paths = columns.map((column) => rows.map((row, i) => {
     const move = i && row[0] - rows[i - 1][0] < 15000 ? "L" : "M";
     return `${move}${place(row[0])} ${(98 - Math.min(96, 96 * row[column] / high)).toFixed(1)}`;
-  }).join(""));
-  const start = rows.length ? place(rows[0][0]) : 600;
+  }).join("")); const start = rows.length ? place(rows[0][0]) : 600;
   const area = `M${start} 98${paths[0].replaceAll("M", "L")}L600 98Z`;
   [area, ...paths].forEach((d, n) => $(id).children[n].setAttribute("d", d)); }
 function drawCharts(ramTotal) {
@@ -6203,8 +6210,8 @@ function takeAlert(event, text, isOn) {
   if (list.children.length > 200) list.lastChild.remove();
   alerting = isOn; show("banner", isOn ? `${event.hostname}: ${text}` : "");
   count.textContent = Number(count.textContent) + isOn; count.classList.toggle("bad", isOn);
-  setLink("live", "good"); const mayNotify = window.Notification?.permission === "granted";
-  if (mayNotify) new Notification(event.hostname, { body: text }); }
+  setLink("live", "good"); if (window.Notification?.permission !== "granted") return;
+  try { new Notification(event.hostname, { body: text }); } catch { /* phones cannot do that */ } }
 function showServer() {
   const why = !info.exec ? "Monitor only: the server was started with --no-exec." :
     info.role !== "run" ? "View only: this token may watch, but not run, stop or type." : "";
@@ -6276,15 +6283,13 @@ async function stop() {
     if (error.status !== 409) notice(`Not stopped: ${error.message}`); } }
 async function copy() {
   const lines = stream.terminal.lines.map((line) => line.text + (line.isSoft ? "" : "\n"));
-  const value = lines.join("").trimEnd() + "\n", area = make("textarea", { value });
-  try {
+  const value = lines.join("").trimEnd() + "\n", area = make("textarea", { value }); try {
     await navigator.clipboard.writeText(value);
   } catch { // browsers offer that on localhost and over https only
     document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); }
   say("spoken", "Copied"); say("copy", "Copied"); setTimeout(say, 1500, "copy", "Copy"); }
 async function download() {
-  const id = stream.task.task_id;
-  try {
+  const id = stream.task.task_id; try {
     const href = URL.createObjectURL(await api(`logs?id=${id}&raw`, { form: "blob" }));
     make("a", { href, download: `task-${id}.txt` }).click();
     setTimeout(URL.revokeObjectURL, 60000, href);
@@ -6302,8 +6307,7 @@ function sequence(key, isCtrl, isAlt, isShift, modes) { // null: comes as input,
   if (ARROWS[key] && mark) return `\x1b[1${mark}${ARROWS[key]}`;
   if (ARROWS[key]) return (modes[1] || /^F\d/.test(key) ? "\x1bO" : "\x1b[") + ARROWS[key];
   if (TILDES[key]) return `\x1b[${TILDES[key]}${mark}~`;
-  if (key === "Tab" && isShift) return "\x1b[Z";
-  let text = PLAIN[key] ?? key;
+  if (key === "Tab" && isShift) return "\x1b[Z"; let text = PLAIN[key] ?? key;
   if (text.length > 1 || (!isCtrl && !isAlt && !PLAIN[key])) return null;
   if (isCtrl) text = { " ": "\0", "/": "\x1f", "\x7f": "\b" }[text] ??
     text.replace(/[@-~]/, (char) => String.fromCharCode(char.charCodeAt(0) & 31));
@@ -6372,9 +6376,8 @@ const HANDLERS = {
   "times change": layOut, "wrap change": layOut, "find input": () => view.find(0),
   "previous click": () => view.find(-1), "next click": () => view.find(1),
   "find keydown": ({ key, shiftKey }) => { if (key === "Enter") view.find(shiftKey ? -1 : 1); },
-  "output scroll": ({ target }) => {
-    view.follow = target.scrollHeight - target.scrollTop - target.clientHeight < ROW; view.draw();
-  },
+  "output scroll": ({ target: { scrollHeight, scrollTop, clientHeight } }) => {
+    view.follow = scrollHeight - scrollTop - clientHeight < ROW; view.draw(); },
   "output click": () => { if (getSelection().isCollapsed) $("keys").focus(); },
   "output keydown": ({ key, target }) => {
     if (key === "Enter" && target.id === "output") $("keys").focus(); },

@@ -3753,6 +3753,7 @@ class TestRoutes(RunsTasks):
         assert task["ended"] is None and abs(task["started"] / 1000 - time.time()) < 60
         assert Path(f"/proc/{task['pid']}/cmdline").read_bytes() == b"sleep\000300\0"
         assert "127.0.0.1" in task["by"] and "run" in task["by"]
+        assert task["cwd"] == os.getcwd()
         assert server.get("/tasks")[-1] == task
         server.request("POST", f"/kill?id={task_id}")
         task = server.wait_for_end(task_id)
@@ -3775,6 +3776,7 @@ class TestRoutes(RunsTasks):
             answer = server.request("GET", f"/logs?id={task_id}&offset={offset}&raw")
             assert answer.headers["content-type"].startswith("text/plain")
             assert answer.headers["x-content-type-options"] == "nosniff"
+            assert (answer.headers["x-offset"], answer.headers["x-next-offset"]) == (str(real), "8")
             assert answer.body == text.encode()
             answer = server.request("GET", f"/logs?id={task_id}&offset={offset}&follow")
             assert answer.body == text.encode()
@@ -8453,6 +8455,30 @@ class TestPage:
         assert visit.page.is_disabled("#stop")
         visit.page.click("#rerun")
         visit.wait_for("#state", "running")
+
+    def test_run_again_uses_the_same_folder(self, visit: Visit, server: ServerProcess):
+        server.run("pwd; echo again", cwd="/usr")
+        visit.page.reload()  # so that the page knows the task from /tasks
+        visit.wait_live().page.locator("#tasks button").first.click()
+        visit.wait_for("#lines", "^/usr\nagain$")
+        before = visit.text("#facts")
+        visit.page.click("#rerun")
+        wait_until(lambda: visit.page.wait_for_timeout(20) or visit.text("#facts") != before)
+        visit.wait_for("#state", "done")
+        visit.wait_for("#lines", "^/usr\nagain$")
+        assert [task["cwd"] for task in server.get("/tasks")[-2:]] == ["/usr", "/usr"]
+
+    def test_long_kept_output_is_shown_whole(self, visit: Visit, server: ServerProcess):
+        command = "printf '\\357\\273\\277'; yes 'äöü 漢字 😀, and so on and so forth' | head -c 3000001; echo; sleep 60"
+        task_id = server.start(command)
+        wait_until(lambda: server.task(task_id)["output_bytes"] > 3_000_000)
+        visit.page.locator("#tasks button").first.click()
+        end = server.task(task_id)["output_bytes"]
+        visit.wait_until_true(f"stream.next === {end} && stream.queue.length === 0")
+        whole = server.get(f"/logs?id={task_id}")["logs"]
+        assert whole.startswith("\ufeff")
+        read = "stream.terminal.lines.map((line) => line.text).join('\\n')"
+        assert visit.page.evaluate(read).lstrip("\ufeff") == whole.lstrip("\ufeff")
 
     def test_output_can_be_copied_and_downloaded(self, visit: Visit):
         visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
