@@ -8278,9 +8278,10 @@ class PathProxy:
 
 
 def record_terminal(
-    argv: list[str], keys: Iterable[str], cols: int, rows: int
-) -> tuple[bytes, list[int]]:
-    """Run a program on a terminal; return its bytes and how many there were before each key."""
+    argv: list[str], keys: Iterable[Any], cols: int, rows: int
+) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """Run a program on a terminal; return its bytes and how many there were before each key, with
+    the size they were meant for. A key may be a new size, (columns, rows)."""
     pid, fd = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", LC_ALL="C.UTF-8")
@@ -8297,22 +8298,29 @@ def record_terminal(
             break
         data += piece
         if not readable:
-            marks.append(len(data))
+            marks.append((len(data), cols, rows))
             if not waiting:
                 break
-            os.write(fd, waiting.pop(0).encode())
+            key = waiting.pop(0)
+            if isinstance(key, tuple):
+                cols, rows = key
+                fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+            else:
+                os.write(fd, key.encode())
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(fd)
-    return data, [*marks, len(data)]
+    return data, [*marks, (len(data), cols, rows)]
 
 
-READ_CELLS = """([encoded, marks, cols, rows]) => {
+READ_CELLS = """([encoded, marks]) => {
   const data = Uint8Array.from(atob(encoded), (char) => char.charCodeAt(0));
-  const terminal = new Terminal(cols, rows), decoder = new TextDecoder(), screens = [];
+  const [, width, height] = marks[0], decoder = new TextDecoder(), screens = [];
+  const terminal = new Terminal(width, height);
   let at = 0;
-  for (const mark of marks) {
+  for (const [mark, cols, rows] of marks) {
+    if (cols !== terminal.cols || rows !== terminal.rows) terminal.resize(cols, rows);
     for (; at < mark; at = Math.min(at + 7, mark)) { // in small pieces, so that all is split once
       const piece = data.subarray(at, Math.min(at + 7, mark));
       terminal.write(decoder.decode(piece, { stream: true }));
@@ -8626,6 +8634,12 @@ class TestPage:
             (["top", "-n", "2", "-d", "0.3"], ()),
             (["vim", "-u", "NONE", "-N", str(text)], vim_keys),
             (["less", str(text)], (" ", "b", "/77\r", "G", "k", "k", "g", "j")),
+            # After a new size each paints its screen anew.
+            (["less", str(text)], (" ", (60, 18), "j", " ", (100, 30), "b")),
+            (
+                ["vim", "-u", "NONE", "-N", str(text)],
+                ("20G", (50, 12), "dd", "\x06", (90, 28), "gg"),
+            ),
             (["htop"], ("\x1b[B", "\x1b[B", "t")),
         ]
         seen = []
@@ -8635,24 +8649,24 @@ class TestPage:
             data, marks = record_terminal(argv, keys, 80, 24)
             # pyte takes these for others: modifyOtherKeys, questions, strings.
             odd = re.compile(rb"\x1b\[[>=?][\d;:]*[mcu]|\x1bP[^\x1b]*\x1b\\|\x1b\[\?[\d;]*\$p")
-            marks = [len(odd.sub(b"", data[:mark])) for mark in marks]
+            marks = [(len(odd.sub(b"", data[:mark])), *size) for mark, *size in marks]
             data = odd.sub(b"", data)
-            screens = visit.page.evaluate(
-                READ_CELLS, [base64.b64encode(data).decode(), marks, 80, 24]
-            )
+            screens = visit.page.evaluate(READ_CELLS, [base64.b64encode(data).decode(), marks])
             screen = pyte.Screen(80, 24)
             stream, at = pyte.ByteStream(screen), 0
-            for mark, (ours, x, y) in zip(marks, screens):
+            for (mark, cols, rows), (ours, x, y) in zip(marks, screens):
+                if (cols, rows) != (screen.columns, screen.lines):
+                    screen.resize(rows, cols)
                 stream.feed(data[at:mark])
                 at = mark
                 wrong = [
                     (column, row, ours[row][column], screen.buffer[row][column])
-                    for row in range(24)
-                    for column in range(80)
+                    for row in range(rows)
+                    for column in range(cols)
                     if not check_cell(ours[row][column], screen.buffer[row][column])
                 ]
                 assert wrong[:3] == [], (argv[0], mark)
-                assert (x, y) == (min(screen.cursor.x, 79), screen.cursor.y), (argv[0], mark)
+                assert (x, y) == (min(screen.cursor.x, cols - 1), screen.cursor.y), (argv[0], mark)
             seen.append(argv[0])
         assert "sh" in seen
 
