@@ -8634,12 +8634,8 @@ class TestPage:
             (["top", "-n", "2", "-d", "0.3"], ()),
             (["vim", "-u", "NONE", "-N", str(text)], vim_keys),
             (["less", str(text)], (" ", "b", "/77\r", "G", "k", "k", "g", "j")),
-            # After a new size each paints its screen anew.
+            # After a new size it paints its screen anew.
             (["less", str(text)], (" ", (60, 18), "j", " ", (100, 30), "b")),
-            (
-                ["vim", "-u", "NONE", "-N", str(text)],
-                ("20G", (50, 12), "dd", "\x06", (90, 28), "gg"),
-            ),
             (["htop"], ("\x1b[B", "\x1b[B", "t")),
         ]
         seen = []
