@@ -5244,12 +5244,8 @@ class Server:
         # Not by the loop, since uvloop keeps SIGCHLD for itself.
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
-        for listener, kind in self.listeners.kinds():
-            self._loop.add_reader(listener, self._accept, listener, kind)
         if not self.config.no_discovery:
             await self._start_discovery()
-        for work in (self.sampler.run(), self._sweep()):
-            self._background.append(self._loop.create_task(work))
         discovery = self.listeners.ports["discovery"]
         address = "127.0.0.1" if self.listeners.is_loopback else "0.0.0.0"
         places = {
@@ -5260,10 +5256,15 @@ class Server:
         }
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        self.log.write("info", "listening", **places, **facts, **files)
+        # Before anybody can do anything.
         complete_crashed_runs(self._folder, self.audit, self.log)
         self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
+        for listener, kind in self.listeners.kinds():
+            self._loop.add_reader(listener, self._accept, listener, kind)
+        for work in (self.sampler.run(), self._sweep()):
+            self._background.append(self._loop.create_task(work))
+        self.log.write("info", "listening", **places, **facts, **files)
 
     def _accept(self, listener: socket.socket, kind: Listener) -> None:
         """Accept who waits, and ask the kernel at once who it is."""
