@@ -1016,12 +1016,13 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     return roles[0]
 
 
-def is_own_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that the peer is a process of our own account, on this machine.
+def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
+    """Whether the kernel says that the peer is a process of our own account, on this machine, and
+    that is enough.
 
     A socket that its process has closed already may be listed with uid 0, but has no inode.
     """
-    if peer.uid is None or peer.uid != policy.own_uid:
+    if policy.require_token or peer.uid is None or peer.uid != policy.own_uid:
         return False
     if peer.listener is Listener.UNIX:
         return True
@@ -1049,7 +1050,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         raise HttpError(403, "bad_host", "this Host is not served; --allow-host lists more")
     if policy.no_auth:
         return Role.RUN
-    if is_own_process(policy, peer) and not policy.require_token and not is_forwarded(head):
+    if is_trusted_process(policy, peer) and not is_forwarded(head):
         return Role.RUN
     # An upgrade on `/` is no page: it would watch everything.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
@@ -1064,6 +1065,14 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
     raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
 
 
+def find_host_key(address: str) -> str:
+    """Return what names the host: who has one IPv6 address has all of its /64."""
+    ip = parse_ip(address)
+    if ip is None or ip.version == 4:
+        return str(ip)
+    return ip.packed[:8].hex()
+
+
 class WrongTokenLimit:
     """How many wrong tokens an address may show. Right ones are never asked about."""
 
@@ -1073,7 +1082,7 @@ class WrongTokenLimit:
 
     def count(self, address: str, now: float) -> int:
         """Count a wrong token; return how many seconds to wait, 0 while there were few."""
-        key = self.find_key(address)
+        key = find_host_key(address)
         times = self._times.setdefault(key, deque())
         while times and now - times[0] >= WRONG_TOKEN_SECONDS:
             times.popleft()
@@ -1084,14 +1093,6 @@ class WrongTokenLimit:
         if len(self._times) > MAX_WRONG_ADDRESSES:
             self._times.popitem(last=False)
         return 0
-
-    @staticmethod
-    def find_key(address: str) -> str:
-        """Return what names the host: who has one IPv6 address has all of its /64."""
-        ip = parse_ip(address)
-        if ip is None or ip.version == 4:
-            return str(ip)
-        return ip.packed[:8].hex()
 
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
@@ -2054,6 +2055,14 @@ class ReplyLimit:
 # FILE.head has the hash of the newest line: a successor of a rotated file begins with it, and
 # lines cut off at the end show too.
 
+
+def close_fds(fds: Iterable[int]) -> None:
+    """Close descriptors, each once; -1 is none."""
+    for fd in set(fds):
+        if fd >= 0:
+            os.close(fd)
+
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -2489,13 +2498,8 @@ class AuditLog:
                     return status
             except FileNotFoundError:
                 pass
-            self._close()
-
-    def _close(self) -> None:
-        for fd in (self._fd, self._head_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._head_fd = -1
+            close_fds((self._fd, self._head_fd))
+            self._fd = self._head_fd = -1
 
     def _find_end(self, status: os.stat_result) -> bool:
         """Set the hash of the last line; return whether that is whole."""
@@ -2903,8 +2907,7 @@ def open_terminal(cols: int, rows: int) -> tuple[int, int]:
         termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
         set_terminal_size(our_fd, cols, rows)
     except (OSError, termios.error) as error:
-        os.close(our_fd)
-        os.close(child_fd)
+        close_fds((our_fd, child_fd))
         raise OSError(*error.args) from None
     return our_fd, child_fd
 
@@ -2922,12 +2925,6 @@ class Streams(NamedTuple):
     our_in: int
     our_out: int
 
-    def close(self, ours: bool, childs: bool) -> None:
-        """Close the ends of one side or both."""
-        for fd in {*(self[2:] if ours else ()), *(self[:2] if childs else ())}:
-            if fd >= 0:
-                os.close(fd)
-
 
 def open_streams(request: ExecRequest) -> Streams:
     """Open what a task reads from and writes to. Raises OSError; then nothing is open."""
@@ -2944,8 +2941,7 @@ def open_streams(request: ExecRequest) -> Streams:
         opened += os.pipe()
         return Streams(opened[2], opened[1], opened[3], opened[0])
     except OSError:
-        for fd in opened:
-            os.close(fd)
+        close_fds(opened)
         raise
 
 
@@ -3065,11 +3061,11 @@ class Tasks:
                 preexec_fn=take_terminal if request.tty else None,
             )
         except BaseException:
-            streams.close(ours=True, childs=False)
+            close_fds((streams.our_in, streams.our_out))
             raise
         finally:
             self._set_descriptor_limit(None)
-            streams.close(ours=False, childs=True)
+            close_fds((streams.child_in, streams.child_out))
         # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
         process.returncode = 0
         os.set_blocking(streams.our_out, False)
@@ -3110,8 +3106,7 @@ class Tasks:
         except (OSError, ValueError):
             pass  # no descriptor is free, which Popen will say; or macOS
         finally:
-            for fd in spare:
-                os.close(fd)
+            close_fds(spare)
 
     def _restore_descriptor_limit(self, pid: int) -> None:
         """Give the child the limit that we were started with: select() breaks above 1024."""
@@ -3202,7 +3197,6 @@ class Tasks:
         return b""
 
     def _close_pipe(self, task: Task) -> None:
-        self._queue.pop(task, None)
         if task.fd >= 0:
             asyncio.get_running_loop().remove_reader(task.fd)
             os.close(task.fd)
@@ -3238,15 +3232,15 @@ class Tasks:
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         try:
-            if not os.read(fd, READ_CHUNK_BYTES):
-                os.close(fd)
-                return
+            is_open = bool(os.read(fd, READ_CHUNK_BYTES))
         except BlockingIOError:
-            pass
+            is_open = True
         except OSError:  # EIO: the terminal's last user has gone
+            is_open = False
+        if is_open:
+            loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
+        else:
             os.close(fd)
-            return
-        loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
 
     # Typing
 
@@ -3369,7 +3363,6 @@ class Tasks:
             loop.remove_reader(task.fd)
             loop.add_reader(task.fd, self._discard, task.fd)
             task.fd = -1
-            self._queue.pop(task, None)
         self._forget_oldest()
         task.completed.set_result(None)
         task.wake()
@@ -4527,7 +4520,7 @@ class Connection:
             connection, listener, address, scheme, server.may_scan
         )
         # Strangers of one account, or else of one address, are counted together.
-        self.crowd = self.peer.uid, WrongTokenLimit.find_key(self.peer.address)
+        self.crowd = self.peer.uid, find_host_key(self.peer.address)
         connection.setblocking(False)
         if listener is not Listener.UNIX:
             # Else what is written in two pieces waits 40 ms for the first one's ACK.
@@ -4550,7 +4543,7 @@ class Connection:
         self._taken_bytes = 0
         self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
-        if server.policy.require_token or not is_own_process(server.policy, self.peer):
+        if not is_trusted_process(server.policy, self.peer):
             server.take_stranger(self)
         self._is_extra = len(server.connections) > server.max_clients
         loop = asyncio.get_running_loop()
@@ -4732,7 +4725,7 @@ class Connection:
         except (HttpError, CommandError) as error:
             if is_refusal(error):
                 request_line = f"{head.method} {head.path}"[:200]
-                self.server.note_refusal(self.name_client(), error.code, request_line)
+                self.server.note_refusal(self._name_client(), error.code, request_line)
             if head.has_body:
                 raise
             parser.next_body()
@@ -4799,9 +4792,9 @@ class Connection:
             self.server.check_exec()
         parameters = check_parameters(route, head)
         self._check_expectation(head)
-        return Request(head, route, parameters, role, self.name_client())
+        return Request(head, route, parameters, role, self._name_client())
 
-    def name_client(self) -> str:
+    def _name_client(self) -> str:
         """Return who asks: address, role, and the account where the kernel knows it."""
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
         return f"{self.address} {self.role.value if self.role else '-'}{uid}"
@@ -4927,7 +4920,7 @@ class Connection:
             raise HttpError(503, "stopping", "the server is stopping")
         self._write(encode_upgrade_response(head, key))
         self._begin_phase(Phase.WEBSOCKET, None)
-        by = self.name_client()
+        by = self._name_client()
         self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = count_waiting_bytes(self.transport) > HIGH_WATER_BYTES
@@ -5261,7 +5254,7 @@ class Server:
         self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds():
-            self._loop.add_reader(listener, self._accept, listener, kind)
+            self._watch(listener, kind)
         for work in (self.sampler.run(), self._sweep()):
             self._background.append(self._loop.create_task(work))
         self.log.write("info", "listening", **places, **facts, **files)
@@ -5277,14 +5270,15 @@ class Server:
                 reason = error.strerror or ""
                 self.log.write_limited("error", "accept_failed", error=reason)
                 self._loop.remove_reader(listener)
-                self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_again, listener, kind)
+                self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._watch, listener, kind)
                 return
             try:
                 Connection(self, connection, kind, address)
             except OSError:
                 connection.close()  # the peer has reset it meanwhile
 
-    def _accept_again(self, listener: socket.socket, kind: Listener) -> None:
+    def _watch(self, listener: socket.socket, kind: Listener) -> None:
+        """Accept from now on."""
         if not self.is_stopping:
             self._loop.add_reader(listener, self._accept, listener, kind)
 
@@ -6685,20 +6679,29 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
         raise ConfigError(f"--tls-cert: {names}: {reason}") from None
 
 
+def needs_token(config: Config, listeners: Listeners) -> bool:
+    """Whether our own account needs a token too."""
+    return not config.no_auth and (config.require_token or not listeners.is_loopback)
+
+
+def advise_tunnel(listeners: Listeners) -> str:
+    """Return what to type where a server on loopback is to be reached."""
+    port = listeners.ports["http"]
+    return f"ssh -L {port}:localhost:{port} {read_hostname()}"
+
+
 def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Log) -> None:
     """Say what is open to whom. Raises ConfigError where nobody could get in."""
-    needs_token = not config.no_auth and (config.require_token or not listeners.is_loopback)
-    if needs_token and tokens.run is None:
+    if needs_token(config, listeners) and tokens.run is None:
         raise ConfigError("--token-file: a token is needed, and there is no folder to keep one in")
     if config.no_auth:
         log.write("warning", "no_auth", message=NO_AUTH_WARNING)
     if not listeners.is_loopback and not config.has_tls:
-        port = listeners.ports["http"]
         log.write(
             "warning",
             "no_tls",
             message="commands and tokens can be read by whoever is on the path; use --tls-cert, "
-            f"or listen on loopback and type: ssh -L {port}:localhost:{port} {read_hostname()}",
+            f"or listen on loopback and type: {advise_tunnel(listeners)}",
         )
 
 
@@ -6706,12 +6709,11 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
     """Tell a person at a terminal what to do next. The token is shown here and nowhere else."""
     host = read_hostname() if listeners.is_wildcard else ""
     http, ws = listeners.url("http", host), listeners.url("ws", host)
-    needs_token = not config.no_auth and (config.require_token or not listeners.is_loopback)
     who = "processes of this account on this machine; others need the token"
     page, option = "", ""
     if config.no_auth:
         who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
-    elif needs_token:
+    elif needs_token(config, listeners):
         who, page = "whoever has the token", f"#token={tokens.run}"
         option = f"-H 'Authorization: Bearer {tokens.run}' "
     print(f"ServerControl {__version__}")
@@ -6722,8 +6724,7 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
     if tokens.run_file is not None:
         print(f"  token    {tokens.run_file}")
     if not listeners.is_loopback and not config.has_tls:
-        port = listeners.ports["http"]
-        print(f"  safer    listen on loopback; ssh -L {port}:localhost:{port} {read_hostname()}")
+        print(f"  safer    listen on loopback; {advise_tunnel(listeners)}")
     print("  stop     Ctrl-C", flush=True)
 
 

@@ -3100,6 +3100,34 @@ def as_nobody(function: Callable[[], bytes]) -> bytes:
     return answer
 
 
+@contextlib.contextmanager
+def crowded_by_nobody(
+    connect: Callable[[], socket.socket], count: int, data: bytes = b""
+) -> Iterator[None]:
+    """Another account holds so many connections during this block, and says the data on each."""
+    ready, release = os.pipe(), os.pipe()
+
+    def crowd() -> bytes:
+        peers = [connect() for _ in range(count)]
+        for peer in peers:
+            with contextlib.suppress(OSError):  # it may have been cut off already
+                peer.sendall(data)
+        os.write(ready[1], b"x")
+        os.read(release[0], 1)
+        return b"%d" % len(peers)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        taken = pool.submit(as_nobody, crowd)
+        wait_until(lambda: taken.done() or select.select([ready[0]], [], [], 0)[0])
+        try:
+            yield
+        finally:
+            os.write(release[1], b"x")
+        assert taken.result() == b"%d" % count
+    for fd in (*ready, *release):
+        os.close(fd)
+
+
 def ask_as_nobody(server: ServerProcess, data: bytes) -> list[Answer]:
     """Return all answers that another account gets to the bytes until the connection closes."""
 
@@ -5006,32 +5034,14 @@ class TestTls(RunsTasks):
 
     def test_half_open_handshakes_keep_nobody_out(self, tls_server: TlsServer) -> None:
         right = make_request("GET /info", "Connection: close", bearer(SERVER_RUN_TOKEN))
-        release, ready = os.pipe(), os.pipe()
-
-        def hog() -> bytes:
-            peers = [tls_server.connect_plain() for _ in range(1000)]
-            for peer in peers:
-                with contextlib.suppress(OSError):
-                    peer.sendall(b"\x16\x03\x01\x02\x00\x01")
-            os.write(ready[1], b"x")
-            os.read(release[0], 1)
-            return b"%d" % len(peers)
-
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            taken = pool.submit(as_nobody, hog)
-            wait_until(lambda: taken.done() or select.select([ready[0]], [], [], 0)[0])
-            try:
-                for _ in range(3):
-                    assert ask(tls_server, right).json()["role"] == "run"
-                    with tls_server.connect() as connection:
-                        connection.sendall(right)
-                        (answer,) = AnswerStream(connection).rest()
-                        assert answer.status == 200
-            finally:
-                os.write(release[1], b"x")
-            assert taken.result() == b"1000"
-        for fd in (*release, *ready):
-            os.close(fd)
+        hello = b"\x16\x03\x01\x02\x00\x01"
+        with crowded_by_nobody(tls_server.connect_plain, 1000, hello):
+            for _ in range(3):
+                assert ask(tls_server, right).json()["role"] == "run"
+                with tls_server.connect() as connection:
+                    connection.sendall(right)
+                    (answer,) = AnswerStream(connection).rest()
+                    assert answer.status == 200
 
     def test_origin_is_https(self, tls_server: TlsServer) -> None:
         host = f"localhost:{tls_server.port}"
@@ -5662,24 +5672,8 @@ class TestLimits:
 
     def test_strangers_cannot_take_all_places(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--max-clients=100") as server:
-            full, go_on = os.pipe(), os.pipe()
-
-            def hog() -> bytes:
-                peers = [server.connect() for _ in range(150)]
-                os.write(full[1], b"x")
-                os.read(go_on[0], 1)
-                return b"%d" % len(peers)
-
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                taken = pool.submit(as_nobody, hog)
-                wait_until(lambda: taken.done() or select.select([full[0]], [], [], 0)[0])
-                try:
-                    assert server.run("echo mine")["output"] == "mine\n"
-                finally:
-                    os.write(go_on[1], b"x")
-                assert taken.result() == b"150"
-            for fd in (*full, *go_on):
-                os.close(fd)
+            with crowded_by_nobody(server.connect, 150):
+                assert server.run("echo mine")["output"] == "mine\n"
 
     def test_follower_that_falls_behind_notices(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--keep-output=64K") as server:
