@@ -4,12 +4,13 @@
     python3 servercontrol.py                       start, on this machine only
     curl -d 'uptime' localhost:8080/exec           run a command
     curl -d 'make' 'localhost:8080/exec?follow'    run it and watch it
+    http://localhost:8080/                         all of that on a page, in a browser
     ws://localhost:8082/                           every event of every task, live, as JSON
 
 One file, standard library only. `psutil` and `uvloop` are used when they are installed.
 Read it from top to bottom: each section uses only names that stand above it. Sections 5 to 11
 are pure: they turn bytes into meaning and back, and touch no socket, clock, file or event loop.
-Sections 12 to 16 are thin loops around them.
+Sections 12 to 16 are thin loops around them; 17 is the page, as three texts.
 
 The way of the data:
 
