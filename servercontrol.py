@@ -10,7 +10,8 @@
 One file, standard library only. `psutil` and `uvloop` are used when they are installed.
 Read it from top to bottom: each section uses only names that stand above it. Sections 5 to 11
 are pure: they turn bytes into meaning and back, and touch no socket, clock, file or event loop.
-Sections 12 to 16 are thin loops around them; 17 is the page, as three texts.
+Sections 12 to 16 are thin loops around them; 17 is the other end, for many servers; 18 is the
+page, as three texts.
 
 The way of the data:
 
@@ -41,8 +42,9 @@ Map (search for the number and a dot):
     14. Viewers
     15. Background loops
     16. Server
-    17. Dashboard
-    18. Command line
+    17. Client
+    18. Dashboard
+    19. Command line
 
 Security stance: whoever may use this server owns the account it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -57,13 +59,15 @@ from __future__ import annotations
 
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
 # The standard library, and two optional packages that are each used in one place: psutil as a
-# source of statistics (section 15), uvloop as the event loop (section 18).
+# source of statistics (section 15), uvloop as the event loop (section 19).
 import argparse
 import asyncio
 import asyncio.sslproto
 import base64
 import binascii
 import codecs
+import contextlib
+import dataclasses
 import enum
 import errno
 import functools
@@ -75,6 +79,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -92,6 +97,7 @@ try:
     import fcntl
     import resource
     import termios
+    import tty
 except ImportError:
     sys.exit("servercontrol.py: needs Linux (or another Unix); this system is " + sys.platform)
 
@@ -240,6 +246,39 @@ SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
 STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
+# Client.
+CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
+ANSWER_SECONDS = 15.0  # for a piece of an answer
+CLIENT_BUFFER_BYTES = 256 * KIB
+MAX_EVENT_BYTES = 16 * MIB  # a server keeps no more
+RETRY_SECONDS = 0.25  # doubled with each failure
+MAX_RETRY_SECONDS = 1.5  # so that a server is seen within 5 s of its return
+REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
+START_RETRY_SECONDS = (0.2, 1.0, 3.0)
+SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
+EXEC_SILENCE_SECONDS = 20.0
+EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
+INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
+UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
+MAX_PARALLEL = 100
+MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
+MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
+MONITOR_COOLDOWN_SECONDS = 60.0
+LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
+DRAW_SECONDS = 0.2
+MAX_FOUND_SERVERS = 10000
+ONCE_SECONDS = 5.0  # for `monitor --once`
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
+# How a server's row is painted; the title is shown in reverse.
+STATE_COLOURS = {
+    "": "\x1b[7m",
+    "silent": "\x1b[1;31m",
+    "unreachable": "\x1b[31m",
+    "refused": "\x1b[33m",
+    "connecting": "\x1b[2m",
+}
+
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
 # What can go wrong by somebody else's doing. Each type carries its wire form, and each is turned
 # into that form in exactly one place. Anything else that is raised is a bug in this file.
@@ -247,6 +286,8 @@ LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much wi
 #   ServerControlError
 #   ├── ConfigError       bad option or configuration: one line on stderr, exit status 2
 #   ├── StartError        a port or folder cannot be had: one line on stderr, exit status 1
+#   ├── UnreachableError  a client's: told on stderr; exit status 125 of `exec`
+#   ├── OutputError       a client's: ends it, with 141 for a closed pipe (128 + SIGPIPE)
 #   ├── HttpError         answered with a status and a JSON body; the connection may close
 #   ├── WebSocketError    closes the WebSocket connection with a code
 #   └── CommandError      a request that cannot be carried out: an HTTP answer or `error` message
@@ -278,6 +319,22 @@ class HttpError(ServerControlError):
         self.code = code
         self.message = message
         self.fields = tuple(fields)
+
+
+class UnreachableError(ServerControlError):
+    """A server that our client cannot reach, or that refuses. status: of its answer, else 0."""
+
+    def __init__(self, reason: str, status: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class OutputError(ServerControlError):
+    """Our standard output takes no more: a closed pipe, a full disk."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror}")
+        self.is_closed = error.errno == errno.EPIPE
 
 
 class WebSocketError(ServerControlError):
@@ -315,7 +372,7 @@ COMMAND_STATUS = {
 }
 
 # 4. Configuration ────────────────────────────────────────────────────────────────────────────
-# What the command line and the environment decide, checked and frozen. Section 17 makes it.
+# What the command line and the environment decide, checked and frozen. Section 19 makes it.
 
 
 @dataclass(frozen=True)
@@ -1835,7 +1892,8 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: text to be read, True for input that comes later, None for none.
+    stdin: text to be read, True for input that comes later, None for none. ref: two requests
+    with the same one start one task, so that a lost answer can be asked for again.
     """
 
     command: str
@@ -1847,6 +1905,7 @@ class ExecRequest:
     tty: bool = False
     cols: int = 80
     rows: int = 24
+    ref: str | None = None
 
 
 def is_plain_text(value: Any) -> bool:
@@ -1936,6 +1995,7 @@ EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "tty": check_flag,
     "cols": check_side,
     "rows": check_side,
+    "ref": check_name,
 }
 
 
@@ -3024,6 +3084,9 @@ class Tasks:
 
     def start(self, request: ExecRequest, by: str) -> Task:
         """Start a command. Raises CommandError; then nothing was started."""
+        for task in self.list() if request.ref else ():
+            if task.request.ref == request.ref:
+                return task
         if self.is_stopping:
             raise CommandError("no_resources", "the server is stopping")
         if len(self.running) >= self._config.max_tasks:
@@ -5487,7 +5550,1391 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Dashboard ──────────────────────────────────────────────────────────────────────────────
+# 17. Client ──────────────────────────────────────────────────────────────────────────────────
+# The same file at the other end: `discover`, `exec` and `monitor`. A Link keeps one WebSocket
+# connection to a server, and takes it up again with `since` where it was left, so that no event
+# is lost or doubled, or the gap is named.
+#
+# A token goes only where its owner said: to a server that is listed with it, or that is named
+# beside --token-file; never to what merely answered a probe. Whatever a server or a prober's
+# neighbour says of itself is shown without control characters. SPEC names the exit statuses.
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server as a client names it. unix: its socket, instead of host and port; path: of a proxy.
+
+    token: sent with each request, None for none.
+    """
+
+    name: str
+    host: str
+    port: int
+    tls: bool = False
+    path: str = ""
+    unix: str = ""
+    token: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The address to show, without path at its end."""
+        if self.unix:
+            return f"unix:{self.unix}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.path}"
+
+    @property
+    def authority(self) -> str:
+        """What the Host field says (RFC 9110, 7.2)."""
+        return "localhost" if self.unix else self.url.split("/")[2]
+
+
+# Whether a scheme means TLS, and its port.
+SCHEMES = {
+    "http": (False, 80),
+    "ws": (False, 80),
+    "https": (True, 443),
+    "wss": (True, 443),
+    "bare": (False, Config.port),
+}
+
+
+def parse_target(name: str, text: str) -> Target:
+    """Return the server that `host`, `host:port`, a URL or a socket's path names.
+
+    Raises ConfigError.
+    """
+    if text.startswith(("/", "unix:")):
+        return Target(name, "", 0, unix=re.sub("^unix:(//)?", "", text))
+    is_bare = "://" not in text
+    literal = f"[{text}]" if ":" in text and parse_ip(text) else text
+    try:
+        parts = urllib.parse.urlsplit(f"bare://{literal}" if is_bare else text)
+        tls, port = SCHEMES[parts.scheme]
+        port = parts.port or port
+    except (ValueError, KeyError):
+        parts = urllib.parse.urlsplit("")
+    more = parts.username or parts.query or parts.fragment or (is_bare and parts.path)
+    if not parts.hostname or more or not re.fullmatch(r"[!-~]*", text):
+        raise ConfigError(f"{text!r} is no server: say host, host:port, a URL, or a listed name")
+    return Target(name, parts.hostname, port, tls, parts.path.rstrip("/"))
+
+
+def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
+    """Return name -> (server, its token file or "") from lines `name url [token-file]`.
+
+    source: the file's name, for errors. Raises ConfigError.
+    """
+    listed: dict[str, tuple[Target, str]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split(None, 2)
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) < 2 or words[0] in listed or not words[0].isprintable():
+            problem = "stands twice" if words[0] in listed else "needs: name url [token-file]"
+            raise ConfigError(f"{source}: line {number}: {words[0]!r} {problem}")
+        try:
+            target = parse_target(words[0], words[1])
+        except ConfigError as error:
+            raise ConfigError(f"{source}: line {number}: {error}") from None
+        listed[words[0]] = (target, words[2].strip() if len(words) > 2 else "")
+    return listed
+
+
+def clean_text(text: Any, width: int = 200) -> str:
+    """Return what a stranger says of itself, fit for a terminal: one line, nothing but text."""
+    shown = "".join(c if c.isprintable() else "?" for c in str(text))
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def encode_request(
+    target: Target,
+    method: str,
+    path: str,
+    fields: Iterable[tuple[str, str]] = (),
+    body: bytes = b"",
+    version: str = "1.0",
+) -> bytes:
+    """Return a request. HTTP/1.0: its answer ends with the connection, and is never chunked."""
+    lines = [f"{method} {target.path}{path} HTTP/{version}", f"Host: {target.authority}"]
+    if target.token is not None:
+        lines.append(f"Authorization: Bearer {target.token}")
+    if method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def parse_response_head(head: bytes) -> tuple[int, dict[str, str]]:
+    """Return (status, lower-case name -> value). Raises UnreachableError."""
+    lines = head.split(b"\r\n")
+    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", lines[0])
+    if match is None:
+        raise UnreachableError("what answers there does not speak HTTP (is it https?)")
+    pairs = [line.decode("latin-1").partition(":") for line in lines[1:] if line]
+    return int(match.group(1)), {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
+    """Return why a server did not do what it was asked for, and what helps."""
+    try:
+        message = clean_text(parse_json_object(body)["message"])
+    except (CommandError, KeyError):
+        message = "it does not answer like ServerControl"
+    if status == 401 and target.token is None:
+        message = "it needs a token: list it with its token file, or name --token-file FILE"
+    return UnreachableError(f"{status}: {message}", status)
+
+
+@functools.lru_cache(maxsize=1)
+def make_client_tls() -> ssl.SSLContext:
+    """Return what checks certificates. SSL_CERT_FILE names those of one's own (OpenSSL)."""
+    if ssl is None:
+        raise UnreachableError("this Python was built without OpenSSL")
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def is_client_error(error: UnreachableError) -> bool:
+    """Whether asking again the same way is of no use (RFC 9110, 15.5)."""
+    return 400 <= error.status < 500
+
+
+def explain_failure(error: Exception) -> str:
+    """Return why a connection failed, in words that help."""
+    if isinstance(error, asyncio.TimeoutError):
+        return f"no answer within {CONNECT_SECONDS:g} s"
+    if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message} (see SSL_CERT_FILE)"
+    if ssl is not None and isinstance(error, ssl.SSLError):
+        return "TLS failed (is it http?)"
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    # Several addresses tried: asyncio puts what each said into one text.
+    number = re.search(r"\[Errno (\d+)\]", str(error))
+    return os.strerror(int(number.group(1))).lower() if number else str(error) or "disconnected"
+
+
+async def open_target(
+    target: Target, seconds: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a connection to a server. Raises UnreachableError."""
+    try:
+        if target.unix:
+            opening = asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
+        else:
+            tls = make_client_tls() if target.tls else None
+            opening = asyncio.open_connection(
+                target.host, target.port, ssl=tls, limit=CLIENT_BUFFER_BYTES
+            )
+        return await asyncio.wait_for(opening, seconds)
+    except (OSError, UnicodeError, asyncio.TimeoutError) as error:
+        raise UnreachableError(explain_failure(error)) from None
+
+
+async def read_response_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Return (status, fields) of the answer that comes. Raises UnreachableError."""
+    try:
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), ANSWER_SECONDS)
+    except asyncio.TimeoutError:
+        raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
+    except (OSError, EOFError, asyncio.LimitOverrunError):
+        raise UnreachableError("disconnected before it answered") from None
+    return parse_response_head(head[:-4])
+
+
+async def read_rest(reader: asyncio.StreamReader) -> bytes:
+    """Return what comes until the end of the connection. Raises UnreachableError."""
+    pieces = [b""]
+    try:
+        while True:
+            pieces.append(await asyncio.wait_for(reader.read(READ_CHUNK_BYTES), ANSWER_SECONDS))
+            if not pieces[-1]:
+                return b"".join(pieces)
+    except (OSError, asyncio.TimeoutError):
+        raise UnreachableError("disconnected in the middle of its answer") from None
+
+
+async def fetch(
+    target: Target, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+) -> tuple[dict[str, str], bytes]:
+    """Return (fields, body) of a 200 answer. Raises UnreachableError for any other."""
+    reader, writer = await open_target(target, CONNECT_SECONDS)
+    try:
+        fields = [("Content-Type", media_type)] if body else []
+        writer.write(encode_request(target, method, path, fields, body))
+        status, answer_fields = await read_response_head(reader)
+        answer = await read_rest(reader)
+    finally:
+        writer.transport.abort()
+    if status != 200:
+        raise refused_error(target, status, answer)
+    if len(answer) != int(answer_fields.get("content-length", len(answer))):
+        raise UnreachableError("disconnected in the middle of its answer")
+    return answer_fields, answer
+
+
+async def fetch_json(target: Target, method: str, path: str, body: bytes = b"") -> Any:
+    """Return the JSON of a 200 answer. Raises UnreachableError."""
+    _, answer = await fetch(target, method, path, body)
+    try:
+        return json.loads(answer)
+    except ValueError:
+        raise UnreachableError("it does not answer like ServerControl", 404) from None
+
+
+class Link:
+    """The events of one server, each once and in order, over as many connections as it takes.
+
+    take: gets every event. Besides those of SPEC 2 it gets `hello` first on each connection,
+    `lost` (reason, status) when one ends, `restarted` when the server is another process than
+    before, and each `gap`. Should it raise UnreachableError, the event comes again.
+    give_up_seconds: without a connection; None is never.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        take: Callable[[dict[str, Any]], Awaitable[None]],
+        silence_seconds: float,
+        give_up_seconds: float | None = None,
+    ) -> None:
+        self.target = target
+        self._take = take
+        self._silence_seconds = silence_seconds
+        self._give_up_seconds = give_up_seconds
+        # Which run of the server we follow, and its newest event that was taken.
+        self.boot_id = ""
+        self.seq = 0
+        # When anything last came, and when the connection was last good (monotonic seconds).
+        self.heard_now = time.monotonic()
+        self._good_now = time.monotonic()
+        # The open connection; events that came before its `hello`, which says whose they are.
+        self._writer: asyncio.StreamWriter | None = None
+        self._websocket = WebSocketConnection()
+        self._early: list[dict[str, Any]] | None = None
+        self._is_stopped = False
+        # Whether the server has said goodbye: then nothing came after what we have.
+        self.said_goodbye = False
+
+    async def learn(self) -> dict[str, Any]:
+        """Ask where the server stands, and begin there. Raises UnreachableError."""
+        info: dict[str, Any] = await fetch_json(self.target, "GET", "/info")
+        try:
+            self.boot_id, self.seq = str(info["boot_id"]), int(info["seq"])
+            self._good_now = time.monotonic()
+        except (KeyError, TypeError, ValueError):
+            raise UnreachableError("it does not answer like ServerControl", 404) from None
+        return info
+
+    def stop(self) -> None:
+        """End run() after the event at hand."""
+        self._is_stopped = True
+
+    async def run(self) -> None:
+        """Take events until stop(). Raises UnreachableError when there is no use in going on."""
+        delay = 0.0
+        while not self._is_stopped:
+            connected_now = self._good_now
+            try:
+                if not self.boot_id:
+                    await self.learn()
+                await self._follow()
+            except UnreachableError as error:
+                self._give_up(error)
+                await self._take({"type": "lost", "reason": str(error), "status": error.status})
+                delay = RETRY_SECONDS if self._good_now > connected_now else delay * 2
+                delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
+                if is_client_error(error):
+                    delay = REFUSED_RETRY_SECONDS
+                # Not all at the same moment, after a switch was restarted.
+                await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
+
+    def _give_up(self, error: UnreachableError) -> None:
+        if self._give_up_seconds is None:
+            return
+        if is_client_error(error) or time.monotonic() - self._good_now > self._give_up_seconds:
+            raise error
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message, if there is a connection."""
+        if self._writer is not None:
+            self._writer.write(self._websocket.encode(Opcode.TEXT, encode_json(message)))
+
+    async def _follow(self) -> None:
+        """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
+        # Short of the silence allowed, so that a server is found soon after its return.
+        seconds = min(CONNECT_SECONDS, self._silence_seconds * 0.6)
+        reader, writer = await open_target(self.target, seconds)
+        timer = None
+        try:
+            await asyncio.wait_for(self._upgrade(reader, writer), seconds)
+            self._websocket = WebSocketConnection(
+                lambda: os.urandom(4), MAX_EVENT_BYTES, sys.maxsize
+            )
+            self._early, self.said_goodbye = [], False
+            self._writer, self.heard_now = writer, time.monotonic()
+            self.send({"type": "hello"})
+            timer = asyncio.get_running_loop().create_task(self._watch(writer))
+            while not self._is_stopped:
+                await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
+            writer.write(self._websocket.close(CloseCode.NORMAL))
+        except (OSError, EOFError, asyncio.TimeoutError) as error:
+            raise UnreachableError(explain_failure(error)) from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise UnreachableError(f"it sent what cannot be understood: {error!r}") from None
+        finally:
+            self._writer = None
+            if timer is not None:
+                timer.cancel()
+            writer.close()
+
+    async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """RFC 6455, 4.1."""
+        key = base64.b64encode(os.urandom(16)).decode("ascii")
+        path = f"/ws?since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
+        fields = [
+            ("Upgrade", "websocket"),
+            ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Key", key),
+            ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+        ]
+        writer.write(encode_request(self.target, "GET", path, fields, version="1.1"))
+        status, answer = await read_response_head(reader)
+        if status != 101:
+            body = await asyncio.wait_for(reader.read(MAX_FIELD_BYTES), ANSWER_SECONDS)
+            raise refused_error(self.target, status, body)
+        if answer.get("sec-websocket-accept") != compute_accept(key):
+            raise UnreachableError("it does not answer like a WebSocket server", 404)
+
+    async def _watch(self, writer: asyncio.StreamWriter) -> None:
+        """Ask a server that is quiet whether it is there; leave one that does not answer."""
+        while True:
+            await asyncio.sleep(self._silence_seconds / 4)
+            idle_seconds = time.monotonic() - self.heard_now
+            if idle_seconds > self._silence_seconds:
+                writer.transport.abort()
+            elif idle_seconds > self._silence_seconds / 4:
+                self.send({"type": "ping"})
+
+    async def _receive(self, data: bytes) -> None:
+        self.heard_now = time.monotonic()
+        for message in self._websocket.receive(data):
+            if message.opcode is Opcode.PING and self._writer is not None:
+                assert isinstance(message.data, bytes)
+                self._writer.write(self._websocket.encode(Opcode.PONG, message.data))
+            elif message.opcode is Opcode.TEXT and not self._is_stopped:
+                await self._take_message(json.loads(message.data))
+        if self._websocket.state is not WebSocketState.OPEN:
+            self.said_goodbye = self._websocket.close_code == CloseCode.GOING_AWAY
+            reason = self._websocket.close_reason or "it closed the connection"
+            raise UnreachableError(f"{self._websocket.close_code}: {clean_text(reason)}")
+        if not data:
+            raise UnreachableError("disconnected")
+
+    async def _take_message(self, event: dict[str, Any]) -> None:
+        """Events of another boot carry seqs of their own: first `hello` must say which it is."""
+        if self._early is not None:
+            if event["type"] != "hello":
+                self._early.append(event)
+                return
+            early, self._early, self._good_now = self._early, None, time.monotonic()
+            if event["boot_id"] != self.boot_id:
+                await self._take({"type": "restarted", "boot_id": event["boot_id"]})
+                self.boot_id, self.seq = event["boot_id"], 0
+            await self._take(event)
+            for one in early:
+                await self._take_event(one)
+        else:
+            await self._take_event(event)
+
+    async def _take_event(self, event: dict[str, Any]) -> None:
+        newest = event.get("seq", event.get("to"))
+        if newest is None:  # pong, error
+            return
+        if newest > self.seq or "to" in event:
+            await self._take(event)
+            self.seq = max(self.seq, newest)
+
+
+class RemoteTask:
+    """A command on a server, from its start to its exit code.
+
+    fields: the body of `POST /exec`; write: takes output as it comes; tell: a line for people.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        fields: Mapping[str, Any],
+        write: Callable[[bytes], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.target = target
+        # With the same `ref` a request that is sent again starts nothing twice.
+        self._fields = {**fields, "ref": secrets.token_urlsafe(12)}
+        self._write = write
+        self._tell = tell
+        self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
+        # None before the start, and before the end.
+        self.task_id: str | None = None
+        self.exit_code: int | None = None
+        # How much of the output was written, in bytes.
+        self._position = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and is not known to have ended."""
+        return self.task_id is not None and self.exit_code is None
+
+    async def start(self) -> None:
+        """Start the command. Raises UnreachableError."""
+        boot_id = (await self.link.learn())["boot_id"]
+        body = encode_json(self._fields)
+        for delay in (*START_RETRY_SECONDS, None):
+            try:
+                answer = await fetch_json(self.target, "POST", "/exec", body)
+                self.task_id = str(answer["task_id"])
+                return
+            except UnreachableError as error:
+                if error.status or delay is None:
+                    raise
+            await asyncio.sleep(delay)
+            if (await fetch_json(self.target, "GET", "/info"))["boot_id"] != boot_id:
+                raise UnreachableError("it was restarted; whether the command ran is not known")
+
+    async def follow(self) -> int:
+        """Write the output as it comes, and return the exit code. Raises UnreachableError."""
+        await self.link.run()
+        assert self.exit_code is not None
+        return self.exit_code
+
+    async def _take(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "lost":
+            self._tell(f"connection lost ({event['reason']}), trying again")
+        elif kind == "restarted":
+            raise UnreachableError("it was restarted, which ended the command", 410)
+        elif kind == "gap":
+            await self._catch_up()
+        elif event.get("task_id") != self.task_id:
+            return
+        elif kind == "task_output":
+            if event["offset"] > self._position:
+                await self._fetch_output()
+            self._write_at(event["offset"], event["output"].encode("utf-8"))
+        elif kind == "task_complete":
+            if event["output_bytes"] > self._position:
+                await self._fetch_output()
+            self._end(event["exit_code"])
+
+    def _end(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        self.link.stop()
+
+    async def _catch_up(self) -> None:
+        """After a gap the server's list and kept output say what was missed."""
+        state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
+        await self._fetch_output()
+        if state["state"] != "running":
+            self._end(state["exit_code"])
+
+    async def _fetch_output(self) -> None:
+        path = f"/logs?id={self.task_id}&offset={self._position}&raw"
+        fields, output = await fetch(self.target, "GET", path)
+        start, end = int(fields["x-offset"]), int(fields["x-next-offset"])
+        if end - start != len(output):
+            raise UnreachableError("disconnected in the middle of its answer")
+        self._write_at(start, output)
+
+    def _write_at(self, offset: int, data: bytes) -> None:
+        if offset > self._position:
+            lost = offset - self._position
+            self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
+        new = data[max(0, self._position - offset) :]
+        self._position = max(self._position, offset + len(data))
+        if new:
+            self._write(new)
+
+    async def stop(self) -> None:
+        """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
+        try:
+            await fetch(self.target, "POST", f"/kill?id={self.task_id}&signal=INT")
+        except UnreachableError as error:
+            if error.status != 409:  # it has ended already
+                self._tell(f"could not be stopped ({error})")
+
+    async def type(self, data: bytes, is_end: bool = False) -> None:
+        """Send standard input; wait while the task does not read. Raises UnreachableError."""
+        path = f"/stdin?id={self.task_id}" + ("&eof" if is_end else "")
+        while True:
+            try:
+                await fetch(self.target, "POST", path, data, "application/octet-stream")
+                return
+            except UnreachableError as error:
+                if error.status == 409:  # it has ended, or closed its input
+                    return
+                if error.status != 429:
+                    raise
+            await asyncio.sleep(INPUT_PAUSE_SECONDS)
+
+
+def read_terminal_size(fd: int) -> tuple[int, int]:
+    """Return (columns, rows) of a terminal; 80 x 24 where it does not say."""
+    try:
+        cols, rows = os.get_terminal_size(fd)
+    except OSError:
+        cols, rows = 0, 0
+    return cols or 80, rows or 24
+
+
+async def read_input(fd: int) -> bytes:
+    """Return what comes next on a descriptor, b"" at its end, without blocking the event loop."""
+    loop = asyncio.get_running_loop()
+    is_ready = asyncio.Event()
+    try:
+        loop.add_reader(fd, is_ready.set)
+    except PermissionError:  # a regular file is always ready, and epoll does not take it
+        return os.read(fd, READ_CHUNK_BYTES)
+    try:
+        await is_ready.wait()
+    finally:
+        loop.remove_reader(fd)
+    return os.read(fd, READ_CHUNK_BYTES)
+
+
+class Keyboard:
+    """Our terminal in raw mode, whose keys and size go to a task's. Ctrl-] lets go of the task."""
+
+    LEAVE = "\x1d"
+
+    def __init__(self, task: RemoteTask, leave: Callable[[], None]) -> None:
+        self._task = task
+        self._leave = leave
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Keyboard:
+        self._before = termios.tcgetattr(0)
+        tty.setraw(0)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(0, self._read)
+        loop.add_signal_handler(signal.SIGWINCH, self._resize)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(0)
+        loop.remove_signal_handler(signal.SIGWINCH)
+        termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:  # the terminal is gone
+            data = b""
+        keys = self._decoder.decode(data)
+        if not data or self.LEAVE in keys:
+            asyncio.get_running_loop().remove_reader(0)
+            self._leave()
+        elif self._task.task_id is not None:
+            self._task.link.send(
+                {"type": "task_input", "task_id": self._task.task_id, "data": keys}
+            )
+
+    def _resize(self) -> None:
+        cols, rows = read_terminal_size(0)
+        fields = {"task_id": self._task.task_id, "cols": cols, "rows": rows}
+        self._task.link.send({"type": "task_resize", **fields})
+
+
+class LineWriter:
+    """Writes output line by line, each behind its server's name; half a line waits for its end."""
+
+    def __init__(self, prefix: bytes, write: Callable[[bytes], None]) -> None:
+        self._prefix = prefix
+        self._write = write
+        self._rest = b""
+
+    def write(self, data: bytes) -> None:
+        """Take output."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE_BYTES:
+            lines, self._rest = [*lines, self._rest], b""
+        self._write(b"".join(b"%b%b\n" % (self._prefix, line) for line in lines))
+
+    def end(self) -> None:
+        """Write what has no newline at its end."""
+        if self._rest:
+            self.write(b"\n")
+
+
+def write_output(data: bytes) -> None:
+    """Write to our standard output. Raises OutputError."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def write_note(text: str) -> None:
+    """Tell a person something, on stderr; if that is gone nobody is there to be told."""
+    write_without_waiting(2, f"servercontrol: {text}\n".encode("utf-8", "replace"))
+
+
+def wants_colours(fd: int, environ: Mapping[str, str]) -> bool:
+    """Whether output may be coloured (no-color.org)."""
+    return os.isatty(fd) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+class Execution:
+    """One command on one or several servers, with Ctrl-C.
+
+    fold: output of several is kept, and equal outputs are shown once; parallel: servers at a time.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], fields: dict[str, Any], fold: bool, parallel: int
+    ) -> None:
+        self._fields = fields
+        self._fold = fold
+        self._places = asyncio.Semaphore(parallel)
+        self._is_single = len(targets) == 1 and not fold
+        self._outputs: dict[str, list[bytes]] = {target.name: [] for target in targets}
+        self._width = max(len(target.name) for target in targets)
+        self._is_coloured = wants_colours(1, os.environ)
+        self._lines: dict[str, LineWriter] = {}
+        self._tasks = [self._make_task(target) for target in targets]
+        # Exit codes, and what kept a server from giving one.
+        self._codes: dict[str, int] = {}
+        self._reasons: dict[str, str] = {}
+        # Set when we go, whatever the commands do; Ctrl-C came once.
+        self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._is_stopping = False
+
+    def _make_task(self, target: Target) -> RemoteTask:
+        name = target.name
+        write: Callable[[bytes], None] = write_output
+        if self._is_single:
+            pass
+        elif self._fold:
+            write = self._outputs[name].append
+        else:
+            colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
+            prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
+            self._lines[name] = LineWriter(prefix.encode("utf-8"), write_output)
+            write = self._lines[name].write
+        return RemoteTask(target, self._fields, write, lambda text: write_note(f"{name}: {text}"))
+
+    async def run(self) -> int:
+        """Return the exit status. Raises OutputError."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGTERM, self._leave, 128 + signal.SIGTERM)
+        everything = loop.create_task(self._run_all())
+        try:
+            with self._open_keyboard():
+                ends: set[asyncio.Future[Any]] = {everything, self._left}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._left.done():
+                return self._left.result()
+            everything.result()
+        except OutputError:
+            await self._stop_all()
+            raise
+        finally:
+            everything.cancel()
+            await asyncio.gather(everything, return_exceptions=True)
+        return self._conclude()
+
+    async def _run_all(self) -> None:
+        pieces = None if self._is_single else await self._read_all_input()
+        await asyncio.gather(*(self._run_one(task, pieces) for task in self._tasks))
+
+    def _open_keyboard(self) -> contextlib.AbstractContextManager[Any]:
+        if self._fields.get("tty") and os.isatty(0):
+            return Keyboard(self._tasks[0], lambda: self._leave(0))
+        return contextlib.nullcontext()
+
+    async def _read_all_input(self) -> list[bytes]:
+        """Each of several servers gets the same input, so it is read first."""
+        pieces: list[bytes] = []
+        while self._fields.get("stdin") and not (pieces and not pieces[-1]):
+            pieces.append(await read_input(0))
+        return pieces[:-1]
+
+    async def _run_one(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
+        name = task.target.name
+        feeding = None
+        async with self._places:
+            try:
+                await task.start()
+                if self._is_stopping:
+                    await task.stop()
+                if self._fields.get("stdin") is True and not self._has_keyboard():
+                    feeding = asyncio.ensure_future(self._feed(task, pieces))
+                self._codes[name] = await task.follow()
+            except UnreachableError as error:
+                self._codes[name], self._reasons[name] = UNREACHABLE_STATUS, str(error)
+                where = "" if name == task.target.url else f" ({task.target.url})"
+                write_note(f"{name}{where}: {error}")
+            finally:
+                if feeding is not None:
+                    feeding.cancel()
+        if name in self._lines:
+            self._lines[name].end()
+
+    def _has_keyboard(self) -> bool:
+        return bool(self._fields.get("tty")) and os.isatty(0)
+
+    async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
+        try:
+            for piece in pieces or []:
+                await task.type(piece)
+            while pieces is None:
+                piece = await read_input(0)
+                if not piece:
+                    break
+                await task.type(piece)
+            await task.type(b"", is_end=True)
+        except UnreachableError as error:
+            write_note(f"{task.target.name}: its input is not complete ({error}); stopping it")
+            await task.stop()
+
+    def _interrupt(self) -> None:
+        """Ctrl-C: stop the commands; a second one leaves them."""
+        running = [task for task in self._tasks if task.is_running]
+        if self._is_stopping or not running:
+            for task in running:
+                url = f"{task.target.url}/logs?id={task.task_id}"
+                write_note(f"{task.target.name}: task {task.task_id} is left running: {url}")
+            self._leave(128 + signal.SIGINT)
+            return
+        self._is_stopping = True
+        names = ", ".join(f"task {task.task_id} on {task.target.name}" for task in running[:5])
+        more = f" and {len(running) - 5} more" if len(running) > 5 else ""
+        write_note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
+        self._stopping = asyncio.ensure_future(self._stop_all())
+
+    async def _stop_all(self) -> None:
+        await asyncio.gather(*(task.stop() for task in self._tasks if task.is_running))
+
+    def _leave(self, status: int) -> None:
+        if not self._left.done():
+            self._left.set_result(status)
+
+    def _conclude(self) -> int:
+        """Show what was kept and a summary; return the exit status."""
+        if self._is_single:
+            return next(iter(self._codes.values()))
+        if self._fold:
+            self._write_folded()
+        if len(self._codes) > 1:
+            write_note(self._summarize())
+        return max(self._codes.values())
+
+    def _write_folded(self) -> None:
+        groups: dict[tuple[int, bytes], list[str]] = {}
+        for name, pieces in self._outputs.items():
+            if name not in self._reasons:
+                groups.setdefault((self._codes[name], b"".join(pieces)), []).append(name)
+        for (code, output), names in groups.items():
+            bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
+            count = f"{len(names)} servers, " if len(names) > 1 else ""
+            title = f"{bold}── {', '.join(names)} ({count}exit code {code}){plain}\n"
+            end = b"" if output.endswith(b"\n") or not output else b"\n"
+            write_output(title.encode("utf-8") + output + end)
+
+    def _summarize(self) -> str:
+        parts = []
+        for code, count in sorted(Counter(self._codes.values()).items()):
+            names = [name for name, one in self._codes.items() if one == code]
+            lost = [name for name in names if name in self._reasons]
+            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (count > 10)})"
+            what = "not reached" if lost == names else f"exit code {code}"
+            parts.append(f"{count} {what}{shown}")
+        return f"{len(self._codes)} servers: {'; '.join(parts)}"
+
+
+class Watched:
+    """What a monitor knows of one server. state: connecting, up, silent, refused, unreachable."""
+
+    def __init__(self, target: Target, cpu_alert: float | None, link: Link) -> None:
+        self.target = target
+        self.link = link
+        self.state = "connecting"
+        # Why it is not up.
+        self.reason = ""
+        # The newest `stats_update`, {} before the first; the newest alert, for people.
+        self.stats: dict[str, Any] = {}
+        self.alert = ""
+        self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
+        # Open tasks by id, and the ids of those whose end is on record.
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.ended: OrderedDict[str, None] = OrderedDict()
+        # When it fell silent (monotonic seconds), else 0.
+        self.silent_now = 0.0
+
+    def note_end(self, task_id: str) -> dict[str, Any] | None:
+        """Forget a task that has ended and return it; None if its end is on record already."""
+        if task_id in self.ended:
+            return None
+        self.ended[task_id] = None
+        if len(self.ended) > MAX_ENDED_TASKS:
+            self.ended.popitem(last=False)
+        return self.tasks.pop(task_id, {})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `monitor --once --json` says."""
+        return {
+            "server": self.target.name,
+            "url": self.target.url,
+            "state": self.state,
+            "reason": self.reason,
+            "stats": self.stats,
+            "tasks": list(self.tasks.values()),
+            "alert": self.alert,
+        }
+
+
+class MonitorLog:
+    """Every task of every server as JSON lines; and, from an older run, where to go on.
+
+    Opened for each record, so that it can be rotated by rename. path "": there is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._complained_now = -AUDIT_ERROR_SECONDS
+        # server -> (boot_id, seq) of its newest record.
+        self.positions: dict[str, tuple[str, int]] = {}
+        # server -> task_id -> its start, None once its end is on record.
+        self.tasks: dict[str, dict[str, dict[str, Any] | None]] = {}
+
+    def load(self) -> None:
+        """Read what an older run wrote. Raises ConfigError if the file cannot be used."""
+        if not self._path:
+            return
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            with open(os.open(self._path, flags, 0o600), "rb+", buffering=0) as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+                data = file.read()
+                if data and not data.endswith(b"\n"):
+                    file.write(b"\n")  # after a crash: the next record starts on its own line
+        except OSError as error:
+            raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
+        for line in data.splitlines():
+            try:
+                self._learn(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                pass  # half a line, or none of ours
+
+    def _learn(self, record: dict[str, Any]) -> None:
+        server = record["server"]
+        self.positions[server] = (record["boot_id"], int(record["seq"]))
+        tasks = self.tasks.setdefault(server, {})
+        if record["event"] == "task_start":
+            tasks[record["task_id"]] = record
+        elif record["event"] in ("task_complete", "task_lost"):
+            tasks[record["task_id"]] = None
+
+    def write(self, event: str, watched: Watched, **fields: Any) -> None:
+        """Append a record in one write. What fails is said once a minute, and nothing stops."""
+        if not self._path:
+            return
+        where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
+        record = {"time": format_time(time.time()), "event": event, "server": watched.target.name}
+        line = encode_json({**record, **where, **fields}) + b"\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        try:
+            fd = os.open(self._path, flags, 0o600)
+            try:
+                written = os.write(fd, line)
+            finally:
+                os.close(fd)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if time.monotonic() - self._complained_now >= AUDIT_ERROR_SECONDS:
+                self._complained_now = time.monotonic()
+                write_note(f"--log: {self._path}: {error.strerror}")
+
+
+class Monitor:
+    """Watches many servers at once.
+
+    emit: gets each event with the server it is of, also those of our own making: `server_up`,
+    `server_silent`, `server_back`, and what Link says.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        cpu_alert: float | None,
+        log: MonitorLog,
+        emit: Callable[[Watched, dict[str, Any]], None],
+    ) -> None:
+        self._log = log
+        self._emit = emit
+        self.all = [self._watch(target, cpu_alert) for target in targets]
+
+    def _watch(self, target: Target, cpu_alert: float | None) -> Watched:
+        link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
+        watched = Watched(target, cpu_alert, link)
+        link.boot_id, link.seq = self._log.positions.get(target.name, ("", 0))
+        for task_id, start in self._log.tasks.get(target.name, {}).items():
+            if start is None:
+                watched.note_end(task_id)
+            else:
+                watched.tasks[task_id] = start
+        return watched
+
+    async def run(self) -> None:
+        """Watch for ever."""
+        loop = asyncio.get_running_loop()
+        runs = [loop.create_task(watched.link.run()) for watched in self.all]
+        runs.append(loop.create_task(self._look()))
+        try:
+            await asyncio.gather(*runs)
+        finally:
+            for run in runs:
+                run.cancel()
+            await asyncio.gather(*runs, return_exceptions=True)
+            for watched in self.all:
+                if watched.link.boot_id:
+                    self._log.write("monitor_stop", watched)
+
+    async def _look(self) -> None:
+        """Find out who has fallen silent."""
+        while True:
+            await asyncio.sleep(SILENCE_SECONDS / 8)
+            for watched in self.all:
+                heard_now = watched.link.heard_now
+                if watched.state == "up" and time.monotonic() - heard_now > SILENCE_SECONDS:
+                    watched.silent_now = heard_now
+                    self._change(watched, "silent", "server_silent", reason=watched.reason)
+
+    def _change(self, watched: Watched, state: str, event: str, **fields: Any) -> None:
+        """Set a server's state, and tell and write down that it has changed."""
+        watched.state = state
+        if event != "server_up":
+            watched.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
+        self._log.write(event, watched, **fields)
+        self._emit(watched, {"type": event, "timestamp": int(time.time() * 1000), **fields})
+
+    async def _take(self, watched: Watched, event: dict[str, Any]) -> None:
+        """Take an event of Link."""
+        take = self.TAKES.get(event["type"])
+        if take is not None:
+            await take(self, watched, event)
+        if event["type"] != "hello":
+            self._emit(watched, event)
+
+    async def _take_hello(self, watched: Watched, event: dict[str, Any]) -> None:
+        watched.reason = ""
+        if watched.state == "connecting":
+            self._change(watched, "up", "server_up", version=event["version"])
+        elif watched.state != "up":
+            silent_ms = int((time.monotonic() - watched.silent_now) * 1000)
+            watched.silent_now = 0.0
+            self._change(watched, "up", "server_back", silent_ms=silent_ms)
+        if event.get("alert"):
+            await self._take_alert(watched, event["alert"])
+        for task in event["tasks"]:
+            self._note_start(watched, task)
+
+    async def _take_lost(self, watched: Watched, event: dict[str, Any]) -> None:
+        watched.reason = event["reason"]
+        state = "refused" if 400 <= event["status"] < 500 else "unreachable"
+        if watched.state == "connecting" or (state == "refused" and watched.state != state):
+            watched.silent_now = watched.silent_now or time.monotonic()
+            self._change(watched, state, f"server_{state}", reason=watched.reason)
+
+    async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
+        """What came after the newest event of the old run, nobody can know; unless it was told."""
+        if not watched.link.said_goodbye:
+            fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
+            self._log.write("gap", watched, **fields)
+        for task_id in list(watched.tasks):
+            self._note_lost(watched, task_id, "the server was restarted")
+
+    async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
+        """Name the gap, and ask for the tasks that were in it."""
+        tasks = await fetch_json(watched.target, "GET", "/tasks")
+        if event["to"] > 0:
+            fields = {"from": max(1, event["from"]), "to": event["to"], "reason": "kept no more"}
+            self._log.write("gap", watched, **fields)
+        for task in tasks:
+            self._note_start(watched, task)
+            if task["state"] != "running":
+                task["duration_ms"] = task["ended"] - task["started"]
+                self._note_end(watched, task)
+        for task_id in set(watched.tasks) - {task["task_id"] for task in tasks}:
+            self._note_lost(watched, task_id, "the server remembers it no more")
+
+    async def _take_start(self, watched: Watched, event: dict[str, Any]) -> None:
+        self._note_start(watched, {**event, "started": event["timestamp"]})
+
+    async def _take_end(self, watched: Watched, event: dict[str, Any]) -> None:
+        self._note_end(watched, event)
+
+    def _note_start(self, watched: Watched, task: dict[str, Any]) -> None:
+        task_id = task["task_id"]
+        if task_id in watched.tasks or task_id in watched.ended:
+            return
+        names = ("task_id", "command", "cwd", "by", "started")
+        watched.tasks[task_id] = {name: task[name] for name in names}
+        self._log.write("task_start", watched, **watched.tasks[task_id])
+
+    def _note_end(self, watched: Watched, task: dict[str, Any]) -> None:
+        started = watched.note_end(task["task_id"])
+        if started is not None:
+            names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
+            told = {name: started.get(name) for name in ("command", "by")}
+            self._log.write("task_complete", watched, **{n: task[n] for n in names}, **told)
+
+    def _note_lost(self, watched: Watched, task_id: str, reason: str) -> None:
+        started = watched.note_end(task_id) or {}
+        told = {name: started.get(name) for name in ("command", "by")}
+        self._log.write("task_lost", watched, task_id=task_id, reason=reason, **told)
+
+    async def _take_stats(self, watched: Watched, event: dict[str, Any]) -> None:
+        watched.stats = event
+        change = watched.rule and watched.rule.update(event["cpu"], time.monotonic())
+        if change is not None:
+            alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
+            await self._take(watched, {"type": change, **alert})
+
+    async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> None:
+        if watched.rule is None or event.get("by") == "monitor":
+            when = time.strftime("%H:%M", time.localtime(event["timestamp"] / 1000))
+            what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
+            watched.alert = f"{when} {what} {event['cpu']:.0f} %"
+            self._log.write(event["type"], watched, cpu=event["cpu"])
+
+    TAKES: dict[str, Callable[..., Awaitable[None]]] = {
+        "hello": _take_hello,
+        "lost": _take_lost,
+        "restarted": _take_restarted,
+        "gap": _take_gap,
+        "task_start": _take_start,
+        "task_complete": _take_end,
+        "stats_update": _take_stats,
+        "cpu_alert": _take_alert,
+        "alert_resolved": _take_alert,
+    }
+
+
+def format_event(name: str, event: Mapping[str, Any]) -> bytes:
+    """Return an event as a line of text."""
+    when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
+    hidden = ("type", "timestamp", "seq")
+    words = [f"{key}={format_value(value)}" for key, value in event.items() if key not in hidden]
+    return " ".join([when, name, event["type"], *words]).encode("utf-8", "replace") + b"\n"
+
+
+# The monitor's columns: title, width, and how a server's cell is written.
+COLUMNS: tuple[tuple[str, int, Callable[[Watched], str]], ...] = (
+    ("STATE", 10, lambda watched: watched.state),
+    ("CPU %", 6, lambda watched: f"{watched.stats['cpu']:.1f}"),
+    (
+        "MEM %",
+        6,
+        lambda watched: f"{100 * watched.stats['ram_used'] / watched.stats['ram_total']:.1f}",
+    ),
+    ("LOAD", 6, lambda watched: f"{watched.stats['load_avg'][0]:.2f}"),
+    ("TASKS", 5, lambda watched: str(len(watched.tasks))),
+)
+
+# Key -> (what it sorts by, for people; the order).
+SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
+    "c": ("CPU", lambda watched: (-watched.stats.get("cpu", -1), watched.target.name)),
+    "n": ("name", lambda watched: watched.target.name),
+    "s": ("state", lambda watched: (watched.state == "up", watched.state, watched.target.name)),
+}
+
+
+def format_row(watched: Watched, name_width: int, width: int) -> str:
+    """Return a server's line of the table, cut to `width`."""
+    cells = [f"{clean_text(watched.target.name, name_width):{name_width}}"]
+    for title, size, write in COLUMNS:
+        try:
+            text = write(watched)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            text = "-"
+        cells.append(f"{text:<{size}}" if title == "STATE" else f"{text:>{size}}")
+    last = watched.alert if watched.state == "up" else watched.reason or watched.alert
+    return clean_text(" ".join([*cells, clean_text(last, max(1, width))]), width)
+
+
+def format_totals(everybody: Sequence[Watched]) -> str:
+    """Return one line about all servers."""
+    counts = Counter(watched.state for watched in everybody)
+    states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    up = [watched for watched in everybody if watched.state == "up" and watched.stats]
+    text = f"{len(everybody)} servers: {states}"
+    if up:
+        cpu = sum(watched.stats["cpu"] for watched in up) / len(up)
+        top = max(up, key=lambda watched: watched.stats["cpu"])
+        used, total = (sum(w.stats[name] for w in up) for name in ("ram_used", "ram_total"))
+        text += f" · CPU {cpu:.1f} % (most: {top.target.name} {top.stats['cpu']:.1f} %)"
+        text += f" · memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
+    return f"{text} · {sum(len(watched.tasks) for watched in everybody)} tasks"
+
+
+def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, str]]:
+    """Return (state, line) of the title and of each server; the title's state is ""."""
+    rows = list(everybody)
+    name_width = min(24, max([6, *(len(watched.target.name) for watched in rows)]))
+    titles = [f"{'SERVER':{name_width}}"]
+    titles += [f"{t:<{size}}" if t == "STATE" else f"{t:>{size}}" for t, size, _ in COLUMNS]
+    lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
+    return lines + [(watched.state, format_row(watched, name_width, width)) for watched in rows]
+
+
+class Screen:
+    """The monitor on a terminal: drawn when something has changed, at most 5 times a second."""
+
+    KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
+
+    def __init__(self, everybody: Sequence[Watched], leave: Callable[[], None]) -> None:
+        self._everybody = everybody
+        self._leave = leave
+        self._sort = "s"
+        # The first row shown.
+        self._top = 0
+        self._is_coloured = wants_colours(1, os.environ)
+        self._timer: asyncio.TimerHandle | None = None
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Screen:
+        loop = asyncio.get_running_loop()
+        if os.isatty(0):
+            self._before = termios.tcgetattr(0)
+            loop.add_reader(0, self._read)
+        loop.add_signal_handler(signal.SIGWINCH, self.touch)
+        loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+        self._open()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._before:
+            asyncio.get_running_loop().remove_reader(0)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._close()
+
+    def _open(self) -> None:
+        if self._before:
+            tty.setcbreak(0)
+        write_output(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor; no wrapping
+        self._draw()
+
+    def _close(self) -> None:
+        if self._before:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        write_output(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+
+    def _suspend(self) -> None:
+        """Ctrl-Z: leave the terminal as it was, and come back to it."""
+        self._close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._open()
+
+    def touch(self) -> None:
+        """Something has changed."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DRAW_SECONDS, self._draw)
+
+    def _read(self) -> None:
+        try:
+            keys = os.read(0, 64).decode("utf-8", "replace")
+        except OSError:
+            keys = ""
+        if not keys or keys in ("q", "Q", "\x04"):
+            asyncio.get_running_loop().remove_reader(0)
+            self._leave()
+        elif keys in SORTS:
+            self._sort, self._top = keys, 0
+        elif keys in ("g", "\x1b[H", "\x1b[1~"):
+            self._top = 0
+        elif keys in ("G", "\x1b[F", "\x1b[4~"):
+            self._top = len(self._everybody)
+        else:
+            self._top += self.KEYS.get(keys, 0)
+        self.touch()
+
+    def _draw(self) -> None:
+        self._timer = None
+        cols, rows = read_terminal_size(1)
+        try:
+            write_output(self._compose(max(cols, 20), max(rows, 4)).encode("utf-8", "replace"))
+        except OutputError:  # the terminal is gone
+            self._leave()
+
+    def _compose(self, cols: int, rows: int) -> str:
+        title, order = SORTS[self._sort]
+        shown = rows - 3
+        self._top = max(0, min(self._top, len(self._everybody) - shown))
+        everybody = sorted(self._everybody, key=order)[self._top : self._top + shown]
+        table = format_table(everybody, cols)
+        lines = [clean_text(format_totals(self._everybody), cols)]
+        lines += [self._paint(state, line) for state, line in table]
+        lines += [""] * (rows - 1 - len(lines))
+        place = f"{self._top + 1}-{self._top + len(everybody)} of {len(self._everybody)}"
+        keys = "q quit  c/n/s sort by CPU, name, state  arrows, PgUp, PgDn scroll"
+        lines.append(clean_text(f"{place} by {title} · {keys}", cols))
+        return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
+
+    def _paint(self, state: str, line: str) -> str:
+        paint = STATE_COLOURS.get(state, "") if self._is_coloured or not state else ""
+        return f"{paint}{line}{PLAIN}" if paint else line
+
+
+def to_json(value: Any) -> str:
+    """Return JSON that people can read as well."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
+    """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
+
+    Whoever is on the link can say anything here, so nothing is believed but its form.
+    """
+    try:
+        facts = parse_json_object(data)
+        ports = {name: facts[name] for name in ("port", "ws_port")}
+    except (CommandError, KeyError):
+        return None
+    if facts.get("type") != "SERVER_RESPONSE":
+        return None
+    if not all(type(port) is int and 0 < port < 65536 for port in ports.values()):
+        return None
+    texts = {name: clean_text(facts.get(name, ""), 64) for name in ("hostname", "version")}
+    flags = {name: facts.get(name) is True for name in ("tls", "auth", "exec")}
+    url = f"{'https' if flags['tls'] else 'http'}://{address}:{ports['port']}"
+    return {
+        "hostname": texts["hostname"],
+        "address": address,
+        **ports,
+        "url": url,
+        **texts,
+        **flags,
+    }
+
+
+def find_broadcasts() -> list[str]:
+    """Return the broadcast addresses of our networks, loopback's too."""
+    found = {str(net.broadcast_address) for net in read_link_networks() if net.prefixlen < 31}
+    return sorted(found or {"255.255.255.255"}) + ["127.255.255.255"]
+
+
+def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
+    """Send a probe to each address; one that cannot be reached does not hinder the others."""
+    for address in addresses:
+        try:
+            udp.sendto(DISCOVERY_PROBE, (address, port))
+        except OSError:
+            pass
+
+
+def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the servers in order, without loopback's answer of one that the network shows too."""
+    elsewhere = {(one["hostname"], one["port"]) for one in found if not is_loopback(one["address"])}
+    kept = [
+        one
+        for one in found
+        if not is_loopback(one["address"]) or (one["hostname"], one["port"]) not in elsewhere
+    ]
+    return sorted(kept, key=lambda one: (one["hostname"], one["address"], one["port"]))
+
+
+def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[dict[str, Any]]:
+    """Ask who is there, and return what answered within `seconds`, each server once."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    start = time.monotonic()
+    # A datagram may be lost, so all are asked three times in the first half of the time.
+    rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        while True:
+            now = time.monotonic()
+            if rounds and now >= rounds[-1]:
+                rounds.pop()
+                send_probes(udp, addresses, port)
+            if now >= start + seconds or len(found) >= MAX_FOUND_SERVERS:
+                break
+            udp.settimeout(max(0.001, (rounds[-1] if rounds else start + seconds) - now))
+            try:
+                data, source = udp.recvfrom(2 * KIB)
+            except OSError:  # the time is over, or an ICMP error came back
+                continue
+            reply = parse_discovery_reply(data, source[0])
+            if reply is not None:
+                found.setdefault((reply["address"], reply["port"]), reply)
+    return drop_doubles(list(found.values()))
+
+
+def name_hosts(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a name -> server. Names are letters, digits, dot and hyphen alone.
+
+    Ansible would evaluate "{{ }}" in a variable, and anybody on the link can answer a probe.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for one in found:
+        name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-") or one["address"]
+        if name in named:
+            name = f"{name}-{one['address']}-{one['port']}"
+        named[name] = {**one, "hostname": name}
+    return named
+
+
+def format_prometheus(found: Sequence[dict[str, Any]]) -> str:
+    """Return a list for Prometheus' file_sd_configs."""
+    return to_json(
+        [
+            {
+                "targets": [f"{one['address']}:{one['port']}"],
+                "labels": {"hostname": name, "__scheme__": "https" if one["tls"] else "http"},
+            }
+            for name, one in name_hosts(found).items()
+        ]
+    )
+
+
+def format_ansible(found: Sequence[dict[str, Any]]) -> str:
+    """Return an inventory for Ansible: one host per address, in the group `servercontrol`."""
+    hosts: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for name, one in name_hosts(found).items():
+        if one["address"] not in seen:
+            seen.add(one["address"])
+            hosts[name] = {"ansible_host": one["address"], "servercontrol_url": one["url"]}
+            if is_loopback(one["address"]):
+                hosts[name]["ansible_connection"] = "local"
+    return to_json({"all": {"children": {"servercontrol": {"hosts": hosts}}}})
+
+
+def format_hosts(found: Sequence[dict[str, Any]]) -> str:
+    """Return lines for the list of servers."""
+    return "".join(f"{name} {one['url']}\n" for name, one in name_hosts(found).items())
+
+
+def format_found(found: Sequence[dict[str, Any]]) -> str:
+    """Return a table for people."""
+    rows = [("SERVER", "URL", "VERSION", "TOKEN", "RUNS COMMANDS")]
+    for one in found:
+        token, runs = ("needed" if one["auth"] else "NO"), ("yes" if one["exec"] else "no")
+        rows.append((one["hostname"], one["url"], one["version"], token, runs))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    padded = [[f"{cell:{width}}" for cell, width in zip(row, widths)] + [row[4]] for row in rows]
+    return "".join("  ".join(cells) + "\n" for cells in padded)
+
+
+# 18. Dashboard ──────────────────────────────────────────────────────────────────────────────
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -6444,7 +7891,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 18. Command line ────────────────────────────────────────────────────────────────────────────
+# 19. Command line ────────────────────────────────────────────────────────────────────────────
 # Options and their environment twins to a Config, the order in which things are built, signals,
 # exit status, and all that is printed for people.
 
@@ -6456,8 +7903,16 @@ several values separated by spaces. The option wins.
   python3 servercontrol.py                     serve, for this account on this machine
   curl -d 'uptime' localhost:8080/exec         run a command
   python3 servercontrol.py --host 0.0.0.0      serve the network too, to who has the token
-  python3 servercontrol.py verify-audit        check that no line of the audit log was changed
+
+Other commands, each with a --help of its own:
+
+  discover       find servers on the network
+  exec           run a command on one server or many
+  monitor        watch many servers on one screen
+  unit           print a systemd unit
+  verify-audit   check that no line of the audit log was changed
 """
+OTHER_COMMANDS = ("discover", "exec", "monitor", "unit", "verify-audit")
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
@@ -6634,7 +8089,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     parser = build_parser()
     argv = list(argv)
     if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
-        raise ConfigError("unknown command; there are: serve, verify-audit")
+        raise ConfigError(f"unknown command; there are: serve, {', '.join(OTHER_COMMANDS)}")
     given = vars(parser.parse_args(argv))
     try:
         twins = vars(parser.parse_args(read_environment(parser, environ)))
@@ -6852,10 +8307,11 @@ def build_verify_parser() -> argparse.ArgumentParser:
 def print_report(path: str, report: ChainReport) -> None:
     """Print what was found in one file."""
     for number, text in sorted(report.problems + report.notes):
-        print(f"{path}: line {number} {text}")
+        write_output(f"{path}: line {number} {text}\n".encode("utf-8", "replace"))
     verdict = "the chain is BROKEN" if report.problems else "the chain holds"
     start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
-    print(f"{path}: {report.lines} lines; {verdict}{start}", flush=True)
+    line = f"{path}: {report.lines} lines; {verdict}{start}\n"
+    write_output(line.encode("utf-8", "replace"))
 
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -6878,13 +8334,348 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0 if is_whole else 1
 
 
+def find_hosts_file(environ: Mapping[str, str]) -> str:
+    """Return $SERVERCONTROL_HOSTS, else servercontrol/hosts in the configuration folder."""
+    base = environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.config")
+    return environ.get("SERVERCONTROL_HOSTS") or os.path.join(base, "servercontrol", "hosts")
+
+
+def read_hosts(environ: Mapping[str, str]) -> list[Target]:
+    """Return the listed servers with their tokens, [] without a list. Raises ConfigError."""
+    path = find_hosts_file(environ)
+    try:
+        with open(path, encoding="utf-8") as file:
+            listed = parse_hosts(file.read(), path)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
+    targets = []
+    for name, (target, token_file) in listed.items():
+        if token_file:
+            place = os.path.join(os.path.dirname(path), os.path.expanduser(token_file))
+            token = load_token_file(f"{path}: {name}", place)
+            target = dataclasses.replace(target, token=token)
+        targets.append(target)
+    return targets
+
+
+def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
+    """Return the servers that a command is for. Raises ConfigError.
+
+    --token-file is for servers that are named; a listed one's own token is for it alone.
+    """
+    listed = read_hosts(environ)
+    if given.all:
+        if given.server or given.token_file:
+            raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
+        if not listed:
+            raise ConfigError(
+                f"--all: no server is listed; write lines `name url [token-file]` to "
+                f"{find_hosts_file(environ)} (discover --hosts prints some)"
+            )
+        return listed
+    token = load_token_file("--token-file", given.token_file) if given.token_file else None
+    targets: dict[str, Target] = {}
+    for name in given.server or ["localhost"]:
+        target = next((one for one in listed if one.name == name), None)
+        target = target or parse_target(name, name)
+        # However it is named: this is a server that is listed with a token.
+        same = next((one for one in listed if one.url == target.url), target)
+        targets[name] = dataclasses.replace(target, token=token or same.token)
+    return list(targets.values())
+
+
+def build_client_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
+    """Return a parser of a client command; `text` says what it does."""
+    return OneLineParser(
+        prog=f"servercontrol.py {command}",
+        usage=f"python3 servercontrol.py {command} {usage}",
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+SERVERS_HELP = """\
+A server is host, host:port, a URL, the path of a Unix socket, or a name from the list
+~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another file), with lines such as
+
+  web1   http://10.0.0.11:8080    web1.token
+  db1    https://db1.example.org
+
+The third word is the file of its token, beside the list or with a path; copy it from the server's
+~/.local/state/servercontrol/token. A token goes to its own server and nowhere else.
+"""
+
+
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    """Add what names servers."""
+    parser.add_argument("server", nargs="*", metavar="SERVER", help="(default: localhost)")
+    parser.add_argument("--all", action="store_true", help="every listed server")
+    text = "token of the servers that are named, where they are not listed with one"
+    parser.add_argument("--token-file", metavar="FILE", default="", help=text)
+
+
+def build_exec_parser() -> OneLineParser:
+    """Return the parser of `exec`."""
+    parser = build_client_parser(
+        "exec",
+        "[SERVER... | --all] [options] -- COMMAND...",
+        "Run a command on one server, or on many at once.",
+        SERVERS_HELP
+        + """
+One word is a command line for the server's shell; several words are taken as they are:
+
+  exec web1 -- uptime
+  exec web1 web2 db1 -- 'grep -c error /var/log/*.log | sort'
+  exec --all --fold -- uname -r
+  exec web1 --tty -- top                  Ctrl-] lets go of it
+
+Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
+or was restarted. Ctrl-C stops the command, a second one leaves it running.
+""",
+    )
+    add_servers(parser)
+    parser.add_argument("--tty", action="store_true", help="in a terminal, with our keyboard")
+    parser.add_argument("--stdin", action="store_true", help="our standard input is the command's")
+    parser.add_argument(
+        "--timeout",
+        type=parse_number(0, MAX_TIMEOUT_SECONDS),
+        metavar="SECONDS",
+        default=0.0,
+        help="stop the command after so long (default: never)",
+    )
+    parser.add_argument("--fold", action="store_true", help="show equal outputs once, at the end")
+    parser.add_argument(
+        "--parallel",
+        type=parse_count,
+        metavar="N",
+        default=MAX_PARALLEL,
+        help=f"servers at a time (default: {MAX_PARALLEL})",
+    )
+    return parser
+
+
+def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`exec`: run a command elsewhere, return the exit status."""
+    argv = list(argv)
+    place = argv.index("--") if "--" in argv else len(argv)
+    given, words = build_exec_parser().parse_args(argv[:place]), argv[place + 1 :]
+    if not words:
+        raise ConfigError("exec: the command is missing, as in: exec web1 -- uptime")
+    targets = choose_targets(given, environ)
+    if given.tty and len(targets) > 1:
+        raise ConfigError("--tty: a terminal is of one server")
+    command = words[0] if len(words) == 1 else " ".join(shlex.quote(word) for word in words)
+    fields: dict[str, Any] = {"cmd": check_command(command), "timeout": given.timeout}
+    if given.tty:
+        cols, rows = read_terminal_size(0)
+        fields.update(tty=True, cols=cols, rows=rows)
+    if given.stdin:
+        fields["stdin"] = True
+
+    async def run() -> int:
+        return await Execution(targets, fields, given.fold, given.parallel).run()
+
+    return asyncio.run(run())
+
+
+def build_monitor_parser() -> OneLineParser:
+    """Return the parser of `monitor`."""
+    parser = build_client_parser(
+        "monitor",
+        "[SERVER... | --all] [options]",
+        "Watch servers: a live screen on a terminal, otherwise a line for each event.",
+        SERVERS_HELP
+        + """
+Without a server: the listed ones, or this machine if none is listed. A server that is not heard of
+for 5 seconds is called silent. With --log every task of every server is written down, once; what
+could not be seen is named as a gap. Started again with the same file it goes on where it was.
+
+Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
+Exit status: 0; of --once 1 if a server is not up.
+""",
+    )
+    add_servers(parser)
+    parser.add_argument("--log", metavar="FILE", default="", help="append every task, JSON lines")
+    parser.add_argument(
+        "--cpu-alert",
+        type=parse_number(0, 100),
+        metavar="PERCENT",
+        help="alert above this (default: what each server was told)",
+    )
+    parser.add_argument("--json", action="store_true", help="events as JSON lines")
+    parser.add_argument("--once", action="store_true", help="one look, as a table or JSON")
+    return parser
+
+
+def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
+    """Return what `monitor --once` prints."""
+    if as_json:
+        return to_json([watched.describe() for watched in everybody])
+    lines = [line for _, line in format_table(everybody, 200)]
+    return "\n".join([*lines, format_totals(everybody)]) + "\n"
+
+
+async def watch_once(monitor: Monitor) -> None:
+    """Let a monitor have one look at every server."""
+    watching = asyncio.ensure_future(monitor.run())
+    end = time.monotonic() + ONCE_SECONDS
+    while not all(one.stats or one.reason for one in monitor.all) and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def watch(monitor: Monitor, make_screen: Callable[..., Any]) -> None:
+    """Let a monitor run until somebody ends it. Raises OutputError."""
+    loop = asyncio.get_running_loop()
+    watching = loop.create_task(monitor.run())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, watching.cancel)
+    with make_screen(watching.cancel):
+        try:
+            await watching
+        except asyncio.CancelledError:
+            pass
+
+
+def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`monitor`: watch servers, return the exit status."""
+    given = build_monitor_parser().parse_args(argv)
+    listed = not given.server and not given.token_file and read_hosts(environ)
+    given.all = given.all or bool(listed)
+    targets = choose_targets(given, environ)
+    log = MonitorLog(given.log)
+    log.load()
+    is_live = os.isatty(1) and not given.json and not given.once
+    screens: list[Screen] = []
+
+    def emit(watched: Watched, event: dict[str, Any]) -> None:
+        for screen in screens:
+            screen.touch()
+        if given.json and not given.once:
+            write_output(encode_json({"server": watched.target.name, **event}) + b"\n")
+        elif not is_live and not given.once:
+            write_output(format_event(watched.target.name, event))
+
+    def make_screen(leave: Callable[[], None]) -> Any:
+        screens.extend([Screen(monitor.all, leave)] if is_live else [])
+        return screens[0] if is_live else contextlib.nullcontext()
+
+    monitor: Monitor
+
+    async def run() -> int:
+        nonlocal monitor
+        monitor = Monitor(targets, given.cpu_alert, log, emit)
+        if not given.once:
+            await watch(monitor, make_screen)
+            return 0
+        await watch_once(monitor)
+        write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))
+        return 0 if all(watched.state == "up" for watched in monitor.all) else 1
+
+    return asyncio.run(run())
+
+
+FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
+    "json": (to_json, "a list of objects"),
+    "prometheus": (format_prometheus, "a list for Prometheus' file_sd_configs"),
+    "ansible": (format_ansible, "an inventory for Ansible"),
+    "hosts": (format_hosts, "lines for ~/.config/servercontrol/hosts"),
+}
+
+
+def build_discover_parser() -> OneLineParser:
+    """Return the parser of `discover`."""
+    parser = build_client_parser(
+        "discover",
+        "[options]",
+        "Find the servers of this machine and of the networks it is on.",
+        """
+Servers that listen on loopback only, as they do by default, answer only on their own machine.
+A probe asks for nothing secret and carries no token. Exit status: 0 if a server answered, else 1.
+
+  discover --hosts >> ~/.config/servercontrol/hosts      list them; then add their token files
+  discover --prometheus > servers.json                   for file_sd_configs
+  discover --ansible > servers.yml                       for ansible -i servers.yml
+""",
+    )
+    text = "ask this address too: a host, or a network's broadcast address; repeatable"
+    parser.add_argument("--at", action="append", metavar="ADDRESS", default=[], help=text)
+    parser.add_argument(
+        "--timeout",
+        type=parse_number(0.1, 60),
+        metavar="SECONDS",
+        default=2.0,
+        help="how long to wait for answers (default: 2)",
+    )
+    parser.add_argument(
+        "--discovery-port",
+        type=parse_port,
+        metavar="N",
+        help=f"UDP port (default: {Config.discovery_port})",
+    )
+    group = parser.add_mutually_exclusive_group()
+    for name, (_, text) in FORMATS.items():
+        group.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
+    return parser
+
+
+def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`discover`: ask who is there, print it, return the exit status."""
+    given = build_discover_parser().parse_args(argv)
+    try:
+        addresses = [socket.gethostbyname(address) for address in given.at]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--at: {getattr(error, 'strerror', '') or error}") from None
+    port = given.discovery_port
+    if port is None:
+        port = parse_port(environ.get("SERVERCONTROL_DISCOVERY_PORT") or str(Config.discovery_port))
+    found = probe_network(find_broadcasts() + addresses, port, given.timeout)
+    if given.format:
+        write_output(FORMATS[given.format][0](found).encode("utf-8", "replace"))
+    elif found:
+        write_output(format_found(found).encode("utf-8", "replace"))
+    if not found:
+        write_note(f"nothing answered on UDP port {port} (servers on loopback answer only there)")
+    return 0 if found else 1
+
+
+# Commands besides `serve`; each is given its arguments and the environment.
+COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
+    "discover": discover_command,
+    "exec": exec_command,
+    "monitor": monitor_command,
+    "verify-audit": verify_audit,
+}
+
+
+def run_command_line(argv: Sequence[str]) -> int:
+    """Run what is not `serve`; return its exit status."""
+    try:
+        return COMMAND_LINES[argv[0]](argv[1:], os.environ)
+    except OutputError as error:
+        # What is still buffered would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not error.is_closed:
+            raise
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     open_standard_descriptors()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["verify-audit"]:
-            return verify_audit(argv[1:], os.environ)
+        if argv and argv[0] in COMMAND_LINES:
+            return run_command_line(argv)
         config = parse_config(argv, os.environ)
         log = Log(config.log_format, config.log_level)
         loop = make_loop(config)
