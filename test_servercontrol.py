@@ -7918,6 +7918,599 @@ socket.onmessage = (message) => {
 """
 
 
+# Client ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_client(*arguments: str, stdin: Any = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a client command to its end, with no list of servers unless `env` names one."""
+    given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
+    finished = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent/hosts", **env},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS * 3,
+        **given,
+    )
+    assert b"Traceback" not in finished.stderr, finished.stderr
+    return finished
+
+
+@contextlib.contextmanager
+def running_client(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A client command while it runs."""
+    env = {**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent/hosts", **options.pop("env", {})}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    process = subprocess.Popen(command, env=env, **{**streams, **options})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def write_hosts(folder: Path, *lines: str) -> str:
+    path = folder / "hosts"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def write_token(folder: Path, name: str, token: str) -> str:
+    path = folder / name
+    path.write_text(token + "\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+class Cutter:
+    """A TCP proxy in front of a server that cuts connections.
+
+    choose: gives for connection number N how many bytes of the server's answer go through before
+    it is cut, None for all of them.
+    """
+
+    def __init__(self, port: int, choose: Callable[[int], int | None]) -> None:
+        self.target = port
+        self.choose = choose
+        self.listener = bind()
+        self.listener.listen(64)
+        self.port = self.listener.getsockname()[1]
+        # Connections so far, those that were cut, and those that are open.
+        self.count = self.cut = 0
+        self.open: list[socket.socket] = []
+        self.is_closed = False
+
+    def __enter__(self) -> Cutter:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.is_closed = True
+        self.listener.close()
+        self.cut_all()
+
+    def cut_all(self) -> None:
+        for one in self.open[:]:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.is_closed:
+                client.close()
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                client.close()
+                continue
+            self.open += [client, server]
+            limit = self.choose(self.count)
+            self.count += 1
+            for pair in ((client, server, None), (server, client, limit)):
+                threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if limit is not None and len(data) >= limit:
+                    sink.sendall(data[:limit])
+                    self.cut += 1
+                    break
+                if not data:
+                    break
+                limit = None if limit is None else limit - len(data)
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ValueError):
+            self.open.remove(source)
+        source.close()
+
+
+class Impostor:
+    """Something that listens, keeps what it is sent, and answers what it is told to."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.listener = bind()
+        self.listener.listen(16)
+        self.port = self.listener.getsockname()[1]
+        self.received: list[bytes] = []
+
+    def __enter__(self) -> Impostor:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                connection.settimeout(5)
+                with contextlib.suppress(OSError), connection:
+                    self.received.append(connection.recv(65536))
+                    connection.sendall(self.answer)
+
+
+TARGETS = {
+    # text: (host, port, tls, path, unix)
+    "web1": ("web1", 8080, False, "", ""),
+    "web1:81": ("web1", 81, False, "", ""),
+    "10.0.0.1": ("10.0.0.1", 8080, False, "", ""),
+    "::1": ("::1", 8080, False, "", ""),
+    "[::1]": ("::1", 8080, False, "", ""),
+    "[::1]:81": ("::1", 81, False, "", ""),
+    "http://web1": ("web1", 80, False, "", ""),
+    "http://web1:8080/": ("web1", 8080, False, "", ""),
+    "https://web1/sc/": ("web1", 443, True, "/sc", ""),
+    "ws://web1:8082": ("web1", 8082, False, "", ""),
+    "wss://web1": ("web1", 443, True, "", ""),
+    "/run/sc.sock": ("", 0, False, "", "/run/sc.sock"),
+    "unix:/run/unix:x": ("", 0, False, "", "/run/unix:x"),
+}
+NO_TARGETS = (
+    *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
+    *("http://me:pw@web1", "http://web1/?a", "http://web1/#a", "we b1", "[::1", "wéb", "a\x1b[m"),
+)
+
+
+class TestTargets:
+    """SPEC 11: how servers are named, and what is believed of them."""
+
+    @pytest.mark.parametrize("text", TARGETS)
+    def test_names_a_server(self, text: str) -> None:
+        target = sc.parse_target("name", text)
+        assert target.name == "name"
+        assert (target.host, target.port, target.tls, target.path, target.unix) == TARGETS[text]
+        if not target.unix:  # what is shown means the same
+            again = sc.parse_target("name", target.url)
+            assert again == target
+
+    @pytest.mark.parametrize("text", NO_TARGETS)
+    def test_says_what_is_no_server(self, text: str) -> None:
+        if text == "web1:":  # RFC 3986, 3.2.3: an empty port is the default one
+            assert sc.parse_target("", text).port == 8080
+            return
+        with pytest.raises(sc.ConfigError) as caught:
+            sc.parse_target("name", text)
+        assert str(caught.value).isprintable()
+
+    def test_reads_the_list(self) -> None:
+        text = "# mine\n\n web1\thttp://a:1  t.token \nweb2 b:2\n"
+        listed = sc.parse_hosts(text, "hosts")
+        assert [(t.url, file) for t, file in listed.values()] == [
+            ("http://a:1", "t.token"),
+            ("http://b:2", ""),
+        ]
+
+    @pytest.mark.parametrize("text", ["web1", "a b:1\na c:1", "a ht!tp://x", "a\x07 b:1", "a b:x"])
+    def test_names_the_bad_line(self, text: str) -> None:
+        with pytest.raises(sc.ConfigError, match="hosts: line [12]: "):
+            sc.parse_hosts(text, "hosts")
+
+    @pytest.mark.parametrize(
+        "head", [b"", b"SSH-2.0-OpenSSH", b"HTTP/2 200", b"HTTP/1.1 2x0", b"\x15\x03\x01", b"\r\n"]
+    )
+    def test_wants_http(self, head: bytes) -> None:
+        with pytest.raises(sc.UnreachableError):
+            sc.parse_response_head(head)
+
+    def test_shows_no_control_characters(self) -> None:
+        assert sc.clean_text("a\x1b[31mb\nc\u202e") == "a?[31mb?c?"
+        assert sc.clean_text("x" * 10, 4) == "xxx…"
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"{}",
+            b"[]",
+            b"\xff\xfe",
+            b'{"type":"SERVER_RESPONSE"}',
+            b'{"type":"SERVER_RESPONSE","port":0,"ws_port":1}',
+            b'{"type":"SERVER_RESPONSE","port":"80","ws_port":1}',
+            b'{"type":"SERVER_RESPONSE","port":true,"ws_port":1}',
+            b'{"type":"SERVER_RESPONSE","port":80,"ws_port":65536}',
+            b'{"type":"X","port":80,"ws_port":81}',
+            b"[" * 200,
+        ],
+    )
+    def test_takes_no_false_reply(self, data: bytes) -> None:
+        assert sc.parse_discovery_reply(data, "10.0.0.1") is None
+
+    def test_believes_only_the_form_of_a_reply(self) -> None:
+        facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 81, "url": "http://evil/"}
+        facts.update(address="evil", hostname="a\x1bb" + "x" * 99, version=[1], tls="yes", exec=1)
+        found = sc.parse_discovery_reply(json.dumps(facts).encode(), "10.0.0.1")
+        assert found is not None
+        assert (found["address"], found["url"]) == ("10.0.0.1", "http://10.0.0.1:80")
+        assert found["hostname"].startswith("a?b") and len(found["hostname"]) == 64
+        assert (found["tls"], found["exec"]) == (False, False)
+
+    def test_makes_names_that_nothing_evaluates(self) -> None:
+        names = ("{{ lookup('pipe','id') }}", "a\nb", "web1", "web1", "", "$(id)", "..")
+        found = [
+            {"hostname": name, "address": f"10.0.0.{n}", "port": 80, "url": "u", "tls": n == 2}
+            for n, name in enumerate(names)
+        ]
+        named = sc.name_hosts(found)
+        assert len(named) == len(names)
+        assert all(re.fullmatch(r"[A-Za-z0-9.-]+", name) for name in named)
+        listed = json.loads(sc.format_prometheus(found))
+        assert [one["targets"] for one in listed] == [[f"10.0.0.{n}:80"] for n in range(7)]
+        assert [one["labels"]["__scheme__"] for one in listed].index("https") == 2
+        hosts = json.loads(sc.format_ansible(found))["all"]["children"]["servercontrol"]["hosts"]
+        assert "{" not in "".join(hosts)
+        assert sc.parse_hosts(sc.format_hosts([{**one, "url": "u:1"} for one in found]), "").keys()
+
+    def test_shows_a_server_of_ours_once(self) -> None:
+        pairs = (("a", "127.0.0.1"), ("a", "10.0.0.1"), ("b", "127.0.0.1"))
+        found = [{"hostname": name, "address": address, "port": 1} for name, address in pairs]
+        kept = [(one["hostname"], one["address"]) for one in sc.drop_doubles(found)]
+        assert kept == [("a", "10.0.0.1"), ("b", "127.0.0.1")]
+
+
+@pytest.fixture(scope="class")
+def plain_server(tmp_path_factory: Any) -> Iterator[ServerProcess]:
+    """A server with default options, shared by the tests of a class."""
+    with ServerProcess(tmp_path_factory.mktemp("state")) as server:
+        yield server
+
+
+@pytest.fixture()
+def place(plain_server: ServerProcess) -> str:
+    """Its name for clients."""
+    return f"127.0.0.1:{plain_server.port}"
+
+
+class TestExec:
+    """SPEC 11: `exec`."""
+
+    @pytest.mark.parametrize(
+        "words, status, output",
+        [
+            (["echo a; echo b >&2; exit 7"], 7, b"a\nb\n"),
+            (["printf", "%s|", "a  b", "$HOME", "*", "'"], 0, b"a  b|$HOME|*|'|"),
+            (["kill -9 $$"], 137, b""),
+            (["true"], 0, b""),
+            (["printf 'a\\000\\033\\r\\n'"], 0, b"a\0\x1b\r\n"),
+            (["printf 'p\\303\\244\\377'"], 0, "pä\ufffd".encode()),
+        ],
+    )
+    def test_is_as_if_run_here(
+        self, place: str, words: list[str], status: int, output: bytes
+    ) -> None:
+        finished = run_client("exec", place, "--", *words)
+        assert (finished.returncode, finished.stdout, finished.stderr) == (status, output, b"")
+
+    def test_means_this_machine_unless_told(self) -> None:
+        finished = run_client("exec", "--", "true")  # no server at 8080, or one of another account
+        assert b"localhost (http://localhost:8080): " in finished.stderr or not finished.returncode
+
+    def test_gives_every_byte(self, place: str, tmp_path: Path) -> None:
+        data = random.Random(1).randbytes(3_000_000) if sys.version_info >= (3, 9) else b"x" * 10**6
+        (tmp_path / "data").write_bytes(base64.encodebytes(data))
+        finished = run_client("exec", place, "--", f"cat {tmp_path}/data")
+        assert finished.stdout == (tmp_path / "data").read_bytes()
+
+    def test_prefixes_lines_of_several(self, place: str, plain_server: ServerProcess) -> None:
+        other = f"localhost:{plain_server.port}"
+        finished = run_client("exec", place, other, "--", "echo one; sleep 0.1; printf two")
+        width = max(len(place), len(other))
+        lines = sorted(
+            f"{name:{width}} | {text}" for name in (place, other) for text in ("one", "two")
+        )
+        assert sorted(finished.stdout.decode().splitlines()) == lines
+        assert finished.returncode == 0
+        assert b"2 servers: 2 exit code 0" in finished.stderr
+
+    def test_folds_what_is_equal(self, plain_server: ServerProcess) -> None:
+        names = [f"127.0.0.{n}:{plain_server.port}" for n in (1, 2, 3)]
+        # Loopback addresses beyond the first are not served; so two names of one server.
+        names = [f"127.0.0.1:{plain_server.port}", f"localhost:{plain_server.port}", "127.0.0.1:1"]
+        finished = run_client("exec", "--fold", *names, "--", "echo same; exit 3")
+        shown = finished.stdout.decode()
+        assert shown == f"── {names[0]}, {names[1]} (2 servers, exit code 3)\nsame\n"
+        assert finished.returncode == 125
+        summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not reached (127.0.0.1:1)"
+        assert summary in finished.stderr.decode()
+
+    def test_runs_so_many_at_a_time(self, tmp_path: Path) -> None:
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(ServerProcess(tmp_path / str(n))) for n in range(3)]
+            names = [f"127.0.0.1:{server.port}" for server in servers]
+            command = f"mkdir {tmp_path}/lock && sleep 0.2 && rmdir {tmp_path}/lock"
+            alone = run_client("exec", *names, "--parallel=1", "--", command)
+            assert alone.returncode == 0, alone.stdout
+            together = run_client("exec", *names, "--", command)
+            assert together.returncode == 1, together.stdout
+
+    @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n[]"])
+    def test_names_what_is_no_server_of_ours(self, answer: bytes) -> None:
+        with Impostor(answer) as impostor:
+            finished = run_client("exec", f"127.0.0.1:{impostor.port}", "--", "true")
+        assert finished.returncode == 125
+        assert re.search(
+            rb"servercontrol: .*: (disconnected|what answers|it does not)", finished.stderr
+        )
+
+    @pytest.mark.parametrize(
+        "name, reason",
+        [
+            ("127.0.0.1:1", b"connection refused"),
+            ("no-such-host.invalid", b"no such host"),
+            ("/nonexistent/socket", b"no such file"),
+        ],
+    )
+    def test_names_what_is_not_reached(self, name: str, reason: bytes) -> None:
+        finished = run_client("exec", name, "--", "true")
+        assert finished.returncode == 125
+        assert reason in finished.stderr
+
+    def test_names_what_is_refused(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server:
+            finished = run_client("exec", f"127.0.0.1:{server.port}", "--", "true")
+        assert (finished.returncode, b": 403: " in finished.stderr) == (125, True)
+        with ServerProcess(tmp_path, "--max-tasks=1") as server:
+            server.start("sleep 60")
+            finished = run_client("exec", f"127.0.0.1:{server.port}", "--", "true")
+        assert (finished.returncode, b": 429: " in finished.stderr) == (125, True)
+
+    def test_shows_a_token_only_where_it_belongs(self, tmp_path: Path) -> None:
+        write_token(tmp_path, "right", SERVER_RUN_TOKEN)
+        with TokenServer(tmp_path / "state") as server, Impostor(b"") as impostor:
+            place, other = f"127.0.0.1:{server.port}", f"127.0.0.1:{impostor.port}"
+            hosts = write_hosts(tmp_path, f"web1 http://{place} right", f"web2 {other}")
+            env = {"SERVERCONTROL_HOSTS": hosts}
+            finished = run_client("exec", place, "--", "true")
+            assert finished.returncode == 125 and b"401: it needs a token" in finished.stderr
+            for names in (["web1"], [place], [f"http://{place}/"]):
+                assert run_client("exec", *names, "--", "true", **env).returncode == 0, names
+            named = run_client("exec", place, f"--token-file={tmp_path}/right", "--", "exit 4")
+            assert named.returncode == 4
+            assert run_client("exec", "--all", "--", "true", **env).returncode == 125
+            run_client("exec", "web2", other, "--", "true", **env)
+            assert len(impostor.received) == 3
+            assert SERVER_RUN_TOKEN.encode() not in b"".join(impostor.received)
+            run_client("exec", other, f"--token-file={tmp_path}/right", "--", "true")
+            assert SERVER_RUN_TOKEN.encode() in impostor.received[-1]
+
+    def test_follows_no_redirect(self, tmp_path: Path) -> None:
+        token = write_token(tmp_path, "right", SERVER_RUN_TOKEN)
+        with Impostor(b"") as there:
+            moved = f"HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:{there.port}/\r\n\r\n"
+            with Impostor(moved.encode()) as here:
+                place = f"127.0.0.1:{here.port}"
+                finished = run_client("exec", place, f"--token-file={token}", "--", "true")
+        assert finished.returncode == 125
+        assert here.received and not there.received
+
+    @pytest.mark.parametrize(
+        "arguments, told",
+        [
+            (["exec", "web1"], "exec: the command is missing, as in: exec web1 -- uptime"),
+            (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
+            (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
+            (["exec", "a", "--parallel=0", "--", "x"], "--parallel: "),
+            (["exec", "a", "--timeout=x", "--", "x"], "--timeout: "),
+            (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
+            (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
+            (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
+            (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
+            (["discover", "--at=no-such-host.invalid"], "--at: "),
+            (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
+            (["frobnicate"], "unknown command; there are: serve, discover, exec, monitor, unit"),
+        ],
+    )
+    def test_names_a_bad_option(self, arguments: list[str], told: str) -> None:
+        finished = run_client(*arguments)
+        assert (finished.returncode, finished.stdout) == (2, b"")
+        assert finished.stderr.decode().startswith(f"servercontrol.py: {told}")
+        assert finished.stderr.count(b"\n") == 1
+
+    @pytest.mark.parametrize("lines, told", [("a", "line 1: "), ("a b:1 t", "a: ")])
+    def test_names_a_bad_list(self, tmp_path: Path, lines: str, told: str) -> None:
+        hosts = write_hosts(tmp_path, lines)
+        finished = run_client("exec", "a", "--", "true", SERVERCONTROL_HOSTS=hosts)
+        assert finished.returncode == 2
+        assert f"servercontrol.py: {hosts}: {told}".encode() in finished.stderr
+
+    def test_sends_input(self, place: str, tmp_path: Path) -> None:
+        data = b"0123456\n" * 300_000
+        (tmp_path / "data").write_bytes(data)
+        for stdin in (data, (tmp_path / "data").open("rb")):
+            finished = run_client("exec", place, "--stdin", "--", "md5sum; exit 3", stdin=stdin)
+            assert finished.stdout.split()[0].decode() == hashlib.md5(data).hexdigest()
+            assert finished.returncode == 3
+        for stdin in (b"", subprocess.DEVNULL):
+            assert run_client("exec", place, "--stdin", "--", "wc -c", stdin=stdin).stdout == b"0\n"
+        # One that reads nothing, and ends.
+        assert run_client("exec", place, "--stdin", "--", "sleep 0.1", stdin=data).returncode == 0
+        # Without --stdin there is none.
+        assert run_client("exec", place, "--", "wc -c", stdin=b"x").stdout == b"0\n"
+
+    def test_gives_several_the_same_input(self, place: str, plain_server: ServerProcess) -> None:
+        names = (place, f"localhost:{plain_server.port}")
+        finished = run_client("exec", *names, "--stdin", "--fold", "--", "wc -l", stdin=b"a\nb\n")
+        assert b"(2 servers, exit code 0)\n2\n" in finished.stdout
+
+    def test_stops_in_time(self, place: str, plain_server: ServerProcess) -> None:
+        finished = run_client("exec", place, "--timeout=0.2", "--", "sleep 60")
+        assert finished.returncode == 128 + signal.SIGTERM
+        assert plain_server.get("/tasks")[-1]["state"] == "timeout"
+
+    def test_ends_with_a_closed_pipe(self, place: str, plain_server: ServerProcess) -> None:
+        with running_client("exec", place, "--", "yes") as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.read(4) == b"y\ny\n"
+            process.stdout.close()
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
+            assert process.stderr.read() == b""
+        wait_until(lambda: plain_server.get("/tasks")[-1]["state"] == "killed")
+
+    def test_says_that_the_disk_is_full(self, place: str) -> None:
+        with open("/dev/full", "wb") as full:
+            with running_client("exec", place, "--", "yes", stdout=full) as process:
+                assert process.wait(PATIENCE_SECONDS) == 1
+                assert process.stderr is not None
+                assert b"servercontrol.py: standard output: No space left" in process.stderr.read()
+
+    def test_stops_the_command_on_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
+        command = "trap 'echo bye; exit 9' INT; echo hi; while :; do sleep 0.05; done"
+        with running_client("exec", place, "--", command) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"hi\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_SECONDS) == 9
+            assert process.stdout.read() == b"bye\n"
+            assert b"stopping task " in process.stderr.read()
+
+    def test_leaves_the_command_on_a_second_ctrl_c(
+        self, place: str, plain_server: ServerProcess
+    ) -> None:
+        command = "trap '' INT; echo hi; sleep 61"
+        with running_client("exec", place, "--", command) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"hi\n"
+            process.send_signal(signal.SIGINT)
+            assert b"Ctrl-C again" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_SECONDS) == 130
+            assert b"is left running: http://127.0.0.1" in process.stderr.read()
+
+    def test_is_found_by_its_socket(self, tmp_path: Path) -> None:
+        with UnixServer(tmp_path) as server:
+            assert run_client("exec", str(server.path), "--", "exit 5").returncode == 5
+
+    def test_checks_the_certificate(self, tmp_path: Path, certificates: list[Certificate]) -> None:
+        with TlsServer(tmp_path, certificates[0]) as server:
+            place = f"https://localhost:{server.port}"
+            finished = run_client("exec", place, "--", "exit 5")
+            assert finished.returncode == 125
+            assert b"certificate is not trusted: self" in finished.stderr
+            trust = {"SSL_CERT_FILE": str(certificates[0].cert)}
+            assert run_client("exec", place, "--", "exit 5", **trust).returncode == 5
+            plain = run_client("exec", f"localhost:{server.port}", "--", "exit 5")
+            assert (plain.returncode, b"http" in plain.stderr) == (125, True)
+        with ServerProcess(tmp_path) as plain:
+            finished = run_client("exec", f"https://localhost:{plain.port}", "--", "true")
+            assert (finished.returncode, b"TLS failed" in finished.stderr) == (125, True)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_loses_and_doubles_nothing(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path, seed: int
+    ) -> None:
+        """Connections are cut anywhere: in the answer to /exec, in the upgrade, in events."""
+        chance = random.Random(seed)
+
+        def choose(number: int) -> int | None:
+            return None if number == 0 else int(10 ** chance.uniform(1.5, 6.5))
+
+        lines = b"".join(b"line %d of the output\n" % n for n in range(200_000))
+        (tmp_path / "data").write_bytes(lines)
+        command = f"echo once >>{tmp_path}/count; cat {tmp_path}/data; sleep 0.2; exit 6"
+        with Cutter(plain_server.port, choose) as cutter:
+            finished = run_client("exec", f"127.0.0.1:{cutter.port}", "--", command)
+            assert cutter.cut > 2
+        assert finished.returncode == 6, finished.stderr
+        assert finished.stdout == lines
+        assert (tmp_path / "count").read_text() == "once\n"
+
+    def test_starts_once_when_the_answer_is_lost(
+        self, plain_server: ServerProcess, tmp_path: Path
+    ) -> None:
+        with Cutter(plain_server.port, lambda number: 20 if number == 1 else None) as cutter:
+            place = f"127.0.0.1:{cutter.port}"
+            finished = run_client("exec", place, "--", f"echo x >>{tmp_path}/count; echo done")
+        assert (finished.returncode, finished.stdout) == (0, b"done\n")
+        assert (tmp_path / "count").read_text() == "x\n"
+
+    def test_tells_when_the_server_is_restarted(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            server.check = False
+            with running_client(
+                "exec", f"127.0.0.1:{server.port}", "--", "echo hi; sleep 62"
+            ) as one:
+                assert one.stdout is not None and one.stderr is not None
+                assert one.stdout.readline() == b"hi\n"
+                server.process.kill()
+                server.process.wait()
+                with ServerProcess(tmp_path, f"--port={server.port}") as again:
+                    assert again.port == server.port
+                    assert one.wait(PATIENCE_SECONDS) == 125
+                assert b"it was restarted, which ended the command" in one.stderr.read()
+
+    def test_has_help_for_each_command(self) -> None:
+        for command in sc.COMMAND_LINES:
+            finished = run_client(command, "--help")
+            assert finished.returncode == 0
+            assert f"servercontrol.py {command}".encode() in finished.stdout
+        assert all(name.encode() in run_client("--help").stdout for name in sc.COMMAND_LINES)
+        assert set(sc.OTHER_COMMANDS) == set(sc.COMMAND_LINES)
+
+
+class TestDiscover:
+    """SPEC 6, 11: `discover`."""
+
+    def test_finds_what_is_here(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path / "a") as one:
+            port = str(one.discovery_port)
+            with ServerProcess(tmp_path / "b", f"--discovery-port={port}") as two:
+                finished = run_client("discover", "--json", "--discovery-port", port)
+                found = {server["port"]: server for server in json.loads(finished.stdout)}
+                assert finished.returncode == 0 and set(found) == {one.port, two.port}
+                assert found[two.port]["ws_port"] == two.ws_port
+                quick = ("discover", "--timeout=0.5")
+                table = run_client(*quick, SERVERCONTROL_DISCOVERY_PORT=port).stdout.decode()
+                assert table.startswith("SERVER ") and f"http://127.0.0.1:{one.port} " in table
+                hosts = run_client(*quick, "--hosts", "--discovery-port", port).stdout
+                (tmp_path / "hosts").write_bytes(hosts)
+                all_of_them = ("exec", "--all", "--fold", "--", "echo hello")
+                ran = run_client(*all_of_them, SERVERCONTROL_HOSTS=str(tmp_path / "hosts"))
+                assert b"(2 servers, exit code 0)\nhello\n" in ran.stdout
+
+    def test_says_that_nobody_is_there(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            options = ("--timeout=0.2", f"--discovery-port={free.getsockname()[1]}")
+            for more, shown in (("--json", b"[]\n"), ("--hosts", b""), ("--at=localhost", b"")):
+                finished = run_client("discover", *options, more)
+                assert (finished.returncode, finished.stdout) == (1, shown)
+                assert b"nothing answered on UDP port" in finished.stderr
+
+
 class TestRealRun:
     """A real job, watched by clients that are not ours, against the same output in a file."""
 
