@@ -95,6 +95,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 try:
     import fcntl
+    import pwd
     import resource
     import termios
     import tty
@@ -2309,17 +2310,21 @@ def make_token_file(path: str) -> None:
         os.unlink(temporary)
 
 
-def read_token_file(path: str) -> str:
-    """Return the token in a file that nobody else can read or replace. Raises OSError."""
+def read_token_file(path: str, is_credential: bool = False) -> str:
+    """Return the token in a file that nobody else can read or replace. Raises OSError.
+
+    is_credential: it is in the folder that systemd made for us alone. There a file may be root's,
+    with an access list for our account, which shows as the group's right to read.
+    """
     # Without O_NONBLOCK the open of a pipe would wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise PermissionError(errno.EPERM, "not a regular file")
-        if status.st_uid != os.geteuid():
+        if status.st_uid not in ((os.geteuid(), 0) if is_credential else (os.geteuid(),)):
             raise PermissionError(errno.EPERM, "belongs to another account")
-        if status.st_mode & 0o077:
+        if status.st_mode & (0o037 if is_credential else 0o077):
             raise PermissionError(errno.EPERM, "other accounts may use it (chmod 600 mends that)")
         return os.read(fd, 4096).decode("ascii", "replace").strip()
     finally:
@@ -2334,10 +2339,13 @@ def check_token(source: str, token: str) -> str:
     return token
 
 
-def load_token_file(source: str, path: str) -> str:
-    """Return the token in a file. source: for the error message. Raises ConfigError."""
+def load_token_file(source: str, path: str, credentials: str = "") -> str:
+    """Return the token in a file. source: for the error message. Raises ConfigError.
+
+    credentials: systemd's folder of them ($CREDENTIALS_DIRECTORY), "" for none.
+    """
     try:
-        token = read_token_file(path)
+        token = read_token_file(path, bool(credentials) and os.path.dirname(path) == credentials)
     except OSError as error:
         raise ConfigError(f"{source}: {path}: {error.strerror}") from None
     return check_token(f"{source}: {path}", token)
@@ -2391,7 +2399,8 @@ def load_tokens(
         if value is not None:
             return check_token(names[number], value), None
         if option:
-            return load_token_file(("--token-file", "--view-token-file")[number], option), option
+            source = ("--token-file", "--view-token-file")[number]
+            return load_token_file(source, option, environ.get("CREDENTIALS_DIRECTORY", "")), option
         return load_kept_token(folder, ("token", "view-token")[number], log)
 
     (run, run_file), (view, view_file) = load(0), load(1)
@@ -3932,6 +3941,42 @@ def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket
     return sockets
 
 
+class Supervisor:
+    """systemd, where it started us: is told when we are ready, stop, and live (sd_notify(3)).
+
+    Takes its variables out of the environment, so that no task speaks in our name.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        address = environ.pop("NOTIFY_SOCKET", "")
+        microseconds, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        # An abstract name begins with NUL (unix(7)), which no environment can hold.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        # Open from the start: who is out of descriptors is alive.
+        self._socket: socket.socket | None = None
+        if address:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        is_for_us = pid in ("", str(os.getpid())) and DIGITS.fullmatch(microseconds)
+        # Twice in the time after which we count as hung (sd_watchdog_enabled(3)); 0: not at all.
+        self._seconds = int(microseconds) / 2e6 if is_for_us else 0.0
+
+    def tell(self, *lines: str) -> None:
+        """Send NAME=VALUE lines. That it fails, or that nobody is there, does not matter."""
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
+        except (OSError, ValueError):
+            pass
+
+    def beat(self) -> None:
+        """Say that the event loop turns, from now on: by the loop itself, so a hung one is mute."""
+        if self._socket is not None and self._seconds:
+            self.tell("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._seconds, self.beat)
+
+
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
 # answer; or become a Viewer. One sweep looks at every connection's deadline. Each kind of error
@@ -5081,6 +5126,24 @@ def bind_all(hosts: Sequence[Sequence[tuple[int, str]]], port: int) -> list[sock
     return bound
 
 
+def adopt_socket(fd: int) -> socket.socket:
+    """Return a listening socket that was opened for us, ours alone now. Raises ConfigError."""
+    try:
+        listener = socket.socket(fileno=fd)
+        is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+    except OSError:
+        is_listening = False
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+    if not is_listening or listener.type != socket.SOCK_STREAM or listener.family not in families:
+        raise ConfigError(
+            f"LISTEN_FDS: descriptor {fd} is no listening TCP or Unix stream socket; the socket "
+            "unit needs ListenStream=, and no Accept=yes"
+        )
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    return listener
+
+
 def is_stale_socket(path: str) -> bool:
     """Whether there is a socket on which nobody listens."""
     try:
@@ -5119,18 +5182,70 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-class Listeners:
-    """The bound sockets: an HTTP and a WebSocket port, possibly the same; a Unix socket."""
+def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
+    """Return the listening sockets that systemd opened for us: `http`, `ws` and `unix`.
 
-    def __init__(self, config: Config, log: Log) -> None:
+    sd_listen_fds(3): they are the descriptors from 3 on, if LISTEN_PID is ours. A Unix socket is
+    one whatever its name. Raises ConfigError.
+    """
+    variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+    pid, count, names, _ = (environ.pop(name, "") for name in variables)
+    passed: dict[str, list[socket.socket]] = {"http": [], "ws": [], "unix": []}
+    if pid != str(os.getpid()) or not DIGITS.fullmatch(count):
+        return passed
+    sockets = [adopt_socket(fd) for fd in range(3, 3 + int(count))]
+    is_alone = sum(one.family != socket.AF_UNIX for one in sockets) == 1
+    for one, name in zip(sockets, names.split(":") + [""] * len(sockets)):
+        if one.family == socket.AF_UNIX:
+            name = "unix"
+        elif name not in ("http", "ws"):
+            if not is_alone:
+                raise ConfigError(
+                    f"LISTEN_FDNAMES: {name!r} is neither http nor ws: the socket unit says "
+                    "which by FileDescriptorName="
+                )
+            name = "http"
+        passed[name].append(one)
+    return passed
+
+
+class Listeners:
+    """The bound sockets: an HTTP and a WebSocket port, possibly the same; Unix sockets.
+
+    passed: what systemd has bound already, as take_passed_sockets() gives it. A TCP socket of it
+    stands in for both ports where the other has none, since both speak both protocols; nothing is
+    bound beside it.
+    """
+
+    def __init__(
+        self, config: Config, log: Log, passed: Mapping[str, list[socket.socket]] | None = None
+    ) -> None:
         self._log = log
         self._scheme_end = "s" if config.has_tls else ""
-        self.sockets: list[socket.socket] = []
-        # The listening Unix socket, its path, and what is there (device, inode).
-        self.unix: socket.socket | None = None
+        passed = passed or {"http": [], "ws": [], "unix": []}
+        self.sockets: list[socket.socket] = [*passed["http"], *passed["ws"]]
+        # The Unix sockets, the path of the first, and what is there (device, inode) if it is ours.
+        self.unix: list[socket.socket] = list(passed["unix"])
         self._unix_path = os.path.abspath(config.unix) if config.unix else ""
+        self._unix_file: os.stat_result | None = None
         # Real ports; discovery is None when it is off.
         self.ports: dict[str, int | None] = {"http": 0, "ws": 0, "discovery": None}
+        if not self.sockets:
+            self._open_ports(config)
+        # A socket of each, to ask for its address.
+        self._first = {
+            "http": (passed["http"] or self.sockets)[0],
+            "ws": (passed["ws"] or self.sockets)[0],
+        }
+        if passed["http"] or passed["ws"]:
+            for name, one in self._first.items():
+                self.ports[name] = one.getsockname()[1]
+        if self.unix:
+            self._unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
+        elif config.unix:
+            self._open_unix()
+
+    def _open_ports(self, config: Config) -> None:
         try:
             self.ports["http"] = self._open("http", config.host, config.port)
             same = config.port == config.ws_port and config.port != 0
@@ -5143,12 +5258,10 @@ class Listeners:
             raise StartError(
                 f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             ) from None
-        if config.unix:
-            self._open_unix()
 
     def _open_unix(self) -> None:
         try:
-            self.unix = bind_unix(self._unix_path)
+            self.unix.append(bind_unix(self._unix_path))
         except OSError as error:
             self.close()
             reason = error.strerror or error
@@ -5179,7 +5292,7 @@ class Listeners:
 
     def url(self, name: str, host: str = "") -> str:
         """Return the URL of the listener `name` ("http" or "ws")."""
-        host = host or self.sockets[0].getsockname()[0]
+        host = host or self._first[name].getsockname()[0]
         host = f"[{host}]" if ":" in host else host
         return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
 
@@ -5200,19 +5313,18 @@ class Listeners:
             (one, Listener.LOOPBACK if is_loopback(one.getsockname()[0]) else Listener.NETWORK)
             for one in self.sockets
         ]
-        return kinds + ([(self.unix, Listener.UNIX)] if self.unix else [])
+        return kinds + [(one, Listener.UNIX) for one in self.unix]
 
     def close(self) -> None:
         """Stop listening."""
         close_all(self.sockets)
-        if self.unix is not None:
-            self.unix.close()
-            self.unix = None
-            try:
-                if os.path.samestat(os.stat(self._unix_path), self._unix_file):
-                    os.unlink(self._unix_path)
-            except OSError:
-                pass  # somebody else has removed it
+        close_all(self.unix)
+        self.unix.clear()
+        try:
+            if self._unix_file and os.path.samestat(os.stat(self._unix_path), self._unix_file):
+                os.unlink(self._unix_path)
+        except OSError:
+            pass  # somebody else has removed it
 
 
 @dataclass
@@ -8252,7 +8364,7 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     tls = load_tls(config, log)
     folder = open_state_folder(os.environ, log)
     tokens = load_tokens(config, os.environ, folder, log)
-    listeners = Listeners(config, log)
+    listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
     parts = ServerParts(
         config=config,
@@ -8281,12 +8393,16 @@ async def serve(config: Config, log: Log) -> None:
     if not hasattr(os, "waitid"):
         raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
     ignored = reset_signals()
+    supervisor = Supervisor(os.environ)
     server = build_server(config, log, raise_descriptor_limit())
     stopped = watch_signals(server, ignored)
     await server.start()
+    supervisor.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
+    supervisor.beat()
     if os.isatty(1):
         print_banner(config, server.listeners, server.tokens)
     await stopped
+    supervisor.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
     await server.stop(stopped.result())
 
@@ -8647,10 +8763,327 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 # Commands besides `serve`; each is given its arguments and the environment.
+UNIT = """\
+# ServerControl as a service of systemd, as `servercontrol.py unit` prints it. Put it into
+# /etc/systemd/system/servercontrol.service; change it with: systemctl edit servercontrol
+[Unit]
+Description=ServerControl: runs commands on this server and shows them live
+{order}
+[Service]
+# {reason}.
+# -I: nothing is imported from the folder of the file, a home, or PYTHON* variables.
+ExecStart={command}
+Type=notify
+# The event loop reports twice in this time; a hung one is ended and started again.
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+# 2 is a bad option or token file, which no restart mends.
+RestartPreventExitStatus=2
+# The server ends its tasks itself, within 8 s. Then, and after a crash, everything else that
+# commands have left behind is killed: what shall outlive the service is started by systemd-run.
+KillMode=mixed
+TimeoutStopSec=10
+# A command that takes all the memory is killed alone.
+OOMPolicy=continue
+SyslogIdentifier=servercontrol
+{credentials}{account}
+[Install]
+WantedBy=multi-user.target
+"""
+UNIT_DYNAMIC_USER = """\
+# An account that exists while this runs: nothing on this machine is its own but what stands here.
+DynamicUser=yes
+"""
+UNIT_STATE = """\
+# The tokens and the audit log are in /var/lib/servercontrol.
+StateDirectory=servercontrol
+StateDirectoryMode=0700
+Environment=XDG_STATE_HOME=%S
+"""
+UNIT_SANDBOX = """\
+# Where commands start, and their home.
+StateDirectory=servercontrol-home
+WorkingDirectory=%S/servercontrol-home
+Environment=HOME=%S/servercontrol-home
+# Places for --unix (/run/servercontrol/) and --audit-log (/var/log/servercontrol/).
+RuntimeDirectory=servercontrol
+LogsDirectory=servercontrol
+{bind}
+# The sandbox. Above each line: what it takes from the commands. `systemctl edit` lifts it.
+# sudo, su, other set-uid programs, ping where it needs a file capability
+NoNewPrivileges=yes
+# making set-uid files
+RestrictSUIDSGID=yes
+# everything that needs root
+CapabilityBoundingSet={capabilities}
+# writing outside of the folders above, /tmp and /var/tmp
+ProtectSystem=strict
+# seeing /home, /root and /run/user
+ProtectHome=tmpfs
+# sharing /tmp and /var/tmp, and what is mounted, with other programs
+PrivateTmp=yes
+PrivateMounts=yes
+# disks and other devices, but not terminals
+PrivateDevices=yes
+# sysctl -w, insmod, dmesg, date -s, hostname NAME; changing cgroups, as containers do
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectControlGroups=yes
+# unshare, bwrap, rootless containers, the sandbox of browsers
+RestrictNamespaces=yes
+# chrt
+RestrictRealtime=yes
+# setarch; programs of other architectures, such as 32-bit ones
+LockPersonality=yes
+SystemCallArchitectures=native
+# Bluetooth, raw packets, VM sockets (the server itself needs AF_NETLINK: who connects?)
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+# mount, reboot, swapon, strace, gdb
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+# the access of others to files that commands make
+UMask=0077
+{monitor}"""
+# Lines that would break commands of everyday use: for --no-exec, where there are none.
+UNIT_MONITOR = """\
+# Nothing is run (--no-exec), so that this costs nothing as well:
+MemoryDenyWriteExecute=yes
+ProtectProc=invisible
+SystemCallFilter=~@privileged @resources
+"""
+UNIT_NO_MONITOR = """\
+# Not here, since it takes too much: MemoryDenyWriteExecute=yes (Node, Java, other JITs),
+# ProtectProc=invisible (ps and top see no other account), IPAddressDeny=any (the network).
+"""
+UNIT_ORDER = """\
+# An address beyond loopback must be there before it can be listened on.
+After=network-online.target
+Wants=network-online.target
+"""
+UNIT_OWN_STATE = """\
+# The tokens and the audit log are in its home, in .local/state/servercontrol, as without systemd.
+"""
+UNIT_NEXT = """\
+To install it:  … unit … | sudo tee /etc/systemd/system/servercontrol.service
+                sudo systemctl daemon-reload
+                sudo systemctl enable --now servercontrol
+Then:           journalctl -u servercontrol
+"""
+UNIT_ACCOUNT = """\
+# Its commands may do what the account may. No sandbox: it would keep nothing from who may run
+# commands as this account, and break them: sudo, package managers, mount, containers. Where
+# nothing shall be changed, leave out --user, or add --no-exec: either gives a sandbox.
+User={user}
+WorkingDirectory=-~
+"""
+UNIT_WORD = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
+UNIT_HELP = """\
+Prints a unit for systemd, which then runs this file, where it lies, as a service that starts with
+the machine. To install it:
+
+  python3 servercontrol.py unit | sudo tee /etc/systemd/system/servercontrol.service
+  sudo systemctl daemon-reload
+  sudo systemctl enable --now servercontrol
+"""
+UNIT_EPILOG = """\
+All options of `serve` may be given too, and are what the service is started with. Without --user
+commands run in a sandbox, under an account that can change nothing on this machine. The unit says
+what each of its lines is for. Afterwards:
+
+  journalctl -u servercontrol                  what it says
+  sudo cat /var/lib/servercontrol/token        the token that it has made (with --user: in the home
+                                               of that account, .local/state/servercontrol/token)
+"""
+
+
+# The options that name a file to read -> its name as a credential.
+CREDENTIALS = {
+    "token_file": "token",
+    "view_token_file": "view-token",
+    "tls_cert": "tls-cert",
+    "tls_key": "tls-key",
+}
+HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # by UNIT_SANDBOX
+SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
+
+
+def escape_bytes(character: str) -> str:
+    """Return the bytes of a character in hexadecimal, also of what is no valid text."""
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
+def quote_unit_word(text: str) -> str:
+    """Return one word as systemd reads it (systemd.syntax(7), QUOTING; specifiers too)."""
+    if UNIT_WORD.fullmatch(text):
+        return text
+    escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%")
+    return '"' + "".join(c if c.isprintable() else escape_bytes(c) for c in escaped) + '"'
+
+
+def quote_command_word(text: str) -> str:
+    """Return one word of ExecStart=, where $ begins a variable (systemd.service(5))."""
+    return quote_unit_word(text).replace("$", "$$")
+
+
+def find_path(name: str, value: Any) -> Any:
+    """Return the value of an option; absolute if it is a path, since a service starts in `/`."""
+    is_path = name in CREDENTIALS or name in ("unix", "audit_log", "shell")
+    if not is_path or value in (None, "", "-", "none") or (name == "shell" and os.sep not in value):
+        return value
+    return os.path.abspath(value)
+
+
+def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], list[str]]:
+    """Return the options as words of ExecStart=, and the lines for files that are handed over.
+
+    hands_over: the account may not be able to read these files: systemd, which can, gives it
+    copies at the start, in $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
+    """
+    words: list[str] = []
+    lines: list[str] = []
+    for name, given in vars(build_parser().parse_args(argv)).items():
+        option, value = "--" + name.replace("_", "-"), find_path(name, given)
+        if name in CREDENTIALS and hands_over and value:
+            if not value.isprintable():
+                raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
+            lines.append(f"LoadCredential={CREDENTIALS[name]}:{value.replace('%', '%%')}")
+            words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{CREDENTIALS[name]}")
+        elif value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            items = value if isinstance(value, list) else [value]
+            words += [quote_command_word(f"{option}={item}") for item in items]
+    if lines:
+        lines.insert(0, "# Read by systemd as root, at each start: restart after a change.")
+    return words, lines
+
+
+def find_account(name: str | None) -> pwd.struct_passwd | None:
+    """Return an account of this machine, None for no name. Raises ConfigError."""
+    try:
+        return None if name is None else pwd.getpwnam(name)
+    except (KeyError, ValueError):
+        raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file, or what a link there leads to, is where the sandbox shows nothing."""
+    return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
+
+
+def choose_python(is_sandboxed: bool) -> tuple[str, str]:
+    """Return the interpreter for the unit, and why it is that one."""
+    python = os.path.abspath(sys.executable or "/usr/bin/python3")
+    if is_sandboxed and is_hidden(python):
+        return (
+            "/usr/bin/python3",
+            "The system's Python: the sandbox hides the one that printed this",
+        )
+    return python, "The Python that printed this"
+
+
+def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
+    """Return the lines about who runs it, and what of the machine is kept from them."""
+    ports = (config.port, config.ws_port, config.discovery_port)
+    capability = "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in ports) else ""
+    ambient = f"# for a port below 1024\nAmbientCapabilities={capability}\n" if capability else ""
+    if account is not None and not config.no_exec:
+        has_home = (
+            os.path.isdir(account.pw_dir) and os.stat(account.pw_dir).st_uid == account.pw_uid
+        )
+        state = UNIT_OWN_STATE if has_home else UNIT_STATE
+        text = UNIT_ACCOUNT.format(user=account.pw_name)
+        return text + state + (ambient if account.pw_uid else "")
+    bind = ""
+    if is_hidden(script):
+        bind = "# The file is in a folder that the sandbox hides.\n"
+        bind += f"BindReadOnlyPaths={quote_unit_word(script)}\n"
+    monitor = UNIT_MONITOR if config.no_exec else UNIT_NO_MONITOR
+    who = UNIT_DYNAMIC_USER if account is None else f"User={account.pw_name}\n"
+    sandbox = UNIT_SANDBOX.format(bind=bind, capabilities=capability, monitor=monitor)
+    return who + UNIT_STATE + sandbox + ambient
+
+
+def is_readable(path: str, uid: int) -> bool:
+    """Whether an account can read a file, as far as owners and rights for all tell."""
+    rights = [(os.stat(path), 4)]
+    while path != "/":
+        path = os.path.dirname(path)
+        rights.append((os.stat(path), 1))
+    return uid == 0 or all(
+        status.st_mode & (right << 6 if status.st_uid == uid else right) for status, right in rights
+    )
+
+
+def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) -> list[str]:
+    """Return what about the place of the file, and of others, will not work or is not safe."""
+    doubts: list[str] = []
+    uid = -1 if account is None else account.pw_uid
+    if script.startswith(("/tmp/", "/var/tmp/")):
+        doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
+    is_bound = (account is None or config.no_exec) and is_hidden(
+        script
+    )  # then folders do not count
+    is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_readable(script, uid)
+    if not is_enough:
+        doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
+    found = [os.stat(path) for path in (script, os.path.dirname(script))]
+    if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
+        doubts.append(f"not only root can change {script}, and so what this service does")
+    for option, path in (("--unix", config.unix), ("--audit-log", config.audit_log)):
+        is_file = path not in ("", "-", "none")
+        if account is None and is_file and not os.path.abspath(path).startswith(SANDBOX_FOLDERS):
+            doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
+    return doubts
+
+
+def build_unit_parser() -> argparse.ArgumentParser:
+    """Return the parser of `unit`, for what is not an option of `serve`."""
+    parser = OneLineParser(
+        prog="servercontrol.py unit",
+        usage="python3 servercontrol.py unit [--user NAME] [options of serve]",
+        description=UNIT_HELP,
+        epilog=UNIT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--user", metavar="NAME", help="run as this account, without a sandbox")
+    return parser
+
+
+def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`unit [--user NAME] [options]`: print the unit; what a person should know goes to stderr."""
+    given, rest = build_unit_parser().parse_known_args(argv)
+    config = parse_config(["serve", *rest], {})  # not with the environment of who types this
+    account, script = find_account(given.user), os.path.abspath(__file__)
+    is_sandboxed = account is None or config.no_exec
+    python, reason = choose_python(is_sandboxed)
+    words, lines = format_serve_options(rest, is_sandboxed or given.user != "root")
+    is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
+    unit = UNIT.format(
+        order="After=network.target\n" if is_local else UNIT_ORDER,
+        reason=reason,
+        command=" ".join([quote_command_word(python), "-I", quote_command_word(script), *words]),
+        credentials="".join(line + "\n" for line in lines),
+        account=format_account(config, account, script),
+    )
+    write_output(unit.encode("utf-8"))
+    for doubt in find_doubts(config, account, script):
+        write_note(f"warning: {doubt}")
+    if os.isatty(2):
+        write_without_waiting(2, UNIT_NEXT.encode("utf-8"))
+    return 0
+
+
 COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
     "monitor": monitor_command,
+    "unit": unit_command,
     "verify-audit": verify_audit,
 }
 

@@ -7876,6 +7876,481 @@ class TestStopping:
             wait_for_death([pid])
 
 
+# systemd ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_systemd_tool(name: str) -> str:
+    """Return the path of a program of systemd; skip aloud where it is missing, but fail in CI."""
+    path = shutil.which(name)
+    if path is None:
+        message = f"SYSTEMD IS NOT TESTED: no {name}; Debian's package systemd has it"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return path
+
+
+def print_unit(*options: str, script: Path = SCRIPT) -> tuple[str, str]:
+    """Return what `unit` prints, on stdout and stderr."""
+    command = [sys.executable, str(script), "unit", *options]
+    told = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert told.returncode == 0, told
+    return told.stdout, told.stderr
+
+
+def read_unit(text: str) -> dict[str, list[str]]:
+    """Return the settings of a unit: a name may stand there more than once."""
+    settings: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        name, equal, value = line.partition("=")
+        if equal and line[0] != "#":
+            settings.setdefault(name, []).append(value)
+    return settings
+
+
+class TestUnit:
+    """SPEC 11: `unit` prints what systemd takes."""
+
+    PROFILES: tuple[tuple[str, ...], ...] = ((), ("--no-exec",), ("--user=root",))
+
+    @cases_task(
+        "text, quoted",
+        {
+            "plain": ("--host=127.0.0.1", "--host=127.0.0.1"),
+            "space": ("a b", '"a b"'),
+            "empty": ("", '""'),
+            "specifier": ("50%h", '"50%%h"'),
+            "variable": ("$HOME${X}", '"$$HOME$${X}"'),
+            "quotes": ("a\"b'c", '"a\\"b\'c"'),
+            "backslash": ("\\x41", '"\\\\x41"'),
+            "separator": (";", '";"'),
+            "line end": ("a\nb", '"a\\x0ab"'),
+            "no text": ("\udcff", '"\\xff"'),
+            "umlaut": ("ä", '"ä"'),
+            "line separator": ("\u2028", '"\\xe2\\x80\\xa8"'),
+        },
+    )
+    def test_word_is_quoted(self, text: str, quoted: str) -> None:
+        assert sc.quote_command_word(text) == quoted
+
+    @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
+    def test_systemd_is_content(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+        """With the options that make every line appear; no worse than the README says."""
+        unit = tmp_path / "servercontrol.service"
+        more = ["--port=80", "--tls-cert=/a b%/c", "--host=::", "--allow-host=\"$%\\'"]
+        for extra in ([], more):
+            unit.write_text(print_unit(*options, *extra)[0], encoding="utf-8")
+            command = [find_systemd_tool("systemd-analyze"), "verify", str(unit)]
+            told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
+            assert (told.returncode, told.stdout) == (0, "")
+
+    @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
+    def test_score_is_what_the_readme_says(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+        name = options[0].replace("root", "NAME") if options else ""
+        row = re.search(rf"^\| `unit ?{name}` \| ([0-9.]+) \|", README.read_text(), re.MULTILINE)
+        assert row
+        unit = tmp_path / "servercontrol.service"
+        unit.write_text(print_unit(*options)[0], encoding="utf-8")
+        analyze = find_systemd_tool("systemd-analyze")
+        command = [analyze, "security", "--offline=true", "--no-pager", str(unit)]
+        told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
+        score = re.search(r"exposure level for servercontrol.service: ([0-9.]+)", told.stdout)
+        assert score and float(score.group(1)) <= float(row.group(1)), told.stdout
+
+    def test_readme_socket_unit_is_fine(self, tmp_path: Path) -> None:
+        (tmp_path / "servercontrol.service").write_text(print_unit()[0], encoding="utf-8")
+        unit = tmp_path / "servercontrol.socket"
+        unit.write_text(read_example("servercontrol.socket"))
+        command = [find_systemd_tool("systemd-analyze"), "verify", str(unit)]
+        told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
+        assert (told.returncode, told.stdout) == (0, "")
+
+    def test_command_is_what_was_typed(self) -> None:
+        environ = {**os.environ, "SERVERCONTROL_PORT": "1"}  # of whoever types, not of the service
+        options = ["--no-exec", "--host=::1", "--host", "::", "--interval=2", "--shell=bash"]
+        options += ["--audit-log=-", "--unix=sock et", "--user", "root", "--token-file=t"]
+        told = subprocess.run(
+            [sys.executable, SCRIPT.name, "unit", *options],
+            cwd=HERE,
+            env=environ,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        unit = read_unit(told.stdout)
+        (command,) = unit["ExecStart"]
+        words = shlex.split(command)
+        assert words[1:3] == ["-I", str(SCRIPT)] and words[0][0] == "/"
+        assert set(words[3:]) == {
+            *("--no-exec", "--host=::1", "--host=::", "--interval=2.0", "--shell=bash"),
+            *("--audit-log=-", f"--unix={HERE}/sock et"),
+            "--token-file=${CREDENTIALS_DIRECTORY}/token",
+        }
+        assert unit["LoadCredential"] == [f"token:{HERE}/t"] and unit["User"] == ["root"]
+        assert unit["After"] == ["network-online.target"]
+
+    def test_profiles(self) -> None:
+        sandbox, account = read_unit(print_unit()[0]), read_unit(print_unit("--user=root")[0])
+        assert sandbox["DynamicUser"] == sandbox["NoNewPrivileges"] == ["yes"]
+        assert sandbox["CapabilityBoundingSet"] == [""]
+        assert not {"NoNewPrivileges", "DynamicUser", "ProtectSystem"} & set(account)
+        for unit in (sandbox, account):
+            assert (unit["Type"], unit["KillMode"]) == (["notify"], ["mixed"])
+        low = read_unit(print_unit("--ws-port=82")[0])
+        assert (
+            low["AmbientCapabilities"] == low["CapabilityBoundingSet"] == ["CAP_NET_BIND_SERVICE"]
+        )
+        (command,) = read_unit(print_unit("--user=root", "--token-file=/t")[0])["ExecStart"]
+        assert command.endswith(" --token-file=/t")  # root reads it itself
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own the file")
+    def test_doubts_are_told(self) -> None:
+        with tempfile.TemporaryDirectory(dir="/opt") as name:
+            folder = Path(name)
+            script = folder / "servercontrol.py"
+            shutil.copy(SCRIPT, script)
+            folder.chmod(0o755)
+            script.chmod(0o644)
+            assert print_unit(script=script)[1] == ""
+            assert "can write to" in print_unit("--audit-log=/x", script=script)[1]
+            assert print_unit("--audit-log=/var/log/servercontrol/x", script=script)[1] == ""
+            script.chmod(0o666)
+            assert "not only root can change" in print_unit(script=script)[1]
+            script.chmod(0o600)
+            assert "cannot read" in print_unit(script=script)[1]
+            assert print_unit("--user=root", script=script)[1] == ""
+            script.chmod(0o644)
+            folder.chmod(0o700)
+            assert "cannot read" in print_unit("--user=daemon", script=script)[1]
+        with tempfile.TemporaryDirectory(dir="/tmp") as name:
+            script = Path(shutil.copy(SCRIPT, name))
+            text, told = print_unit(script=script)
+            assert read_unit(text)["BindReadOnlyPaths"] == [str(script)]
+            assert "emptied" in told and "cannot read" not in told
+
+    @cases_task(
+        "options, word",
+        {
+            "bad option": (["--port=x"], "--port"),
+            "unknown option": (["--bogus"], "--bogus"),
+            "a word": (["serve"], "serve"),
+            "no account": (["--user=no such account"], "--user"),
+            "no name": (["--user"], "--user"),
+            "key alone": (["--tls-key=x"], "--tls-key"),
+            "line end in a path": (["--token-file=a\nb"], "--token-file"),
+        },
+    )
+    def test_refused_with_status_2(self, tmp_path: Path, options: list[str], word: str) -> None:
+        check_refusal(tmp_path, 2, [word], "unit", *options)
+
+    def test_help_says_how_to_install_it(self) -> None:
+        text = print_unit("--help")[0]
+        for word in ("| sudo tee /etc/systemd", "daemon-reload", "enable --now", "--user NAME"):
+            assert word in text
+
+    def test_hint_is_for_people_and_not_in_the_unit(self) -> None:
+        ours, theirs = pty.openpty()
+        try:
+            command = [sys.executable, str(SCRIPT), "unit"]
+            told = subprocess.run(command, stdout=-1, stderr=theirs, check=True)
+            assert b"systemctl daemon-reload" in os.read(ours, 65536)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert told.stdout.decode() == print_unit()[0]
+
+    def test_unit_that_nobody_reads_is_one_line(self) -> None:
+        with open("/dev/full", "wb") as full:
+            command = [sys.executable, str(SCRIPT), "unit"]
+            told = subprocess.run(command, stdout=full, stderr=-1, encoding="utf-8", check=False)
+        assert told.returncode == 1 and "standard output" in told.stderr
+        assert "Traceback" not in told.stderr
+
+
+class TestSupervisor:
+    """SPEC 12: systemd is told (sd_notify(3))."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def listen(name: str) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+            supervisor.settimeout(PATIENCE_SECONDS)
+            supervisor.bind(name.replace("@", "\0", 1))
+            yield supervisor
+
+    @pytest.mark.parametrize("loop", loops())
+    @pytest.mark.parametrize("kind", ["path", "abstract"])
+    def test_ready_alive_and_stopping(self, tmp_path: Path, kind: str, loop: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            name = f"@servercontrol-{os.urandom(8).hex()}" if kind == "abstract" else folder + "/n"
+            env = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "400000"}
+            with self.listen(name) as supervisor:
+                with ServerProcess(tmp_path, f"--loop={loop}", env=env) as server:
+                    ready = supervisor.recv(4096).decode().split("\n")
+                    url = f"http://127.0.0.1:{server.port}"
+                    assert ready == ["READY=1", f"STATUS=listening at {url}"]
+                    start = time.monotonic()
+                    assert [supervisor.recv(4096) for _ in range(6)] == [b"WATCHDOG=1"] * 6
+                    assert time.monotonic() - start >= 0.9  # the first of them came at once
+                    assert "_USEC" not in server.run("env")["output"]
+                    assert "NOTIFY" not in server.run("env")["output"]
+                    server.process.terminate()
+                    last = b"STOPPING=1\nSTATUS=stopping, 0 tasks run"
+                    assert set(iter(lambda: supervisor.recv(4096), last)) <= {b"WATCHDOG=1"}
+                    assert server.process.wait(PATIENCE_SECONDS) == 0
+
+    def test_ready_comes_only_after_listening(self, tmp_path: Path) -> None:
+        """A start that fails says nothing."""
+        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as supervisor:
+            env = {"NOTIFY_SOCKET": folder + "/n"}
+            check_refusal(tmp_path, 1, ["cannot listen"], "--host=192.0.2.1", **env)
+            supervisor.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                supervisor.recv(4096)
+
+    def test_hung_loop_is_mute(self, tmp_path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as listener:
+
+            async def receive() -> bytes:
+                listener.setblocking(False)
+                return await asyncio.get_running_loop().sock_recv(listener, 4096)
+
+            async def run() -> None:
+                environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": "20000"}
+                sc.Supervisor(environ).beat()
+                for _ in range(3):
+                    assert await asyncio.wait_for(receive(), PATIENCE_SECONDS) == b"WATCHDOG=1"
+                while True:  # what was sent before
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(receive(), 0)
+                        continue
+                    break
+                time.sleep(0.2)  # hangs on purpose
+                with pytest.raises(BlockingIOError):
+                    listener.recv(4096)
+                    listener.recv(4096)
+                assert await asyncio.wait_for(receive(), PATIENCE_SECONDS) == b"WATCHDOG=1"
+
+            asyncio.run(run())
+
+    @pytest.mark.parametrize("usec, pid", [("20000", "1"), ("", ""), ("soon", ""), ("0", "")])
+    def test_watchdog_of_somebody_else(self, usec: str, pid: str) -> None:
+        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as listener:
+            environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": usec, "WATCHDOG_PID": pid}
+            supervisor = sc.Supervisor(environ)
+            supervisor.beat()
+            supervisor.tell("STATUS=only this")
+            assert listener.recv(4096) == b"STATUS=only this" and environ == {}
+
+    @pytest.mark.parametrize("name", ["/nonexistent/n", "@" + "x" * 200, "relative", "@", "full"])
+    def test_failing_does_not_matter(self, tmp_path: Path, name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n"):
+            path = folder + "/n" if name == "full" else name
+            env = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "2000"}  # nobody reads: the queue fills
+            with ServerProcess(tmp_path, env=env) as server:
+                assert server.run("sleep 0.2; echo hi")["output"] == "hi\n"
+
+
+# Puts the descriptors named by its first argument at 3 and above, as systemd does.
+ACTIVATOR = """if 1:
+    import fcntl, os, sys
+    fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split()]
+    for number, fd in enumerate(fds):
+        os.dup2(fd, 3 + number)
+    os.closerange(3 + len(fds), 200)
+    os.environ.setdefault("LISTEN_PID", str(os.getpid()))
+    os.environ["LISTEN_FDS"] = str(len(fds))
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def activate(*sockets: Any) -> dict[str, Any]:
+    """Return how ServerProcess starts a server with these sockets, as systemd does."""
+    fds = [one.fileno() for one in sockets]
+    words = (sys.executable, "-c", ACTIVATOR, " ".join(map(str, fds)))
+    return {"prefix": words, "pass_fds": fds}
+
+
+class PassedUnixServer(UnixServer):
+    """A server that is asked over a Unix socket that it was given, also of an abstract name."""
+
+    def connect(self, port: int | None = None) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(PATIENCE_SECONDS)
+        connection.connect(str(self.path).replace("@", "\0", 1))
+        return connection
+
+
+def try_connection(port: int) -> socket.socket | None:
+    """Return a connection to a port, None while nobody listens there."""
+    with contextlib.suppress(ConnectionRefusedError):
+        return socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
+    return None
+
+
+class TestPassedSockets:
+    """SPEC 12: sockets that systemd opened (sd_listen_fds(3))."""
+
+    @pytest.mark.parametrize("loop", loops())
+    def test_each_is_what_its_name_says(self, tmp_path: Path, loop: str) -> None:
+        with bind() as ws, bind(address="127.0.0.2") as http, bind(address="127.0.0.3") as more:
+            env = {"LISTEN_FDNAMES": "ws:http:http"}
+            options = (f"--loop={loop}", "--host=0.0.0.0")  # which means nothing then
+            start = activate(ws, http, more)
+            with ServerProcess(tmp_path, *options, env=env, **start) as server:
+                ports = [one.getsockname()[1] for one in (ws, http, more)]
+                facts = server.log("listening")[0]
+                assert facts["http"] == f"http://127.0.0.2:{ports[1]}"
+                assert facts["ws"] == f"ws://127.0.0.1:{ports[0]}"
+                assert sorted(listening_ports(server.pid)) == sorted(ports)
+                assert ask_host("127.0.0.2", ports[1]) == ask_host("127.0.0.3", ports[2])
+                server.port = ports[0]
+                told = server.run("env; ls /proc/self/fd")["output"]
+                assert "LISTEN_" not in told and told.endswith("0\n1\n2\n3\n")
+                with server.websocket() as websocket:
+                    websocket.send('{"type":"ping"}')
+                    receive_events(websocket, lambda event: event["type"] == "pong")
+
+    @pytest.mark.parametrize("name", ["http", "ws", "servercontrol.socket", None])
+    def test_one_is_enough_for_both(self, tmp_path: Path, name: str | None) -> None:
+        with bind() as one:
+            env = {} if name is None else {"LISTEN_FDNAMES": name}
+            with ServerProcess(tmp_path, env=env, **activate(one)) as server:
+                assert server.port == server.ws_port == one.getsockname()[1]
+                assert listening_ports(server.pid) == [server.port]
+                assert b" 101 " in upgrade("127.0.0.1", server.port)
+                assert server.run("true")["exit_code"] == 0
+
+    def test_rules_are_those_of_the_bound_address(self, tmp_path: Path) -> None:
+        """SPEC 4: a network-bound socket demands a token, whatever the options say."""
+        with bind(address="0.0.0.0") as wide, bind() as narrow:
+            env = {"LISTEN_FDNAMES": "http:ws", **TOKENS}
+            with ServerProcess(tmp_path, env=env, **activate(wide, narrow)) as server:
+                check_error(server.request("GET", "/tasks"), 401)
+                answer = server.request("GET", "/tasks", Authorization=f"Bearer {SERVER_RUN_TOKEN}")
+                assert answer.status == 200
+                server.port = server.ws_port
+                assert server.get("/tasks") == []
+                data = make_request("GET /tasks", "Connection: close")
+                check_error(ask_as_nobody(server, data)[0], 401)
+                assert server.log("no_tls")
+
+    @pytest.mark.parametrize("kind", ["path", "abstract"])
+    def test_unix_socket_is_for_our_account(self, kind: str) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            path = f"{name}/s" if kind == "path" else f"@servercontrol-{os.urandom(8).hex()}"
+            with socket.socket(socket.AF_UNIX) as one:
+                one.bind(path.replace("@", "\0", 1))
+                one.listen()
+                options = {"path": Path(path), **activate(one), "env": TOKENS}
+                with PassedUnixServer(folder, **options) as server:
+                    assert server.log("listening")[0]["unix"] == path
+                    assert ask(server, make_request("GET /tasks")).status == 200
+                    if kind == "path":
+                        Path(path).chmod(0o666)
+                    data = make_request("GET /tasks", "Connection: close")
+                    check_error(ask_as_nobody(server, data)[0], 401)
+                assert kind == "abstract" or Path(path).is_socket()  # it is not ours to remove
+
+    def test_who_comes_while_nobody_serves_waits(self, tmp_path: Path) -> None:
+        with bind() as one:
+            for _ in range(2):
+                with socket.create_connection(one.getsockname(), PATIENCE_SECONDS) as early:
+                    early.sendall(make_request("GET /health", "Connection: close"))
+                    with ServerProcess(tmp_path, **activate(one)):
+                        assert b'{"ok":true}' in read_all(early)
+
+    def test_sockets_for_another_process_are_left_alone(self, tmp_path: Path) -> None:
+        with bind() as one:
+            env = {"LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
+            with ServerProcess(tmp_path, env=env, **activate(one)) as server:
+                assert one.getsockname()[1] not in (server.port, server.ws_port)
+                assert "LISTEN_" not in server.run("env")["output"]
+
+    @cases_task(
+        "kinds, names, word",
+        {
+            "datagrams": (["udp"], "http", "descriptor 3"),
+            "not listening": (["tcp", "idle"], "http:ws", "descriptor 4"),
+            "no socket": (["file"], "http", "descriptor 3"),
+            "two unknown names": (["tcp", "tcp"], "http:web", "FileDescriptorName="),
+            "no names": (["tcp", "tcp"], "", "FileDescriptorName="),
+        },
+    )
+    def test_refused_with_status_2(
+        self, tmp_path: Path, kinds: list[str], names: str, word: str
+    ) -> None:
+        make = {
+            "tcp": bind,
+            "idle": socket.socket,
+            "udp": lambda: socket.socket(type=socket.SOCK_DGRAM),
+            "file": tempfile.TemporaryFile,
+        }
+        with contextlib.ExitStack() as stack:
+            start = activate(*(stack.enter_context(make[kind]()) for kind in kinds))
+            told = subprocess.run(
+                [*start["prefix"], sys.executable, str(SCRIPT)],
+                env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "LISTEN_FDNAMES": names},
+                pass_fds=start["pass_fds"],
+                stderr=-1,
+                encoding="utf-8",
+                timeout=PATIENCE_SECONDS,
+            )
+        assert told.returncode == 2 and word in told.stderr and told.stderr.count("\n") == 1
+
+    def test_by_systemds_own_activator(self, tmp_path: Path) -> None:
+        """It starts the server when the first connection comes."""
+        with bind() as one:
+            port = one.getsockname()[1]
+        tool = find_systemd_tool("systemd-socket-activate")
+        prefix = (tool, f"--listen=127.0.0.1:{port}", "--fdname=http")
+        prefix += (f"--setenv=XDG_STATE_HOME={tmp_path}",)
+
+        def ask_first() -> bytes:
+            with wait_until(lambda: try_connection(port)) as early:
+                early.sendall(make_request("GET /health", "Connection: close"))
+                return read_all(early)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answer = pool.submit(ask_first)
+            with ServerProcess(tmp_path, prefix=prefix) as server:
+                assert b'{"ok":true}' in answer.result(PATIENCE_SECONDS)
+                assert server.port == server.ws_port == port
+                assert server.run("echo here")["output"] == "here\n"
+
+
+class TestCredentials:
+    """A token that systemd hands over: systemd.exec(5), CREDENTIALS."""
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+    @cases_task(
+        "owner, mode, folder, is_taken",
+        {
+            "ours": (NOBODY, 0o400, "c", True),
+            "root's with an access list": (0, 0o440, "c", True),
+            "for all": (0, 0o444, "c", False),
+            "the group may write": (0, 0o460, "c", False),
+            "a third account's": (1, 0o440, "c", False),
+            "root's elsewhere": (0, 0o440, "other", False),
+        },
+    )
+    def test_file_of_the_folder(self, owner: int, mode: int, folder: str, is_taken: bool) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            os.chmod(name, 0o755)
+            path = Path(name) / "token"
+            path.write_text(SERVER_RUN_TOKEN)
+            os.chown(path, owner, NOBODY)  # whose group stands for the access list
+            path.chmod(mode)
+            credentials = name if folder == "c" else "/run/credentials/x"
+
+            def load() -> bytes:
+                with contextlib.suppress(sc.ConfigError):
+                    return sc.load_token_file("X", str(path), credentials).encode()
+                return b""
+
+            assert as_nobody(load) == (SERVER_RUN_TOKEN.encode() if is_taken else b"")
+
+
 # Real runs ───────────────────────────────────────────────────────────────────────────────────
 
 README = HERE / "README.md"
