@@ -76,6 +76,7 @@ import ipaddress
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import select
@@ -86,6 +87,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import urllib.parse
@@ -221,6 +223,13 @@ LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
 
 # Statistics.
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
+# How long tasks take, in seconds, from a shell's builtin to a back-up: the bounds of /metrics.
+DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+
+# Alert webhook.
+WEBHOOK_SECONDS = 10.0  # to connect, and from then to the answer; later it would help nobody
+WEBHOOK_PAUSES = (1.0, 5.0)  # before the second and the third try: a receiver may be restarting
+MAX_WEBHOOK_ALERTS = 100  # that wait; the oldest give way, since the newest say how things stand
 
 # Discovery (UDP).
 DISCOVERY_PROBE = b"DISCOVER_SERVER"
@@ -400,6 +409,7 @@ class Config:
     cpu_alert: float = 90.0
     alert_cooldown: float = 60.0
     alert_for: float = 0.0
+    alert_webhook: str = ""
     shell: str = "/bin/sh"
     max_tasks: int = 64
     max_clients: int = 10000
@@ -1821,7 +1831,9 @@ class OutputLog:
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
 # JSON as it goes over the wire: events out, requests in, and the two discovery datagrams. Every
 # text that leaves is valid UTF-8, every request that comes in is checked to its last field here.
+# And what goes to others: metrics as text for Prometheus, the request that carries an alert.
 
+EVENT_TYPES = "stats_update task_start task_output task_complete cpu_alert alert_resolved".split()
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
 NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
@@ -2102,6 +2114,133 @@ class ReplyLimit:
             return False
         self._sources[source] += 1
         return True
+
+
+# /metrics: name -> (type, label or "", help). Those of the process have the names that every
+# exporter gives them; the others begin with servercontrol_.
+METRICS = {
+    "build_info": ("gauge", "version", "Always 1; the version is the label."),
+    "cpu_usage_ratio": ("gauge", "", "CPU usage of all cores together in the newest interval."),
+    "memory_used_bytes": ("gauge", "", "Memory that is not available to programs."),
+    "memory_total_bytes": ("gauge", "", "Memory of the machine."),
+    "swap_used_bytes": ("gauge", "", "Swap in use."),
+    "filesystem_used_bytes": ("gauge", "mountpoint", "Used space of the file system."),
+    "filesystem_size_bytes": ("gauge", "mountpoint", "Size of the file system."),
+    "network_receive_bytes_total": ("counter", "", "Received by all interfaces but loopback."),
+    "network_transmit_bytes_total": ("counter", "", "Sent by all interfaces but loopback."),
+    "load1": ("gauge", "", "Load average of one minute."),
+    "uptime_seconds": ("gauge", "", "Since the machine was booted."),
+    "tasks_running": ("gauge", "", "Tasks that run now."),
+    "tasks_started_total": ("counter", "", "Tasks started."),
+    "tasks_completed_total": ("counter", "state", "Tasks ended, by how."),
+    "task_duration_seconds": ("histogram", "", "From start to end of the tasks that ended."),
+    "task_output_bytes_total": ("counter", "", "Output of all tasks."),
+    "viewers": ("gauge", "", "WebSocket clients that are connected."),
+    "events_total": ("counter", "type", "Events broadcast to viewers."),
+    "viewer_gaps_total": ("counter", "", "Times that a viewer was told that it missed events."),
+    "refused_total": ("counter", "reason", "Requests and messages refused, by error code."),
+    "audit_errors_total": ("counter", "", "Audit records that could not be written."),
+    "alerts_total": ("counter", "", "CPU alerts raised."),
+    "process_cpu_seconds_total": ("counter", "", "CPU time of the server itself."),
+    "process_resident_memory_bytes": ("gauge", "", "Resident memory of the server itself."),
+    "process_open_fds": ("gauge", "", "Open descriptors of the server itself."),
+}
+
+
+def encode_metric_sample(name: str, value: float, label: str = "", text: str = "") -> str:
+    """Return one line of Prometheus' text format; text is the label's value."""
+    text = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'{name}{{{label}="{text}"}} {value}' if label else f"{name} {value}"
+
+
+class Histogram:
+    """Counts values by size, as Prometheus wants it. bounds: inclusive, ascending."""
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self._bounds = (*bounds, math.inf)
+        # How many values were above the bound before and not above this one.
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[next(i for i, bound in enumerate(self._bounds) if value <= bound)] += 1
+        self._sum += value
+
+    def encode(self, name: str) -> list[str]:
+        """Return the lines of its samples; the counts are cumulative there."""
+        lines, count = [], 0
+        for bound, more in zip(self._bounds, self._counts):
+            count += more
+            text = "+Inf" if bound == math.inf else f"{bound:g}"
+            lines.append(encode_metric_sample(f"{name}_bucket", count, "le", text))
+        lines.append(encode_metric_sample(f"{name}_sum", self._sum))
+        return [*lines, encode_metric_sample(f"{name}_count", count)]
+
+
+def encode_metrics(values: Mapping[str, Any]) -> bytes:
+    """Return those METRICS that have a value, in Prometheus' text format 0.0.4.
+
+    A value is a number, a Histogram or, for a metric with a label, {its value: number}.
+    """
+    lines: list[str] = []
+    for short, (kind, label, text) in METRICS.items():
+        if short not in values:
+            continue
+        value = values[short]
+        name = short if short.startswith("process_") else f"servercontrol_{short}"
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        if isinstance(value, Histogram):
+            lines += value.encode(name)
+        elif label:
+            lines += [encode_metric_sample(name, n, label, of) for of, n in value.items()]
+        else:
+            lines.append(encode_metric_sample(name, value))
+    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+
+
+class WebhookUrl(NamedTuple):
+    """Where alerts go. origin is all of it that may be logged: the rest can hold secrets."""
+
+    origin: str
+    is_tls: bool
+    host: str
+    port: int
+    target: str
+    fields: tuple[tuple[str, str], ...]
+
+
+def parse_webhook_url(url: str) -> WebhookUrl:
+    """Return the parts of an http or https URL. Raises ValueError or HttpError."""
+    parts = urllib.parse.urlsplit(url)
+    account, at, host_field = parts.netloc.rpartition("@")
+    host, port = parse_host(host_field)
+    # Other characters: else it could be taken apart, or end a line, otherwise than it looks.
+    if parts.scheme not in DEFAULT_PORTS or port == 0 or not re.fullmatch(r"[!-\[\]-~]+", url):
+        raise ValueError("not an http or https URL")
+    fields = [("Host", host_field)]
+    if at:  # RFC 7617
+        user, _, password = account.partition(":")
+        pair = ":".join(urllib.parse.unquote(text) for text in (user, password))
+        code = base64.b64encode(pair.encode("utf-8")).decode("ascii")
+        fields.append(("Authorization", f"Basic {code}"))
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    port = port or DEFAULT_PORTS[parts.scheme]
+    origin = f"{parts.scheme}://{host_field}"
+    return WebhookUrl(origin, parts.scheme == "https", host, port, target, tuple(fields))
+
+
+def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
+    """Return the POST of a JSON body, the last request of its connection."""
+    fields = [
+        *url.fields,
+        ("User-Agent", f"servercontrol/{__version__}"),
+        ("Content-Type", "application/json"),
+        ("Content-Length", str(len(body))),
+        ("Connection", "close"),
+    ]
+    lines = [f"POST {url.target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields)]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
 
 
 # ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
@@ -3069,6 +3208,10 @@ class Tasks:
         # The finished ones, in the order in which they ended.
         self._finished: deque[Task] = deque()
         self._kept_bytes = 0
+        # For /metrics, since the start of the server.
+        self.started = self.output_bytes = 0
+        self.completed = {state.value: 0 for state in TaskState if state is not TaskState.RUNNING}
+        self.durations = Histogram(DURATION_BOUNDS)
         # Who waits to be read, in this order, and until when (perf_counter) this turn of the event
         # loop may read; 0 when it has not begun to.
         self._queue: dict[Task, None] = {}
@@ -3191,6 +3334,7 @@ class Tasks:
             pass  # it has ended already; the limit is a courtesy
 
     def _announce(self, task: Task) -> None:
+        self.started += 1
         event = self._publish(
             "task_start",
             task_id=task.task_id,
@@ -3283,6 +3427,7 @@ class Tasks:
             return
         offset, kept = task.output.end, task.output.kept_bytes
         task.output.append(chunk)
+        self.output_bytes += len(chunk)
         self._kept_bytes += task.output.kept_bytes - kept
         self._publish("task_output", task_id=task.task_id, output=chunk, offset=offset)
         if self._kept_bytes > KEEP_ALL_OUTPUT_BYTES:
@@ -3468,6 +3613,8 @@ class Tasks:
     def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
         task.state = task.verdict or TaskState.DONE
         duration = time.monotonic() - task.started_now
+        self.completed[task.state.value] += 1
+        self.durations.add(duration)
         event = self._publish(
             "task_complete",
             task_id=task.task_id,
@@ -3596,6 +3743,9 @@ class Viewers:
         self._loop = loop
         self.feed = Feed(encode_event)
         self.all: set[Viewer] = set()
+        # For /metrics: events by type, gaps that viewers were told of.
+        self.published = dict.fromkeys(EVENT_TYPES, 0)
+        self.gaps = 0
         # Who is to be served, in this order, and whether that is everybody anew.
         self._queue: dict[Viewer, None] = {}
         self._is_dirty = False
@@ -3608,6 +3758,7 @@ class Viewers:
         """Broadcast an event and return it, with its timestamp and seq."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self.feed.append(event)
+        self.published[kind] += 1
         self._is_dirty = True
         self._schedule()
         return event
@@ -3692,14 +3843,14 @@ class Viewers:
         if viewer.cursor == self.feed.next:
             viewer.patience_seconds = PATIENCE_SECONDS
 
-    @staticmethod
-    def _send_gap(viewer: Viewer, first: int, last: int) -> None:
+    def _send_gap(self, viewer: Viewer, first: int, last: int) -> None:
+        self.gaps += 1
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: reading statistics every interval, and answering discovery
-# probes. A fault in one round is logged and the next round comes all the same.
+# What happens without a request: reading statistics every interval, posting alerts, and answering
+# discovery probes. A fault in one round is logged and the next round comes all the same.
 
 
 def read_uptime() -> float:
@@ -3776,19 +3927,121 @@ def choose_source() -> ProcSource | PsutilSource:
     return ProcSource()
 
 
+def read_own_usage() -> dict[str, float]:
+    """Return what /metrics says about this process, as far as the system tells."""
+    usage = {"process_cpu_seconds_total": time.process_time()}
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+        usage["process_resident_memory_bytes"] = pages * resource.getpagesize()
+        # Since Linux 6.2 the size says it; a list of 10,000 would hold the event loop for 12 ms.
+        count = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
+        usage["process_open_fds"] = count
+    except OSError:
+        pass  # macOS has no /proc; or no descriptor is free
+    return usage
+
+
+class Webhook:
+    """Posts alerts, one after the other, each up to three times.
+
+    In a thread of its own, since nothing else may wait for a name to be looked up or for a
+    receiver that hangs; a daemon, so the end of the process does not either.
+    facts: what the receiver is told about the server.
+    """
+
+    def __init__(self, url: WebhookUrl, facts: Mapping[str, Any], log: Log) -> None:
+        self._url = url
+        self._facts = facts
+        self._log = log
+        self._context = ssl.create_default_context() if url.is_tls else None
+        self._alerts: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WEBHOOK_ALERTS)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def pending(self) -> int:
+        """How many alerts are neither delivered nor given up."""
+        return self._alerts.unfinished_tasks
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Have an alert posted; never waits."""
+        if self._alerts.full():
+            self._alerts.get_nowait()
+            self._alerts.task_done()
+            self._log.write_limited("warning", "webhook_dropped", url=self._url.origin)
+        self._alerts.put_nowait(event)
+
+    def _run(self) -> None:
+        while True:
+            event = self._alerts.get()
+            fields = {"alert": event["type"], "seq": event["seq"], "url": self._url.origin}
+            reason = self._deliver(encode_json({**event, "server": self._facts}))
+            if reason:
+                self._log.write("error", "webhook_failed", **fields, reason=reason)
+            else:
+                self._log.write("debug", "webhook_sent", **fields)
+            self._alerts.task_done()
+
+    def _deliver(self, body: bytes) -> str:
+        """Return why the last try failed, "" when one did not."""
+        reason = ""
+        for pause in (0.0, *WEBHOOK_PAUSES):
+            time.sleep(pause)
+            try:
+                status = self._post(body)
+            except (OSError, ValueError) as error:  # the latter: a name that cannot be one
+                reason = str(getattr(error, "strerror", None) or error)
+            else:
+                if 200 <= status <= 299:  # a redirect is not followed: it would be a GET
+                    return ""
+                reason = f"it answered {status}"
+        return reason
+
+    def _post(self, body: bytes) -> int:
+        """Return the status of the answer, whose rest nobody reads. Raises OSError, ValueError."""
+        url = self._url
+        with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
+            end = time.monotonic() + WEBHOOK_SECONDS
+            context = self._context
+            peer = context.wrap_socket(plain, server_hostname=url.host) if context else plain
+            with peer:
+                peer.sendall(encode_webhook_request(url, body))
+                line = b""
+                # However slowly it drips.
+                while b"\n" not in line and len(line) < MAX_REQUEST_LINE_BYTES:
+                    peer.settimeout(max(0.01, end - time.monotonic()))
+                    line += peer.recv(KIB) or b"\n"
+        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", line)
+        if match is None:
+            raise ValueError("it gave no HTTP answer")
+        return int(match.group(1))
+
+
 class Sampler:
-    """Publishes `stats_update` every interval, and alerts."""
+    """Publishes `stats_update` every interval, and alerts.
+
+    notify: gets each alert's event as well.
+    """
 
     def __init__(
-        self, config: Config, publish: Publish, log: Log, running: Mapping[str, Task]
+        self,
+        config: Config,
+        publish: Publish,
+        log: Log,
+        running: Mapping[str, Task],
+        notify: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config = config
         self._publish = publish
+        self._notify = notify
         self._log = log
         # The running tasks, for alerts.
         self._running = running
         self._source = choose_source()
-        self._before = self._source.read()
+        # The newest one.
+        self.sample = self._source.read()
+        # Bytes since boot that never go back, as the kernel's do when an interface is removed.
+        self.net_recv, self.net_sent = self.sample.net_recv, self.sample.net_sent
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
         # Monotonic time of the first alert that is not resolved yet, else 0.
         self._alert_since = 0.0
@@ -3819,8 +4072,10 @@ class Sampler:
     def tick(self) -> None:
         """Take one sample and publish what it says."""
         sample = self._source.read()
-        stats = build_stats(self._before, sample)
-        self._before = sample
+        stats = build_stats(self.sample, sample)
+        self.net_recv += max(0, sample.net_recv - self.sample.net_recv)
+        self.net_sent += max(0, sample.net_sent - self.sample.net_sent)
+        self.sample = sample
         self.hostname = read_hostname()
         event = self._publish(
             "stats_update", **stats, hostname=self.hostname, cpus=os.cpu_count() or 1
@@ -3844,18 +4099,20 @@ class Sampler:
                 message=message,
                 tasks=list(self._running),
             )
+            self._notify(self.alert)
             self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
         elif change == "alert_resolved":
             duration_ms = int((now - self._alert_since) * 1000)
             self._alert_since = 0.0
             self.alert = None
-            self._publish(
+            event = self._publish(
                 "alert_resolved",
                 alert="cpu_alert",
                 cpu=cpu,
                 hostname=self.hostname,
                 duration_ms=duration_ms,
             )
+            self._notify(event)
             self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=duration_ms)
 
 
@@ -4226,6 +4483,7 @@ class Route:
 
 
 PLAIN_TEXT = "text/plain; charset=utf-8"
+METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 HTML_TEXT = "text/html; charset=utf-8"
 NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
@@ -4243,7 +4501,7 @@ Watch everything (tasks, output, CPU, memory) with any WebSocket client at /ws:
     const socket = new WebSocket("ws://HOST:PORT/ws");
     socket.onmessage = (message) => console.log(JSON.parse(message.data));
 
-More: /tasks, /logs?id=1, /stats, /info; POST /kill?id=1 stops a task.
+More: /tasks, /logs?id=1, /stats, /info, /metrics; POST /kill?id=1 stops a task.
 """
 
 
@@ -4428,6 +4686,42 @@ async def answer_info(server: Server, request: Request) -> Response:
     )
 
 
+def collect_metrics(server: Server) -> dict[str, Any]:
+    """Return the values of METRICS; those that are not known yet are absent."""
+    sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
+    sample, newest = sampler.sample, sampler.newest
+    return {
+        "build_info": {__version__: 1},
+        **({} if newest is None else {"cpu_usage_ratio": round(newest["cpu"] / 100, 3)}),
+        "memory_used_bytes": sample.ram_used,
+        "memory_total_bytes": sample.ram_total,
+        "swap_used_bytes": sample.swap_used,
+        "filesystem_used_bytes": {"/": sample.disk_used},
+        "filesystem_size_bytes": {"/": sample.disk_total},
+        "network_receive_bytes_total": sampler.net_recv,
+        "network_transmit_bytes_total": sampler.net_sent,
+        "load1": sample.load_avg[0],
+        "uptime_seconds": sample.uptime,
+        "tasks_running": len(tasks.running),
+        "tasks_started_total": tasks.started,
+        "tasks_completed_total": tasks.completed,
+        "task_duration_seconds": tasks.durations,
+        "task_output_bytes_total": tasks.output_bytes,
+        "viewers": len(viewers.all),
+        "events_total": viewers.published,
+        "viewer_gaps_total": viewers.gaps,
+        "refused_total": server.refused,
+        "audit_errors_total": server.audit.errors,
+        "alerts_total": viewers.published["cpu_alert"],
+        **read_own_usage(),
+    }
+
+
+async def answer_metrics(server: Server, request: Request) -> Response:
+    """`GET /metrics`, for Prometheus."""
+    return Response(body=encode_metrics(collect_metrics(server)), media_type=METRICS_TEXT)
+
+
 WEBSOCKET_PATHS = ("/", "/ws")
 
 ROUTES = {
@@ -4442,6 +4736,7 @@ ROUTES = {
         Route("/stdin", "POST", Role.RUN, frozenset({"id", "eof"}), answer_stdin),
         Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
         Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
+        Route("/metrics", "GET", Role.VIEW, frozenset(), answer_metrics),
     )
 }
 
@@ -4547,6 +4842,14 @@ def parse_since(query: str, boot_id: str) -> tuple[int | None, bool]:
     if not DIGITS.fullmatch(since):
         raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
     return int(since), parameters.get("boot", boot_id) == boot_id
+
+
+# The codes of those errors; in /metrics each is there from the start, since Prometheus sees a
+# counter rise only from a value that it has seen.
+REFUSALS = (
+    "unauthorized wrong_token token_in_query too_many_tokens bad_host bad_origin json_only "
+    "forbidden exec_disabled"
+).split()
 
 
 def is_refusal(error: HttpError | CommandError) -> bool:
@@ -5368,6 +5671,8 @@ class Server:
             tokens=parts.tokens.by_role(),
         )
         self._wrong_tokens = WrongTokenLimit()
+        # How many were refused, by error code.
+        self.refused = Counter(dict.fromkeys(REFUSALS, 0))
         self._folder = parts.folder
         self.tokens = parts.tokens
         self._loop = asyncio.get_running_loop()
@@ -5385,7 +5690,10 @@ class Server:
             parts.environment,
             parts.descriptor_limit,
         )
-        self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running)
+        # Where alerts are posted, if anywhere.
+        self.webhook = self._make_webhook() if config.alert_webhook else None
+        notify = self.webhook.send if self.webhook else lambda event: None
+        self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
         # Those of them that have not passed the gate, oldest first.
         self._strangers: dict[Connection, None] = {}
@@ -5404,6 +5712,17 @@ class Server:
         self.is_stopping = False
         self._discovery: list[asyncio.BaseTransport] = []
         self._background: list[asyncio.Task[None]] = []
+
+    def _make_webhook(self) -> Webhook:
+        facts = {
+            "hostname": read_hostname(),
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "http": self.listeners.url(
+                "http", read_hostname() if self.listeners.is_wildcard else ""
+            ),
+        }
+        return Webhook(parse_webhook_url(self.config.alert_webhook), facts, self.log)
 
     # Starting
 
@@ -5504,6 +5823,7 @@ class Server:
 
     def note_refusal(self, by: str, reason: str, request: str) -> None:
         """Write down that somebody was refused."""
+        self.refused[reason] += 1
         self.log.write_limited("warning", "refused", by=by, reason=reason, request=request)
         self.audit.write_refusal(by=by, reason=reason, request=request)
 
@@ -5638,11 +5958,16 @@ class Server:
         self._mark.remove()
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
-        while self.connections and time.monotonic() < end:
+        while (self.connections or self._count_unsent()) and time.monotonic() < end:
             await asyncio.sleep(0.01)
+        if self._count_unsent():
+            self.log.write("warning", "webhook_dropped", alerts=self._count_unsent())
         for connection in list(self.connections):
             connection.drop()
         await self._end_background()
+
+    def _count_unsent(self) -> int:
+        return self.webhook.pending if self.webhook else 0
 
     def _close_connections(self) -> None:
         self.viewers.flush_all()
@@ -8083,6 +8408,18 @@ def parse_origin(text: str) -> str:
     return text
 
 
+def parse_webhook_option(text: str) -> str:
+    """For argparse: where to post alerts. What is refused is not shown: it may hold secrets."""
+    try:
+        is_tls = parse_webhook_url(text).is_tls
+    except (ValueError, HttpError):
+        message = "this is not a URL such as https://example.org/alerts"
+        raise argparse.ArgumentTypeError(message) from None
+    if is_tls and ssl is None:
+        raise argparse.ArgumentTypeError("this Python was built without OpenSSL")
+    return text
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names the option."""
 
@@ -8123,6 +8460,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
         "--cpu-alert": (parse_number(0, 100), "PERCENT", "alert above this CPU usage"),
         "--alert-cooldown": (parse_number(0, 1e9), "SECONDS", "at most one alert in this time"),
         "--alert-for": (parse_number(0, 1e9), "SECONDS", "usage must stay above for so long"),
+        "--alert-webhook": (parse_webhook_option, "URL", "gets each alert as a POST of JSON"),
     },
     "tasks": {
         "--shell": (str, "PATH", "runs commands as PATH -c COMMAND"),
@@ -8361,6 +8699,7 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     """Return the server with its sockets bound. Raises ConfigError or StartError."""
     for name in find_unknown_variables(os.environ):
         log.write("warning", "unknown_variable", name=name)
+    os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # a secret, often; no task needs it
     tls = load_tls(config, log)
     folder = open_state_folder(os.environ, log)
     tokens = load_tokens(config, os.environ, folder, log)

@@ -32,6 +32,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.metadata
 import importlib.util
 import io
@@ -1937,6 +1938,131 @@ Sec-WebSocket-Key: {NONCE}
 """.replace("\n", "\r\n")
 
 
+# Section 11, metrics and webhook ──────────────────────────────────────────────────────────────
+
+# SPEC 12: name -> type; each with the prefix, but for those of the process.
+SPEC_METRICS = {
+    **dict.fromkeys(
+        "build_info cpu_usage_ratio memory_used_bytes memory_total_bytes swap_used_bytes "
+        "filesystem_used_bytes filesystem_size_bytes load1 uptime_seconds tasks_running viewers "
+        "process_resident_memory_bytes process_open_fds".split(), "gauge"),
+    **dict.fromkeys(
+        "network_receive_bytes_total network_transmit_bytes_total tasks_started_total "
+        "tasks_completed_total task_output_bytes_total events_total viewer_gaps_total "
+        "refused_total audit_errors_total alerts_total process_cpu_seconds_total".split(),
+        "counter"),
+    "task_duration_seconds": "histogram",
+}  # fmt: skip
+METRIC_LINE = re.compile(
+    r'([a-z_][a-z0-9_]*)(?:\{([a-z]+)="((?:[^"\\\n]|\\[\\"n])*)"\})? (-?[0-9.]+(?:e[+-]?[0-9]+)?)'
+)
+
+
+def parse_metrics(text: str) -> tuple[dict[str, str], dict[tuple[str, str], float]]:
+    """Return (name -> type, (name, label's value) -> number); what is not the format fails."""
+    kinds: dict[str, str] = {}
+    values: dict[tuple[str, str], float] = {}
+    assert text.endswith("\n")
+    lines = text[:-1].split("\n")
+    while lines:
+        name = re.fullmatch(r"# HELP (\w+) [A-Z].*\.", lines.pop(0)).group(1)  # type: ignore
+        kinds[name] = re.fullmatch(rf"# TYPE {name} (\w+)", lines.pop(0)).group(1)  # type: ignore
+        while lines and lines[0][0] != "#":
+            match = METRIC_LINE.fullmatch(lines.pop(0))
+            assert match and match.group(1).startswith(name)
+            escaped = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+            label = re.sub(r"\\.", lambda m: escaped[m.group()], match.group(3) or "")
+            assert (match.group(1), label) not in values
+            values[match.group(1), label] = float(match.group(4))
+    return kinds, values
+
+
+class TestMetricsText:
+    """Section 11: Prometheus' text format 0.0.4."""
+
+    def test_names_and_types_are_those_of_the_contract(self) -> None:
+        assert {name: kind for name, (kind, _, _) in sc.METRICS.items()} == SPEC_METRICS
+
+    def test_each_kind_of_metric(self) -> None:
+        histogram = sc.Histogram((0.5, 2))
+        for value in (0.1, 0.5, 0.51, 2.0, 3):
+            histogram.add(value)
+        text = sc.encode_metrics(
+            {"task_duration_seconds": histogram, "load1": 0.25, "process_open_fds": 7,
+             "tasks_completed_total": {"done": 2, "killed": 0}}
+        ).decode()  # fmt: skip
+        lines = [line for line in text.split("\n") if not line.startswith("# HELP")]
+        assert lines == [
+            "# TYPE servercontrol_load1 gauge",
+            "servercontrol_load1 0.25",
+            "# TYPE servercontrol_tasks_completed_total counter",
+            'servercontrol_tasks_completed_total{state="done"} 2',
+            'servercontrol_tasks_completed_total{state="killed"} 0',
+            "# TYPE servercontrol_task_duration_seconds histogram",
+            'servercontrol_task_duration_seconds_bucket{le="0.5"} 2',
+            'servercontrol_task_duration_seconds_bucket{le="2"} 4',
+            'servercontrol_task_duration_seconds_bucket{le="+Inf"} 5',
+            "servercontrol_task_duration_seconds_sum 6.109999999999999",
+            "servercontrol_task_duration_seconds_count 5",
+            "# TYPE process_open_fds gauge",
+            "process_open_fds 7",
+            "",
+        ]
+        assert text.count("# HELP") == text.count("# TYPE")
+
+    def test_nothing_known_is_an_empty_text(self) -> None:
+        assert sc.encode_metrics({}) == b""
+
+    @ANY_PROPERTY
+    @given(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False))
+    def test_labels_and_numbers_come_back(self, text: str, value: float) -> None:
+        encoded = sc.encode_metrics({"build_info": {text: value}}).decode("utf-8")
+        (got,) = parse_metrics(encoded)[1].items()
+        assert got == (("servercontrol_build_info", text), float(value))
+
+
+class TestWebhookRequest:
+    """Section 11: where an alert is posted, and how."""
+
+    @cases(
+        ("plain", "http://example.org/a/b?c=d#e", ("http://example.org", False, "example.org", 80, "/a/b?c=d")),
+        ("TLS, no path", "https://example.org", ("https://example.org", True, "example.org", 443, "/")),
+        ("port", "http://127.0.0.1:9000?x", ("http://127.0.0.1:9000", False, "127.0.0.1", 9000, "/?x")),
+        ("IPv6", "https://[::1]:9/", ("https://[::1]:9", True, "::1", 9, "/")),
+        ("account", "HTTP://u:p@Example.org/", ("http://Example.org", False, "example.org", 80, "/")),
+        ("@ in the account", "http://a@b:p@c/", ("http://c", False, "c", 80, "/")),
+    )  # fmt: skip
+    def test_url_is_taken_apart(self, url: str, expected: Any) -> None:
+        assert sc.parse_webhook_url(url)[:5] == expected
+
+    @pytest.mark.parametrize(
+        "url",
+        ["", "example.org", "//example.org/", "ftp://example.org/", "http://", "http:///x",
+         "http://:80/", "http://u:p@/", "http://a:b/", "http://a:65536/", "http://a:0/",
+         "http://a:-1/", "http://[::1/", "http://[x]/", "http://a b/", "http://a/b c", "http://a/\n",
+         "http://a/\r\nHost: b", "\thttp://a/", "http://a/\x00", "http://b\xfccher.example/",
+         "http://a\\@b/", "http://a/\x7f", "http://a%20b/"],
+    )  # fmt: skip
+    def test_what_is_no_url_is_refused(self, url: str) -> None:
+        with pytest.raises((ValueError, sc.HttpError)):
+            sc.parse_webhook_url(url)
+
+    def test_request_is_what_others_read(self) -> None:
+        url = sc.parse_webhook_url("http://user:p%40ss%3a@example.org:81/a?b=c")
+        method, target, fields, body = parse_with_h11(sc.encode_webhook_request(url, b'{"a":1}'))
+        assert (method, target, body) == ("POST", "/a?b=c", b'{"a":1}')
+        assert dict(fields) == {
+            "host": "example.org:81",
+            "authorization": "Basic " + base64.b64encode(b"user:p@ss:").decode(),
+            "user-agent": f"servercontrol/{sc.__version__}",
+            "content-type": "application/json",
+            "content-length": "7",
+            "connection": "close",
+        }
+        url = sc.parse_webhook_url("http://example.org/")
+        assert b"Authorization" not in sc.encode_webhook_request(url, b"")
+
+
 def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> bytes:
     """Return a client's frame from its first byte on, valid or not; written for the tests."""
     data = payload.encode("utf-8", "surrogatepass") if isinstance(payload, str) else payload
@@ -2958,6 +3084,7 @@ CLOSED_REQUESTS = [
     ("POST /kill?id=1", (), b""),
     ("GET /stats", (), b""),
     ("GET /info", (), b""),
+    ("GET /metrics", (), b""),
     ("GET /nothing", (), b""),
     ("GET / ", UPGRADE_FIELDS, b""),
     ("GET /ws", UPGRADE_FIELDS, b""),
@@ -4313,7 +4440,7 @@ TOKENS = {"SERVERCONTROL_TOKEN": SERVER_RUN_TOKEN, "SERVERCONTROL_VIEW_TOKEN": S
 NETWORK_BIND = "--host=0.0.0.0"
 PREFLIGHT_FIELD = "Access-Control-Request-Method: POST"
 # What the requests of CLOSED_REQUESTS get from who may do everything, when task 1 has ended.
-OPENED = [200] * 6 + [409, 200, 200, 404] + [101] * 3
+OPENED = [200] * 6 + [409, 200, 200, 200, 404] + [101] * 3
 
 
 def bearer(token: str) -> str:
@@ -9103,6 +9230,434 @@ class TestReadme:
         parser = sc.build_parser()
         options = {o for action in parser._actions for o in action.option_strings if o[1] == "-"}
         assert options - {"--help", "--version"} <= documented
+
+
+# Metrics, the alert webhook, Prometheus ──────────────────────────────────────────────────────
+
+
+def find_program(name: str, package: str) -> str:
+    """Return the path of a Debian program; skip aloud where it is missing, but fail in CI."""
+    path = shutil.which(name)
+    if path is None:
+        message = f"NOT TESTED with {name}: apt-get install {package}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return path
+
+
+def scrape(server: ServerProcess, **fields: str) -> dict[tuple[str, str], float]:
+    """Return the values of /metrics by name, without prefix, and label."""
+    answer = server.request("GET", "/metrics", **fields)
+    assert answer.status == 200
+    values = parse_metrics(answer.body.decode("utf-8"))[1]
+    return {(name.replace("servercontrol_", ""), label): n for (name, label), n in values.items()}
+
+
+class TestMetrics:
+    """SPEC 12: what /metrics says, and that it is true."""
+
+    def test_answer_has_every_metric_and_the_media_type(self, server: ServerProcess) -> None:
+        server.get("/stats")  # CPU usage is known with the first
+        answer = server.request("GET", "/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        kinds, values = parse_metrics(answer.body.decode("utf-8"))
+        prefixed = {("" if n[:8] == "process_" else "servercontrol_") + n: k for n, k in SPEC_METRICS.items()}  # fmt: skip
+        assert kinds == prefixed
+        assert values["servercontrol_build_info", sc.__version__] == 1
+        head = server.request("HEAD", "/metrics")
+        assert (head.status, head.body) == (200, b"")
+        answer = server.request("POST", "/metrics", b"x")
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+        assert server.request("GET", "/metrics?x=1").status == 400
+
+    def test_promtool_has_nothing_to_say(self, server: ServerProcess) -> None:
+        promtool = find_program("promtool", "prometheus")
+        body = server.request("GET", "/metrics").body
+        result = subprocess.run([promtool, "check", "metrics"], input=body, capture_output=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+        result = subprocess.run([promtool, "check", "metrics"], input=b"x_total{ 1\n", capture_output=True)  # fmt: skip
+        assert result.returncode != 0  # it does look
+
+    def test_machine_and_process_are_what_the_kernel_says(self, server: ServerProcess) -> None:
+        stats, values = server.get("/stats"), scrape(server)
+        for name, told in (
+            ("memory_total_bytes", "ram_total"),
+            ("memory_used_bytes", "ram_used"),
+            ("swap_used_bytes", "swap_used"),
+        ):
+            assert abs(values[name, ""] - stats[told] * sc.MIB) < 512 * sc.MIB, name
+        usage = shutil.disk_usage("/")
+        assert values["filesystem_size_bytes", "/"] == usage.total
+        assert abs(values["filesystem_used_bytes", "/"] - usage.used) < 512 * sc.MIB
+        assert 0 <= values["cpu_usage_ratio", ""] <= 1
+        assert abs(values["uptime_seconds", ""] - float(Path("/proc/uptime").read_text().split()[0])) < 5  # fmt: skip
+        received, sent = sc.parse_net_dev(Path("/proc/net/dev").read_text())
+        assert 0 <= values["network_receive_bytes_total", ""] <= received
+        assert 0 <= values["network_transmit_bytes_total", ""] <= sent
+        times = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        assert abs(values["process_cpu_seconds_total", ""] - seconds) < 0.5
+        resident = server.resident_kib() * 1024
+        assert 0.8 * resident < values["process_resident_memory_bytes", ""] < 1.2 * resident
+        wait_until(lambda: scrape(server)["process_open_fds", ""] == server.descriptors() + 1)
+
+    def test_counters_are_there_from_the_start_and_count(self, server: ServerProcess) -> None:
+        before = scrape(server)
+        states = {label for name, label in before if name == "tasks_completed_total"}
+        assert states == {"done", "killed", "timeout"}
+        kinds = {label for name, label in before if name == "events_total"}
+        assert kinds == set(EVENT_FIELDS)
+        server.run("printf 'h\xe4llo'; sleep 0.06")
+        server.run("sleep 60", timeout=0.02)
+        task_id = server.start("sleep 60")
+        assert scrape(server)["tasks_running", ""] == 1
+        kill_task(server, task_id, "KILL")
+        server.wait_for_end(task_id)
+        server.request("GET", "/tasks", Authorization="Bearer wrong")
+        server.request("GET", "/tasks", Host="evil.test")
+        with server.websocket("/?since=1&boot=other") as viewer:
+            assert json.loads(viewer.recv(timeout=PATIENCE_SECONDS))["type"] == "gap"
+            after = scrape(server)
+            assert after["viewers", ""] == before["viewers", ""] + 1
+        grown = {key: after[key] - before[key] for key in after if after[key] != before[key]}
+        for key, count in {
+            ("tasks_started_total", ""): 3,
+            ("tasks_completed_total", "done"): 1,
+            ("tasks_completed_total", "killed"): 1,
+            ("tasks_completed_total", "timeout"): 1,
+            ("task_duration_seconds_count", ""): 3,
+            ("task_duration_seconds_bucket", "+Inf"): 3,
+            ("task_output_bytes_total", ""): 6,
+            ("events_total", "task_start"): 3,
+            ("events_total", "task_output"): 1,
+            ("events_total", "task_complete"): 3,
+            ("viewer_gaps_total", ""): 1,
+            ("refused_total", "wrong_token"): 1,
+            ("refused_total", "bad_host"): 1,
+        }.items():
+            assert grown.get(key) == count, key
+        assert grown.get(("task_duration_seconds_bucket", "0.01"), 0) <= 1  # the killed one
+        assert 0.08 <= grown["task_duration_seconds_sum", ""] < PATIENCE_SECONDS
+
+    def test_events_add_up_to_the_newest_seq(self, server: ServerProcess) -> None:
+        server.get("/stats")  # there is one event
+        low, values, high = server.get("/info"), scrape(server), server.get("/info")
+        total = sum(n for (name, _), n in values.items() if name == "events_total")
+        assert 0 < low["seq"] <= total <= high["seq"]
+
+    def test_reasons_are_all_the_codes_that_are_noted(self) -> None:
+        """A client cannot make new ones, and each is there from the start."""
+        codes = re.findall(r'HttpError\((?:401|403|415|429), "(\w+)"', SOURCE)
+        codes += re.findall(r'unauthorized\("(\w+)"', SOURCE)
+        unnoted = {"bad_encoding"}  # the head is not understood: nobody was refused a right
+        assert set(codes) - unnoted | {"exec_disabled"} == set(sc.REFUSALS)
+
+    def test_descriptors_are_counted_where_their_folder_has_no_size(self) -> None:
+        """Before Linux 6.2."""
+        with mock.patch.object(os, "stat", return_value=mock.Mock(st_size=0)):
+            counted = sc.read_own_usage()["process_open_fds"]
+        assert counted == len(os.listdir("/proc/self/fd")) - 1
+
+    def test_process_without_proc_is_left_out(self) -> None:
+        with mock.patch("builtins.open", side_effect=OSError):
+            assert sc.read_own_usage().keys() == {"process_cpu_seconds_total"}
+
+    def test_network_counters_never_go_back(self) -> None:
+        """An interface that is removed takes its bytes out of the kernel's sum."""
+        readings = [(100, 50), (150, 60), (20, 55), (21, 65)]
+        source = mock.Mock()
+        source.read.side_effect = [make_sample(net_recv=r, net_sent=s) for r, s in readings]
+
+        async def run() -> list[tuple[int, int]]:
+            publish = mock.MagicMock()
+            sampler = sc.Sampler(sc.Config(), publish, mock.Mock(), {}, mock.Mock())
+            seen = [(sampler.net_recv, sampler.net_sent)]
+            for _ in readings[1:]:
+                sampler.tick()
+                seen.append((sampler.net_recv, sampler.net_sent))
+            return seen
+
+        with mock.patch.object(sc, "choose_source", lambda: source):
+            assert asyncio.run(run()) == [(100, 50), (150, 60), (150, 60), (151, 70)]
+
+
+class Usage:
+    """The CPU usage that a server started with `script` sees: what the test sets, in percent."""
+
+    CODE = """
+class Scripted(sc.ProcSource):
+    busy = total = 0.0
+    def read(self):
+        self.total += 100
+        self.busy += float(open(%r).read())
+        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+sc.choose_source = Scripted
+"""
+
+    def __init__(self, folder: Path, code: str = "", **constants: Any) -> None:
+        self.path = folder / "usage"
+        self.set(10)
+        self.script = write_launcher(folder, self.CODE % str(self.path) + code, **constants)
+
+    def set(self, percent: float) -> None:
+        new = self.path.with_name("new")
+        new.write_text(str(percent))
+        os.replace(new, self.path)
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """Takes alerts. answers: one a request, the last one for all that follow; a status, or
+
+    "hang": nothing, for ever; "drip": a byte of an endless answer now and then; "noise": no HTTP;
+    "close": nothing, and closes; "slow": 200 after a while.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *answers: Any, certificate: Certificate | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.answers = list(answers)
+        # (path, fields, JSON) of each request, and when it came.
+        self.posts: list[tuple[str, Any, Any]] = []
+        self.times: list[float] = []
+        self.ended = threading.Event()
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.cert, certificate.key)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = f"{'https' if certificate else 'http'}://localhost:{self.server_port}"
+
+    def __enter__(self) -> Receiver:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that leave are no news."""
+
+
+class ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    server: Receiver
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        receiver = self.server
+        receiver.times.append(time.monotonic())
+        receiver.posts.append((self.path, self.headers, json.loads(body)))
+        answer = receiver.answers[0] if len(receiver.answers) == 1 else receiver.answers.pop(0)
+        if answer == "hang":
+            receiver.ended.wait()
+        elif answer == "drip":
+            while not receiver.ended.wait(0.05):
+                self.wfile.write(b"H")
+        elif answer == "noise":
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        elif answer != "close":
+            receiver.ended.wait(0.2 if answer == "slow" else 0)
+            self.send_response(200 if answer == "slow" else answer)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+    def do_GET(self) -> None:
+        self.server.posts.append((self.path, self.headers, None))
+
+
+FAST = ("--interval=0.05", "--alert-cooldown=0", "--log-level=debug")
+QUICK_TRIES = {"WEBHOOK_PAUSES": (0.05, 0.1)}
+
+
+class TestWebhook:
+    """SPEC 1, 2: each cpu_alert and alert_resolved is posted; nothing else notices."""
+
+    def test_alert_and_its_end_are_posted(self, tmp_path: Path) -> None:
+        usage = Usage(tmp_path)
+        options = ("--interval=0.05", "--log-level=debug")
+        with Receiver(204) as receiver:
+            url = receiver.url.replace("//", "//someone:s3cret@") + "/in?key=t0ken"
+            env = {"SERVERCONTROL_ALERT_WEBHOOK": url}
+            with ServerProcess(tmp_path, *options, script=usage.script, env=env) as server:
+                with server.websocket() as websocket:
+                    usage.set(95)
+                    events = receive_events(websocket, is_type("cpu_alert"))[-1:]
+                    usage.set(10)
+                    events += receive_events(websocket, is_type("alert_resolved"))[-1:]
+                wait_until(lambda: len(server.log("webhook_sent")) == 2)
+                info = server.get("/info")
+                assert "SERVERCONTROL_ALERT_WEBHOOK" not in server.run("env")["output"]
+                assert not server.log("unknown_variable")
+            told = {
+                "hostname": info["hostname"],
+                "version": info["version"],
+                "boot_id": info["boot_id"],
+                "http": f"http://127.0.0.1:{server.port}",
+            }
+        assert [body for _, _, body in receiver.posts] == [{**e, "server": told} for e in events]
+        for path, fields, _ in receiver.posts:
+            assert path == "/in?key=t0ken" and fields["Content-Type"] == "application/json"
+            assert fields["Host"] == f"localhost:{receiver.server_port}"
+            code = base64.b64encode(b"someone:s3cret").decode()
+            assert fields["Authorization"] == f"Basic {code}"
+        assert server.log("webhook_sent")[0]["url"] == receiver.url
+        assert not re.search("s3cret|t0ken|someone", "".join(server.stderr))
+
+    def test_third_try_comes_after_the_pauses(self, tmp_path: Path) -> None:
+        usage = Usage(tmp_path, WEBHOOK_PAUSES=(0.2, 0.5))
+        with Receiver(500, "close", 200) as receiver:
+            url = f"--alert-webhook={receiver.url}/"
+            options = ("--interval=0.05", "--log-level=debug", url)
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                server.wait_for_log("webhook_sent")
+        assert not server.log("webhook_failed")
+        first, second, third = receiver.times
+        assert second - first >= 0.2 and third - second >= 0.5
+        assert len({json.dumps(body) for _, _, body in receiver.posts}) == 1
+
+    @pytest.mark.parametrize(
+        "answer, reason",
+        [(500, "it answered 500"), (404, "it answered 404"), (302, "it answered 302"),
+         (307, "it answered 307"), ("noise", "no HTTP answer"), ("close", "no HTTP answer"),
+         ("hang", "timed out"), ("drip", "timed out")],
+    )  # fmt: skip
+    def test_failure_is_one_line_and_the_next_alert_is_tried(
+        self, tmp_path: Path, answer: Any, reason: str
+    ) -> None:
+        usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
+        with Receiver(answer, answer, answer, 200) as receiver:
+            url = f"--alert-webhook={receiver.url}/x"
+            options = ("--interval=0.05", "--log-level=debug", url)
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                failed = server.wait_for_log("webhook_failed")
+                usage.set(10)
+                server.wait_for_log("webhook_sent")
+        assert reason in failed["reason"] and failed["alert"] == "cpu_alert"
+        assert len(server.log("webhook_failed")) == 1
+        assert [path for path, _, _ in receiver.posts] == ["/x"] * 4  # no redirect was followed
+        kinds = [body["type"] for _, _, body in receiver.posts]
+        assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
+
+    def test_dead_receiver_and_unknown_name_are_failures(self, tmp_path: Path) -> None:
+        with bind() as placeholder:
+            dead = f"127.0.0.1:{placeholder.getsockname()[1]}"
+        for place, reason in ((dead, "refused"), ("nobody.invalid", ""), ("a..b", "")):
+            usage = Usage(tmp_path, **QUICK_TRIES)
+            url = f"--alert-webhook=http://{place}/"
+            with ServerProcess(tmp_path, *FAST, url, script=usage.script) as server:
+                usage.set(95)
+                failed = server.wait_for_log("webhook_failed")
+            assert reason in failed["reason"] and failed["reason"]
+            assert failed["url"] == f"http://{place}"
+
+    @pytest.mark.parametrize("trusted", [True, False])
+    def test_certificate_is_checked(
+        self, tmp_path: Path, certificates: list[Certificate], trusted: bool
+    ) -> None:
+        usage = Usage(tmp_path, **QUICK_TRIES)
+        env = {"SSL_CERT_FILE": str(certificates[not trusted].cert)}
+        with Receiver(200, certificate=certificates[0]) as receiver:
+            url = f"--alert-webhook={receiver.url}/"
+            with ServerProcess(tmp_path, *FAST, url, script=usage.script, env=env) as server:
+                usage.set(95)
+                if trusted:
+                    assert server.wait_for_log("webhook_sent")["url"] == receiver.url
+                else:
+                    assert "certificate" in server.wait_for_log("webhook_failed")["reason"].lower()
+                    assert receiver.posts == []
+
+    def test_handshake_that_hangs_is_given_up(self, tmp_path: Path) -> None:
+        usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"--alert-webhook=https://127.0.0.1:{silent.getsockname()[1]}/"
+            with ServerProcess(tmp_path, *FAST, url, script=usage.script) as server:
+                usage.set(95)
+                assert "timed out" in server.wait_for_log("webhook_failed")["reason"]
+
+    SLOW_NAMES = """
+import socket, time
+find = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow.test" else find(host, *rest, **more)
+"""
+
+    @each_loop
+    @pytest.mark.parametrize("what", ["receiver", "name"])
+    def test_hanging_delays_neither_requests_nor_the_end(
+        self, tmp_path: Path, loop: str, what: str
+    ) -> None:
+        usage = Usage(tmp_path, self.SLOW_NAMES)
+        with Receiver("hang") as receiver:
+            place = receiver.url if what == "receiver" else "http://slow.test"
+            options = (*FAST, f"--loop={loop}", f"--alert-webhook={place}/")
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                server.wait_for_log("cpu_alert")
+                if what == "receiver":
+                    wait_until(lambda: receiver.posts)
+                delays = []
+                for _ in range(50):
+                    start = time.monotonic()
+                    server.get("/health")
+                    delays.append(time.monotonic() - start)
+                assert statistics.median(delays) < 0.5  # a wait for it would be all of 10 s
+                assert server.run("echo on")["output"] == "on\n"
+                start = time.monotonic()
+                os.kill(server.pid, signal.SIGTERM)
+                assert server.process.wait(PATIENCE_SECONDS) == 0
+                assert time.monotonic() - start < 2.0
+            assert server.log("webhook_dropped")[-1]["alerts"] >= 1
+
+    def test_alert_that_waits_at_the_end_gets_its_chance(self, tmp_path: Path) -> None:
+        usage = Usage(tmp_path)
+        with Receiver("slow") as receiver:
+            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                wait_until(lambda: receiver.posts)
+                os.kill(server.pid, signal.SIGTERM)
+                assert server.process.wait(PATIENCE_SECONDS) == 0
+            assert server.log("webhook_sent") and not server.log("webhook_dropped")
+
+    def test_oldest_of_too_many_is_dropped_and_logged(self) -> None:
+        log, count = mock.Mock(), sc.MAX_WEBHOOK_ALERTS
+        with mock.patch.object(threading, "Thread"):
+            webhook = sc.Webhook(sc.parse_webhook_url("http://u:p@a/x"), {}, log)
+        for seq in range(count):
+            webhook.send({"seq": seq})
+        assert webhook.pending == count and not log.mock_calls
+        webhook.send({"seq": count})
+        assert webhook.pending == count and webhook._alerts.get_nowait() == {"seq": 1}
+        log.write_limited.assert_called_once_with("warning", "webhook_dropped", url="http://a")
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://u:s3cret@h/", "http://u:s3cret@/", "http://h:x/s3cret", ""]
+    )
+    def test_bad_url_is_refused_and_not_shown(self, tmp_path: Path, url: str, capfd: Any) -> None:
+        check_refusal(tmp_path, 2, ["--alert-webhook"], f"--alert-webhook={url}")
+        check_refusal(tmp_path, 2, ["--alert-webhook"], SERVERCONTROL_ALERT_WEBHOOK=url)
+        with pytest.raises(sc.ConfigError) as caught:
+            sc.parse_config([f"--alert-webhook={url}"], {})
+        assert "s3cret" not in str(caught.value)
+
+    @pytest.mark.parametrize("how", ["option", "variable"])
+    def test_alert_for_waits_until_it_has_lasted(self, tmp_path: Path, how: str) -> None:
+        usage = Usage(tmp_path)
+        options = ("--interval=0.05", *(("--alert-for=1",) if how == "option" else ()))
+        env = {"SERVERCONTROL_ALERT_FOR": "1"} if how == "variable" else {}
+        with ServerProcess(tmp_path, *options, script=usage.script, env=env) as server:
+            with server.websocket() as websocket:
+                for percent in (95, 10, 96):  # the first does not last
+                    usage.set(percent)
+                    events = receive_events(websocket, lambda e, p=percent: e.get("cpu") == p)
+                    assert not [event for event in events if event["type"] == "cpu_alert"]
+                begin = events[-1]["timestamp"]
+                alert = receive_events(websocket, is_type("cpu_alert"))[-1]
+        assert 900 <= alert["timestamp"] - begin < 5000
 
 
 # The page ────────────────────────────────────────────────────────────────────────────────────
