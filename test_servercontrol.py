@@ -9660,6 +9660,170 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
         assert 900 <= alert["timestamp"] - begin < 5000
 
 
+def write_targets(path: Path, port: int, count: int) -> dict[int, str]:
+    """Write Prometheus' list of the servers that discovery finds; return their names by port."""
+    command = [sys.executable, str(SCRIPT), "discover", "--prometheus", f"--discovery-port={port}"]
+    found = wait_until(
+        lambda: (lambda listed: listed if len(listed) == count else None)(
+            json.loads(subprocess.run([*command, "--timeout=1"], stdout=-1, check=True).stdout)
+        )
+    )
+    path.write_text(json.dumps(found))
+    places = [(one["targets"][0], one["labels"]["hostname"]) for one in found]
+    return {int(place.rpartition(":")[2]): name for place, name in places}
+
+
+def find_fixed_port() -> int:
+    """Return a free port below those that the kernel gives out meanwhile for port 0."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with contextlib.suppress(OSError):
+            bind(port).close()
+            return port
+    raise AssertionError("no port is free")
+
+
+class Engine:
+    """Prometheus or Alertmanager, in the foreground, on a port of its own."""
+
+    def __init__(self, program: str, package: str, folder: Path, *options: str) -> None:
+        self.port = find_fixed_port()
+        self.log = folder / f"{package}.log"
+        self.command = [find_program(program, package), *options]
+        self.command += [f"--web.listen-address=127.0.0.1:{self.port}"]
+        self.folder = folder
+
+    def __enter__(self) -> Engine:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self.command, cwd=self.folder, stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def get(self, path: str, **query: str) -> Any:
+        """Return the JSON of a GET, None while nobody listens yet."""
+        assert self.process.poll() is None, self.log.read_text()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
+        with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
+            connection.request("GET", f"{path}?{urllib.parse.urlencode(query)}")
+            answer = connection.getresponse()
+            body = answer.read()
+            assert answer.status in (200, 503), (path, query, body)
+            return json.loads(body) if answer.status == 200 else None
+
+
+class Monitored(NamedTuple):
+    """Three servers, the last one with TLS, and who watches them."""
+
+    servers: list[ServerProcess]
+    names: dict[int, str]
+    prometheus: Engine
+    alertmanager: Engine
+
+    def query(self, text: str) -> list[Any]:
+        """Return the result of a PromQL query; an error fails."""
+        told = self.prometheus.get("/api/v1/query", query=text)
+        return told["data"]["result"] if told and not told.get("warnings") else []
+
+    def firing(self) -> set[tuple[str, str]]:
+        """Return (alert, hostname) of what Alertmanager has."""
+        alerts = self.alertmanager.get("/api/v2/alerts") or []
+        return {(a["labels"]["alertname"], a["labels"].get("hostname", "")) for a in alerts}
+
+
+@pytest.fixture
+def monitored(tmp_path: Path, certificates: list[Certificate]) -> Iterator[Monitored]:
+    """Everything as the README says it, with other ports and nothing waited for."""
+    folder = tmp_path
+    nobody = "route: {receiver: nobody}\nreceivers: [{name: nobody}]\n"
+    (folder / "alertmanager.yml").write_text(nobody)
+    alertmanager = Engine(
+        "prometheus-alertmanager", "prometheus-alertmanager", folder,
+        "--config.file=alertmanager.yml", "--storage.path=alerts", "--cluster.listen-address=",
+    )  # fmt: skip
+    prometheus = Engine(
+        "prometheus", "prometheus", folder,
+        "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+    )  # fmt: skip
+    config = (
+        read_example("prometheus.yml").replace("15s", "1s").replace("# tls_config", "tls_config")
+    )
+    (folder / "prometheus.yml").write_text(config.replace(":9093", f":{alertmanager.port}"))
+    (folder / "alerts.yml").write_text(re.sub(r"for: \w+", "for: 0s", read_example("alerts.yml")))
+    (folder / "view-token").write_text(SERVER_VIEW_TOKEN + "\n")
+    certificates[0].copy_to(folder)
+    (folder / "cert.pem").rename(folder / "ca.pem")
+    udp_port = find_fixed_port()
+    discovery = f"--discovery-port={udp_port}"
+    with contextlib.ExitStack() as stack:
+        servers: list[ServerProcess] = []
+        for number in range(3):
+            state, options = folder / str(number), ("--require-token", discovery)
+            servers.append(
+                TlsServer(state, certificates[0], *options, env=TOKENS)
+                if number == 2
+                else SocketServer(state, *options, env=TOKENS)
+            )
+            servers[-1].fields = (bearer(SERVER_RUN_TOKEN),)  # type: ignore[attr-defined]
+            stack.enter_context(servers[-1])
+        names = write_targets(folder / "servers.json", udp_port, len(servers))
+        stack.enter_context(alertmanager)
+        stack.enter_context(prometheus)
+        yield Monitored(servers, names, prometheus, alertmanager)
+
+
+class TestPrometheus:
+    """The README's recipe with Debian's Prometheus and Alertmanager."""
+
+    def test_recipe_of_the_readme(self, monitored: Monitored) -> None:
+        self.check_all_are_scraped(monitored)
+        web0, web1, _ = monitored.servers
+        name0, name1, name2 = (monitored.names[server.port] for server in monitored.servers)
+        assert not {one for one in monitored.firing() if one[0] in ("TasksStopped", "ServerSilent")}
+        for _ in range(3):
+            web0.run("sleep 60", timeout=0.1)
+        wait_until(lambda: ("TasksStopped", name0) in monitored.firing())
+        web1.__exit__(None, None, None)
+        wait_until(lambda: ("ServerSilent", name1) in monitored.firing())
+        wrong = {("TasksStopped", name1), ("ServerSilent", name0), ("ServerSilent", name2)}
+        assert not wrong & monitored.firing()
+        self.check_queries_find_something(monitored)
+
+    @staticmethod
+    def check_all_are_scraped(monitored: Monitored) -> None:
+        wait_until(lambda: len(monitored.query('up{job="servercontrol"} == 1')) == 3)
+        names = {one["metric"]["hostname"] for one in monitored.query("servercontrol_load1")}
+        assert names == set(monitored.names.values()) and len(names) == 3
+        targets = monitored.prometheus.get("/api/v1/targets")["data"]["activeTargets"]
+        schemes = sorted(target["scrapeUrl"].split(":")[0] for target in targets)
+        assert schemes == ["http", "http", "https"]
+        (rules,) = monitored.prometheus.get("/api/v1/rules")["data"]["groups"]
+        names = {rule["name"] for rule in rules["rules"]}
+        assert names == {"ServerSilent", "CpuHigh", "DiskFull", "TasksStopped"}
+        wait_until(lambda: monitored.alertmanager.get("/api/v2/status"))
+
+    @staticmethod
+    def check_queries_find_something(monitored: Monitored) -> None:
+        """One server is silent by now, and tasks have run."""
+        lines = read_example("queries.promql").splitlines()
+        queries = [line for line in lines if not line.startswith("#")]
+        assert len(queries) == 5
+        for query in queries:
+            found = wait_until(lambda q=query: monitored.query(q))
+            values = [float(one["value"][1]) for one in found]
+            assert not [value for value in values if math.isnan(value)], (query, values)
+        assert 0.05 < values[0] <= 0.5  # the last query: tasks of 0.1 s
+
+    def test_list_of_servers_is_as_the_readme_shows_it(self) -> None:
+        shown = json.loads(read_example("servers.json"))
+        found = [
+            {"hostname": "web1", "address": "10.0.0.5", "port": 8080, "tls": False},
+            {"hostname": "db1", "address": "10.0.0.6", "port": 8080, "tls": True},
+        ]
+        assert json.loads(sc.format_prometheus(found)) == shown
+
+
 # The page ────────────────────────────────────────────────────────────────────────────────────
 
 
