@@ -6224,7 +6224,7 @@ async def fetch_json(target: Target, method: str, path: str, body: bytes = b"") 
 class Link:
     """The events of one server, each once and in order, over as many connections as it takes.
 
-    take: gets every event. Besides those of SPEC 2 it gets `hello` first on each connection,
+    take: gets every event. Besides those of SPEC 2 it gets `hello` once on each connection,
     `lost` (reason, status) when one ends, `restarted` when the server is another process than
     before, and each `gap`. Should it raise UnreachableError, the event comes again.
     give_up_seconds: without a connection; None is never.
@@ -6247,7 +6247,7 @@ class Link:
         # When anything last came, and when the connection was last good (monotonic seconds).
         self.heard_now = time.monotonic()
         self._good_now = time.monotonic()
-        # The open connection; events that came before its `hello`, which says whose they are.
+        # The open connection; after a restart the events before `hello`, which says whose they are.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
         self._early: list[dict[str, Any]] | None = None
@@ -6310,7 +6310,7 @@ class Link:
             self._websocket = WebSocketConnection(
                 lambda: os.urandom(4), MAX_EVENT_BYTES, sys.maxsize
             )
-            self._early, self.said_goodbye = [], False
+            self._early = None
             self._writer, self.heard_now = writer, time.monotonic()
             self.send({"type": "hello"})
             timer = asyncio.get_running_loop().create_task(self._watch(writer))
@@ -6371,20 +6371,25 @@ class Link:
             raise UnreachableError("disconnected")
 
     async def _take_message(self, event: dict[str, Any]) -> None:
-        """Events of another boot carry seqs of their own: first `hello` must say which it is."""
-        if self._early is not None:
-            if event["type"] != "hello":
+        """A gap from 0 is that of another run of the server, whose seqs begin anew (SPEC 2)."""
+        kind = event["type"]
+        if kind == "gap" and event["from"] == 0:
+            self._early = []
+        if kind != "hello":
+            if self._early is None:
+                await self._take_event(event)
+            else:
                 self._early.append(event)
-                return
-            early, self._early, self._good_now = self._early, None, time.monotonic()
-            if event["boot_id"] != self.boot_id:
-                await self._take({"type": "restarted", "boot_id": event["boot_id"]})
-                self.boot_id, self.seq = event["boot_id"], 0
-            await self._take(event)
-            for one in early:
-                await self._take_event(one)
-        else:
-            await self._take_event(event)
+            return
+        self._good_now = time.monotonic()
+        early, self._early = self._early or [], None
+        if event["boot_id"] != self.boot_id:
+            await self._take({"type": "restarted", "boot_id": event["boot_id"]})
+            self.boot_id, self.seq = event["boot_id"], 0
+        self.said_goodbye = False
+        await self._take(event)
+        for one in early:
+            await self._take_event(one)
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         newest = event.get("seq", event.get("to"))
@@ -8762,11 +8767,10 @@ def build_verify_parser() -> argparse.ArgumentParser:
 def print_report(path: str, report: ChainReport) -> None:
     """Print what was found in one file."""
     for number, text in sorted(report.problems + report.notes):
-        write_output(f"{path}: line {number} {text}\n".encode("utf-8", "replace"))
+        print(f"{path}: line {number} {text}")
     verdict = "the chain is BROKEN" if report.problems else "the chain holds"
     start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
-    line = f"{path}: {report.lines} lines; {verdict}{start}\n"
-    write_output(line.encode("utf-8", "replace"))
+    print(f"{path}: {report.lines} lines; {verdict}{start}", flush=True)
 
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:

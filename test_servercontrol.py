@@ -9038,7 +9038,7 @@ class TestExec:
         chance = random.Random(seed)
 
         def choose(number: int) -> int | None:
-            return None if number == 0 else int(10 ** chance.uniform(1.5, 6.5))
+            return None if number == 0 else int(10 ** chance.uniform(2.3, 6.5))
 
         lines = b"".join(b"line %d of the output\n" % n for n in range(200_000))
         (tmp_path / "data").write_bytes(lines)
@@ -9111,6 +9111,515 @@ class TestDiscover:
                 finished = run_client("discover", *options, more)
                 assert (finished.returncode, finished.stdout) == (1, shown)
                 assert b"nothing answered on UDP port" in finished.stderr
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Watcher:
+    """`monitor --json` while it runs, and the events it has printed."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        self.context = running_client("monitor", "--json", *arguments, **options)
+        self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Watcher:
+        self.process = self.context.__enter__()
+        threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.context.__exit__(*exc_info)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed
+            for line in self.process.stdout:
+                self.events.append(json.loads(line))
+
+    def wait_for(self, kind: str, count: int = 1) -> dict[str, Any]:
+        """Return the event of a type that is number `count`, when it comes."""
+        found = wait_until(lambda: [e for e in self.events if e["type"] == kind][count - 1 :])
+        return found[0]
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(PATIENCE_SECONDS) == 0
+        assert self.process.stderr is not None
+        assert self.process.stderr.read() == b""
+
+
+def ends_in(path: Path, task_id: str) -> bool:
+    """Whether a monitor's log has the end of a task."""
+    ended = [one["task_id"] for one in read_lines(path) if one["event"] == "task_complete"]
+    return task_id in ended
+
+
+def check_monitor_log(path: Path, *audits: Path) -> None:
+    """Compare a monitor's log with what the servers themselves wrote down.
+
+    Every task stands in it once, with its start and its end, or it says that it knows no more.
+    """
+    records = read_lines(path)
+    starts = [one["task_id"] for one in records if one["event"] == "task_start"]
+    ends = [one for one in records if one["event"] in ("task_complete", "task_lost")]
+    assert len(starts) == len(set(starts))
+    assert len(ends) == len({one["task_id"] for one in ends})
+    told: dict[str, dict[str, Any]] = {}
+    for audit in audits:
+        for one in read_lines(audit):
+            if one["event"] in ("task_start", "task_complete"):
+                told.setdefault(one["task_id"], {}).update(one)
+    assert set(told) == {one["task_id"] for one in ends}
+    for one in ends:
+        truth = told[one["task_id"]]
+        assert one["command"] == truth["command"]
+        if one["event"] == "task_complete":
+            names = ("exit_code", "signal", "state", "output_bytes")
+            assert [one[name] for name in names] == [truth[name] for name in names]
+        else:
+            assert truth.get("state") == "interrupted"
+
+
+class TestMonitor:
+    """SPEC 11: `monitor`, without a screen."""
+
+    def test_says_what_happens(self, place: str, plain_server: ServerProcess) -> None:
+        with Watcher(place) as watcher:
+            assert watcher.wait_for("server_up")["server"] == place
+            task_id = plain_server.start("echo hi")
+            assert watcher.wait_for("task_output")["output"] == "hi\n"
+            assert watcher.wait_for("task_complete")["task_id"] == task_id
+            assert watcher.wait_for("stats_update")["hostname"] == socket.gethostname()
+            watcher.stop()
+
+    def test_says_it_in_words(self, place: str, plain_server: ServerProcess) -> None:
+        with running_client("monitor", place) as process:
+            assert process.stdout is not None
+            assert b"server_up" in process.stdout.readline()
+            plain_server.start("printf 'a\\033b'")
+            lines: list[str] = []
+            while not lines or " task_complete " not in lines[-1]:
+                lines.append(process.stdout.readline().decode())
+                assert re.match(rf"20\d\d-\S+Z {place} \w+ ", lines[-1])
+            assert any('output="a\\u001bb"' in line for line in lines)
+            process.stdout.close()
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
+            assert process.stderr is not None and process.stderr.read() == b""
+
+    def test_has_one_look(self, place: str, plain_server: ServerProcess, tmp_path: Path) -> None:
+        hosts = write_hosts(tmp_path, f"web1 {place}", "gone 127.0.0.1:1")
+        finished = run_client("monitor", "--once", SERVERCONTROL_HOSTS=hosts)
+        table = finished.stdout.decode()
+        assert finished.returncode == 1
+        assert re.search(r"^web1 +up +\d+\.\d +\d+\.\d +\d+\.\d\d +0 *$", table, re.M)
+        assert re.search(r"^gone +unreachable +(- +){3}0 connection refused$", table, re.M)
+        assert "2 servers: 1 up, 1 unreachable" in table or "1 unreachable, 1 up" in table
+        finished = run_client("monitor", "--once", "--json", "web1", SERVERCONTROL_HOSTS=hosts)
+        (seen,) = json.loads(finished.stdout)
+        assert (finished.returncode, seen["server"], seen["state"]) == (0, "web1", "up")
+        assert seen["stats"]["cpus"] == os.cpu_count()
+
+    @pytest.mark.parametrize("cure", ["continue", "restart"])
+    def test_tells_who_falls_silent(self, tmp_path: Path, cure: str) -> None:
+        with ServerProcess(tmp_path) as server:
+            with Watcher(f"127.0.0.1:{server.port}") as watcher:
+                watcher.wait_for("stats_update")
+                began = time.monotonic()
+                server.process.send_signal(signal.SIGSTOP if cure == "continue" else signal.SIGKILL)
+                watcher.wait_for("server_silent")
+                assert 2 < time.monotonic() - began < 5 + 3  # 3 for a busy machine
+                began = time.monotonic()
+                if cure == "continue":
+                    server.process.send_signal(signal.SIGCONT)
+                    back = watcher.wait_for("server_back")
+                else:
+                    server.check = False
+                    server.process.wait()
+                    with ServerProcess(tmp_path, f"--port={server.port}"):
+                        began = time.monotonic()
+                        back = watcher.wait_for("server_back")
+                assert time.monotonic() - began < 5 + 3
+                assert back["silent_ms"] > 2000
+                watcher.stop()
+
+    def test_asks_seldom_where_it_is_refused(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--require-token") as server:
+            with Watcher(f"127.0.0.1:{server.port}") as watcher:
+                refused = watcher.wait_for("server_refused")
+                assert refused["reason"].startswith("401: it needs a token")
+                time.sleep(2)
+                watcher.stop()
+            assert len(server.log("refused")) <= 2
+
+    def test_has_its_own_threshold(self, tmp_path: Path) -> None:
+        usage = tmp_path / "usage"
+        usage.write_text("50")
+        script = write_launcher(
+            tmp_path,
+            f"""
+class Scripted(sc.ProcSource):
+    busy = total = 0.0
+    def read(self):
+        self.total += 100
+        self.busy += float(open({str(usage)!r}).read() or 0)
+        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+sc.choose_source = Scripted
+""",
+        )
+        with ServerProcess(tmp_path, "--interval=0.1", script=script) as server:
+            place = f"127.0.0.1:{server.port}"
+            with Watcher("--cpu-alert=60", place, f"--log={tmp_path}/log") as watcher:
+                watcher.wait_for("stats_update")
+                usage.write_text("70")
+                alert = watcher.wait_for("cpu_alert")
+                assert (alert["by"], alert["cpu"], alert["server"]) == ("monitor", 70.0, place)
+                usage.write_text("50")
+                assert watcher.wait_for("alert_resolved")["cpu"] == 50.0
+                watcher.stop()
+        events = [one["event"] for one in read_lines(tmp_path / "log")]
+        assert (events.count("cpu_alert"), events.count("alert_resolved")) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            {"type": "stats_update", "seq": 10**30, "cpu": "x"},
+            {"type": "task_start", "seq": 2, "task_id": {}, "command": 1},
+            {"type": "task_complete", "seq": 2, "task_id": "1"},
+            {"type": "gap", "from": None, "to": "x"},
+            {"type": "hello", "tasks": 5},
+            {"type": []},
+            {"seq": 1},
+            [],
+            "x",
+            None,
+        ],
+    )
+    def test_takes_no_harm_from_rubbish(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path, event: Any
+    ) -> None:
+        """A server that speaks the protocol and then nonsense; the others are watched on."""
+        hello = {"type": "hello", "boot_id": "b", "tasks": [], "version": "\x1b[2J", "alert": None}
+        info = json.dumps({"boot_id": "b", "seq": 1, "hostname": "\x1b[2J"}).encode()
+
+        class Babbler(Impostor):
+            def _serve(self) -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection, _ = self.listener.accept()
+                        connection.settimeout(5)
+                        with contextlib.suppress(OSError), connection:
+                            self.babble(connection)
+
+            def babble(self, connection: socket.socket) -> None:
+                request = connection.recv(65536)
+                self.received.append(request)
+                if b"GET /info" in request:
+                    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + info)
+                    return
+                key = re.search(rb"Key: (\S+)", request).group(1).decode()
+                fields = [("Sec-WebSocket-Accept", sc.compute_accept(key))]
+                connection.sendall(sc.encode_response_head(101, fields))
+                for one in (hello, event):
+                    text = json.dumps(one).encode()
+                    connection.sendall(sc.encode_frame(sc.Opcode.TEXT, text))
+                connection.recv(65536)
+                connection.recv(65536)
+
+        with Babbler(b"") as babbler:
+            with Watcher(f"127.0.0.1:{babbler.port}", place, f"--log={tmp_path}/log") as watcher:
+                wait_until(lambda: len(babbler.received) > 1)
+                plain_server.start("true")
+                watcher.wait_for("task_complete")
+                watcher.stop()
+        assert b"\x1b" not in (tmp_path / "log").read_bytes()
+
+
+class TestMonitorLog:
+    """SPEC 11: every task of every server stands in the log once, or the gap is named."""
+
+    def test_is_complete_over_cuts(self, tmp_path: Path) -> None:
+        chance = random.Random(7)
+        with ServerProcess(tmp_path / "state") as server:
+
+            def choose(number: int) -> int | None:
+                return int(10 ** chance.uniform(3, 4.7))
+
+            log = tmp_path / "log"
+            with Cutter(server.port, choose) as cutter:
+                with Watcher(f"127.0.0.1:{cutter.port}", f"--log={log}") as watcher:
+                    watcher.wait_for("server_up")
+                    for number in range(40):
+                        server.run(f"echo {number}; exit {number}")
+                    last = server.start("echo last")
+                    wait_until(lambda: ends_in(log, last))
+                    watcher.stop()
+                assert cutter.cut > 2
+            check_monitor_log(log, tmp_path / "state" / "servercontrol" / "audit.log")
+            assert stat.S_IMODE(log.stat().st_mode) == 0o600
+            assert not [one for one in read_lines(log) if one["event"] == "gap"]
+
+    def test_goes_on_after_its_own_restart(self, tmp_path: Path) -> None:
+        """What happened while no monitor ran is read from the server's kept events."""
+        log = tmp_path / "log"
+        with ServerProcess(tmp_path / "state") as server:
+            place = f"127.0.0.1:{server.port}"
+            long = ""
+            for round in range(3):
+                with Watcher(place, f"--log={log}") as watcher:
+                    watcher.wait_for("stats_update")
+                    long = long or server.start("sleep 60")
+                    server.run(f"exit {round}")
+                    watcher.wait_for("task_complete")
+                    if round:
+                        watcher.process.kill()
+                        watcher.process.wait()
+                    else:
+                        watcher.stop()
+                server.run("echo alone")
+            with log.open("ab") as file:
+                file.write(b'{"time":"half a li')
+            kill_task(server, long)
+            server.wait_for_end(long)
+            with Watcher(place, f"--log={log}") as watcher:
+                watcher.wait_for("stats_update")
+                watcher.stop()
+        text = log.read_text().replace('{"time":"half a li\n', "")
+        log.write_text(text)
+        check_monitor_log(log, tmp_path / "state" / "servercontrol" / "audit.log")
+        assert not [one for one in read_lines(log) if one["event"] == "gap"]
+
+    def test_names_what_a_crash_took(self, tmp_path: Path) -> None:
+        log, state = tmp_path / "log", tmp_path / "state"
+        with ServerProcess(state) as server:
+            server.check = False
+            with Watcher(f"127.0.0.1:{server.port}", f"--log={log}") as watcher:
+                watcher.wait_for("stats_update")
+                lost = server.start("sleep 60")
+                watcher.wait_for("task_start")
+                server.process.kill()
+                server.process.wait()
+                with ServerProcess(state, f"--port={server.port}") as again:
+                    again.run("exit 5")
+                    watcher.wait_for("task_complete")
+                    watcher.stop()
+        records = read_lines(log)
+        assert [one["task_id"] for one in records if one["event"] == "task_lost"] == [lost]
+        (gap,) = [one for one in records if one["event"] == "gap"]
+        assert gap["to"] is None and gap["from"] > 0 and gap["reason"] == "restarted"
+        check_monitor_log(log, state / "servercontrol" / "audit.log")
+
+    def test_needs_no_gap_after_a_clean_restart(self, tmp_path: Path) -> None:
+        log, state = tmp_path / "log", tmp_path / "state"
+        with ServerProcess(state) as server:
+            with Watcher(f"127.0.0.1:{server.port}", f"--log={log}") as watcher:
+                watcher.wait_for("stats_update")
+                server.start("sleep 60")
+                watcher.wait_for("task_start")
+                server.process.terminate()
+                server.process.wait()
+                with ServerProcess(state, f"--port={server.port}") as again:
+                    again.run("exit 5")
+                    watcher.wait_for("task_complete", 2)
+                    watcher.stop()
+        check_monitor_log(log, state / "servercontrol" / "audit.log")
+        assert not [one for one in read_lines(log) if one["event"] in ("gap", "task_lost")]
+
+    def test_names_what_the_server_kept_no_more(self, tmp_path: Path) -> None:
+        """And still has the tasks, from the server's list of them."""
+        log, state = tmp_path / "log", tmp_path / "state"
+        script = make_launcher(tmp_path, "sc.Feed.__init__.__defaults__ = (20000,)")
+        away = False
+        with ServerProcess(state, script=script) as server:
+            with Cutter(server.port, lambda _: 0 if away else None) as cutter:
+                with Watcher(f"127.0.0.1:{cutter.port}", f"--log={log}") as watcher:
+                    watcher.wait_for("stats_update")
+                    open_one = server.start("sleep 60")
+                    watcher.wait_for("task_start")
+                    away = True
+                    cutter.cut_all()
+                    for number in range(40):
+                        server.run(f"head -c 3000 /dev/zero | tr '\\0' x; exit {number}")
+                    kill_task(server, open_one)
+                    server.wait_for_end(open_one)
+                    away = False
+                    watcher.wait_for("gap")
+                    last = server.start("exit 1")
+                    wait_until(lambda: ends_in(log, last))
+                    watcher.stop()
+        gaps = [one for one in read_lines(log) if one["event"] == "gap"]
+        assert gaps and gaps[0]["to"] >= gaps[0]["from"] > 0
+        check_monitor_log(log, state / "servercontrol" / "audit.log")
+
+    def test_is_rotated_and_survives_a_full_disk(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path
+    ) -> None:
+        log = tmp_path / "log"
+        with Watcher(place, f"--log={log}") as watcher:
+            watcher.wait_for("server_up")
+            plain_server.run("true")
+            watcher.wait_for("task_complete")
+            log.rename(tmp_path / "log.1")
+            plain_server.run("true")
+            watcher.wait_for("task_complete", 2)
+            wait_until(lambda: "task_complete" in log.read_text())
+            assert (tmp_path / "log.1").read_text().count("task_complete") == 1
+            log.unlink()
+            log.mkdir()  # what cannot be written to
+            plain_server.run("true")
+            plain_server.run("true")
+            watcher.wait_for("task_complete", 4)
+            watcher.process.send_signal(signal.SIGINT)
+            assert watcher.process.wait(PATIENCE_SECONDS) == 0
+            assert watcher.process.stderr is not None
+            complaint = f"servercontrol: --log: {log}: Is a directory\n"
+            assert watcher.process.stderr.read().decode() == complaint
+
+
+class ScreenWatcher:
+    """`monitor` on a terminal, as a person sees it."""
+
+    def __init__(self, *arguments: str, cols: int = 80, rows: int = 24, **env: str) -> None:
+        self.master, self.slave = pty.openpty()
+        self.resize(cols, rows)
+        self.before = termios.tcgetattr(self.slave)
+        self.data = b""
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "monitor", *arguments],
+            env={**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent", "NO_COLOR": "", **env},
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+
+    def resize(self, cols: int, rows: int) -> None:
+        sc.set_terminal_size(self.slave, cols, rows)
+        self.cols, self.rows = cols, rows
+
+    def __enter__(self) -> ScreenWatcher:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def read(self) -> None:
+        while select.select([self.master], [], [], 0)[0]:
+            self.data += os.read(self.master, 65536)
+
+    def lines(self) -> list[str]:
+        """What the newest picture shows."""
+        self.read()
+        frame = self.data.rpartition(b"\x1b[H")[2].partition(b"\x1b[J")[0].decode()
+        return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("\r+\n", frame)]
+
+    def wait_for(self, pattern: str) -> list[str]:
+        """Return the screen's lines once one matches."""
+        return wait_until(
+            lambda: (lambda ls: any(re.search(pattern, one) for one in ls) and ls)(self.lines())
+        )
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def check_restored(self) -> None:
+        self.read()
+        assert termios.tcgetattr(self.slave) == self.before
+        assert self.data.endswith(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+        assert b"Traceback" not in self.data
+
+
+class TestMonitorScreen:
+    """SPEC 11: `monitor` on a terminal."""
+
+    @pytest.mark.parametrize("end", ["q", "\x03", "TERM", "HUP"])
+    def test_shows_all_and_leaves_no_trace(self, place: str, tmp_path: Path, end: str) -> None:
+        hosts = write_hosts(tmp_path, f"web1 {place}", "gone 127.0.0.1:1")
+        with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
+            lines = screen.wait_for(r"^web1 +up +\d+\.\d")
+            lines = screen.wait_for(r"^gone +unreachable")
+            assert lines[0].startswith("2 servers: ")
+            assert lines[1].split()[:3] == ["SERVER", "STATE", "CPU"]
+            assert [line.split()[0] for line in lines[2:4]] == ["gone", "web1"]
+            assert lines[-1].startswith("1-2 of 2 by state")
+            assert len(lines) == 24 and all(len(line) <= 80 for line in lines)
+            if end in ("TERM", "HUP"):
+                screen.process.send_signal(getattr(signal, f"SIG{end}"))
+            else:
+                screen.type(end)
+            assert screen.process.wait(PATIENCE_SECONDS) == 0
+            screen.check_restored()
+
+    def test_scrolls_and_sorts_many(self, place: str, tmp_path: Path) -> None:
+        names = [f"s{number:03}" for number in range(200)]
+        hosts = write_hosts(tmp_path, *(f"{name} {place}" for name in names))
+        with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
+            screen.wait_for("200 servers: 200 up")
+            screen.type("n")
+            lines = screen.wait_for("by name")
+            assert [line.split()[0] for line in lines[2:-1]] == names[:21]
+            for keys, first in (("j", 1), ("\x1b[B", 2), ("k", 1), ("\x1b[6~", 11), ("G", 179)):
+                screen.type(keys)
+                lines = screen.wait_for(rf"^{first + 1}-{first + 21} of 200 by name")
+                assert [line.split()[0] for line in lines[2:-1]] == names[first : first + 21]
+            screen.type("g")
+            screen.wait_for("^1-21 of 200")
+            screen.type("c")
+            screen.wait_for("by CPU")
+            screen.resize(20, 5)
+            screen.process.send_signal(signal.SIGWINCH)
+            lines = wait_until(lambda: (lambda ls: ls if len(ls) == 5 else None)(screen.lines()))
+            assert all(len(line) <= 20 for line in lines)
+            screen.type("q")
+            assert screen.process.wait(PATIENCE_SECONDS) == 0
+            screen.check_restored()
+
+    def test_is_drawn_five_times_a_second(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--interval=0.05") as server:
+            with ScreenWatcher(f"127.0.0.1:{server.port}") as screen:
+                screen.wait_for(" up ")
+                server.start("timeout 2 yes")
+                began = time.monotonic()
+                screen.read()
+                before = screen.data.count(b"\x1b[H")
+                while time.monotonic() < began + 2:
+                    screen.read()
+                drawn = screen.data.count(b"\x1b[H") - before
+                assert 3 <= drawn <= 5 * (time.monotonic() - began) + 1
+                screen.type("q")
+                assert screen.process.wait(PATIENCE_SECONDS) == 0
+
+    @pytest.mark.parametrize("no_color", ["", "1"])
+    def test_paints_where_it_may(self, no_color: str) -> None:
+        with ScreenWatcher("127.0.0.1:1", NO_COLOR=no_color, TERM="xterm") as screen:
+            screen.wait_for("unreachable")
+            assert (b"\x1b[31m" in screen.data) == (not no_color)
+
+    def test_comes_back_from_ctrl_z(self, place: str) -> None:
+        with ScreenWatcher(place) as screen:
+            screen.wait_for(" up ")
+            screen.type("\x1a")
+            wait_until(
+                lambda: Path(f"/proc/{screen.process.pid}/stat").read_text().split()[2] == "T"
+            )
+            screen.check_restored()
+            size = len(screen.data)
+            screen.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: screen.lines() and b"\x1b[?1049h" in screen.data[size:])
+            screen.type("q")
+            assert screen.process.wait(PATIENCE_SECONDS) == 0
+            screen.check_restored()
+
+    def test_shows_no_control_characters(self, tmp_path: Path) -> None:
+        with Impostor(b"HTTP/1.0 403 x\r\n\r\n" + b'{"message":"\\u001b[2Jboo"}') as impostor:
+            with ScreenWatcher(f"127.0.0.1:{impostor.port}") as screen:
+                screen.wait_for(r"refused .*403: \?\[2Jboo")
+                assert b"\x1b[2J" not in screen.data
 
 
 class TestRealRun:
