@@ -9435,10 +9435,10 @@ def run_command_line(argv: Sequence[str]) -> int:
     """Run what is not `serve`; return its exit status."""
     try:
         return COMMAND_LINES[argv[0]](argv[1:], os.environ)
-    except OutputError as error:
+    except (OutputError, BrokenPipeError) as error:
         # What is still buffered would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not error.is_closed:
+        if isinstance(error, OutputError) and not error.is_closed:
             raise
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
