@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import atexit
 import base64
 import codecs
 import concurrent.futures
@@ -9030,7 +9031,7 @@ class TestExec:
             finished = run_client("exec", f"https://localhost:{plain.port}", "--", "true")
             assert (finished.returncode, b"TLS failed" in finished.stderr) == (125, True)
 
-    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("seed", range(2))
     def test_loses_and_doubles_nothing(
         self, place: str, plain_server: ServerProcess, tmp_path: Path, seed: int
     ) -> None:
@@ -9040,7 +9041,7 @@ class TestExec:
         def choose(number: int) -> int | None:
             return None if number == 0 else int(10 ** chance.uniform(2.3, 6.5))
 
-        lines = b"".join(b"line %d of the output\n" % n for n in range(200_000))
+        lines = b"".join(b"line %d of the output\n" % n for n in range(100_000))
         (tmp_path / "data").write_bytes(lines)
         command = f"echo once >>{tmp_path}/count; cat {tmp_path}/data; sleep 0.2; exit 6"
         with Cutter(plain_server.port, choose) as cutter:
@@ -11843,6 +11844,66 @@ def bench_gate(ours: bool, _folder: Path, load: BenchLoad) -> BenchSample:
     return BenchSample(statistics.median(delays), sorted(delays)[int(len(delays) * 0.99)])
 
 
+@functools.lru_cache(maxsize=1)
+def bench_fleet(count: int) -> list[BenchServer]:
+    """Start servers of ours that stay until this process ends; 200 need some 6 GB."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return [stack.enter_context(bench_server(True, folder / str(n))) for n in range(count)]
+
+
+# What `monitor` does at the least: connect, and parse every event.
+BENCH_MONITOR = """
+import asyncio, json, sys
+from websockets.asyncio.client import connect
+async def follow(url):
+    async with connect(url, compression=None, max_size=None) as websocket:
+        async for message in websocket:
+            json.loads(message)
+async def main():
+    await asyncio.gather(*map(follow, sys.argv[1:]))
+asyncio.run(main())
+"""
+
+
+def bench_monitor(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Percent of a core to watch 200 servers; the peer parses their events and does no more."""
+    fleet = bench_fleet(20 if load is BENCH_QUICK else 200)
+    hosts = write_hosts(folder, *(f"s{n} {one.http}" for n, one in enumerate(fleet)))
+    command = [str(SCRIPT), "monitor", "--all", "--json"]
+    if not ours:
+        command = ["-c", BENCH_MONITOR, *(f"ws://{one.ws}" for one in fleet)]
+    env = {**os.environ, "SERVERCONTROL_HOSTS": hosts}
+    with subprocess.Popen(
+        [sys.executable, *command], env=env, stdout=subprocess.DEVNULL
+    ) as process:
+        watcher = BenchServer(ours, process.pid, "", "")
+        try:
+            time.sleep(8)  # until all are connected
+            before = watcher.read_cpu_seconds()
+            time.sleep(load.cpu_seconds)
+            used = watcher.read_cpu_seconds() - before
+            if process.poll() is not None:
+                raise BenchError("it ended")
+        finally:
+            process.terminate()
+    return BenchSample(100 * used / load.cpu_seconds)
+
+
+def bench_exec(ours: bool, folder: Path, load: BenchLoad) -> BenchSample:
+    """Seconds for a command on 20 servers, folded; the peer is the slowest of them, alone."""
+    fleet = bench_fleet(20 if load is BENCH_QUICK else 200)[:20]
+    command = f"echo done; test $PPID = {fleet[-1].pid} && sleep 2; true"  # PPID: its server
+    names = [one.http for one in (fleet if ours else fleet[-1:])]
+    begin = time.monotonic()
+    finished = run_client("exec", *names, "--fold", "--", command)
+    taken = time.monotonic() - begin
+    if finished.returncode or finished.stdout.count(b"done") != 1:
+        raise BenchError(f"{finished.returncode}: {finished.stderr.decode()}")
+    return BenchSample(taken)
+
+
 # The run.
 
 
@@ -11867,6 +11928,8 @@ BENCH_JOBS = {
     "startup": BenchJob(bench_startup, "ms", "ratio <= 2.0"),
     "tasks": BenchJob(bench_tasks, "tasks/s", "ratio >= 0.7"),
     "gate": BenchJob(bench_gate, "ms", "ours < 0.5"),
+    "monitor200": BenchJob(bench_monitor, "% of a core", "ours < 20"),
+    "exec20": BenchJob(bench_exec, "s", "ratio <= 1.5"),
 }
 
 
