@@ -8567,7 +8567,9 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Return the names that look like ours and mean nothing: most likely misspelt."""
     options = [name.upper() for name in Config.__dataclass_fields__ if name != "no_auth"]
-    known = {f"SERVERCONTROL_{name}" for name in [*options, "TOKEN", "VIEW_TOKEN", "TASK_ID"]}
+    known = {
+        f"SERVERCONTROL_{name}" for name in [*options, "TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS"]
+    }
     return sorted(
         name for name in environ if name.startswith("SERVERCONTROL_") and name not in known
     )
