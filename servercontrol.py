@@ -8753,12 +8753,25 @@ async def serve(config: Config, log: Log) -> None:
     await server.stop(stopped.result())
 
 
+def build_command_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
+    """Return the parser of a command that is not `serve`; `text` says what it does."""
+    return OneLineParser(
+        prog=f"servercontrol.py {command}",
+        usage=f"python3 servercontrol.py {command} {usage}",
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def build_verify_parser() -> argparse.ArgumentParser:
     """Return the parser of `verify-audit`."""
-    parser = OneLineParser(
-        prog="servercontrol.py verify-audit",
-        description="Say whether the chain of hashes in an audit log holds, and where it breaks.",
-        epilog="Exit status: 0 when it holds, 1 when it does not or cannot be read.",
+    parser = build_command_parser(
+        "verify-audit",
+        "[FILE...]",
+        "Say whether the chain of hashes in an audit log holds, and where it breaks.",
+        "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
     )
     parser.add_argument(
         "file", nargs="*", help="oldest first, if rotated ones belong to it (default: our own)"
@@ -8849,18 +8862,6 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     return list(targets.values())
 
 
-def build_client_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
-    """Return a parser of a client command; `text` says what it does."""
-    return OneLineParser(
-        prog=f"servercontrol.py {command}",
-        usage=f"python3 servercontrol.py {command} {usage}",
-        description=text,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 SERVERS_HELP = """\
 A server is host, host:port, a URL, the path of a Unix socket, or a name from the list
 ~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another file), with lines such as
@@ -8883,7 +8884,7 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
 
 def build_exec_parser() -> OneLineParser:
     """Return the parser of `exec`."""
-    parser = build_client_parser(
+    parser = build_command_parser(
         "exec",
         "[SERVER... | --all] [options] -- COMMAND...",
         "Run a command on one server, or on many at once.",
@@ -8947,7 +8948,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def build_monitor_parser() -> OneLineParser:
     """Return the parser of `monitor`."""
-    parser = build_client_parser(
+    parser = build_command_parser(
         "monitor",
         "[SERVER... | --all] [options]",
         "Watch servers: a live screen on a terminal, otherwise a line for each event.",
@@ -9053,7 +9054,7 @@ FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
 
 def build_discover_parser() -> OneLineParser:
     """Return the parser of `discover`."""
-    parser = build_client_parser(
+    parser = build_command_parser(
         "discover",
         "[options]",
         "Find the servers of this machine and of the networks it is on.",
@@ -9388,14 +9389,8 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
 
 def build_unit_parser() -> argparse.ArgumentParser:
     """Return the parser of `unit`, for what is not an option of `serve`."""
-    parser = OneLineParser(
-        prog="servercontrol.py unit",
-        usage="python3 servercontrol.py unit [--user NAME] [options of serve]",
-        description=UNIT_HELP,
-        epilog=UNIT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "[--user NAME] [options of serve]"
+    parser = build_command_parser("unit", usage, UNIT_HELP, UNIT_EPILOG)
     parser.add_argument("--user", metavar="NAME", help="run as this account, without a sandbox")
     return parser
 
