@@ -6356,7 +6356,8 @@ class Link:
                 self.send({"type": "ping"})
 
     async def _receive(self, data: bytes) -> None:
-        self.heard_now = time.monotonic()
+        if data:  # not so when we ourselves have given the connection up
+            self.heard_now = time.monotonic()
         for message in self._websocket.receive(data):
             if message.opcode is Opcode.PING and self._writer is not None:
                 assert isinstance(message.data, bytes)
@@ -7283,14 +7284,24 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
             pass
 
 
+def is_own_address(address: str) -> bool:
+    """Whether an address is this machine's: then it is also the source on the way there."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect((address, 9))  # sends nothing
+            return bool(udp.getsockname()[0] == address)
+    except OSError:
+        return False
+
+
 def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the servers in order, without loopback's answer of one that the network shows too."""
-    elsewhere = {(one["hostname"], one["port"]) for one in found if not is_loopback(one["address"])}
-    kept = [
-        one
-        for one in found
-        if not is_loopback(one["address"]) or (one["hostname"], one["port"]) not in elsewhere
-    ]
+    """Return the servers in order, without loopback's answer of one that our address shows too.
+
+    Not by name: many machines have the name that their image came with.
+    """
+    ours = {address for address in {one["address"] for one in found} if is_own_address(address)}
+    shown = {one["port"] for one in found if one["address"] in ours - {"127.0.0.1"}}
+    kept = [one for one in found if not is_loopback(one["address"]) or one["port"] not in shown]
     return sorted(kept, key=lambda one: (one["hostname"], one["address"], one["port"]))
 
 

@@ -8524,11 +8524,13 @@ socket.onmessage = (message) => {
 # Client ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_client(*arguments: str, stdin: Any = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+def run_client(
+    *arguments: str, stdin: Any = b"", prefix: Sequence[str] = (), **env: str
+) -> subprocess.CompletedProcess[bytes]:
     """Run a client command to its end, with no list of servers unless `env` names one."""
     given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     finished = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [*prefix, sys.executable, str(SCRIPT), *arguments],
         env={**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent/hosts", **env},
         capture_output=True,
         timeout=PATIENCE_SECONDS * 3,
@@ -8543,7 +8545,7 @@ def running_client(*arguments: str, **options: Any) -> Iterator[subprocess.Popen
     """A client command while it runs."""
     env = {**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent/hosts", **options.pop("env", {})}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [*options.pop("prefix", ()), sys.executable, str(SCRIPT), *arguments]
     process = subprocess.Popen(command, env=env, **{**streams, **options})
     try:
         yield process
@@ -8779,10 +8781,12 @@ class TestTargets:
         assert sc.parse_hosts(sc.format_hosts([{**one, "url": "u:1"} for one in found]), "").keys()
 
     def test_shows_a_server_of_ours_once(self) -> None:
-        pairs = (("a", "127.0.0.1"), ("a", "10.0.0.1"), ("b", "127.0.0.1"))
-        found = [{"hostname": name, "address": address, "port": 1} for name, address in pairs]
-        kept = [(one["hostname"], one["address"]) for one in sc.drop_doubles(found)]
-        assert kept == [("a", "10.0.0.1"), ("b", "127.0.0.1")]
+        places = (("127.0.0.1", 1), ("10.0.0.1", 1), ("127.0.0.1", 2), ("10.0.0.2", 2))
+        found = [{"hostname": "a", "address": place, "port": port} for place, port in places]
+        ours = ("127.0.0.1", "10.0.0.1")
+        with mock.patch.object(sc, "is_own_address", ours.__contains__):
+            kept = [(one["address"], one["port"]) for one in sc.drop_doubles(found)]
+        assert kept == [("10.0.0.1", 1), ("10.0.0.2", 2), ("127.0.0.1", 2)]
 
 
 @pytest.fixture(scope="class")
@@ -10332,6 +10336,263 @@ class TestPrometheus:
             {"hostname": "db1", "address": "10.0.0.6", "port": 8080, "tls": True},
         ]
         assert json.loads(sc.format_prometheus(found)) == shown
+
+
+# Networks, proxies, Ansible, a log shipper ───────────────────────────────────────────────────
+
+
+class Network:
+    """Hosts on a switch, each a network namespace of this machine: host N has 10.77.0.N.
+
+    Behind a router, 10.77.0.254, is the host `far`, 10.78.0.1.
+    """
+
+    FAR = "10.78.0.1"
+
+    def __init__(self, folder: Path, count: int) -> None:
+        find_program("ip", "iproute2")
+        self.folder = folder
+        self.prefix = f"sc{os.getpid()}-"
+        self.hosts = ["switch", "router", "far", *map(str, range(1, count + 1))]
+
+    def __enter__(self) -> Network:
+        try:
+            for host in self.hosts:
+                made = self.ip("netns", "add", self.prefix + host, check=False)
+                if made.returncode:
+                    why = f"NETWORKS ARE NOT TESTED, for which one must be root: {made.stderr!r}"
+                    pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+                self.ip("-n", self.prefix + host, "link", "set", "lo", "up")
+            self.ip("-n", self.prefix + "switch", "link", "add", "br0", "type", "bridge")
+            self.ip("-n", self.prefix + "switch", "link", "set", "br0", "up")
+            for host in self.hosts[3:]:
+                self.plug_in(host, f"10.77.0.{host}/24")
+                self.ip("-n", self.prefix + host, "route", "add", "default", "via", "10.77.0.254")
+            self.plug_in("router", "10.77.0.254/24")
+            self.connect("router", "eth1", "10.78.0.254/24", "far", "eth0", f"{self.FAR}/24")
+            self.ip("-n", self.prefix + "far", "route", "add", "default", "via", "10.78.0.254")
+            forward = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+            subprocess.run([*self.at("router"), "sh", "-c", forward], check=True)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for host in self.hosts:
+            self.ip("netns", "del", self.prefix + host, check=False)
+
+    def ip(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(["ip", *words], check=check, capture_output=True)
+
+    def at(self, host: str | int) -> list[str]:
+        """Return what makes a command run on a host."""
+        return ["ip", "netns", "exec", f"{self.prefix}{host}"]
+
+    def connect(self, *ends: str) -> None:
+        """Lay a cable. ends: host, name of its interface, address or "", and again."""
+        here, name, _, there, peer, _ = ends
+        spaces = self.prefix + here, self.prefix + there
+        cable = ("type", "veth", "peer", "name", peer, "netns", spaces[1])
+        self.ip("link", "add", name, "netns", spaces[0], *cable)
+        for host, interface, address in (ends[:3], ends[3:]):
+            inside = ("-n", self.prefix + host)
+            if address:
+                self.ip(*inside, "address", "add", address, "broadcast", "+", "dev", interface)
+            self.ip(*inside, "link", "set", interface, "up")
+
+    def plug_in(self, host: str, address: str) -> None:
+        self.connect(host, "eth0", address, "switch", f"port-{host}", "")
+        self.ip("-n", self.prefix + "switch", "link", "set", f"port-{host}", "master", "br0")
+
+    def set_link(self, host: str, is_up: bool) -> None:
+        """Pull a host's cable, or put it in again."""
+        where = ("-n", self.prefix + "switch", "link", "set", f"port-{host}")
+        self.ip(*where, "up" if is_up else "down")
+
+    def serve(self, host: str, *options: str) -> ServerProcess:
+        ports = ("--port=8080", "--ws-port=8082", "--discovery-port=8081")
+        prefix, state = (*self.at(host),), self.folder / host
+        return ServerProcess(state, *ports, *options, env=TOKENS, prefix=prefix)
+
+    def count_datagrams(self, host: str) -> tuple[int, int]:
+        """Return how many UDP datagrams a host has received and sent."""
+        command = [*self.at(host), "cat", "/proc/net/snmp"]
+        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        names, values = (line.split() for line in table.splitlines() if line.startswith("Udp:"))
+        counts = dict(zip(names, values))
+        return int(counts["InDatagrams"]), int(counts["OutDatagrams"])
+
+
+# Run between two namespaces: a link, lossy and slow, for kernels without netem. Arguments: the
+# namespaces, the part of the packets that is lost, seconds on the way.
+LOSSY_LINK = r"""
+import collections, ctypes, fcntl, os, random, select, struct, sys, time
+
+def open_tunnel(namespace):
+    with open("/run/netns/" + namespace) as file:
+        assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"lossy", 0x1001))  # TUNSETIFF: tun, no_pi
+    return fd
+
+fds = [open_tunnel(namespace) for namespace in sys.argv[1:3]]
+loss, delay = map(float, sys.argv[3:])
+other, waiting, chance = dict(zip(fds, fds[::-1])), collections.deque(), random.Random(7)
+counts = [0, 0]
+print("ready", flush=True)
+while True:
+    timeout = max(0, waiting[0][0] - time.monotonic()) if waiting else None
+    for fd in select.select(fds, [], [], timeout)[0]:
+        packet, is_lost = os.read(fd, 65536), chance.random() < loss
+        counts[is_lost] += 1
+        print(*counts, flush=True)
+        if not is_lost:
+            waiting.append((time.monotonic() + delay, other[fd], packet))
+    while waiting and waiting[0][0] <= time.monotonic():
+        _, fd, packet = waiting.popleft()
+        os.write(fd, packet)
+"""
+
+
+@pytest.fixture(scope="class")
+def network(tmp_path_factory: Any) -> Iterator[Network]:
+    """Hosts 1 to 3 serve the network, 4 is where the admin sits, 5 serves itself alone."""
+    folder = tmp_path_factory.mktemp("network")
+    with Network(folder, 5) as network, contextlib.ExitStack() as stack:
+        for host in "123":
+            stack.enter_context(network.serve(host, NETWORK_BIND))
+        stack.enter_context(network.serve("5"))
+        write_token(folder, "token", SERVER_RUN_TOKEN)
+        write_hosts(folder, *(f"web{n} 10.77.0.{n} token" for n in (1, 2, 3)))
+        yield network
+
+
+@pytest.mark.xdist_group("network")
+class TestNetwork:
+    """SPEC 6, 11: several machines on a network, as far as the kernel can play them."""
+
+    @staticmethod
+    def discover(network: Network, host: str, *options: str) -> list[str]:
+        """Return the URLs that a host finds, sorted."""
+        found = run_client("discover", "--json", "--timeout=1", *options, prefix=network.at(host))
+        assert found.returncode == (0 if json.loads(found.stdout) else 1)
+        return sorted(one["url"] for one in json.loads(found.stdout))
+
+    URLS = [f"http://10.77.0.{n}:8080" for n in (1, 2, 3)]
+
+    def test_finds_all_by_broadcast(self, network: Network) -> None:
+        assert self.discover(network, "4") == self.URLS
+        # One that is on loopback is found there alone, though all have the same name and port.
+        assert self.discover(network, "5") == [*self.URLS, "http://127.0.0.1:8080"]
+        assert self.discover(network, "1") == self.URLS
+
+    def test_finds_by_address(self, network: Network) -> None:
+        """Host 4 knows the way to two others, and no network whose broadcast address it could ask.
+
+        That is how tunnels and clouds look.
+        """
+        inside = ("-n", network.prefix + "4")
+        network.ip(*inside, "address", "flush", "dev", "eth0")
+        network.ip(*inside, "address", "add", "10.77.0.4/32", "dev", "eth0")
+        try:
+            for number in (2, 5):
+                network.ip(*inside, "route", "add", f"10.77.0.{number}/32", "dev", "eth0")
+            assert self.discover(network, "4") == []
+            assert self.discover(network, "4", "--at=10.77.0.2", "--at=10.77.0.5") == self.URLS[1:2]
+        finally:
+            network.ip(*inside, "address", "flush", "dev", "eth0")
+            mine = ("10.77.0.4/24", "broadcast", "+", "dev", "eth0")
+            network.ip(*inside, "address", "add", *mine)
+
+    def test_is_silent_to_who_is_not_on_the_link(self, network: Network) -> None:
+        place = ["exec", "10.77.0.1", f"--token-file={network.folder}/token", "--", "echo hi"]
+        assert run_client(*place, prefix=network.at("far")).stdout == b"hi\n"  # there is a way
+        received, sent = network.count_datagrams("1")
+        assert self.discover(network, "far", "--at=10.77.0.1") == []
+        assert network.count_datagrams("1") == (received + 3, sent)
+
+    def test_wants_the_token(self, network: Network) -> None:
+        for prefix in (network.at("4"), network.at("1")):
+            finished = run_client("exec", "10.77.0.1", "--", "true", prefix=prefix)
+            assert finished.returncode == 125 and b"401: it needs a token" in finished.stderr
+        hosts = {"SERVERCONTROL_HOSTS": f"{network.folder}/hosts"}
+        ran = run_client("exec", "--all", "--fold", "--", "exit 3", prefix=network.at("4"), **hosts)
+        assert ran.stdout.endswith(b"(3 servers, exit code 3)\n") and ran.returncode == 3
+
+    def test_giving_up_a_connection_is_no_sign_of_life(self) -> None:
+        async def nobody(_: Any) -> None: ...
+
+        async def run() -> None:
+            link = sc.Link(sc.parse_target("a", "a"), nobody, 4.0)
+            link.heard_now = 5.0
+            with pytest.raises(sc.UnreachableError):
+                await link._receive(b"")
+            assert link.heard_now == 5.0
+
+        asyncio.run(run())
+
+    def test_tells_silence_and_return(self, network: Network) -> None:
+        """Both must come within 5 s; 8 are given to a machine that is busy."""
+        hosts = {"SERVERCONTROL_HOSTS": f"{network.folder}/hosts"}
+        options = {"prefix": network.at("4"), "env": hosts}
+        with running_client("monitor", "--all", "--json", **options) as monitor:
+            assert monitor.stdout is not None
+
+            def wait_for(*wanted: str) -> dict[str, Any]:
+                for line in monitor.stdout or ():
+                    event = json.loads(line)
+                    if (event["type"], event["server"]) == wanted:
+                        return dict(event)
+                raise AssertionError("the monitor has ended")
+
+            watchdog = threading.Timer(60, monitor.kill)
+            watchdog.start()
+            wait_for("stats_update", "web2")
+            try:
+                for pause in (0.0, 6.0):
+                    begin = time.monotonic()
+                    network.set_link("2", False)
+                    wait_for("server_silent", "web2")
+                    silent = time.monotonic()
+                    for _ in range(int(pause)):  # the others go on
+                        wait_for("stats_update", "web1")
+                    network.set_link("2", True)
+                    up = time.monotonic()
+                    wait_for("server_back", "web2")
+                    print(f"silent {silent - begin:.1f} s, back {time.monotonic() - up:.1f} s")
+                    assert silent - begin < 8 and time.monotonic() - up < 8
+                    wait_for("stats_update", "web2")
+            finally:
+                watchdog.cancel()
+                network.set_link("2", True)
+
+    def test_loses_and_doubles_no_line(self, network: Network) -> None:
+        """Of 100 packets 5 are lost, and each way takes 40 ms."""
+        ends = [network.prefix + host for host in "34"]
+        link = [sys.executable, "-c", LOSSY_LINK, *ends, "0.05", "0.04"]
+        with subprocess.Popen(link, stdout=subprocess.PIPE) as lossy:
+            try:
+                assert lossy.stdout is not None and lossy.stdout.readline() == b"ready\n"
+                for host, here, there in (("3", 3, 4), ("4", 4, 3)):
+                    inside = ("-n", network.prefix + host)
+                    pair = (f"10.79.0.{here}", "peer", f"10.79.0.{there}")
+                    network.ip(*inside, "address", "add", *pair, "dev", "lossy")
+                    network.ip(*inside, "link", "set", "lossy", "up")
+                counted: list[bytes] = []
+                count = threading.Thread(target=lambda: counted.extend(lossy.stdout or ()))
+                count.start()
+                options = [f"--token-file={network.folder}/token", "--", "seq 1 300000; exit 4"]
+                begin = time.monotonic()
+                finished = run_client("exec", "10.79.0.3", *options, prefix=network.at("4"))
+                print(f"{time.monotonic() - begin:.1f} s")
+            finally:
+                lossy.kill()
+        count.join()
+        print("passed and lost:", counted[-1])
+        assert int(counted[-1].split()[1]) > 10
+        assert finished.returncode == 4, finished.stderr
+        assert finished.stdout == b"".join(b"%d\n" % n for n in range(1, 300001))
 
 
 # The page ────────────────────────────────────────────────────────────────────────────────────
