@@ -6294,6 +6294,11 @@ class Link:
         if is_client_error(error) or time.monotonic() - self._good_now > self._give_up_seconds:
             raise error
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return self._writer is not None
+
     def send(self, message: dict[str, Any]) -> None:
         """Send a message, if there is a connection."""
         if self._writer is not None:
@@ -6405,6 +6410,7 @@ class RemoteTask:
     """A command on a server, from its start to its exit code.
 
     fields: the body of `POST /exec`; write: takes output as it comes; tell: a line for people.
+    connected: called whenever messages can be sent (anew).
     """
 
     def __init__(
@@ -6425,6 +6431,7 @@ class RemoteTask:
         self.exit_code: int | None = None
         # How much of the output was written, in bytes.
         self._position = 0
+        self.connected: Callable[[], None] = lambda: None
 
     @property
     def is_running(self) -> bool:
@@ -6457,6 +6464,8 @@ class RemoteTask:
         kind = event["type"]
         if kind == "lost":
             self._tell(f"connection lost ({event['reason']}), trying again")
+        elif kind == "hello":
+            self.connected()
         elif kind == "restarted":
             raise UnreachableError("it was restarted, which ended the command", 410)
         elif kind == "gap":
@@ -6548,7 +6557,10 @@ async def read_input(fd: int) -> bytes:
 
 
 class Keyboard:
-    """Our terminal in raw mode, whose keys and size go to a task's. Ctrl-] lets go of the task."""
+    """Our terminal in raw mode, whose keys and size go to a task's. Ctrl-] lets go of the task.
+
+    Keys that come while there is no connection wait for the next one.
+    """
 
     LEAVE = "\x1d"
 
@@ -6557,20 +6569,27 @@ class Keyboard:
         self._leave = leave
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._before: list[Any] = []
+        # Pieces of what was typed and is not sent.
+        self._waiting: list[str] = []
 
     def __enter__(self) -> Keyboard:
         self._before = termios.tcgetattr(0)
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead stays
+        self._task.connected = self._resize
         loop = asyncio.get_running_loop()
         loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self._resize)
+        loop.add_signal_handler(signal.SIGHUP, self._leave)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(0)
         loop.remove_signal_handler(signal.SIGWINCH)
-        termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        except termios.error:  # the terminal is gone
+            pass
 
     def _read(self) -> None:
         try:
@@ -6581,15 +6600,20 @@ class Keyboard:
         if not data or self.LEAVE in keys:
             asyncio.get_running_loop().remove_reader(0)
             self._leave()
-        elif self._task.task_id is not None:
-            self._task.link.send(
-                {"type": "task_input", "task_id": self._task.task_id, "data": keys}
-            )
+            return
+        self._waiting.append(keys)
+        self._send_keys()
+
+    def _send_keys(self) -> None:
+        while self._waiting and self._task.link.is_open:
+            fields = {"task_id": self._task.task_id, "data": self._waiting.pop(0)}
+            self._task.link.send({"type": "task_input", **fields})
 
     def _resize(self) -> None:
         cols, rows = read_terminal_size(0)
         fields = {"task_id": self._task.task_id, "cols": cols, "rows": rows}
         self._task.link.send({"type": "task_resize", **fields})
+        self._send_keys()
 
 
 class LineWriter:
@@ -6624,7 +6648,9 @@ def write_output(data: bytes) -> None:
 
 def write_note(text: str) -> None:
     """Tell a person something, on stderr; if that is gone nobody is there to be told."""
-    write_without_waiting(2, f"servercontrol: {text}\n".encode("utf-8", "replace"))
+    is_raw = os.isatty(2) and not termios.tcgetattr(2)[1] & termios.OPOST
+    end = "\r\n" if is_raw else "\n"
+    write_without_waiting(2, f"servercontrol: {text}{end}".encode("utf-8", "replace"))
 
 
 def wants_colours(fd: int, environ: Mapping[str, str]) -> bool:
@@ -6682,6 +6708,7 @@ class Execution:
                 ends: set[asyncio.Future[Any]] = {everything, self._left}
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._left.done():
+                self._tell_left()
                 return self._left.result()
             everything.result()
         except OutputError:
@@ -6750,9 +6777,6 @@ class Execution:
         """Ctrl-C: stop the commands; a second one leaves them."""
         running = [task for task in self._tasks if task.is_running]
         if self._is_stopping or not running:
-            for task in running:
-                url = f"{task.target.url}/logs?id={task.task_id}"
-                write_note(f"{task.target.name}: task {task.task_id} is left running: {url}")
             self._leave(128 + signal.SIGINT)
             return
         self._is_stopping = True
@@ -6760,6 +6784,12 @@ class Execution:
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
         write_note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
         self._stopping = asyncio.ensure_future(self._stop_all())
+
+    def _tell_left(self) -> None:
+        for task in self._tasks:
+            if task.is_running:
+                url = f"{task.target.url}/logs?id={task.task_id}"
+                write_note(f"{task.target.name}: task {task.task_id} is left running: {url}")
 
     async def _stop_all(self) -> None:
         await asyncio.gather(*(task.stop() for task in self._tasks if task.is_running))

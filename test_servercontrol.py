@@ -9088,6 +9088,169 @@ class TestExec:
         assert set(sc.OTHER_COMMANDS) == set(sc.COMMAND_LINES)
 
 
+class Person:
+    """A client command at a terminal of its own, 100 x 30, as a person starts it."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        self.master, self.slave = pty.openpty()
+        self.resize(100, 30)
+        self.before = termios.tcgetattr(self.slave)
+        self.text = ""
+        terminal = {name: self.slave for name in ("stdin", "stdout", "stderr")}
+        take = {"preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0)}
+        options = {**terminal, "start_new_session": True, **take, **options}
+        self.client = running_client(*arguments, **options)
+
+    def __enter__(self) -> Person:
+        self.process = self.client.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.client.__exit__(None, None, None)
+        for fd in {self.master, self.slave} - {-1}:
+            os.close(fd)
+
+    def resize(self, cols: int, rows: int) -> None:
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def type(self, keys: str | bytes) -> None:
+        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
+
+    def read_until(self, pattern: str) -> Any:
+        """Return the first match of the pattern in what the terminal shows."""
+
+        def find() -> Any:
+            while select.select([self.master], [], [], 0)[0]:
+                self.text += os.read(self.master, 65536).decode("utf-8")
+            return re.search(pattern, self.text)
+
+        try:
+            return wait_until(find)
+        except AssertionError:
+            raise AssertionError(self.text) from None
+
+    def wait(self) -> int:
+        """Return the exit status; the terminal must be as it was."""
+        status = self.process.wait(PATIENCE_SECONDS)
+        assert termios.tcgetattr(self.slave) == self.before
+        return status
+
+
+SHOW_KEYS = "stty raw -echo; echo ready; exec od -An -c -w1 -v"
+
+
+class TestExecTerminal:
+    """SPEC 11: `exec --tty`."""
+
+    def test_keys_arrive(self, place: str) -> None:
+        with Person("exec", place, "--tty", "--", SHOW_KEYS) as person:
+            person.read_until("ready")
+            person.type(b"\x03\x04\x1a\x1c\x13\x11\r\x7f\x1b[A\t\xc3")
+            shown = (r"003", "004", "032", "034", "023", "021", r"\\r", "177", "033", r"\[", "A")
+            person.read_until(r"\s+".join([*shown, r"\\t"]))
+            person.type(b"\xa4\xf0\x9f\x98\x80")  # a character that came in two pieces
+            person.read_until(r"303\s+244\s+360\s+237\s+230\s+200")
+            assert person.process.poll() is None
+            assert termios.tcgetattr(person.slave) != person.before
+
+    def test_ctrl_c_is_for_the_program_there(self, place: str) -> None:
+        command = (
+            "trap 'echo caught' INT; echo ready; while ! read x; do :; done; echo got $x; exit 9"
+        )
+        with Person("exec", place, "--tty", "--", command) as person:
+            person.read_until("ready")
+            person.type("\x03")
+            person.read_until("caught")
+            person.type("ä€\r")
+            person.read_until("got ä€\r\n")
+            assert person.wait() == 9
+        assert "stopping" not in person.text
+
+    def test_what_is_typed_ahead_arrives(self, place: str) -> None:
+        with Person("exec", place, "--tty", "--", "read x; echo got $x") as person:
+            person.type("early")
+            person.read_until("early")  # echoed, so the client may not even run yet
+            person.type("\r")
+            person.read_until("got early\r\n")
+            assert person.wait() == 0
+
+    def test_size_arrives(self, place: str) -> None:
+        command = "trap 'stty size' WINCH; stty size; while :; do sleep 0.05; done"
+        with Person("exec", place, "--tty", "--", command) as person:
+            person.read_until("30 100\r\n")
+            person.resize(77, 22)
+            person.read_until("22 77\r\n")
+
+    def test_lives_through_a_cut(self, plain_server: ServerProcess) -> None:
+        """What is typed, and a new size, while there is no connection arrives with the next."""
+        command = "trap 'stty size' WINCH; echo ready; while ! read x; do :; done; echo got $x"
+        with Cutter(plain_server.port, lambda number: None) as cutter:
+            name = f"127.0.0.1:{cutter.port}"
+            with Person("exec", name, "--tty", "--", command) as person:
+                person.read_until("ready")
+                cutter.target = 1  # where nobody listens
+                cutter.cut_all()
+                person.read_until("connection lost .*\r\n")
+                person.type("thro")
+                person.type("ugh\r")
+                person.resize(66, 11)
+                wait_until(lambda: not select.select([person.slave], [], [], 0)[0])
+                cutter.target = plain_server.port
+                person.read_until("11 66\r\n")
+                person.read_until("got through\r\n")
+                assert person.wait() == 0
+
+    @pytest.mark.parametrize(
+        "end, status",
+        [("\x1d", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 0), (signal.SIGINT, 130)],
+    )
+    def test_leaves_the_terminal_as_it_was(
+        self, place: str, plain_server: ServerProcess, end: Any, status: int
+    ) -> None:
+        with Person("exec", place, "--tty", "--", "stty -a; echo ready; cat") as person:
+            person.read_until("ready")
+            task = plain_server.get("/tasks")[-1]
+            if isinstance(end, str):
+                person.type(b"a" + end.encode() + b"b")
+            else:
+                person.process.send_signal(end)
+            assert person.wait() == status
+            if end is not signal.SIGINT:
+                person.read_until(f"task {task['task_id']} is left running: http://[^ ]+\r\n")
+                assert plain_server.task(task["task_id"])["state"] == "running"
+            else:
+                person.read_until("stopping task")
+            kill_task(plain_server, task["task_id"])
+
+    def test_errors_stand_on_lines_of_their_own(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--no-exec") as server:
+            with Person("exec", f"127.0.0.1:{server.port}", "--tty", "--", "true") as person:
+                assert person.wait() == 125
+                person.read_until("403: .*\r\n")
+
+    def test_ends_with_its_terminal(self, place: str, plain_server: ServerProcess) -> None:
+        with tempfile.TemporaryFile() as log:
+            take = {"preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), "stderr": log}
+            with Person("exec", place, "--tty", "--", "echo ready; cat", **take) as person:
+                person.read_until("ready")
+                os.close(person.slave)
+                os.close(person.master)
+                person.master = person.slave = -1
+                assert person.process.wait(PATIENCE_SECONDS) in (0, 1)
+            log.seek(0)
+            assert b"Traceback" not in log.read()
+
+    def test_input_need_not_be_a_terminal(self, place: str) -> None:
+        finished = run_client(
+            "exec", place, "--tty", "--", "stty size; tty >&2; exit 3", stdin=b"x"
+        )
+        assert finished.returncode == 3
+        assert re.fullmatch(rb"24 80\r\n/dev/pts/\d+\r\n", finished.stdout)
+        words = ("exec", place, "--tty", "--stdin", "--", "cat; echo end")
+        finished = run_client(*words, stdin="zwölf\n".encode())
+        assert finished.stdout.decode().replace("^D\b\b", "") == "zwölf\r\nzwölf\r\nend\r\n"
+
+
 class TestDiscover:
     """SPEC 6, 11: `discover`."""
 
