@@ -45,6 +45,7 @@ import operator
 import os
 import platform
 import pty
+import pwd
 import random
 import re
 import resource
@@ -9096,7 +9097,7 @@ class Person:
         self.resize(100, 30)
         self.before = termios.tcgetattr(self.slave)
         self.text = ""
-        terminal = {name: self.slave for name in ("stdin", "stdout", "stderr")}
+        terminal = dict.fromkeys(("stdin", "stdout", "stderr"), self.slave)
         take = {"preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0)}
         options = {**terminal, "start_new_session": True, **take, **options}
         self.client = running_client(*arguments, **options)
@@ -10756,6 +10757,257 @@ class TestNetwork:
         assert int(counted[-1].split()[1]) > 10
         assert finished.returncode == 4, finished.stderr
         assert finished.stdout == b"".join(b"%d\n" % n for n in range(1, 300001))
+
+
+@contextlib.contextmanager
+def in_foreground(command: list[str], log: Path, ready: Callable[[], Any]) -> Iterator[Any]:
+    """A program that serves, from when `ready` is true."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+
+    def is_ready() -> Any:
+        assert process.poll() is None, log.read_text()
+        return ready()
+
+    try:
+        wait_until(is_ready)
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_SECONDS)
+        process.kill()
+        process.wait()
+
+
+def is_served(port: int) -> bool:
+    """Whether something accepts connections there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def check_client(place: str, *options: str, **env: str) -> None:
+    """Use a server from elsewhere: 5 MB of output, an exit code, input, one look."""
+    command = "seq 1 700000; exit 7"
+    finished = run_client("exec", place, *options, "--", command, **env)
+    assert finished.returncode == 7, finished.stderr
+    assert finished.stdout == b"".join(b"%d\n" % n for n in range(1, 700001))
+    words = ("exec", place, *options, "--stdin", "--", "wc -c")
+    assert run_client(*words, stdin=b"x" * 700_000, **env).stdout == b"700000\n"
+    looked = run_client("monitor", place, *options, "--once", "--json", **env)
+    assert looked.returncode == 0, looked.stderr
+    (told,) = json.loads(looked.stdout)
+    assert told["state"] == "up" and told["stats"]["ram_total"] > 0
+
+
+class TestFromElsewhere:
+    """README, From elsewhere: the client through a tunnel and a proxy."""
+
+    def test_ssh_tunnel(self, tmp_path: Path) -> None:
+        sshd = find_program("sshd", "openssh-server")
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        for name in ("host", "user"):
+            words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{tmp_path}/{name}"]
+            subprocess.run(words, check=True)
+        (tmp_path / "config").write_text(
+            f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nStrictModes no\n"
+            "UsePAM no\nPidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n"
+        )
+        port, forwarded = find_fixed_port(), find_fixed_port()
+        options = ["-f", f"{tmp_path}/config", "-p", str(port), "-o", "ListenAddress=127.0.0.1"]
+        account = pwd.getpwuid(os.geteuid()).pw_name
+        ssh = ["ssh", "-F", "none", "-i", f"{tmp_path}/user", "-p", str(port)]
+        ssh += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(ServerProcess(tmp_path / "state"))
+            log, enter = tmp_path / "log", stack.enter_context
+            enter(in_foreground([sshd, "-D", "-e", *options], log, lambda: is_served(port)))
+            ssh += ["-N", "-L", f"{forwarded}:localhost:{server.port}", f"{account}@127.0.0.1"]
+            enter(in_foreground(ssh, log, lambda: is_served(forwarded)))
+            check_client(f"localhost:{forwarded}")
+
+    @pytest.mark.parametrize("path", ["/", "/sc/"])
+    def test_nginx(self, path: str, tmp_path: Path, certificates: list[Certificate]) -> None:
+        nginx, certificate, port = find_program("nginx", "nginx-light"), certificates[0], 0
+        token = write_token(tmp_path, "token", SERVER_RUN_TOKEN)
+        options = ("--require-token", "--allow-host=localhost", "--allow-origin=https://localhost")
+        with ServerProcess(tmp_path / "state", *options, env=TOKENS) as server:
+            port = find_fixed_port()
+            config = re.search(r"```nginx\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+            changes = {
+                "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+                "sc.example.org": "localhost",
+                "/etc/ssl/sc.pem": str(certificate.cert),
+                "/etc/ssl/sc.key": str(certificate.key),
+                "127.0.0.1:8080": f"127.0.0.1:{server.port}",
+            }
+            if path == "/":  # as the comment there says
+                changes["location /sc/ {"] = "location / {"
+                changes[f"proxy_pass http://127.0.0.1:{server.port}/;"] = (
+                    f"proxy_pass http://127.0.0.1:{server.port};"
+                )
+            for old, text in changes.items():
+                assert old in config, old
+                config = config.replace(old, text)
+            user = "user root;" if os.geteuid() == 0 else ""
+            kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
+            (tmp_path / "nginx.conf").write_text(
+                f"{user} daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
+                f"http {{ access_log off;\n{folders}{config}}}\n"
+            )
+            command = [nginx, "-e", "stderr", "-p", str(tmp_path), "-c", f"{tmp_path}/nginx.conf"]
+            with in_foreground(command, tmp_path / "log", lambda: is_served(port)):
+                trust = {"SSL_CERT_FILE": str(certificate.cert)}
+                place = f"https://localhost:{port}{path}"
+                check_client(place, f"--token-file={token}", **trust)
+                refused = run_client("exec", place, "--", "true", **trust)
+                assert refused.returncode == 125 and b"401: it needs a token" in refused.stderr
+
+
+def find_ansible(name: str) -> str:
+    """Return the path of a program of ansible-core; skip aloud without it, but fail in CI."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if path is None:
+        message = "ANSIBLE IS NOT TESTED: pip install ansible-core"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return path
+
+
+class TestAnsible:
+    """SPEC 11: the inventory of `discover --ansible`, read by Ansible."""
+
+    @staticmethod
+    def run(folder: Path, program: str, *options: str) -> str:
+        command = [find_ansible(program), "-i", f"{folder}/servers.yml", *options]
+        env = {**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1"}
+        finished = subprocess.run(command, env=env, cwd=folder, capture_output=True, timeout=120)
+        assert finished.returncode == 0, finished
+        assert b"WARN" not in finished.stderr, finished.stderr
+        return finished.stdout.decode()
+
+    def discover(self, folder: Path, port: int) -> dict[str, Any]:
+        """Write the inventory, and return what Ansible makes of it."""
+        words = ("discover", "--ansible", "--timeout=1", f"--discovery-port={port}")
+        (folder / "servers.yml").write_bytes(run_client(*words).stdout)
+        return dict(json.loads(self.run(folder, "ansible-inventory", "--list")))
+
+    def test_lists_and_reaches_servers(self, tmp_path: Path) -> None:
+        find_ansible("ansible")
+        with ServerProcess(tmp_path / "state") as server:
+            listed = self.discover(tmp_path, server.discovery_port or 0)
+            (name,) = listed["servercontrol"]["hosts"]
+            assert listed["_meta"]["hostvars"][name] == {
+                "ansible_connection": "local",
+                "ansible_host": "127.0.0.1",
+                "servercontrol_url": f"http://127.0.0.1:{server.port}",
+            }
+            python = ("-e", f"ansible_python_interpreter={sys.executable}")
+            said = self.run(tmp_path, "ansible", "servercontrol", "-m", "ping", *python)
+            assert said.startswith(f"{name} | SUCCESS") and '"ping": "pong"' in said
+
+    def test_evaluates_nothing(self, tmp_path: Path) -> None:
+        find_ansible("ansible")
+        evil = f"{{{{ lookup('pipe','touch {tmp_path}/x') }}}}"
+        facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 80, "hostname": evil}
+        reply = json.dumps({**facts, "version": evil, "tls": evil, "url": evil, evil: evil})
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as impostor:
+            impostor.bind(("127.255.255.255", 0))
+
+            def answer() -> None:
+                _, source = impostor.recvfrom(100)
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+                    udp.bind(("127.66.0.1", 0))
+                    udp.sendto(reply.encode(), source)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            listed = self.discover(tmp_path, impostor.getsockname()[1])
+            thread.join()
+        (name,) = listed["servercontrol"]["hosts"]
+        assert "lookup" in name and set(listed["_meta"]["hostvars"]) == {name}
+        show = ("-m", "debug", "-a", "msg={{ hostvars }}")
+        assert "lookup" in self.run(tmp_path, "ansible", "servercontrol", *show)
+        assert not (tmp_path / "x").exists()
+
+
+class Collector:
+    """Where logs go: takes connections and keeps all that comes over them."""
+
+    def __init__(self) -> None:
+        self.listener = bind()
+        self.listener.listen(4)
+        self.port = self.listener.getsockname()[1]
+        self.received = b""
+
+    def __enter__(self) -> Collector:
+        threading.Thread(target=self._collect, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.listener.close()
+
+    def _collect(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection:
+                    for data in iter(lambda c=connection: c.recv(65536), b""):
+                        self.received += data
+
+
+class TestShipper:
+    """README, Audit log: each record arrives elsewhere once."""
+
+    def test_rsyslog(self, tmp_path: Path) -> None:
+        rsyslogd = find_program("rsyslogd", "rsyslog")
+        log, spool = tmp_path / "servercontrol" / "audit.log", tmp_path / "spool"
+        spool.mkdir()
+        with ServerProcess(tmp_path) as server, Collector() as collector:
+            changes = {
+                "/var/spool/rsyslog": str(spool),
+                "/var/lib/servercontrol/audit.log": str(log),
+                "logs.example.org": "127.0.0.1",
+                '"6514"': f'"{collector.port}"',
+            }
+            config = read_example("rsyslog.conf")
+            for old, text in changes.items():
+                assert old in config, old
+                config = config.replace(old, text)
+            (tmp_path / "rsyslog.conf").write_text(config)
+            command = [rsyslogd, "-n", "-f", f"{tmp_path}/rsyslog.conf", "-i", f"{tmp_path}/pid"]
+            written = b""
+
+            def run_some() -> None:
+                for number in range(20):
+                    server.run(f"true {number} ä€ '\x1b' " + "x" * number**3)
+                plain = {"Content_Type": "text/plain"}
+                server.request("POST", "/exec?wait", "true " + "\x01" * 60000, **plain)
+
+            def rotate() -> None:
+                nonlocal written
+                log.rename(tmp_path / f"audit.log.{len(written)}")
+                written += (tmp_path / f"audit.log.{len(written)}").read_bytes()
+
+            def is_all_there() -> bool:
+                return collector.received == written + log.read_bytes()
+
+            run_some()
+            with in_foreground(command, tmp_path / "out", is_all_there):
+                for _ in range(2):
+                    run_some()
+                    rotate()
+                    run_some()
+                    wait_until(is_all_there)
+            run_some()  # nobody reads meanwhile
+            with in_foreground(command, tmp_path / "out", is_all_there):
+                run_some()
+                wait_until(is_all_there)
+            (tmp_path / "shipped").write_bytes(collector.received)
+            assert run_client("verify-audit", f"{tmp_path}/shipped").returncode == 0
+            assert collector.received.count(b'"event":"task_complete"') == 7 * 21
 
 
 # The page ────────────────────────────────────────────────────────────────────────────────────
