@@ -272,6 +272,7 @@ INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
+MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond it a gap is named
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
 MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
@@ -6141,7 +6142,7 @@ def is_client_error(error: UnreachableError) -> bool:
 def explain_failure(error: Exception) -> str:
     """Return why a connection failed, in words that help."""
     if isinstance(error, asyncio.TimeoutError):
-        return f"no answer within {CONNECT_SECONDS:g} s"
+        return "no answer in time"
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message} (see SSL_CERT_FILE)"
     if ssl is not None and isinstance(error, ssl.SSLError):
@@ -6221,6 +6222,13 @@ async def fetch_json(target: Target, method: str, path: str, body: bytes = b"") 
         raise UnreachableError("it does not answer like ServerControl", 404) from None
 
 
+# What reading JSON, and what is in it, raises where it is not what was agreed.
+NONSENSE = (
+    *(CommandError, ValueError, TypeError, LookupError),
+    *(AttributeError, ArithmeticError, RecursionError),
+)
+
+
 class Link:
     """The events of one server, each once and in order, over as many connections as it takes.
 
@@ -6240,6 +6248,8 @@ class Link:
         self.target = target
         self._take = take
         self._silence_seconds = silence_seconds
+        # Short of the silence allowed, so that a server is found soon after its return.
+        self._connect_seconds = min(CONNECT_SECONDS, silence_seconds * 0.6)
         self._give_up_seconds = give_up_seconds
         # Which run of the server we follow, and its newest event that was taken.
         self.boot_id = ""
@@ -6257,11 +6267,14 @@ class Link:
 
     async def learn(self) -> dict[str, Any]:
         """Ask where the server stands, and begin there. Raises UnreachableError."""
-        info: dict[str, Any] = await fetch_json(self.target, "GET", "/info")
         try:
+            asking = fetch_json(self.target, "GET", "/info")
+            info: dict[str, Any] = await asyncio.wait_for(asking, self._connect_seconds)
             self.boot_id, self.seq = str(info["boot_id"]), int(info["seq"])
             self._good_now = time.monotonic()
-        except (KeyError, TypeError, ValueError):
+        except asyncio.TimeoutError as error:
+            raise UnreachableError(explain_failure(error)) from None
+        except NONSENSE:
             raise UnreachableError("it does not answer like ServerControl", 404) from None
         return info
 
@@ -6306,8 +6319,7 @@ class Link:
 
     async def _follow(self) -> None:
         """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
-        # Short of the silence allowed, so that a server is found soon after its return.
-        seconds = min(CONNECT_SECONDS, self._silence_seconds * 0.6)
+        seconds = self._connect_seconds
         reader, writer = await open_target(self.target, seconds)
         timer = None
         try:
@@ -6324,8 +6336,9 @@ class Link:
             writer.write(self._websocket.close(CloseCode.NORMAL))
         except (OSError, EOFError, asyncio.TimeoutError) as error:
             raise UnreachableError(explain_failure(error)) from None
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise UnreachableError(f"it sent what cannot be understood: {error!r}") from None
+        except NONSENSE as error:
+            text = f"it sent what cannot be understood: {clean_text(repr(error))}"
+            raise UnreachableError(text, 404) from None
         finally:
             self._writer = None
             if timer is not None:
@@ -6368,11 +6381,14 @@ class Link:
                 assert isinstance(message.data, bytes)
                 self._writer.write(self._websocket.encode(Opcode.PONG, message.data))
             elif message.opcode is Opcode.TEXT and not self._is_stopped:
-                await self._take_message(json.loads(message.data))
+                await self._take_message(parse_json_object(message.data))
         if self._websocket.state is not WebSocketState.OPEN:
             self.said_goodbye = self._websocket.close_code == CloseCode.GOING_AWAY
             reason = self._websocket.close_reason or "it closed the connection"
-            raise UnreachableError(f"{self._websocket.close_code}: {clean_text(reason)}")
+            code = self._websocket.close_code or 0
+            # Wrong frames will be as wrong the next time: as good as a refusal.
+            is_final = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
+            raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_final else 0)
         if not data:
             raise UnreachableError("disconnected")
 
@@ -6389,9 +6405,10 @@ class Link:
             return
         self._good_now = time.monotonic()
         early, self._early = self._early or [], None
-        if event["boot_id"] != self.boot_id:
-            await self._take({"type": "restarted", "boot_id": event["boot_id"]})
-            self.boot_id, self.seq = event["boot_id"], 0
+        boot_id = str(event["boot_id"])
+        if boot_id != self.boot_id:
+            await self._take({"type": "restarted", "boot_id": boot_id})
+            self.boot_id, self.seq = boot_id, 0
         self.said_goodbye = False
         await self._take(event)
         for one in early:
@@ -6401,6 +6418,8 @@ class Link:
         newest = event.get("seq", event.get("to"))
         if newest is None:  # pong, error
             return
+        if not isinstance(newest, int):
+            raise ValueError("seq is no integer")
         if newest > self.seq or "to" in event:
             await self._take(event)
             self.seq = max(self.seq, newest)
@@ -6840,9 +6859,11 @@ class Watched:
         self.state = "connecting"
         # Why it is not up.
         self.reason = ""
-        # The newest `stats_update`, {} before the first; the newest alert, for people.
+        # The newest `stats_update`, {} while there is none; the newest alert, for people, and the
+        # server's own as it came, which each `hello` repeats.
         self.stats: dict[str, Any] = {}
         self.alert = ""
+        self.last_alert: dict[str, Any] = {}
         self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
         # Open tasks by id, and the ids of those whose end is on record.
         self.tasks: dict[str, dict[str, Any]] = {}
@@ -6878,62 +6899,101 @@ class MonitorLog:
     Opened for each record, so that it can be rotated by rename. path "": there is none.
     """
 
+    TASK = ("task_id", "command", "cwd", "by", "started")
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._complained_now = -AUDIT_ERROR_SECONDS
+        # Records that are not written yet, and whether the file ends in the middle of one.
+        self._waiting: list[bytes] = []
+        self._is_cut = False
+        # Why not; "" while all is well.
+        self.problem = ""
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
         # server -> task_id -> its start, None once its end is on record.
         self.tasks: dict[str, dict[str, dict[str, Any] | None]] = {}
 
+    def _open(self, access: int) -> int:
+        # Without O_NONBLOCK a FIFO that nobody reads would stop us.
+        flags = access | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(self._path, flags, 0o600)
+
     def load(self) -> None:
-        """Read what an older run wrote. Raises ConfigError if the file cannot be used."""
+        """Read what an older run wrote. Raises ConfigError if the file cannot be used.
+
+        The file stays open and locked: two monitors would write everything twice.
+        """
         if not self._path:
             return
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            with open(os.open(self._path, flags, 0o600), "rb+", buffering=0) as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-                data = file.read()
-                if data and not data.endswith(b"\n"):
-                    file.write(b"\n")  # after a crash: the next record starts on its own line
+            fd = self._open(os.O_RDWR)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            data = b""
+            if stat.S_ISREG(status.st_mode):
+                data = os.pread(fd, LOG_TAIL_BYTES, max(0, status.st_size - LOG_TAIL_BYTES))
+        except BlockingIOError:
+            raise ConfigError(f"--log: {self._path}: another monitor writes it") from None
         except OSError as error:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
-        for line in data.splitlines():
+        # After a crash: the next record starts on its own line.
+        self._is_cut = bool(data) and not data.endswith(b"\n")
+        for line in data.split(b"\n"):
             try:
-                self._learn(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+                self._learn(parse_json_object(line))
+            except NONSENSE:
                 pass  # half a line, or none of ours
 
     def _learn(self, record: dict[str, Any]) -> None:
-        server = record["server"]
-        self.positions[server] = (record["boot_id"], int(record["seq"]))
-        tasks = self.tasks.setdefault(server, {})
+        server, boot_id, seq = record["server"], record["boot_id"], record["seq"]
+        if not (isinstance(boot_id, str) and isinstance(seq, int) and seq >= 0):
+            raise ValueError("none of ours")
+        if boot_id != self.positions.get(server, ("", 0))[0]:
+            self.tasks[server] = {}
+        self.positions[server] = (boot_id, seq)
         if record["event"] == "task_start":
-            tasks[record["task_id"]] = record
+            self.tasks[server][record["task_id"]] = {name: record[name] for name in self.TASK}
         elif record["event"] in ("task_complete", "task_lost"):
-            tasks[record["task_id"]] = None
+            self.tasks[server][record["task_id"]] = None
 
     def write(self, event: str, watched: Watched, **fields: Any) -> None:
-        """Append a record in one write. What fails is said once a minute, and nothing stops."""
+        """Append a record. What fails is said once a minute, and tried again; nothing stops."""
         if not self._path:
             return
         where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
         record = {"time": format_time(time.time()), "event": event, "server": watched.target.name}
-        line = encode_json({**record, **where, **fields}) + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._waiting.append(encode_json({**record, **where, **fields}) + b"\n")
+        if len(self._waiting) > MAX_WAITING_RECORDS:
+            count = len(self._waiting)
+            gap = {**record, "event": "gap", "server": None, "records": count}
+            self._waiting = [encode_json({**gap, "reason": self.problem}) + b"\n"]
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, in one write."""
+        if not self._waiting:
+            return
+        data = b"\n" * self._is_cut + b"".join(self._waiting)
+        written = 0
         try:
-            fd = os.open(self._path, flags, 0o600)
+            fd = self._open(os.O_WRONLY)
             try:
-                written = os.write(fd, line)
+                written = os.write(fd, data)
             finally:
                 os.close(fd)
-            if written < len(line):
+            if written < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.problem = ""
         except OSError as error:
+            self.problem = f"--log: {self._path}: {error.strerror}"
             if time.monotonic() - self._complained_now >= AUDIT_ERROR_SECONDS:
                 self._complained_now = time.monotonic()
-                write_note(f"--log: {self._path}: {error.strerror}")
+                write_note(self.problem)
+        if written:
+            done = data[:written].count(b"\n") - self._is_cut
+            self._waiting = self._waiting[done:]
+            self._is_cut = data[written - 1 : written] != b"\n"
 
 
 class Monitor:
@@ -6981,50 +7041,65 @@ class Monitor:
                     self._log.write("monitor_stop", watched)
 
     async def _look(self) -> None:
-        """Find out who has fallen silent."""
+        """Find out who has fallen silent, or speaks again on the same connection."""
         while True:
+            before = time.monotonic()
             await asyncio.sleep(SILENCE_SECONDS / 8)
+            now = time.monotonic()
+            self._log.flush()
             for watched in self.all:
-                heard_now = watched.link.heard_now
-                if watched.state == "up" and time.monotonic() - heard_now > SILENCE_SECONDS:
-                    watched.silent_now = heard_now
-                    self._change(watched, "silent", "server_silent", reason=watched.reason)
+                if now - before > SILENCE_SECONDS / 2:  # we did not listen: stopped by Ctrl-Z
+                    watched.link.heard_now = now
+                is_silent = now - watched.link.heard_now > SILENCE_SECONDS
+                if watched.state == "up" and is_silent:
+                    watched.silent_now = watched.link.heard_now
+                    reason = watched.reason or f"nothing was heard for {SILENCE_SECONDS:g} s"
+                    self._change(watched, "silent", "server_silent", reason=reason)
+                elif watched.state == "silent" and not (is_silent or watched.reason):
+                    self._note_back(watched)
+
+    def _note_back(self, watched: Watched) -> None:
+        silent_ms = int((time.monotonic() - watched.silent_now) * 1000)
+        watched.silent_now = 0.0
+        self._change(watched, "up", "server_back", silent_ms=silent_ms)
 
     def _change(self, watched: Watched, state: str, event: str, **fields: Any) -> None:
         """Set a server's state, and tell and write down that it has changed."""
         watched.state = state
+        watched.stats = watched.stats if state == "up" else {}
         if event != "server_up":
             watched.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
         self._log.write(event, watched, **fields)
         self._emit(watched, {"type": event, "timestamp": int(time.time() * 1000), **fields})
 
     async def _take(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Take an event of Link."""
+        """Take an event of Link. What takes it returns True for what is no news."""
         take = self.TAKES.get(event["type"])
-        if take is not None:
-            await take(self, watched, event)
-        if event["type"] != "hello":
+        if take is None or not await take(self, watched, event):
             self._emit(watched, event)
 
-    async def _take_hello(self, watched: Watched, event: dict[str, Any]) -> None:
+    async def _take_hello(self, watched: Watched, event: dict[str, Any]) -> bool:
         watched.reason = ""
         if watched.state == "connecting":
             self._change(watched, "up", "server_up", version=event["version"])
         elif watched.state != "up":
-            silent_ms = int((time.monotonic() - watched.silent_now) * 1000)
-            watched.silent_now = 0.0
-            self._change(watched, "up", "server_back", silent_ms=silent_ms)
+            self._note_back(watched)
         if event.get("alert"):
-            await self._take_alert(watched, event["alert"])
+            await self._take(watched, event["alert"])
         for task in event["tasks"]:
             self._note_start(watched, task)
+        return True
 
-    async def _take_lost(self, watched: Watched, event: dict[str, Any]) -> None:
+    async def _take_lost(self, watched: Watched, event: dict[str, Any]) -> bool:
+        is_old = bool(watched.reason == event["reason"])
         watched.reason = event["reason"]
         state = "refused" if 400 <= event["status"] < 500 else "unreachable"
-        if watched.state == "connecting" or (state == "refused" and watched.state != state):
+        # Whoever was up is called silent first, in 5 s; most connections are back before.
+        if state == "refused" or watched.state not in ("up", "silent"):
             watched.silent_now = watched.silent_now or time.monotonic()
-            self._change(watched, state, f"server_{state}", reason=watched.reason)
+            if watched.state != state:
+                self._change(watched, state, f"server_{state}", reason=watched.reason)
+        return is_old
 
     async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
         """What came after the newest event of the old run, nobody can know; unless it was told."""
@@ -7033,6 +7108,7 @@ class Monitor:
             self._log.write("gap", watched, **fields)
         for task_id in list(watched.tasks):
             self._note_lost(watched, task_id, "the server was restarted")
+        watched.ended.clear()  # a server that has lost its state folder counts from 1 again
 
     async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
         """Name the gap, and ask for the tasks that were in it."""
@@ -7058,8 +7134,7 @@ class Monitor:
         task_id = task["task_id"]
         if task_id in watched.tasks or task_id in watched.ended:
             return
-        names = ("task_id", "command", "cwd", "by", "started")
-        watched.tasks[task_id] = {name: task[name] for name in names}
+        watched.tasks[task_id] = {name: task[name] for name in MonitorLog.TASK}
         self._log.write("task_start", watched, **watched.tasks[task_id])
 
     def _note_end(self, watched: Watched, task: dict[str, Any]) -> None:
@@ -7075,20 +7150,29 @@ class Monitor:
         self._log.write("task_lost", watched, task_id=task_id, reason=reason, **told)
 
     async def _take_stats(self, watched: Watched, event: dict[str, Any]) -> None:
+        numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
+        for number in [*numbers, event["load_avg"][0]]:
+            if not 0 <= number < 1e15:
+                raise ValueError("wrong statistics")
         watched.stats = event
         change = watched.rule and watched.rule.update(event["cpu"], time.monotonic())
         if change is not None:
             alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
             await self._take(watched, {"type": change, **alert})
 
-    async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> None:
-        if watched.rule is None or event.get("by") == "monitor":
-            when = time.strftime("%H:%M", time.localtime(event["timestamp"] / 1000))
-            what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
-            watched.alert = f"{when} {what} {event['cpu']:.0f} %"
-            self._log.write(event["type"], watched, cpu=event["cpu"])
+    async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> bool:
+        """With a threshold of our own the servers' do not count."""
+        is_ours = event.get("by") == "monitor"
+        if is_ours == (watched.rule is None) or event == watched.last_alert:
+            return True
+        when = time.strftime("%H:%M", time.localtime(event["timestamp"] / 1000))
+        what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
+        watched.alert = f"{when} {what} {event['cpu']:.0f} %"
+        watched.last_alert = event
+        self._log.write(event["type"], watched, cpu=event["cpu"])
+        return False
 
-    TAKES: dict[str, Callable[..., Awaitable[None]]] = {
+    TAKES: dict[str, Callable[..., Awaitable[bool | None]]] = {
         "hello": _take_hello,
         "lost": _take_lost,
         "restarted": _take_restarted,
@@ -7105,8 +7189,12 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
     """Return an event as a line of text."""
     when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
     hidden = ("type", "timestamp", "seq")
-    words = [f"{key}={format_value(value)}" for key, value in event.items() if key not in hidden]
-    return " ".join([when, name, event["type"], *words]).encode("utf-8", "replace") + b"\n"
+    words = [
+        f"{format_value(key)}={format_value(value)}"
+        for key, value in event.items()
+        if key not in hidden
+    ]
+    return " ".join([when, name, format_value(event["type"]), *words]).encode() + b"\n"
 
 
 # The monitor's columns: title, width, and how a server's cell is written.
@@ -7148,14 +7236,15 @@ def format_totals(everybody: Sequence[Watched]) -> str:
     counts = Counter(watched.state for watched in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     up = [watched for watched in everybody if watched.state == "up" and watched.stats]
-    text = f"{len(everybody)} servers: {states}"
+    tasks = sum(len(watched.tasks) for watched in everybody)
+    text = f"{len(everybody)} servers: {states} · {tasks} tasks"
     if up:
         cpu = sum(watched.stats["cpu"] for watched in up) / len(up)
         top = max(up, key=lambda watched: watched.stats["cpu"])
         used, total = (sum(w.stats[name] for w in up) for name in ("ram_used", "ram_total"))
-        text += f" · CPU {cpu:.1f} % (most: {top.target.name} {top.stats['cpu']:.1f} %)"
+        text += f" · CPU {cpu:.1f} % (most: {top.target.name}, {top.stats['cpu']:.1f} %)"
         text += f" · memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
-    return f"{text} · {sum(len(watched.tasks) for watched in everybody)} tasks"
+    return text
 
 
 def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, str]]:
@@ -7172,15 +7261,21 @@ class Screen:
     """The monitor on a terminal: drawn when something has changed, at most 5 times a second."""
 
     KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
+    # One key of several that were read at once: an escape sequence, or a character.
+    KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
-    def __init__(self, everybody: Sequence[Watched], leave: Callable[[], None]) -> None:
+    def __init__(
+        self, everybody: Sequence[Watched], log: MonitorLog, leave: Callable[[], None]
+    ) -> None:
         self._everybody = everybody
+        self._log = log
         self._leave = leave
         self._sort = "s"
         # The first row shown.
         self._top = 0
         self._is_coloured = wants_colours(1, os.environ)
         self._timer: asyncio.TimerHandle | None = None
+        # How the terminal was, [] where the keyboard is none.
         self._before: list[Any] = []
 
     def __enter__(self) -> Screen:
@@ -7198,13 +7293,14 @@ class Screen:
             asyncio.get_running_loop().remove_reader(0)
         if self._timer is not None:
             self._timer.cancel()
-        self._close()
+        with contextlib.suppress(termios.error, OutputError):  # the terminal is gone
+            self._close()
 
     def _open(self) -> None:
         if self._before:
             tty.setcbreak(0)
         write_output(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor; no wrapping
-        self._draw()
+        self.touch(0)
 
     def _close(self) -> None:
         if self._before:
@@ -7217,28 +7313,34 @@ class Screen:
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
 
-    def touch(self) -> None:
+    def touch(self, seconds: float = DRAW_SECONDS) -> None:
         """Something has changed."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(DRAW_SECONDS, self._draw)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._draw)
 
     def _read(self) -> None:
         try:
             keys = os.read(0, 64).decode("utf-8", "replace")
         except OSError:
             keys = ""
-        if not keys or keys in ("q", "Q", "\x04"):
+        if not keys:
             asyncio.get_running_loop().remove_reader(0)
             self._leave()
-        elif keys in SORTS:
-            self._sort, self._top = keys, 0
-        elif keys in ("g", "\x1b[H", "\x1b[1~"):
+        for key in self.KEY.findall(keys.replace("\x1bO", "\x1b[")):
+            self._press(key)
+        self.touch()
+
+    def _press(self, key: str) -> None:
+        if key in ("q", "Q", "\x04"):
+            self._leave()
+        elif key in SORTS:
+            self._sort, self._top = key, 0
+        elif key in ("g", "\x1b[H", "\x1b[1~"):
             self._top = 0
-        elif keys in ("G", "\x1b[F", "\x1b[4~"):
+        elif key in ("G", "\x1b[F", "\x1b[4~"):
             self._top = len(self._everybody)
         else:
-            self._top += self.KEYS.get(keys, 0)
-        self.touch()
+            self._top += self.KEYS.get(key, 0)
 
     def _draw(self) -> None:
         self._timer = None
@@ -7259,7 +7361,8 @@ class Screen:
         lines += [""] * (rows - 1 - len(lines))
         place = f"{self._top + 1}-{self._top + len(everybody)} of {len(self._everybody)}"
         keys = "q quit  c/n/s sort by CPU, name, state  arrows, PgUp, PgDn scroll"
-        lines.append(clean_text(f"{place} by {title} · {keys}", cols))
+        last = f"{place} by {title} · {keys if self._before else 'Ctrl-C quits'}"
+        lines.append(clean_text(self._log.problem or last, cols))
         return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
 
     def _paint(self, state: str, line: str) -> str:
@@ -9039,7 +9142,8 @@ async def watch(monitor: Monitor, make_screen: Callable[..., Any]) -> None:
     loop = asyncio.get_running_loop()
     watching = loop.create_task(monitor.run())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, watching.cancel)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(number, watching.cancel)
     with make_screen(watching.cancel):
         try:
             await watching
@@ -9055,19 +9159,21 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     targets = choose_targets(given, environ)
     log = MonitorLog(given.log)
     log.load()
-    is_live = os.isatty(1) and not given.json and not given.once
+    is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     screens: list[Screen] = []
 
     def emit(watched: Watched, event: dict[str, Any]) -> None:
         for screen in screens:
             screen.touch()
         if given.json and not given.once:
-            write_output(encode_json({"server": watched.target.name, **event}) + b"\n")
+            # In ASCII: whatever a server says, no terminal takes it for its own.
+            line = json.dumps({**event, "server": watched.target.name}) + "\n"
+            write_output(line.encode("ascii"))
         elif not is_live and not given.once:
             write_output(format_event(watched.target.name, event))
 
     def make_screen(leave: Callable[[], None]) -> Any:
-        screens.extend([Screen(monitor.all, leave)] if is_live else [])
+        screens.extend([Screen(monitor.all, log, leave)] if is_live else [])
         return screens[0] if is_live else contextlib.nullcontext()
 
     monitor: Monitor
