@@ -90,6 +90,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
@@ -7197,6 +7198,21 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
     return " ".join([when, name, format_value(event["type"]), *words]).encode() + b"\n"
 
 
+def count_cells(text: str) -> int:
+    """Return how wide a terminal shows text: East Asian characters take two cells."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def fit_text(text: str, width: int) -> str:
+    """Return text cut or filled up to a width in cells."""
+    if count_cells(text) > width:
+        while count_cells(text) >= width:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - count_cells(text))
+
+
 # The monitor's columns: title, width, and how a server's cell is written.
 COLUMNS: tuple[tuple[str, int, Callable[[Watched], str]], ...] = (
     ("STATE", 10, lambda watched: watched.state),
@@ -7220,7 +7236,7 @@ SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
 
 def format_row(watched: Watched, name_width: int, width: int) -> str:
     """Return a server's line of the table, cut to `width`."""
-    cells = [f"{clean_text(watched.target.name, name_width):{name_width}}"]
+    cells = [fit_text(watched.target.name, name_width)]
     for title, size, write in COLUMNS:
         try:
             text = write(watched)
@@ -7250,7 +7266,7 @@ def format_totals(everybody: Sequence[Watched]) -> str:
 def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, str]]:
     """Return (state, line) of the title and of each server; the title's state is ""."""
     rows = list(everybody)
-    name_width = min(24, max([6, *(len(watched.target.name) for watched in rows)]))
+    name_width = min(24, max([6, *(count_cells(watched.target.name) for watched in rows)]))
     titles = [f"{'SERVER':{name_width}}"]
     titles += [f"{t:<{size}}" if t == "STATE" else f"{t:>{size}}" for t, size, _ in COLUMNS]
     lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]

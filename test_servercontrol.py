@@ -9351,6 +9351,101 @@ def check_monitor_log(path: Path, *audits: Path) -> None:
             assert truth.get("state") == "interrupted"
 
 
+def frame(value: Any) -> bytes:
+    """A server's text frame; of a string as it is, of anything else as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return sc.encode_frame(sc.Opcode.TEXT, text.encode())
+
+
+HELLO = {"type": "hello", "boot_id": "b", "tasks": [], "version": "\x1b[2J", "alert": None}
+STATS = {
+    "type": "stats_update",
+    "seq": 2,
+    "timestamp": 5,
+    "cpu": 5.0,
+    "ram_used": 1,
+    "ram_total": 2,
+    "load_avg": [0.1, 0.2, 0.3],
+}
+STATS_NONSENSE = [
+    *({"cpu": "x"}, {"cpu": -1}, {"cpu": 10**400}, {"cpu": None}, {"seq": 1.5}, {"seq": "3"}),
+    *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
+]
+START = {"type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true"}
+NONSENSE = [
+    *(frame({**STATS, **wrong}) for wrong in STATS_NONSENSE),
+    frame(json.dumps({**STATS, "cpu": 0}).replace('"cpu": 0', '"cpu": 1e999')),
+    frame('{"type":"x","seq":2,"timestamp":1e999}'),
+    frame('{"type":"x","seq":NaN}'),
+    frame('{"type":"x","seq":2,"timestamp":' + "9" * 400 + "}"),
+    frame('{"type":' * 10000),
+    frame({**START, "task_id": {}}),
+    frame(START),
+    frame({"type": "task_complete", "seq": 2, "task_id": "1"}),
+    frame({"type": "gap", "from": None, "to": "x"}),
+    frame({"type": "hello", "tasks": 5}),
+    frame({**HELLO, "alert": {"type": "cpu_alert", "timestamp": 10**30, "cpu": 1}}),
+    frame({**HELLO, "boot_id": {}, "tasks": [1]}),
+    *(frame(value) for value in ({"type": []}, {"seq": 1}, [], "x", "", None)),
+    b"\xff\xff\xff",
+    frame(HELLO)[:1] + b"\x81\0\0\0\0x",  # masked
+    sc.encode_frame(sc.Opcode.TEXT, b"\xff"),
+    sc.encode_frame(sc.Opcode.CLOSE, b"\x03\xea" + b"\xc2\x9b2J"),
+]
+
+
+class Babbler(Impostor):
+    """A server that answers /info, speaks WebSocket, says `hello`, and then what it is told to."""
+
+    INFO = b'HTTP/1.0 200 OK\r\n\r\n{"boot_id":"b","seq":1,"hostname":"\\u001b[2J"}'
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                connection.settimeout(5)
+                with contextlib.suppress(OSError), connection:
+                    self._babble(connection)
+
+    def _babble(self, connection: socket.socket) -> None:
+        request = connection.recv(65536)
+        self.received.append(request)
+        key = re.search(rb"Key: (\S+)", request)
+        if key is None:
+            connection.sendall(self.INFO)
+            return
+        fields = [("Sec-WebSocket-Accept", sc.compute_accept(key.group(1).decode()))]
+        connection.sendall(sc.encode_response_head(101, fields) + frame(HELLO) + self.answer)
+        while connection.recv(65536):
+            pass
+
+
+class Told(list):  # type: ignore[type-arg]
+    """The events that a monitor has told."""
+
+    monitor: sc.Monitor
+
+
+def make_monitor(
+    cpu_alert: float | None = None, path: str = ""
+) -> tuple[Told, Callable[[dict[str, Any]], list[str]], sc.Watched]:
+    """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
+    told = Told()
+    target = sc.parse_target("web1", "web1")
+    log = sc.MonitorLog(path)
+    log.load()
+    told.monitor = sc.Monitor([target], cpu_alert, log, lambda _, event: told.append(event))
+    (watched,) = told.monitor.all
+
+    def take(event: dict[str, Any]) -> list[str]:
+        before = len(told)
+        with pytest.raises(StopIteration):  # it waits for nothing
+            told.monitor._take(watched, event).send(None)
+        return [one["type"] for one in told[before:]]
+
+    return told, take, watched
+
+
 class TestMonitor:
     """SPEC 11: `monitor`, without a screen."""
 
@@ -9450,59 +9545,112 @@ sc.choose_source = Scripted
         events = [one["event"] for one in read_lines(tmp_path / "log")]
         assert (events.count("cpu_alert"), events.count("alert_resolved")) == (1, 1)
 
-    @pytest.mark.parametrize(
-        "event",
-        [
-            {"type": "stats_update", "seq": 10**30, "cpu": "x"},
-            {"type": "task_start", "seq": 2, "task_id": {}, "command": 1},
-            {"type": "task_complete", "seq": 2, "task_id": "1"},
-            {"type": "gap", "from": None, "to": "x"},
-            {"type": "hello", "tasks": 5},
-            {"type": []},
-            {"seq": 1},
-            [],
-            "x",
-            None,
-        ],
-    )
+    @pytest.mark.parametrize("said", NONSENSE)
     def test_takes_no_harm_from_rubbish(
-        self, place: str, plain_server: ServerProcess, tmp_path: Path, event: Any
+        self, place: str, plain_server: ServerProcess, tmp_path: Path, said: bytes
     ) -> None:
         """A server that speaks the protocol and then nonsense; the others are watched on."""
-        hello = {"type": "hello", "boot_id": "b", "tasks": [], "version": "\x1b[2J", "alert": None}
-        info = json.dumps({"boot_id": "b", "seq": 1, "hostname": "\x1b[2J"}).encode()
-
-        class Babbler(Impostor):
-            def _serve(self) -> None:
-                with contextlib.suppress(OSError):
-                    while True:
-                        connection, _ = self.listener.accept()
-                        connection.settimeout(5)
-                        with contextlib.suppress(OSError), connection:
-                            self.babble(connection)
-
-            def babble(self, connection: socket.socket) -> None:
-                request = connection.recv(65536)
-                self.received.append(request)
-                if b"GET /info" in request:
-                    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + info)
-                    return
-                key = re.search(rb"Key: (\S+)", request).group(1).decode()
-                fields = [("Sec-WebSocket-Accept", sc.compute_accept(key))]
-                connection.sendall(sc.encode_response_head(101, fields))
-                for one in (hello, event):
-                    text = json.dumps(one).encode()
-                    connection.sendall(sc.encode_frame(sc.Opcode.TEXT, text))
-                connection.recv(65536)
-                connection.recv(65536)
-
-        with Babbler(b"") as babbler:
-            with Watcher(f"127.0.0.1:{babbler.port}", place, f"--log={tmp_path}/log") as watcher:
+        with Babbler(said) as babbler:
+            bad = f"127.0.0.1:{babbler.port}"
+            with Watcher(bad, place, f"--log={tmp_path}/log") as watcher:
                 wait_until(lambda: len(babbler.received) > 1)
                 plain_server.start("true")
                 watcher.wait_for("task_complete")
                 watcher.stop()
-        assert b"\x1b" not in (tmp_path / "log").read_bytes()
+        assert len(babbler.received) <= 3  # the second time not at once
+        assert not {0x1B, 0x9B} & set((tmp_path / "log").read_bytes())
+
+    def test_writes_no_control_characters(self) -> None:
+        said = {
+            "type": "\x1b[2J",
+            "seq": 2,
+            "\x9b2J": "\x9b2J",
+            "command": "\x1b]0;x\x07\u2028\ud800",
+        }
+        with Babbler(frame(said)) as babbler:
+            for options in ([], ["--json"]):
+                with running_client("monitor", *options, f"127.0.0.1:{babbler.port}") as process:
+                    assert process.stdout is not None
+                    lines = [process.stdout.readline() for _ in range(2)]
+                assert b"u001b[2J" in lines[1]
+                assert all(32 <= byte < 127 for line in lines for byte in line.rstrip(b"\n"))
+
+    def test_tells_what_changed(self) -> None:
+        told, take, _ = make_monitor()
+
+        def lost(reason: str, status: int) -> list[str]:
+            return take({"type": "lost", "reason": reason, "status": status})
+
+        assert lost("a", 403) == ["server_refused", "lost"]
+        assert lost("a", 403) == []
+        assert lost("b", 0) == ["server_unreachable", "lost"]
+        assert lost("a", 401) == ["server_refused", "lost"]
+        assert take(HELLO) == ["server_back"]
+        assert take(STATS) == ["stats_update"]
+        assert lost("c", 0) == ["lost"]  # it may be back before it is called silent
+        assert take(HELLO) == []
+        assert lost("d", 401) == ["server_refused", "lost"]
+        assert [event["type"] for event in told].count("server_up") == 0
+
+    def test_tells_an_alert_once(self) -> None:
+        alert = {"type": "cpu_alert", "timestamp": 5, "cpu": 99.0, "seq": 1}
+        hello = {**HELLO, "alert": alert}
+        _, take, watched = make_monitor()
+        assert take(hello) == ["server_up", "cpu_alert"]
+        assert take(hello) == take(alert) == []
+        assert watched.alert.endswith("CPU 99 %")
+        assert take({**alert, "timestamp": 6}) == ["cpu_alert"]
+        assert take({**alert, "type": "alert_resolved", "timestamp": 7}) == ["alert_resolved"]
+        _, take, watched = make_monitor(cpu_alert=50)
+        assert take(hello) == ["server_up"]
+        assert take(alert) == []
+        assert take({**STATS, "cpu": 60}) == ["cpu_alert", "stats_update"]
+        assert take({**STATS, "cpu": 40}) == ["alert_resolved", "stats_update"]
+
+    def test_hears_again_on_the_same_connection(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "SILENCE_SECONDS", 0.4)
+        told, take, watched = make_monitor()
+        take(HELLO)
+
+        async def wait_for(kind: str, heard_now: Callable[[], float]) -> None:
+            while told[-1]["type"] != kind:
+                watched.link.heard_now = heard_now()
+                await asyncio.sleep(0.01)
+
+        async def run() -> None:
+            looking = asyncio.ensure_future(told.monitor._look())
+            await asyncio.sleep(0)
+            time.sleep(1)  # stopped ourselves: nobody else is to blame
+            await asyncio.sleep(0.2)
+            assert told[-1]["type"] == "server_up"
+            long_ago = time.monotonic() - 1
+            take({**STATS, "seq": 2})
+            await wait_for("server_silent", lambda: long_ago)
+            assert told[-1]["reason"] == "nothing was heard for 0.4 s"
+            assert watched.stats == {}
+            await wait_for("server_back", time.monotonic)
+            assert told[-1]["silent_ms"] >= 1000
+            looking.cancel()
+
+        asyncio.run(run())
+
+    def test_does_not_wait_for_one_that_never_answers(self) -> None:
+        with bind() as mute:
+            mute.listen()
+            began = time.monotonic()
+            with Watcher(f"127.0.0.1:{mute.getsockname()[1]}") as watcher:
+                assert watcher.wait_for("server_unreachable")["reason"] == "no answer in time"
+                assert time.monotonic() - began < 5 + 3  # 3 for a busy machine
+            finished = run_client("monitor", "--once", f"127.0.0.1:{mute.getsockname()[1]}")
+            assert (finished.returncode, b"no answer in time" in finished.stdout) == (1, True)
+
+    def test_goes_on_under_nohup(self, place: str) -> None:
+        ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+        with Watcher(place, preexec_fn=ignore) as watcher:
+            watcher.wait_for("server_up")
+            watcher.process.send_signal(signal.SIGHUP)
+            watcher.wait_for("stats_update", 2)
+            watcher.stop()
 
 
 class TestMonitorLog:
