@@ -7103,8 +7103,12 @@ class Monitor:
         return is_old
 
     async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
-        """What came after the newest event of the old run, nobody can know; unless it was told."""
-        if not watched.link.said_goodbye:
+        """What came after the newest event of the old run, nobody can know.
+
+        Nothing came if it said goodbye; and had it been away for long, there may have been another
+        run in between.
+        """
+        if not watched.link.said_goodbye or watched.state != "up":
             fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
             self._log.write("gap", watched, **fields)
         for task_id in list(watched.tasks):
@@ -7276,21 +7280,30 @@ def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, st
 class Screen:
     """The monitor on a terminal: drawn when something has changed, at most 5 times a second."""
 
-    KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
+    KEYS = {
+        "\x1b[A": -1,
+        "k": -1,
+        "\x1b[B": 1,
+        "j": 1,
+        "\x1b[5~": -10,
+        "\x1b[6~": 10,
+        " ": 10,
+        **dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize),
+        **dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize),
+    }
     # One key of several that were read at once: an escape sequence, or a character.
     KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
-    def __init__(
-        self, everybody: Sequence[Watched], log: MonitorLog, leave: Callable[[], None]
-    ) -> None:
+    def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
         self._everybody = everybody
         self._log = log
-        self._leave = leave
+        # What ends the monitor.
+        self.leave: Callable[[], object] = bool
         self._sort = "s"
-        # The first row shown.
-        self._top = 0
+        # The first row shown, and how many there were.
+        self._top = self._shown = 0
         self._is_coloured = wants_colours(1, os.environ)
-        self._timer: asyncio.TimerHandle | None = None
+        self._is_touched = asyncio.Event()
         # How the terminal was, [] where the keyboard is none.
         self._before: list[Any] = []
 
@@ -7307,8 +7320,6 @@ class Screen:
     def __exit__(self, *exc_info: object) -> None:
         if self._before:
             asyncio.get_running_loop().remove_reader(0)
-        if self._timer is not None:
-            self._timer.cancel()
         with contextlib.suppress(termios.error, OutputError):  # the terminal is gone
             self._close()
 
@@ -7316,7 +7327,7 @@ class Screen:
         if self._before:
             tty.setcbreak(0)
         write_output(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor; no wrapping
-        self.touch(0)
+        self.touch()
 
     def _close(self) -> None:
         if self._before:
@@ -7329,10 +7340,21 @@ class Screen:
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
 
-    def touch(self, seconds: float = DRAW_SECONDS) -> None:
+    def touch(self) -> None:
         """Something has changed."""
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._draw)
+        self._is_touched.set()
+
+    async def run(self) -> None:
+        """Draw for ever."""
+        while True:
+            await self._is_touched.wait()
+            self._is_touched.clear()
+            cols, rows = read_terminal_size(1)
+            try:
+                write_output(self._compose(max(cols, 20), max(rows, 4)).encode("utf-8", "replace"))
+            except OutputError:  # the terminal is gone
+                self.leave()
+            await asyncio.sleep(DRAW_SECONDS)
 
     def _read(self) -> None:
         try:
@@ -7341,36 +7363,24 @@ class Screen:
             keys = ""
         if not keys:
             asyncio.get_running_loop().remove_reader(0)
-            self._leave()
+            self.leave()
         for key in self.KEY.findall(keys.replace("\x1bO", "\x1b[")):
             self._press(key)
         self.touch()
 
     def _press(self, key: str) -> None:
         if key in ("q", "Q", "\x04"):
-            self._leave()
+            self.leave()
         elif key in SORTS:
             self._sort, self._top = key, 0
-        elif key in ("g", "\x1b[H", "\x1b[1~"):
-            self._top = 0
-        elif key in ("G", "\x1b[F", "\x1b[4~"):
-            self._top = len(self._everybody)
-        else:
-            self._top += self.KEYS.get(key, 0)
-
-    def _draw(self) -> None:
-        self._timer = None
-        cols, rows = read_terminal_size(1)
-        try:
-            write_output(self._compose(max(cols, 20), max(rows, 4)).encode("utf-8", "replace"))
-        except OutputError:  # the terminal is gone
-            self._leave()
+        self._top += self.KEYS.get(key, 0)
+        self._top = max(0, min(self._top, len(self._everybody) - self._shown))
 
     def _compose(self, cols: int, rows: int) -> str:
         title, order = SORTS[self._sort]
-        shown = rows - 3
-        self._top = max(0, min(self._top, len(self._everybody) - shown))
-        everybody = sorted(self._everybody, key=order)[self._top : self._top + shown]
+        self._shown = rows - 3
+        self._top = max(0, min(self._top, len(self._everybody) - self._shown))
+        everybody = sorted(self._everybody, key=order)[self._top : self._top + self._shown]
         table = format_table(everybody, cols)
         lines = [clean_text(format_totals(self._everybody), cols)]
         lines += [self._paint(state, line) for state, line in table]
@@ -9153,14 +9163,16 @@ async def watch_once(monitor: Monitor) -> None:
     await asyncio.gather(watching, return_exceptions=True)
 
 
-async def watch(monitor: Monitor, make_screen: Callable[..., Any]) -> None:
+async def watch(monitor: Monitor, screen: Screen | None) -> None:
     """Let a monitor run until somebody ends it. Raises OutputError."""
-    loop = asyncio.get_running_loop()
-    watching = loop.create_task(monitor.run())
+    watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            loop.add_signal_handler(number, watching.cancel)
-    with make_screen(watching.cancel):
+            asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
+    with contextlib.ExitStack() as stack:
+        if screen is not None:
+            screen.leave = watching.cancel
+            stack.enter_context(screen)
         try:
             await watching
         except asyncio.CancelledError:
@@ -9176,29 +9188,24 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     log = MonitorLog(given.log)
     log.load()
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
-    screens: list[Screen] = []
+    screen: Screen | None = None
 
     def emit(watched: Watched, event: dict[str, Any]) -> None:
-        for screen in screens:
+        if screen is not None:
             screen.touch()
-        if given.json and not given.once:
+        elif given.json and not given.once:
             # In ASCII: whatever a server says, no terminal takes it for its own.
             line = json.dumps({**event, "server": watched.target.name}) + "\n"
             write_output(line.encode("ascii"))
-        elif not is_live and not given.once:
+        elif not given.once:
             write_output(format_event(watched.target.name, event))
 
-    def make_screen(leave: Callable[[], None]) -> Any:
-        screens.extend([Screen(monitor.all, log, leave)] if is_live else [])
-        return screens[0] if is_live else contextlib.nullcontext()
-
-    monitor: Monitor
-
     async def run() -> int:
-        nonlocal monitor
+        nonlocal screen
         monitor = Monitor(targets, given.cpu_alert, log, emit)
         if not given.once:
-            await watch(monitor, make_screen)
+            screen = Screen(monitor.all, log) if is_live else None
+            await watch(monitor, screen)
             return 0
         await watch_once(monitor)
         write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))

@@ -9325,10 +9325,18 @@ def ends_in(path: Path, task_id: str) -> bool:
     return task_id in ended
 
 
+def ends_in_any_order(path: Path, tasks: list[str]) -> bool:
+    """Whether a log, parts of which may be broken, has the ends of tasks."""
+    ended = re.findall(r'"event":"task_complete".*?"task_id":"(\d+)"', path.read_text())
+    return set(tasks) <= set(ended)
+
+
 def check_monitor_log(path: Path, *audits: Path) -> None:
     """Compare a monitor's log with what the servers themselves wrote down.
 
-    Every task stands in it once, with its start and its end, or it says that it knows no more.
+    Every task stands in it once, with its start and its end, or it says that it knows no more;
+    what is missing was in a run of the server whose end the log has as a gap, or in one between
+    that and the next in the log.
     """
     records = read_lines(path)
     starts = [one["task_id"] for one in records if one["event"] == "task_start"]
@@ -9339,8 +9347,11 @@ def check_monitor_log(path: Path, *audits: Path) -> None:
     for audit in audits:
         for one in read_lines(audit):
             if one["event"] in ("task_start", "task_complete"):
-                told.setdefault(one["task_id"], {}).update(one)
-    assert set(told) == {one["task_id"] for one in ends}
+                told.setdefault(one["task_id"], {"start_boot": one["boot_id"]}).update(one)
+    whole = {one["boot_id"] for one in records}
+    whole -= {one["boot_id"] for one in records if one["event"] == "gap"}
+    named = {task_id for task_id, truth in told.items() if truth["start_boot"] in whole}
+    assert named <= {one["task_id"] for one in ends} <= set(told)
     for one in ends:
         truth = told[one["task_id"]]
         assert one["command"] == truth["command"]
@@ -9509,13 +9520,17 @@ class TestMonitor:
                 watcher.stop()
 
     def test_asks_seldom_where_it_is_refused(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--require-token") as server:
-            with Watcher(f"127.0.0.1:{server.port}") as watcher:
-                refused = watcher.wait_for("server_refused")
-                assert refused["reason"].startswith("401: it needs a token")
+        with ServerProcess(tmp_path, "--require-token") as server, Babbler(frame([])) as babbler:
+            places = [f"127.0.0.1:{one.port}" for one in (server, babbler)]
+            with Watcher(*places) as watcher:
+                watcher.wait_for("server_refused", 2)
+                reasons = {e["server"]: e["reason"] for e in watcher.events if "reason" in e}
+                assert reasons[places[0]].startswith("401: it needs a token")
+                assert reasons[places[1]].startswith("it sent what cannot be understood: ")
                 time.sleep(2)
                 watcher.stop()
             assert len(server.log("refused")) <= 2
+            assert len(babbler.received) == 2
 
     def test_has_its_own_threshold(self, tmp_path: Path) -> None:
         usage = tmp_path / "usage"
@@ -9743,6 +9758,18 @@ class TestMonitorLog:
         check_monitor_log(log, state / "servercontrol" / "audit.log")
         assert not [one for one in read_lines(log) if one["event"] in ("gap", "task_lost")]
 
+    def test_names_a_run_that_nobody_saw(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        _, take, watched = make_monitor(path=str(log))
+        watched.link.boot_id, watched.link.seq, watched.link.said_goodbye = "a", 7, True
+        take(HELLO)
+        assert take({"type": "restarted", "boot_id": "b"}) == ["restarted"]
+        assert [one["event"] for one in read_lines(log)] == ["server_up"]
+        watched.state = "silent"
+        take({"type": "restarted", "boot_id": "b"})
+        gap = read_lines(log)[-1]
+        assert [gap[name] for name in ("event", "boot_id", "from", "to")] == ["gap", "a", 8, None]
+
     def test_names_what_the_server_kept_no_more(self, tmp_path: Path) -> None:
         """And still has the tasks, from the server's list of them."""
         log, state = tmp_path / "log", tmp_path / "state"
@@ -9792,6 +9819,161 @@ class TestMonitorLog:
             assert watcher.process.stderr is not None
             complaint = f"servercontrol: --log: {log}: Is a directory\n"
             assert watcher.process.stderr.read().decode() == complaint
+
+    def test_makes_up_for_a_full_disk(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path
+    ) -> None:
+        """What could not be written is written when there is room, also after half a record."""
+        log, full = tmp_path / "log", tmp_path / "full"
+        tasks: list[str] = []
+
+        def run(count: int) -> None:
+            tasks.extend(plain_server.run("true")["task_id"] for _ in range(count))
+            wait_until(
+                lambda: set(tasks) <= {e.get("task_id") for e in watcher.events if "state" in e}
+            )
+
+        with Watcher(place, f"--log={log}") as watcher:
+            watcher.wait_for("server_up")
+            run(1)
+            size = wait_until(lambda: "task_complete" in log.read_text() and log.stat().st_size)
+            limits = (size + 100, resource.RLIM_INFINITY)
+            resource.prlimit(watcher.process.pid, resource.RLIMIT_FSIZE, limits)
+            run(3)
+            assert log.stat().st_size == size + 100
+            resource.prlimit(watcher.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+            wait_until(lambda: ends_in_any_order(log, tasks))
+            log.rename(tmp_path / "log.1")
+            log.symlink_to("/dev/full")
+            run(3)
+            log.unlink()
+            wait_until(lambda: log.exists() and ends_in_any_order(log, tasks[4:]))
+            watcher.process.send_signal(signal.SIGINT)
+            assert watcher.process.wait(PATIENCE_SECONDS) == 0
+            assert watcher.process.stderr is not None
+            assert watcher.process.stderr.read().decode() == (
+                f"servercontrol: --log: {log}: No space left on device\n"
+            )
+        lines = [*(tmp_path / "log.1").read_text().splitlines(), *log.read_text().splitlines()]
+        broken = [line for line in lines if not line.endswith("}")]
+        assert len(broken) == 1 and len(broken[0]) == 100
+        full.write_text("\n".join(line for line in lines if line.endswith("}")))
+        ends = [one["task_id"] for one in read_lines(full) if one["event"] == "task_complete"]
+        assert ends == tasks
+
+    def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_WAITING_RECORDS", 5)
+        log = tmp_path / "log"
+        _, take, _ = make_monitor(path=str(log))
+        log.unlink()
+        log.symlink_to("/dev/full")
+        for number in range(9):
+            take({**START, "task_id": str(number), "cwd": "/", "by": "me"})
+        log.unlink()
+        take({**START, "task_id": "9", "cwd": "/", "by": "me"})
+        gap, *records = read_lines(log)
+        assert (gap["event"], gap["records"]) == ("gap", 6)
+        assert gap["reason"].endswith("No space left on device")
+        assert [one["task_id"] for one in records] == ["6", "7", "8", "9"]
+
+    def test_starts_on_a_device(self, place: str, plain_server: ServerProcess) -> None:
+        with Watcher(place, "--log=/dev/full") as watcher:
+            plain_server.run("true")
+            watcher.wait_for("stats_update")
+            watcher.process.send_signal(signal.SIGINT)
+            assert watcher.process.wait(PATIENCE_SECONDS) == 0
+            assert watcher.process.stderr is not None
+            assert watcher.process.stderr.read().count(b"--log: /dev/full: No space left") == 1
+
+    def test_is_of_one_monitor(self, place: str, tmp_path: Path) -> None:
+        with Watcher(place, f"--log={tmp_path}/log") as watcher:
+            watcher.wait_for("server_up")
+            finished = run_client("monitor", place, f"--log={tmp_path}/log")
+            assert finished.returncode == 2
+            assert b"log: another monitor writes it" in finished.stderr
+            watcher.stop()
+
+    @pytest.mark.parametrize("field", ["seq", "boot_id", "server", "task_id", "event"])
+    @pytest.mark.parametrize("value", ["1", "-1", "1.5", "1e999", "NaN", "null", "[]", "{}", '"x"'])
+    def test_learns_nothing_from_foreign_lines(
+        self, tmp_path: Path, field: str, value: str
+    ) -> None:
+        log = tmp_path / "log"
+        fields = {"server": "web1", "boot_id": "b", "seq": 1, "event": "task_complete"}
+        line = json.dumps({**fields, "task_id": "1", field: "@"}).replace('"@"', value)
+        log.write_bytes(b"\0\xff\n" + b"[" * 99999 + b"\n5\n" + line.encode() + b"\n\x1b[2J")
+        _, take, watched = make_monitor(path=str(log))
+        assert isinstance(watched.link.boot_id, str) and isinstance(watched.link.seq, int)
+        assert watched.link.seq >= 0
+        assert take(HELLO) == ["server_up"]
+        assert json.loads(log.read_bytes().splitlines()[-1])["event"] == "server_up"
+
+    def test_tells_tasks_apart_whose_ids_begin_anew(self, tmp_path: Path) -> None:
+        """A server that has lost its state folder."""
+        log = tmp_path / "log"
+        with ServerProcess(tmp_path / "a") as server:
+            place, options = f"127.0.0.1:{server.port}", [f"--log={log}"]
+            with Watcher(place, *options) as watcher:
+                watcher.wait_for("server_up")
+                assert server.run("exit 1")["task_id"] == "1"
+                watcher.wait_for("task_complete")
+        with ServerProcess(tmp_path / "b", f"--port={server.port}") as server:
+            with Watcher(place, *options) as watcher:
+                watcher.wait_for("server_up")
+                assert server.run("exit 2")["task_id"] == "1"
+                watcher.wait_for("task_complete")
+                watcher.stop()
+            with Watcher(place, *options) as watcher:
+                watcher.wait_for("stats_update")
+                watcher.stop()
+        ends = [one for one in read_lines(log) if one["event"] == "task_complete"]
+        assert [(one["task_id"], one["exit_code"]) for one in ends] == [("1", 1), ("1", 2)]
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_is_complete_whatever_dies(self, tmp_path: Path, seed: int) -> None:
+        """Cuts, kill -9 of the server and of the monitor, in any order."""
+        chance = random.Random(seed)
+        log, state = tmp_path / "log", tmp_path / "state"
+        options: list[str] = []
+        with contextlib.ExitStack() as stack:
+
+            def start_server() -> ServerProcess:
+                server = stack.enter_context(ServerProcess(state, *options))
+                server.check = False
+                options[:] = [f"--port={server.port}"]
+                return server
+
+            def start_watcher() -> Watcher:
+                watcher = stack.enter_context(Watcher(place, f"--log={log}"))
+                watcher.wait_for("stats_update")
+                return watcher
+
+            server = start_server()
+            cutter = stack.enter_context(Cutter(server.port, lambda _: None))
+            place = f"127.0.0.1:{cutter.port}"
+            watcher = start_watcher()
+            for number in range(25):
+                for _ in range(chance.randrange(4)):
+                    server.start(f"sleep {chance.random() / 5:.2f}; exit {number}")
+                what = chance.choice(["cut", "cut", "server", "monitor", "task"])
+                if what == "cut":
+                    cutter.cut_all()
+                elif what == "server":
+                    server.process.kill()
+                    server.process.wait()
+                    server = start_server()
+                elif what == "monitor":
+                    watcher.process.kill()
+                    watcher.process.wait()
+                    watcher = start_watcher()
+                else:
+                    server.run(f"exit {number}")
+            last = server.start("exit 1")
+            wait_until(lambda: ends_in(log, last))
+            wait_until(lambda: not server.get("/info")["tasks_running"])
+            watcher.wait_for("stats_update", 2)
+            watcher.stop()
+        check_monitor_log(log, state / "servercontrol" / "audit.log")
 
 
 class ScreenWatcher:
@@ -9937,6 +10119,90 @@ class TestMonitorScreen:
             with ScreenWatcher(f"127.0.0.1:{impostor.port}") as screen:
                 screen.wait_for(r"refused .*403: \?\[2Jboo")
                 assert b"\x1b[2J" not in screen.data
+
+    def test_takes_keys_that_come_together(self, place: str, tmp_path: Path) -> None:
+        hosts = write_hosts(tmp_path, *(f"s{number:02} {place}" for number in range(50)))
+        with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
+            screen.wait_for("50 servers: 50 up")
+            screen.type("njj\x1b[B\x1bOB\x1b[5~\x1b[6~\x1b[1;5Cj")
+            screen.wait_for(r"^12-32 of 50 by name")
+            screen.type("\x1b[F\x1b[H\x00\x7fé\x1b[")
+            screen.wait_for(r"^1-21 of 50 by name")
+            screen.type("jq")
+            assert screen.process.wait(PATIENCE_SECONDS) == 0
+            screen.check_restored()
+
+    def test_keeps_its_columns(self, tmp_path: Path) -> None:
+        """Long names are cut; East Asian characters take two cells, combining ones none."""
+        pyte = pytest.importorskip("pyte", reason="needs pyte, see PAGE_PACKAGES in the Makefile")
+        names = ["a", "服务器", "e\u0301te\u0301", "服" * 13, "x" * 24, "y" * 25, "服" * 40]
+        hosts = write_hosts(tmp_path, *(f"{name} 127.0.0.1:1" for name in names))
+        with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
+            screen.wait_for("7 servers: 7 unreachable")
+            emulator = pyte.Screen(80, 24)
+            pyte.ByteStream(emulator).feed(screen.data)
+            for row in range(2, 9):
+                cells = [emulator.buffer[row][column].data for column in range(80)]
+                assert cells[24] == " " and "".join(cells[25:36]) == "unreachable"
+            assert emulator.buffer[1][0].reverse
+            assert emulator.buffer[2][30].fg == "red"
+
+    def test_says_that_the_log_cannot_be_written(self, place: str, tmp_path: Path) -> None:
+        with ScreenWatcher(place, "--log=/dev/full") as screen:
+            screen.wait_for("^--log: /dev/full: No space left on device$")
+            screen.wait_for(" up ")
+
+    def test_counts_old_figures_no_more(self) -> None:
+        _, take, watched = make_monitor()
+        take(HELLO)
+        take(STATS)
+        assert sc.format_row(watched, 6, 80).split() == ["web1", "up", "5.0", "50.0", "0.10", "0"]
+        take({"type": "lost", "reason": "401: no", "status": 401})
+        row = sc.format_row(watched, 6, 80)
+        assert row.split() == ["web1", "refused", "-", "-", "-", "0", "401:", "no"]
+
+    def test_ends_when_the_terminal_is_gone(self, place: str, tmp_path: Path) -> None:
+        master, slave = pty.openpty()
+        with (tmp_path / "errors").open("wb") as errors:
+            with running_client(
+                *("monitor", place), stdin=slave, stdout=slave, stderr=errors
+            ) as process:
+                os.close(slave)
+                wait_until(lambda: b" up " in os.read(master, 65536))
+                os.close(master)
+                assert process.wait(PATIENCE_SECONDS) == 0
+        assert (tmp_path / "errors").read_bytes() == b""
+
+    def test_needs_no_keyboard(self, place: str) -> None:
+        master, slave = pty.openpty()
+        with running_client("monitor", place, stdout=slave) as process:
+            seen = b""
+            while b" up " not in seen:
+                seen += os.read(master, 65536)
+            assert "by state · Ctrl-C quits" in seen.decode()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_SECONDS) == 0
+            assert os.read(master, 65536).endswith(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+        os.close(master)
+        os.close(slave)
+
+    def test_is_none_on_a_dumb_terminal(self, place: str) -> None:
+        with ScreenWatcher(place, TERM="dumb") as screen:
+            screen.wait_for(f" {place} server_up ")
+            assert b"\x1b" not in screen.data
+
+    @pytest.mark.parametrize("place_of_the_bug", ["Monitor._look", "Screen._compose"])
+    def test_is_restored_after_a_bug(
+        self, place: str, tmp_path: Path, monkeypatch: Any, place_of_the_bug: str
+    ) -> None:
+        script = make_launcher(tmp_path, f"sc.{place_of_the_bug} = lambda *_: 1 / 0")
+        monkeypatch.setitem(globals(), "SCRIPT", script)
+        with ScreenWatcher(place) as screen:
+            assert screen.process.wait(PATIENCE_SECONDS) == 1
+            screen.read()
+            assert termios.tcgetattr(screen.slave) == screen.before
+            told = screen.data.rpartition(b"\x1b[?7h\x1b[?25h\x1b[?1049l")[2]
+            assert told.rstrip().endswith(b"ZeroDivisionError: division by zero")
 
 
 class TestRealRun:
