@@ -262,6 +262,7 @@ CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
 ANSWER_SECONDS = 15.0  # for a piece of an answer
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = 16 * MIB  # a server keeps no more
+MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that a server is seen within 5 s of its return
 REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
@@ -6114,6 +6115,11 @@ def parse_response_head(head: bytes) -> tuple[int, dict[str, str]]:
     return int(match.group(1)), {name.lower(): value.strip() for name, _, value in pairs}
 
 
+def foreign_error() -> UnreachableError:
+    """Return what is said of an answer that no ServerControl gives."""
+    return UnreachableError("it does not answer like ServerControl", 404)
+
+
 def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
     """Return why a server did not do what it was asked for, and what helps."""
     try:
@@ -6185,12 +6191,14 @@ async def read_response_head(reader: asyncio.StreamReader) -> tuple[int, dict[st
 
 async def read_rest(reader: asyncio.StreamReader) -> bytes:
     """Return what comes until the end of the connection. Raises UnreachableError."""
-    pieces = [b""]
+    answer = bytearray()
     try:
-        while True:
-            pieces.append(await asyncio.wait_for(reader.read(READ_CHUNK_BYTES), ANSWER_SECONDS))
-            if not pieces[-1]:
-                return b"".join(pieces)
+        while len(answer) <= MAX_ANSWER_BYTES:
+            piece = await asyncio.wait_for(reader.read(READ_CHUNK_BYTES), ANSWER_SECONDS)
+            if not piece:
+                return bytes(answer)
+            answer += piece
+        raise foreign_error()
     except (OSError, asyncio.TimeoutError):
         raise UnreachableError("disconnected in the middle of its answer") from None
 
@@ -6209,18 +6217,23 @@ async def fetch(
         writer.transport.abort()
     if status != 200:
         raise refused_error(target, status, answer)
-    if len(answer) != int(answer_fields.get("content-length", len(answer))):
+    if answer_fields.get("content-length", str(len(answer))) != str(len(answer)):
         raise UnreachableError("disconnected in the middle of its answer")
     return answer_fields, answer
 
 
-async def fetch_json(target: Target, method: str, path: str, body: bytes = b"") -> Any:
-    """Return the JSON of a 200 answer. Raises UnreachableError."""
+async def fetch_json(
+    target: Target, method: str, path: str, body: bytes = b"", kind: type = dict
+) -> Any:
+    """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
     _, answer = await fetch(target, method, path, body)
     try:
-        return json.loads(answer)
-    except ValueError:
-        raise UnreachableError("it does not answer like ServerControl", 404) from None
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise foreign_error() from None
+    if not isinstance(value, kind):
+        raise foreign_error()
+    return value
 
 
 # What reading JSON, and what is in it, raises where it is not what was agreed.
@@ -6276,7 +6289,7 @@ class Link:
         except asyncio.TimeoutError as error:
             raise UnreachableError(explain_failure(error)) from None
         except NONSENSE:
-            raise UnreachableError("it does not answer like ServerControl", 404) from None
+            raise foreign_error() from None
         return info
 
     def stop(self) -> None:
@@ -6465,14 +6478,16 @@ class RemoteTask:
         for delay in (*START_RETRY_SECONDS, None):
             try:
                 answer = await fetch_json(self.target, "POST", "/exec", body)
-                self.task_id = str(answer["task_id"])
-                return
+                break
             except UnreachableError as error:
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-            if (await fetch_json(self.target, "GET", "/info"))["boot_id"] != boot_id:
+            if (await fetch_json(self.target, "GET", "/info")).get("boot_id") != boot_id:
                 raise UnreachableError("it was restarted; whether the command ran is not known")
+        self.task_id = str(answer.get("task_id"))
+        if not re.fullmatch("[0-9]+", self.task_id):
+            raise foreign_error()
 
     async def follow(self) -> int:
         """Write the output as it comes, and return the exit code. Raises UnreachableError."""
@@ -6501,7 +6516,9 @@ class RemoteTask:
                 await self._fetch_output()
             self._end(event["exit_code"])
 
-    def _end(self, exit_code: int) -> None:
+    def _end(self, exit_code: Any) -> None:
+        if type(exit_code) is not int or not 0 <= exit_code <= 255:
+            raise ValueError("exit_code")
         self.exit_code = exit_code
         self.link.stop()
 
@@ -7117,7 +7134,7 @@ class Monitor:
 
     async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
         """Name the gap, and ask for the tasks that were in it."""
-        tasks = await fetch_json(watched.target, "GET", "/tasks")
+        tasks = await fetch_json(watched.target, "GET", "/tasks", kind=list)
         if event["to"] > 0:
             fields = {"from": max(1, event["from"]), "to": event["to"], "reason": "kept no more"}
             self._log.write("gap", watched, **fields)

@@ -8670,6 +8670,74 @@ class Impostor:
                     connection.sendall(self.answer)
 
 
+class Player(Impostor):
+    """Speaks the protocol well enough to be followed, and then says what it is told to.
+
+    answers: path -> answer, or the JSON of one; events: what comes on the WebSocket connection.
+    """
+
+    def __init__(self, answers: dict[str, Any], *events: Any) -> None:
+        super().__init__(b"")
+        info = {"boot_id": "b", "seq": 1, "hostname": "player"}
+        self.answers = {"/info": info, "/exec": {"task_id": "1"}, "/logs": OK, **answers}
+        self.events = ({"type": "hello", "boot_id": "b", "tasks": []}, *events)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                connection.settimeout(PATIENCE_SECONDS)
+                threading.Thread(target=self._play, args=(connection,), daemon=True).start()
+
+    def _play(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            request = connection.recv(65536)
+            self.received.append(request)
+            path = re.split(rb"[ ?]", request)[1].decode()
+            key = re.search(rb"Sec-WebSocket-Key: (\S+)", request)
+            if key is None:
+                answer = self.answers.get(path, b"")
+                head = b"" if isinstance(answer, bytes) else b"HTTP/1.0 200 OK\r\n\r\n"
+                connection.sendall(head + self._encode(answer))
+                return
+            fields = [("Sec-WebSocket-Accept", sc.compute_accept(key.group(1).decode()))]
+            connection.sendall(sc.encode_response_head(101, fields))
+            for event in self.events:
+                connection.sendall(sc.encode_frame(sc.Opcode.TEXT, self._encode(event)))
+            while connection.recv(65536):
+                pass
+
+    @staticmethod
+    def _encode(value: Any) -> bytes:
+        return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+FIRST_OUTPUT = {"type": "task_output", "seq": 2, "task_id": "1", "offset": 0, "output": "hi\n"}
+FIRST_END = {"type": "task_complete", "seq": 3, "task_id": "1", "exit_code": 0, "output_bytes": 3}
+NONSENSE: dict[str, tuple[Any, ...]] = {
+    # what: (what Player answers, events)
+    "a length that is none": ({"/info": b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\n{}"},),
+    "a list": ({"/info": []},),
+    "deep JSON": ({"/info": OK + b"[" * 100_000},),
+    "a huge seq": ({"/info": OK + b'{"boot_id":"b","seq":' + b"9" * 5000 + b"}"},),
+    "an infinite seq": ({"/info": OK + b'{"boot_id":"b","seq":1e999}'},),
+    "no task": ({"/exec": {}},),
+    "a task in a list": ({"/exec": [1]},),
+    "a task id for a request": ({"/exec": {"task_id": "1 HTTP/1.1\r\nX: y"}},),
+    "a message for a terminal": ({"/exec": b'HTTP/1.0 403 No\r\n\r\n{"message":"\\u001b[2J"}'},),
+    "an exit code of 300": ({}, {**FIRST_END, "exit_code": 300}),
+    "an exit code of text": ({}, FIRST_OUTPUT, {**FIRST_END, "exit_code": "\x1b[2J"}),
+    "no exit code": ({}, FIRST_OUTPUT, {**FIRST_END, "exit_code": None}),
+    "no length": ({}, FIRST_OUTPUT, {**FIRST_END, "output_bytes": None}),
+    "an infinite offset": ({}, b'{"type":"task_output","seq":2,"task_id":"1","offset":1e999}'),
+    "output that is no text": ({}, {**FIRST_OUTPUT, "output": 5}),
+    "kept output that is none": ({"/logs": OK + b"x"}, {**FIRST_OUTPUT, "offset": 9}),
+    "a gap of nothing": ({"/tasks": {}}, {"type": "gap", "from": 2, "to": 3}),
+    "an event that is none": ({}, b"[]"),
+}
+
+
 TARGETS = {
     # text: (host, port, tls, path, unix)
     "web1": ("web1", 8080, False, "", ""),
@@ -8873,6 +8941,29 @@ class TestExec:
         assert re.search(
             rb"servercontrol: .*: (disconnected|what answers|it does not)", finished.stderr
         )
+
+    @pytest.mark.parametrize("what", NONSENSE)
+    def test_takes_no_nonsense(self, what: str) -> None:
+        with Player(*NONSENSE[what]) as player:
+            finished = run_client("exec", f"127.0.0.1:{player.port}", "--", "true")
+        assert finished.returncode == 125
+        assert finished.stdout in (b"", b"hi\n")
+        assert finished.stderr.count(b"\n") == 1 and b"\x1b" not in finished.stderr
+        assert finished.stderr.startswith(b"servercontrol: 127.0.0.1:")
+
+    def test_ends_an_answer_without_end(self) -> None:
+        """Such a one must not fill our memory."""
+
+        class Flood(Player):
+            def _play(self, connection: socket.socket) -> None:
+                with contextlib.suppress(OSError), connection:
+                    connection.sendall(OK)
+                    while True:
+                        connection.sendall(b"x" * 1_000_000)
+
+        with Flood({}) as flood:
+            finished = run_client("exec", f"127.0.0.1:{flood.port}", "--", "true")
+        assert (finished.returncode, b"not answer like Server" in finished.stderr) == (125, True)
 
     @pytest.mark.parametrize(
         "name, reason",
