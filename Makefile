@@ -7,6 +7,8 @@ EXTRA_PACKAGES := psutil uvloop
 # What drives a browser through the page (it needs Debian's chromium as well), a terminal emulator
 # to compare the page's with, and axe-core, which finds barriers. Not part of `make matrix`.
 PAGE_PACKAGES := playwright pyte axe-playwright-python
+# Read what `discover --ansible` writes; neither is this part of `make matrix`.
+RECIPE_PACKAGES := ansible-core
 CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 4 --dist loadgroup
 # A test that fails while four run at once is run again alone, aloud: then it is no busy machine.
@@ -51,6 +53,8 @@ clean:           ## remove what make made
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
 	$(BIN)/python -m pip install --quiet --upgrade $(PAGE_PACKAGES) || \
 	  echo "NOT INSTALLED: $(PAGE_PACKAGES); the page will not be tested"
+	$(BIN)/python -m pip install --quiet --upgrade $(RECIPE_PACKAGES) || \
+	  echo "NOT INSTALLED: $(RECIPE_PACKAGES); Ansible will not be tested"
 	touch .venv/ok
 
 .PHONY: help run test check matrix bench soak fuzz clean

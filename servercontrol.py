@@ -6044,18 +6044,25 @@ def parse_target(name: str, text: str) -> Target:
 
     Raises ConfigError.
     """
-    if text.startswith(("/", "unix:")):
-        return Target(name, "", 0, unix=re.sub("^unix:(//)?", "", text))
+    path = re.sub("^unix:(//)?", "", text)
+    if path and text.startswith(("/", "unix:")):
+        return Target(name, "", 0, unix=path)
     is_bare = "://" not in text
     literal = f"[{text}]" if ":" in text and parse_ip(text) else text
     try:
         parts = urllib.parse.urlsplit(f"bare://{literal}" if is_bare else text)
         tls, port = SCHEMES[parts.scheme]
-        port = parts.port or port
+        port = port if parts.port is None else parts.port
     except (ValueError, KeyError):
-        parts = urllib.parse.urlsplit("")
-    more = parts.username or parts.query or parts.fragment or (is_bare and parts.path)
-    if not parts.hostname or more or not re.fullmatch(r"[!-~]*", text):
+        parts, port = urllib.parse.urlsplit(""), 0
+    more = (
+        text.startswith("unix:")
+        or parts.username
+        or parts.query
+        or parts.fragment
+        or (is_bare and parts.path)
+    )
+    if not parts.hostname or not port or more or not re.fullmatch(r"[!-~]*", text):
         raise ConfigError(f"{text!r} is no server: say host, host:port, a URL, or a listed name")
     return Target(name, parts.hostname, port, tls, parts.path.rstrip("/"))
 
@@ -6154,7 +6161,7 @@ def explain_failure(error: Exception) -> str:
         return f"its certificate is not trusted: {error.verify_message} (see SSL_CERT_FILE)"
     if ssl is not None and isinstance(error, ssl.SSLError):
         return "TLS failed (is it http?)"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: not even a name
         return "no such host"
     # Several addresses tried: asyncio puts what each said into one text.
     number = re.search(r"\[Errno (\d+)\]", str(error))
@@ -6459,17 +6466,20 @@ class RemoteTask:
         self._write = write
         self._tell = tell
         self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
-        # None before the start, and before the end.
+        # Whether the server was asked to start it; None before the start, and before the end.
+        self.is_asked = False
         self.task_id: str | None = None
         self.exit_code: int | None = None
         # How much of the output was written, in bytes.
         self._position = 0
         self.connected: Callable[[], None] = lambda: None
+        # What was told of a connection that is lost.
+        self._trouble = ""
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and is not known to have ended."""
-        return self.task_id is not None and self.exit_code is None
+        """Whether it may have been started, and is not known to have ended."""
+        return self.is_asked and self.exit_code is None
 
     async def start(self) -> None:
         """Start the command. Raises UnreachableError."""
@@ -6477,14 +6487,16 @@ class RemoteTask:
         body = encode_json(self._fields)
         for delay in (*START_RETRY_SECONDS, None):
             try:
+                self.is_asked = True
                 answer = await fetch_json(self.target, "POST", "/exec", body)
                 break
             except UnreachableError as error:
+                self.is_asked = not error.status
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
             if (await fetch_json(self.target, "GET", "/info")).get("boot_id") != boot_id:
-                raise UnreachableError("it was restarted; whether the command ran is not known")
+                raise UnreachableError("it was restarted")
         self.task_id = str(answer.get("task_id"))
         if not re.fullmatch("[0-9]+", self.task_id):
             raise foreign_error()
@@ -6497,8 +6509,10 @@ class RemoteTask:
 
     async def _take(self, event: dict[str, Any]) -> None:
         kind = event["type"]
+        trouble, self._trouble = self._trouble, event["reason"] if kind == "lost" else ""
         if kind == "lost":
-            self._tell(f"connection lost ({event['reason']}), trying again")
+            if self._trouble != trouble:
+                self._tell(f"connection lost ({self._trouble}), trying again")
         elif kind == "hello":
             self.connected()
         elif kind == "restarted":
@@ -6548,6 +6562,8 @@ class RemoteTask:
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
+        if self.task_id is None:  # who starts it stops it then
+            return
         try:
             await fetch(self.target, "POST", f"/kill?id={self.task_id}&signal=INT")
         except UnreachableError as error:
@@ -6749,6 +6765,8 @@ class Execution:
                 return self._left.result()
             everything.result()
         except OutputError:
+            while any(task.task_id is None for task in self._find_running()):
+                await asyncio.sleep(INPUT_PAUSE_SECONDS)
             await self._stop_all()
             raise
         finally:
@@ -6768,8 +6786,11 @@ class Execution:
     async def _read_all_input(self) -> list[bytes]:
         """Each of several servers gets the same input, so it is read first."""
         pieces: list[bytes] = []
-        while self._fields.get("stdin") and not (pieces and not pieces[-1]):
-            pieces.append(await read_input(0))
+        try:
+            while self._fields.get("stdin") and not (pieces and not pieces[-1]):
+                pieces.append(await read_input(0))
+        except OSError as error:
+            raise StartError(f"standard input: {error.strerror}") from None
         return pieces[:-1]
 
     async def _run_one(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
@@ -6777,6 +6798,8 @@ class Execution:
         feeding = None
         async with self._places:
             try:
+                if self._is_stopping:
+                    raise UnreachableError("not started")
                 await task.start()
                 if self._is_stopping:
                     await task.stop()
@@ -6785,8 +6808,10 @@ class Execution:
                 self._codes[name] = await task.follow()
             except UnreachableError as error:
                 self._codes[name], self._reasons[name] = UNREACHABLE_STATUS, str(error)
+                is_unknown = task.is_asked and task.task_id is None
+                doubt = "; whether the command was started is not known" if is_unknown else ""
                 where = "" if name == task.target.url else f" ({task.target.url})"
-                write_note(f"{name}{where}: {error}")
+                write_note(f"{name}{where}: {error}{doubt}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
@@ -6806,30 +6831,39 @@ class Execution:
                     break
                 await task.type(piece)
             await task.type(b"", is_end=True)
-        except UnreachableError as error:
-            write_note(f"{task.target.name}: its input is not complete ({error}); stopping it")
+        except (UnreachableError, OSError) as error:
+            reason = explain_failure(error)
+            write_note(f"{task.target.name}: its input is not complete ({reason}); stopping it")
             await task.stop()
 
     def _interrupt(self) -> None:
         """Ctrl-C: stop the commands; a second one leaves them."""
-        running = [task for task in self._tasks if task.is_running]
+        running = self._find_running()
         if self._is_stopping or not running:
             self._leave(128 + signal.SIGINT)
             return
         self._is_stopping = True
-        names = ", ".join(f"task {task.task_id} on {task.target.name}" for task in running[:5])
+        names = ", ".join(
+            f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
+        )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
         write_note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
         self._stopping = asyncio.ensure_future(self._stop_all())
 
-    def _tell_left(self) -> None:
-        for task in self._tasks:
-            if task.is_running:
-                url = f"{task.target.url}/logs?id={task.task_id}"
-                write_note(f"{task.target.name}: task {task.task_id} is left running: {url}")
+    def _find_running(self) -> list[RemoteTask]:
+        everybody = (task for task in self._tasks if task.is_running)
+        return [task for task in everybody if task.target.name not in self._codes]
 
     async def _stop_all(self) -> None:
-        await asyncio.gather(*(task.stop() for task in self._tasks if task.is_running))
+        await asyncio.gather(*(task.stop() for task in self._find_running()))
+
+    def _tell_left(self) -> None:
+        for task in self._find_running():
+            what = "its command may have been started"
+            if task.task_id is not None:
+                url = f"{task.target.url}/logs?id={task.task_id}"
+                what = f"task {task.task_id} is left running: {url}"
+            write_note(f"{task.target.name}: {what}")
 
     def _leave(self, status: int) -> None:
         if not self._left.done():
@@ -9043,9 +9077,9 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     for name in given.server or ["localhost"]:
         target = next((one for one in listed if one.name == name), None)
         target = target or parse_target(name, name)
-        # However it is named: this is a server that is listed with a token.
-        same = next((one for one in listed if one.url == target.url), target)
-        targets[name] = dataclasses.replace(target, token=token or same.token)
+        # However it is named: this may be a server that is listed with a token.
+        tokens = [one.token for one in (target, *listed) if one.url == target.url and one.token]
+        targets[name] = dataclasses.replace(target, token=[*tokens, token][0])
     return list(targets.values())
 
 
@@ -9120,7 +9154,10 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
     command = words[0] if len(words) == 1 else " ".join(shlex.quote(word) for word in words)
-    fields: dict[str, Any] = {"cmd": check_command(command), "timeout": given.timeout}
+    try:
+        fields: dict[str, Any] = {"cmd": check_command(command), "timeout": given.timeout}
+    except CommandError as error:
+        raise ConfigError(f"exec: {error.message}") from None
     if given.tty:
         cols, rows = read_terminal_size(0)
         fields.update(tty=True, cols=cols, rows=rows)
@@ -9277,20 +9314,21 @@ A probe asks for nothing secret and carries no token. Exit status: 0 if a server
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`discover`: ask who is there, print it, return the exit status."""
-    given = build_discover_parser().parse_args(argv)
+    parser = build_discover_parser()
+    port = environ.get("SERVERCONTROL_DISCOVERY_PORT") or str(Config.discovery_port)
+    parser.set_defaults(discovery_port=port)
+    given = parser.parse_args(argv)
     try:
         addresses = [socket.gethostbyname(address) for address in given.at]
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--at: {getattr(error, 'strerror', '') or error}") from None
-    port = given.discovery_port
-    if port is None:
-        port = parse_port(environ.get("SERVERCONTROL_DISCOVERY_PORT") or str(Config.discovery_port))
-    found = probe_network(find_broadcasts() + addresses, port, given.timeout)
+    found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
     if given.format:
         write_output(FORMATS[given.format][0](found).encode("utf-8", "replace"))
     elif found:
         write_output(format_found(found).encode("utf-8", "replace"))
     if not found:
+        port = given.discovery_port
         write_note(f"nothing answered on UDP port {port} (servers on loopback answer only there)")
     return 0 if found else 1
 

@@ -8575,12 +8575,16 @@ class Cutter:
     """A TCP proxy in front of a server that cuts connections.
 
     choose: gives for connection number N how many bytes of the server's answer go through before
-    it is cut, None for all of them.
+    it is cut, None for all of them. stalls: then it is not cut, but stands still until `resumed`.
     """
 
-    def __init__(self, port: int, choose: Callable[[int], int | None]) -> None:
+    def __init__(
+        self, port: int, choose: Callable[[int], int | None], stalls: bool = False
+    ) -> None:
         self.target = port
         self.choose = choose
+        self.stalls = stalls
+        self.resumed = threading.Event()
         self.listener = bind()
         self.listener.listen(64)
         self.port = self.listener.getsockname()[1]
@@ -8595,6 +8599,7 @@ class Cutter:
 
     def __exit__(self, *_: Any) -> None:
         self.is_closed = True
+        self.resumed.set()
         self.listener.close()
         self.cut_all()
 
@@ -8630,7 +8635,10 @@ class Cutter:
                 if limit is not None and len(data) >= limit:
                     sink.sendall(data[:limit])
                     self.cut += 1
-                    break
+                    if not self.stalls:
+                        break
+                    self.resumed.wait()
+                    data, limit = data[limit:], None
                 if not data:
                     break
                 limit = None if limit is None else limit - len(data)
@@ -8751,11 +8759,13 @@ TARGETS = {
     "https://web1/sc/": ("web1", 443, True, "/sc", ""),
     "ws://web1:8082": ("web1", 8082, False, "", ""),
     "wss://web1": ("web1", 443, True, "", ""),
+    "HTTP://Web1:08/": ("web1", 8, False, "", ""),
     "/run/sc.sock": ("", 0, False, "", "/run/sc.sock"),
     "unix:/run/unix:x": ("", 0, False, "", "/run/unix:x"),
 }
 NO_TARGETS = (
     *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
+    *("unix:", "unix://", "web1:0", "http://web1:0/", "web1:-1", "//web1", "http:web1", "?", "#a"),
     *("http://me:pw@web1", "http://web1/?a", "http://web1/#a", "we b1", "[::1", "wéb", "a\x1b[m"),
 )
 
@@ -8774,6 +8784,9 @@ class TestTargets:
 
     @pytest.mark.parametrize("text", NO_TARGETS)
     def test_says_what_is_no_server(self, text: str) -> None:
+        if text == "//web1":  # a path
+            assert sc.parse_target("", text).unix == text
+            return
         if text == "web1:":  # RFC 3986, 3.2.3: an empty port is the default one
             assert sc.parse_target("", text).port == 8080
             return
@@ -8823,6 +8836,28 @@ class TestTargets:
     )
     def test_takes_no_false_reply(self, data: bytes) -> None:
         assert sc.parse_discovery_reply(data, "10.0.0.1") is None
+
+    def test_takes_any_datagram(self) -> None:
+        """Half-right replies of all kinds: nothing but None or a clean reply comes out."""
+        chance = random.Random(3)
+        whole = {"type": "SERVER_RESPONSE", "hostname": "a", "port": 80, "ws_port": 81}
+        values = (None, True, -1, 0, 65536, 1e300, 10**30, [], {}, [[1]], "\x1b[2J\n", "\ud800")
+        taken = 0
+        for _ in range(3000):
+            facts: dict[str, Any] = {**whole, "version": "1", "tls": False}
+            facts[chance.choice(list(facts))] = chance.choice(values)
+            data = bytearray(json.dumps(facts).encode())
+            for _ in range(chance.randrange(3)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            found = sc.parse_discovery_reply(bytes(data), "10.0.0.1")
+            if found is not None:
+                taken += 1
+                assert found["hostname"].isprintable() and found["version"].isprintable()
+                assert re.fullmatch(r"https?://10\.0\.0\.1:\d+", found["url"]), found
+                assert sc.format_found([found]).count("\n") == 2
+                sc.format_hosts([found]).encode("ascii")
+        assert taken > 300
+        assert sc.parse_discovery_reply(b'{"a":' + b"[" * 2000, "10.0.0.1") is None
 
     def test_believes_only_the_form_of_a_reply(self) -> None:
         facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 81, "url": "http://evil/"}
@@ -8970,6 +9005,7 @@ class TestExec:
         [
             ("127.0.0.1:1", b"connection refused"),
             ("no-such-host.invalid", b"no such host"),
+            ("web1..x", b"no such host"),
             ("/nonexistent/socket", b"no such file"),
         ],
     )
@@ -9006,6 +9042,27 @@ class TestExec:
             run_client("exec", other, f"--token-file={tmp_path}/right", "--", "true")
             assert SERVER_RUN_TOKEN.encode() in impostor.received[-1]
 
+    def test_takes_the_token_of_the_name(self, tmp_path: Path) -> None:
+        """A server may be listed twice, for both roles; a listed token goes before --token-file."""
+        write_token(tmp_path, "run", SERVER_RUN_TOKEN)
+        write_token(tmp_path, "other", "another-token-of-somebody")
+        with Impostor(b"") as impostor:
+            url = f"http://127.0.0.1:{impostor.port}"
+            lines = (
+                f"look {url} other",
+                f"web1 {url} run",
+                f"bare http://localhost:{impostor.port}",
+            )
+            env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
+            option = f"--token-file={tmp_path}/other"
+            for names in (["web1"], ["web1", option]):
+                run_client("exec", *names, "--", "true", **env)
+                assert SERVER_RUN_TOKEN.encode() in impostor.received[-1]
+            run_client("exec", "bare", "--", "true", **env)
+            assert b"Authorization" not in impostor.received[-1]
+            run_client("exec", "bare", option, "--", "true", **env)
+            assert b"Bearer another-token" in impostor.received[-1]
+
     def test_follows_no_redirect(self, tmp_path: Path) -> None:
         token = write_token(tmp_path, "right", SERVER_RUN_TOKEN)
         with Impostor(b"") as there:
@@ -9024,6 +9081,8 @@ class TestExec:
             (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
             (["exec", "a", "--parallel=0", "--", "x"], "--parallel: "),
             (["exec", "a", "--timeout=x", "--", "x"], "--timeout: "),
+            (["exec", "a", "--", ""], "exec: the command is empty"),
+            (["exec", "a", "--", "x" * 70000], "exec: a command may have 65536 bytes"),
             (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
             (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
             (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
@@ -9065,6 +9124,23 @@ class TestExec:
         finished = run_client("exec", *names, "--stdin", "--fold", "--", "wc -l", stdin=b"a\nb\n")
         assert b"(2 servers, exit code 0)\n2\n" in finished.stdout
 
+    def test_tells_what_is_no_input(self, place: str, plain_server: ServerProcess) -> None:
+        unreadable = os.open(os.devnull, os.O_WRONLY)
+        try:
+            finished = run_client("exec", place, "--stdin", "--", "cat", stdin=unreadable)
+            assert finished.returncode == 128 + signal.SIGINT
+            assert (
+                b"its input is not complete (bad file descriptor); stopping it" in finished.stderr
+            )
+            names = (place, f"localhost:{plain_server.port}")
+            finished = run_client("exec", *names, "--stdin", "--", "cat", stdin=unreadable)
+            assert finished.returncode == 1
+            assert finished.stderr == b"servercontrol.py: standard input: Bad file descriptor\n"
+        finally:
+            os.close(unreadable)
+        closed = f"exec '{sys.executable}' '{SCRIPT}' exec {place} --stdin -- wc -c <&-"
+        assert subprocess.run(closed, shell=True, stdout=-1, timeout=60).stdout == b"0\n"
+
     def test_stops_in_time(self, place: str, plain_server: ServerProcess) -> None:
         finished = run_client("exec", place, "--timeout=0.2", "--", "sleep 60")
         assert finished.returncode == 128 + signal.SIGTERM
@@ -9078,6 +9154,30 @@ class TestExec:
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
             assert process.stderr.read() == b""
         wait_until(lambda: plain_server.get("/tasks")[-1]["state"] == "killed")
+
+    def test_ends_with_a_closed_pipe_of_several(
+        self, place: str, plain_server: ServerProcess
+    ) -> None:
+        with running_client("exec", place, f"localhost:{plain_server.port}", "--", "yes") as one:
+            assert one.stdout is not None and one.stderr is not None
+            assert one.stdout.read(4)
+            one.stdout.close()
+            assert one.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
+            assert one.stderr.read() == b""
+        wait_until(lambda: {t["state"] for t in plain_server.get("/tasks")[-2:]} == {"killed"})
+
+    @pytest.mark.parametrize("more, is_coloured", [({}, True), ({"NO_COLOR": "1"}, False)])
+    def test_colours_names_on_a_terminal(
+        self, place: str, plain_server: ServerProcess, more: dict[str, str], is_coloured: bool
+    ) -> None:
+        ours, theirs = os.openpty()
+        env = {"TERM": "xterm", "NO_COLOR": "", **more}
+        names = (place, f"localhost:{plain_server.port}")
+        with running_client("exec", *names, "--", "echo hi", stdout=theirs, env=env) as process:
+            assert process.wait(PATIENCE_SECONDS) == 0
+        os.close(theirs)
+        with os.fdopen(ours, "rb", buffering=0) as terminal:
+            assert (b"\x1b[" in terminal.read(4096)) is is_coloured
 
     def test_says_that_the_disk_is_full(self, place: str) -> None:
         with open("/dev/full", "wb") as full:
@@ -9108,6 +9208,71 @@ class TestExec:
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE_SECONDS) == 130
             assert b"is left running: http://127.0.0.1" in process.stderr.read()
+
+    def test_starts_nothing_after_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
+        """Servers whose turn has not come are spared."""
+        names = (place, f"localhost:{plain_server.port}", "--parallel=1")
+        before = len(plain_server.get("/tasks"))
+        with running_client("exec", *names, "--", "echo hi; sleep 63") as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline().endswith(b" | hi\n")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT
+            assert f"{names[1]} (http://{names[1]}): not started".encode() in process.stderr.read()
+        assert len(plain_server.get("/tasks")) == before + 1
+
+    @pytest.mark.parametrize("is_again", [False, True])
+    def test_stops_what_is_just_starting(self, plain_server: ServerProcess, is_again: bool) -> None:
+        """Ctrl-C while the answer to POST /exec is on its way."""
+        command = f"sleep 64.{is_again:d}"
+        with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
+            with running_client("exec", f"127.0.0.1:{cutter.port}", "--", command) as process:
+                assert process.stderr is not None
+                wait_until(
+                    lambda: [t for t in plain_server.get("/tasks") if t["command"] == command]
+                )
+                process.send_signal(signal.SIGINT)
+                assert process.stderr.readline().startswith(b"servercontrol: stopping task ? on ")
+                if is_again:
+                    process.send_signal(signal.SIGINT)
+                else:
+                    cutter.resumed.set()
+                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT
+                assert (b"may have been started" in process.stderr.read()) is is_again
+        task_id = plain_server.get("/tasks")[-1]["task_id"]
+        if is_again:
+            kill_task(plain_server, task_id)
+        assert plain_server.wait_for_end(task_id)["state"] == "killed"
+
+    def test_tells_what_a_signal_leaves(self, place: str, plain_server: ServerProcess) -> None:
+        with running_client("exec", place, "--", "echo hi; sleep 65") as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"hi\n"
+            process.terminate()
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+            task_id = plain_server.get("/tasks")[-1]["task_id"]
+            assert f"/logs?id={task_id}\n".encode() in process.stderr.read()
+        assert plain_server.task(task_id)["state"] == "running"
+
+    def test_ctrl_c_stops_what_is_just_starting(self, tmp_path: Path) -> None:
+        """Even if the server is slow to say that it has started."""
+        with ServerProcess(tmp_path) as server:
+
+            def choose(number: int) -> None:
+                if number == 1:  # POST /exec
+                    server.process.send_signal(signal.SIGSTOP)
+
+            with Cutter(server.port, choose) as cutter:
+                words = ("exec", f"127.0.0.1:{cutter.port}", "--", "sleep 60")
+                with running_client(*words) as process:
+                    wait_until(lambda: cutter.count == 2)
+                    process.send_signal(signal.SIGINT)
+                    assert process.stderr is not None
+                    assert b"stopping task" in process.stderr.readline()
+                    server.process.send_signal(signal.SIGCONT)
+                    assert process.wait(PATIENCE_SECONDS) == 130
+            (task,) = server.get("/tasks")
+            assert task["signal"] == "INT"
 
     def test_is_found_by_its_socket(self, tmp_path: Path) -> None:
         with UnixServer(tmp_path) as server:
@@ -9155,6 +9320,72 @@ class TestExec:
             finished = run_client("exec", place, "--", f"echo x >>{tmp_path}/count; echo done")
         assert (finished.returncode, finished.stdout) == (0, b"done\n")
         assert (tmp_path / "count").read_text() == "x\n"
+
+    def follow(
+        self, port: int, command: str, monkeypatch: Any, **seconds: float
+    ) -> tuple[bytes, list[str], Any]:
+        """Return the output, what was told, and the exit code or error, of one in our process."""
+        for name, value in seconds.items():
+            monkeypatch.setattr(sc, f"EXEC_{name}_SECONDS", value)
+        output, told = bytearray(), []
+
+        async def run() -> Any:
+            target = sc.parse_target("it", f"127.0.0.1:{port}")
+            task = sc.RemoteTask(target, {"cmd": command}, output.extend, told.append)
+            await task.start()
+            try:
+                return await task.follow()
+            except sc.UnreachableError as error:
+                return error
+
+        end = asyncio.run(run())
+        return bytes(output), told, end
+
+    @pytest.mark.parametrize("limit", [50, 5_000, 500_000])
+    def test_leaves_a_connection_that_stands_still(
+        self, plain_server: ServerProcess, monkeypatch: Any, limit: int
+    ) -> None:
+        """Such as through a firewall that forgot it: it is open, and nothing comes."""
+        command = "seq 300000; sleep 0.1; exit 4"
+        with Cutter(plain_server.port, lambda n: limit if n == 2 else None, stalls=True) as cutter:
+            found = self.follow(cutter.port, command, monkeypatch, SILENCE=1.0)
+            assert cutter.count > 3
+        assert found[2] == 4 and len(found[1]) == 1
+        assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
+
+    def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
+        with ServerProcess(tmp_path) as server:
+            server.check = False
+            command = f"echo hi; sleep 0.5; kill -9 {server.pid}; sleep 1"
+            output, told, error = self.follow(server.port, command, monkeypatch, GIVE_UP=3.0)
+        assert str(error) == "connection refused"
+        assert output in (b"", b"hi\n")
+        assert told[-1:] == ["connection lost (connection refused), trying again"]
+        assert len(told) <= 2  # each trouble once
+
+    def test_waits_for_a_server_that_stands_still(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            command = "seq 200000; sleep 0.3; seq 200000; exit 7"
+            with running_client("exec", f"127.0.0.1:{server.port}", "--", command) as one:
+                assert one.stdout is not None and one.stderr is not None
+                read = one.stdout.readline()
+                server.process.send_signal(signal.SIGSTOP)
+                time.sleep(3)
+                server.process.send_signal(signal.SIGCONT)
+                read += one.stdout.read()
+                assert (one.wait(PATIENCE_SECONDS), one.stderr.read()) == (7, b"")
+        assert read == b"".join(b"%d\n" % n for n in range(1, 200_001)) * 2
+
+    def test_tells_what_it_cannot_know(self) -> None:
+        """No answer to POST /exec came, however often it was asked."""
+        with Player({"/exec": b""}) as player:
+            finished = run_client("exec", f"127.0.0.1:{player.port}", "--", "true")
+            assert len([one for one in player.received if b"POST" in one]) == 4
+            assert (
+                len({one[one.index(b'"ref"') :] for one in player.received if b"POST" in one}) == 1
+            )
+        assert finished.returncode == 125
+        assert b"; whether the command was started is not known\n" in finished.stderr
 
     def test_tells_when_the_server_is_restarted(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path) as server:
@@ -9363,6 +9594,36 @@ class TestDiscover:
                 ran = run_client(*all_of_them, SERVERCONTROL_HOSTS=str(tmp_path / "hosts"))
                 assert b"(2 servers, exit code 0)\nhello\n" in ran.stdout
 
+    def test_is_not_held_up_by_rubbish(self) -> None:
+        """Somebody answers each probe with many datagrams, one of which is a reply."""
+        reply = b'{"type":"SERVER_RESPONSE","hostname":"\\u001b[2J{{ 1 }}","port":1,"ws_port":2}'
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.bind(("127.0.0.1", 0))
+            udp.settimeout(PATIENCE_SECONDS)
+
+            def answer() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        _, source = udp.recvfrom(2048)
+                        for number in range(100):
+                            udp.sendto(reply[: number % len(reply)], source)
+                        udp.sendto(reply, source)
+
+            threading.Thread(target=answer, daemon=True).start()
+            port = str(udp.getsockname()[1])
+            options = ("--at=127.0.0.1", "--timeout=1", f"--discovery-port={port}")
+            finished = run_client("discover", *options)
+            lines = finished.stdout.decode().splitlines()
+            assert (finished.returncode, len(lines)) == (0, 2)
+            assert lines[1].startswith("?[2J{{ 1 }}") and b"\x1b" not in finished.stdout
+            hosts = run_client("discover", *options, "--hosts").stdout
+            assert hosts == b"2J---1 http://127.0.0.1:1\n"
+
+    def test_names_a_bad_variable(self) -> None:
+        finished = run_client("discover", SERVERCONTROL_DISCOVERY_PORT="x")
+        assert finished.returncode == 2
+        assert finished.stderr.startswith(b"servercontrol.py: --discovery-port: 'x' is not a port")
+
     def test_says_that_nobody_is_there(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
             free.bind(("127.0.0.1", 0))
@@ -9469,13 +9730,13 @@ STATS = {
     "ram_total": 2,
     "load_avg": [0.1, 0.2, 0.3],
 }
-STATS_NONSENSE = [
+STATS_RUBBISH = [
     *({"cpu": "x"}, {"cpu": -1}, {"cpu": 10**400}, {"cpu": None}, {"seq": 1.5}, {"seq": "3"}),
     *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
 ]
 START = {"type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true"}
-NONSENSE = [
-    *(frame({**STATS, **wrong}) for wrong in STATS_NONSENSE),
+RUBBISH = [
+    *(frame({**STATS, **wrong}) for wrong in STATS_RUBBISH),
     frame(json.dumps({**STATS, "cpu": 0}).replace('"cpu": 0', '"cpu": 1e999')),
     frame('{"type":"x","seq":2,"timestamp":1e999}'),
     frame('{"type":"x","seq":NaN}'),
@@ -9651,7 +9912,7 @@ sc.choose_source = Scripted
         events = [one["event"] for one in read_lines(tmp_path / "log")]
         assert (events.count("cpu_alert"), events.count("alert_resolved")) == (1, 1)
 
-    @pytest.mark.parametrize("said", NONSENSE)
+    @pytest.mark.parametrize("said", RUBBISH)
     def test_takes_no_harm_from_rubbish(
         self, place: str, plain_server: ServerProcess, tmp_path: Path, said: bytes
     ) -> None:
