@@ -9655,6 +9655,7 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
 
 def run_command_line(argv: Sequence[str]) -> int:
     """Run what is not `serve`; return its exit status."""
+    raise_descriptor_limit()  # a connection each to a thousand servers
     try:
         return COMMAND_LINES[argv[0]](argv[1:], os.environ)
     except (OutputError, BrokenPipeError) as error:
