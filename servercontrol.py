@@ -9207,11 +9207,16 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
     return "\n".join([*lines, format_totals(everybody)]) + "\n"
 
 
+def is_unclear(watched: Watched) -> bool:
+    """Whether more is to be known of a server in a moment."""
+    return watched.state == "connecting" or (watched.state == "up" and not watched.stats)
+
+
 async def watch_once(monitor: Monitor) -> None:
     """Let a monitor have one look at every server."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
-    while not all(one.stats or one.reason for one in monitor.all) and time.monotonic() < end:
+    while time.monotonic() < end and any(is_unclear(watched) for watched in monitor.all):
         await asyncio.sleep(0.02)
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)

@@ -9710,8 +9710,8 @@ def check_monitor_log(path: Path, *audits: Path) -> None:
         if one["event"] == "task_complete":
             names = ("exit_code", "signal", "state", "output_bytes")
             assert [one[name] for name in names] == [truth[name] for name in names]
-        else:
-            assert truth.get("state") == "interrupted"
+        else:  # it may also have ended in the gap
+            assert truth.get("state") == "interrupted" or truth["start_boot"] not in whole
 
 
 def frame(value: Any) -> bytes:
