@@ -5039,6 +5039,8 @@ class TlsServer(SocketServer):
         from websockets.sync.client import connect
 
         url = f"wss://127.0.0.1:{self.ws_port}{path}"
+        # Longer than the server waits for a head: which of the two did not hear the other?
+        options.setdefault("open_timeout", PATIENCE_SECONDS)
         return connect(url, compression=None, max_size=None, ssl=self.context, **options)
 
     def shown_certificate(self, context: ssl.SSLContext) -> bool:
