@@ -6437,7 +6437,9 @@ class Link:
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         newest = event.get("seq", event.get("to"))
-        if newest is None:  # pong, error
+        if event["type"] == "error":
+            await self._take(event)
+        if newest is None:  # that, or a pong
             return
         if not isinstance(newest, int):
             raise ValueError("seq is no integer")
@@ -6473,8 +6475,10 @@ class RemoteTask:
         # How much of the output was written, in bytes.
         self._position = 0
         self.connected: Callable[[], None] = lambda: None
-        # What was told of a connection that is lost.
+        # What was told of a connection that is lost; and the code of the newest error
+        # that the server sent.
         self._trouble = ""
+        self._error = ""
 
     @property
     def is_running(self) -> bool:
@@ -6519,6 +6523,8 @@ class RemoteTask:
             raise UnreachableError("it was restarted, which ended the command", 410)
         elif kind == "gap":
             await self._catch_up()
+        elif kind == "error":
+            self._take_error(event)
         elif event.get("task_id") != self.task_id:
             return
         elif kind == "task_output":
@@ -6529,6 +6535,12 @@ class RemoteTask:
             if event["output_bytes"] > self._position:
                 await self._fetch_output()
             self._end(event["exit_code"])
+
+    def _take_error(self, event: dict[str, Any]) -> None:
+        """Of a long paste that the task does not read each piece is refused; said once."""
+        if event["code"] == "input_full" != self._error:
+            self._tell("what was typed is not all taken: the task does not read it")
+        self._error = event["code"]
 
     def _end(self, exit_code: Any) -> None:
         if type(exit_code) is not int or not 0 <= exit_code <= 255:

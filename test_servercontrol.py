@@ -9509,6 +9509,17 @@ class TestExecTerminal:
             person.read_until("got early\r\n")
             assert person.wait() == 0
 
+    def test_paste_that_is_not_taken_is_told(self, place: str) -> None:
+        command = "stty raw -echo; echo ready; sleep 300"
+        with Person("exec", place, "--tty", "--", command) as person:
+            person.read_until("ready")
+            for _ in range(300):
+                person.type("x" * 8192)
+            person.read_until("not all taken")
+            person.type("\x1d")
+            assert person.wait() == 0
+        assert person.text.count("not all taken") == 1
+
     def test_size_arrives(self, place: str) -> None:
         command = "trap 'stty size' WINCH; stty size; while :; do sleep 0.05; done"
         with Person("exec", place, "--tty", "--", command) as person:
