@@ -271,6 +271,7 @@ SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passe
 EXEC_SILENCE_SECONDS = 20.0
 EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
+FINISH_SECONDS = 1.0  # for what is not written yet when we go
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
@@ -6057,7 +6058,7 @@ def parse_target(name: str, text: str) -> Target:
         parts, port = urllib.parse.urlsplit(""), 0
     more = (
         text.startswith("unix:")
-        or parts.username
+        or "@" in parts.netloc
         or parts.query
         or parts.fragment
         or (is_bare and parts.path)
@@ -6074,8 +6075,8 @@ def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
     """
     listed: dict[str, tuple[Target, str]] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.split(None, 2)
-        if not words or words[0].startswith("#"):
+        words = re.split(r"(?:^|\s)#", line)[0].split(None, 2)
+        if not words:
             continue
         if len(words) < 2 or words[0] in listed or not words[0].isprintable():
             problem = "stands twice" if words[0] in listed else "needs: name url [token-file]"
@@ -6278,6 +6279,8 @@ class Link:
         # When anything last came, and when the connection was last good (monotonic seconds).
         self.heard_now = time.monotonic()
         self._good_now = time.monotonic()
+        # Whether we keep the server waiting: then its silence means nothing.
+        self.is_paused = False
         # The open connection; after a restart the events before `hello`, which says whose they are.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
@@ -6340,7 +6343,7 @@ class Link:
 
     async def _follow(self) -> None:
         """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
-        seconds = self._connect_seconds
+        seconds, start_now = self._connect_seconds, time.monotonic()
         reader, writer = await open_target(self.target, seconds)
         timer = None
         try:
@@ -6362,6 +6365,8 @@ class Link:
             raise UnreachableError(text, 404) from None
         finally:
             self._writer = None
+            if self._good_now >= start_now:  # there was a `hello`: it was good until now
+                self._good_now = self.heard_now
             if timer is not None:
                 timer.cancel()
             writer.close()
@@ -6388,6 +6393,8 @@ class Link:
         """Ask a server that is quiet whether it is there; leave one that does not answer."""
         while True:
             await asyncio.sleep(self._silence_seconds / 4)
+            if self.is_paused:
+                self.heard_now = time.monotonic()
             idle_seconds = time.monotonic() - self.heard_now
             if idle_seconds > self._silence_seconds:
                 writer.transport.abort()
@@ -6451,8 +6458,8 @@ class Link:
 class RemoteTask:
     """A command on a server, from its start to its exit code.
 
-    fields: the body of `POST /exec`; write: takes output as it comes; tell: a line for people.
-    connected: called whenever messages can be sent (anew).
+    fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until there is
+    room for more; tell: a line for people. connected: called whenever messages can be sent (anew).
     """
 
     def __init__(
@@ -6460,20 +6467,24 @@ class RemoteTask:
         target: Target,
         fields: Mapping[str, Any],
         write: Callable[[bytes], None],
+        drain: Callable[[], Awaitable[None]],
         tell: Callable[[str], None],
     ) -> None:
         self.target = target
         # With the same `ref` a request that is sent again starts nothing twice.
         self._fields = {**fields, "ref": secrets.token_urlsafe(12)}
         self._write = write
+        self._drain = drain
         self._tell = tell
         self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
         # Whether the server was asked to start it; None before the start, and before the end.
         self.is_asked = False
         self.task_id: str | None = None
         self.exit_code: int | None = None
-        # How much of the output was written, in bytes.
+        # Of the output, in bytes: how much was written and lost; whether a line has begun.
         self._position = 0
+        self.lost_bytes = 0
+        self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
         # What was told of a connection that is lost; and the code of the newest error
         # that the server sent.
@@ -6530,7 +6541,7 @@ class RemoteTask:
         elif kind == "task_output":
             if event["offset"] > self._position:
                 await self._fetch_output()
-            self._write_at(event["offset"], event["output"].encode("utf-8"))
+            await self._write_at(event["offset"], event["output"].encode("utf-8"))
         elif kind == "task_complete":
             if event["output_bytes"] > self._position:
                 await self._fetch_output()
@@ -6561,16 +6572,23 @@ class RemoteTask:
         start, end = int(fields["x-offset"]), int(fields["x-next-offset"])
         if end - start != len(output):
             raise UnreachableError("disconnected in the middle of its answer")
-        self._write_at(start, output)
+        await self._write_at(start, output)
 
-    def _write_at(self, offset: int, data: bytes) -> None:
+    async def _write_at(self, offset: int, data: bytes) -> None:
         if offset > self._position:
             lost = offset - self._position
+            self.lost_bytes += lost
             self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
+            if self._is_in_line:  # its end is lost, and what comes is of another one
+                self._write(b"\n")
         new = data[max(0, self._position - offset) :]
         self._position = max(self._position, offset + len(data))
         if new:
+            self._is_in_line = not new.endswith(b"\n")
             self._write(new)
+            self.link.is_paused = True
+            await self._drain()
+            self.link.is_paused = False
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
@@ -6624,14 +6642,19 @@ async def read_input(fd: int) -> bytes:
 class Keyboard:
     """Our terminal in raw mode, whose keys and size go to a task's. Ctrl-] lets go of the task.
 
-    Keys that come while there is no connection wait for the next one.
+    Keys that come while there is no connection wait for the next one, but Ctrl-C before the task
+    is there is meant for us.
     """
 
     LEAVE = "\x1d"
+    INTERRUPT = "\x03"
 
-    def __init__(self, task: RemoteTask, leave: Callable[[], None]) -> None:
+    def __init__(
+        self, task: RemoteTask, leave: Callable[[], None], interrupt: Callable[[], None]
+    ) -> None:
         self._task = task
         self._leave = leave
+        self._interrupt = interrupt
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._before: list[Any] = []
         # Pieces of what was typed and is not sent.
@@ -6644,7 +6667,6 @@ class Keyboard:
         loop = asyncio.get_running_loop()
         loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self._resize)
-        loop.add_signal_handler(signal.SIGHUP, self._leave)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -6665,6 +6687,9 @@ class Keyboard:
         if not data or self.LEAVE in keys:
             asyncio.get_running_loop().remove_reader(0)
             self._leave()
+            return
+        if self.INTERRUPT in keys and self._task.task_id is None:
+            self._interrupt()
             return
         self._waiting.append(keys)
         self._send_keys()
@@ -6702,20 +6727,113 @@ class LineWriter:
             self.write(b"\n")
 
 
+def write_some(fd: int, data: memoryview, milliseconds: int | None = 0) -> int:
+    """Write what a descriptor takes within a time (None: whenever); return how many bytes.
+
+    A pipe that is writable takes PIPE_BUF at once (pipe(7)). O_NONBLOCK would be so for all
+    processes that share it. Raises OSError.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(milliseconds):
+        return 0
+    try:
+        return os.write(fd, data[: select.PIPE_BUF])
+    except BlockingIOError:  # somebody else has set O_NONBLOCK, and less fits
+        return 0
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write everything, however long that takes. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[write_some(fd, rest, None) :]
+
+
 def write_output(data: bytes) -> None:
     """Write to our standard output. Raises OutputError."""
     try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        write_all(1, data)
     except OSError as error:
         raise OutputError(error) from None
 
 
-def write_note(text: str) -> None:
-    """Tell a person something, on stderr; if that is gone nobody is there to be told."""
+def encode_note(text: str) -> bytes:
+    """Return what is told to a person on stderr."""
     is_raw = os.isatty(2) and not termios.tcgetattr(2)[1] & termios.OPOST
     end = "\r\n" if is_raw else "\n"
-    write_without_waiting(2, f"servercontrol: {text}{end}".encode("utf-8", "replace"))
+    return f"servercontrol: {text}{end}".encode("utf-8", "replace")
+
+
+def write_note(text: str) -> None:
+    """Tell a person something; if stderr is gone nobody is there to be told."""
+    with contextlib.suppress(OSError):
+        write_all(2, encode_note(text))
+
+
+class Output:
+    """A descriptor that is written to whole and in order, while everything else goes on."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._waiting: deque[memoryview] = deque()
+        # In bytes.
+        self.waiting_bytes = 0
+        self._error: OutputError | None = None
+        self._writing: asyncio.Future[None] | None = None
+
+    def put(self, data: bytes) -> None:
+        """Write data, now or when that can be done."""
+        if data and self._error is None:
+            self._waiting.append(memoryview(data))
+            self.waiting_bytes += len(data)
+            if self._writing is None:
+                self._flush()
+                if self._waiting:
+                    self._writing = asyncio.ensure_future(self._write())
+
+    async def drain(self) -> None:
+        """Wait until everything is written. Raises OutputError."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+        self.check()
+
+    def check(self) -> None:
+        """Raise OutputError if writing has failed."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self, seconds: float) -> None:
+        """Write what waits still, without the event loop, if that takes no longer."""
+        end = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < end:
+            self._flush(milliseconds=20)
+
+    def _flush(self, milliseconds: int = 0) -> None:
+        try:
+            while self._waiting:
+                count = write_some(self._fd, self._waiting[0], milliseconds)
+                if not count:
+                    return
+                self.waiting_bytes -= count
+                self._waiting[0] = self._waiting[0][count:]
+                if not self._waiting[0]:
+                    self._waiting.popleft()
+        except OSError as error:
+            self._error = OutputError(error)
+            self._waiting.clear()
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            is_ready = asyncio.Event()
+            loop.add_writer(self._fd, is_ready.set)
+            try:
+                await is_ready.wait()
+            finally:
+                loop.remove_writer(self._fd)
+            self._flush()
+        self._writing = None
 
 
 def wants_colours(fd: int, environ: Mapping[str, str]) -> bool:
@@ -6736,6 +6854,8 @@ class Execution:
         self._fold = fold
         self._places = asyncio.Semaphore(parallel)
         self._is_single = len(targets) == 1 and not fold
+        self._output, self._notes = Output(1), Output(2)
+        # What is kept for --fold.
         self._outputs: dict[str, list[bytes]] = {target.name: [] for target in targets}
         self._width = max(len(target.name) for target in targets)
         self._is_coloured = wants_colours(1, os.environ)
@@ -6747,10 +6867,12 @@ class Execution:
         # Set when we go, whatever the commands do; Ctrl-C came once.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._is_stopping = False
+        # Whether what was kept is shown already.
+        self._is_shown = False
 
     def _make_task(self, target: Target) -> RemoteTask:
         name = target.name
-        write: Callable[[bytes], None] = write_output
+        write: Callable[[bytes], None] = self._output.put
         if self._is_single:
             pass
         elif self._fold:
@@ -6758,16 +6880,28 @@ class Execution:
         else:
             colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
-            self._lines[name] = LineWriter(prefix.encode("utf-8"), write_output)
+            self._lines[name] = LineWriter(prefix.encode("utf-8"), self._output.put)
             write = self._lines[name].write
-        return RemoteTask(target, self._fields, write, lambda text: write_note(f"{name}: {text}"))
+        drain = self._output.drain
+        return RemoteTask(
+            target, self._fields, write, drain, lambda text: self._note(f"{name}: {text}")
+        )
+
+    def _note(self, text: str) -> None:
+        self._notes.put(encode_note(text))
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                loop.add_signal_handler(number, self._leave, 128 + number)
+                if number == signal.SIGINT:
+                    loop.add_signal_handler(number, self._interrupt)
 
     async def run(self) -> int:
         """Return the exit status. Raises OutputError."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGTERM, self._leave, 128 + signal.SIGTERM)
-        everything = loop.create_task(self._run_all())
+        self._handle_signals()
+        everything = asyncio.ensure_future(self._run_all())
         try:
             with self._open_keyboard():
                 ends: set[asyncio.Future[Any]] = {everything, self._left}
@@ -6775,7 +6909,7 @@ class Execution:
             if self._left.done():
                 self._tell_left()
                 return self._left.result()
-            everything.result()
+            return everything.result()
         except OutputError:
             while any(task.task_id is None for task in self._find_running()):
                 await asyncio.sleep(INPUT_PAUSE_SECONDS)
@@ -6784,15 +6918,23 @@ class Execution:
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
-        return self._conclude()
+            for output in (self._output, self._notes):
+                output.finish(FINISH_SECONDS)
 
-    async def _run_all(self) -> None:
+    async def _run_all(self) -> int:
         pieces = None if self._is_single else await self._read_all_input()
         await asyncio.gather(*(self._run_one(task, pieces) for task in self._tasks))
+        self._show_kept()
+        if len(self._tasks) > 1:
+            self._note(self._summarize())
+        await self._output.drain()
+        with contextlib.suppress(OutputError):  # nobody is there to be told
+            await self._notes.drain()
+        return max(self._codes.values())
 
     def _open_keyboard(self) -> contextlib.AbstractContextManager[Any]:
         if self._fields.get("tty") and os.isatty(0):
-            return Keyboard(self._tasks[0], lambda: self._leave(0))
+            return Keyboard(self._tasks[0], lambda: self._leave(0), self._interrupt)
         return contextlib.nullcontext()
 
     async def _read_all_input(self) -> list[bytes]:
@@ -6817,13 +6959,16 @@ class Execution:
                     await task.stop()
                 if self._fields.get("stdin") is True and not self._has_keyboard():
                     feeding = asyncio.ensure_future(self._feed(task, pieces))
-                self._codes[name] = await task.follow()
+                code = await task.follow()
+                if task.lost_bytes:
+                    raise UnreachableError(f"its output is not complete (exit code {code})")
+                self._codes[name] = code
             except UnreachableError as error:
                 self._codes[name], self._reasons[name] = UNREACHABLE_STATUS, str(error)
                 is_unknown = task.is_asked and task.task_id is None
                 doubt = "; whether the command was started is not known" if is_unknown else ""
                 where = "" if name == task.target.url else f" ({task.target.url})"
-                write_note(f"{name}{where}: {error}{doubt}")
+                self._note(f"{name}{where}: {error}{doubt}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
@@ -6845,7 +6990,7 @@ class Execution:
             await task.type(b"", is_end=True)
         except (UnreachableError, OSError) as error:
             reason = explain_failure(error)
-            write_note(f"{task.target.name}: its input is not complete ({reason}); stopping it")
+            self._note(f"{task.target.name}: its input is not complete ({reason}); stopping it")
             await task.stop()
 
     def _interrupt(self) -> None:
@@ -6859,7 +7004,7 @@ class Execution:
             f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
         )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
-        write_note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
+        self._note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     def _find_running(self) -> list[RemoteTask]:
@@ -6870,38 +7015,45 @@ class Execution:
         await asyncio.gather(*(task.stop() for task in self._find_running()))
 
     def _tell_left(self) -> None:
+        """Show what there is, and say what runs on."""
+        self._show_kept()
         for task in self._find_running():
             what = "its command may have been started"
             if task.task_id is not None:
                 url = f"{task.target.url}/logs?id={task.task_id}"
                 what = f"task {task.task_id} is left running: {url}"
-            write_note(f"{task.target.name}: {what}")
+            self._note(f"{task.target.name}: {what}")
+        if len(self._tasks) > 1:
+            self._note(self._summarize())
 
     def _leave(self, status: int) -> None:
         if not self._left.done():
             self._left.set_result(status)
 
-    def _conclude(self) -> int:
-        """Show what was kept and a summary; return the exit status."""
-        if self._is_single:
-            return next(iter(self._codes.values()))
+    def _show_kept(self) -> None:
+        """Show what was kept until now, once."""
+        if self._is_shown:
+            return
+        self._is_shown = True
+        for lines in self._lines.values():
+            lines.end()
         if self._fold:
             self._write_folded()
-        if len(self._codes) > 1:
-            write_note(self._summarize())
-        return max(self._codes.values())
 
     def _write_folded(self) -> None:
-        groups: dict[tuple[int, bytes], list[str]] = {}
+        groups: dict[tuple[str, bytes], list[str]] = {}
         for name, pieces in self._outputs.items():
-            if name not in self._reasons:
-                groups.setdefault((self._codes[name], b"".join(pieces)), []).append(name)
-        for (code, output), names in groups.items():
+            code, output = self._codes.get(name), b"".join(pieces)
+            result = "it has not ended" if code is None else f"exit code {code}"
+            result = self._reasons.get(name, result)
+            if output or result.startswith("exit"):
+                groups.setdefault((result, output), []).append(name)
+        for (result, output), names in groups.items():
             bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
             count = f"{len(names)} servers, " if len(names) > 1 else ""
-            title = f"{bold}── {', '.join(names)} ({count}exit code {code}){plain}\n"
+            title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
             end = b"" if output.endswith(b"\n") or not output else b"\n"
-            write_output(title.encode("utf-8") + output + end)
+            self._output.put(title.encode("utf-8") + output + end)
 
     def _summarize(self) -> str:
         parts = []
@@ -6911,7 +7063,9 @@ class Execution:
             shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (count > 10)})"
             what = "not reached" if lost == names else f"exit code {code}"
             parts.append(f"{count} {what}{shown}")
-        return f"{len(self._codes)} servers: {'; '.join(parts)}"
+        if len(self._codes) < len(self._tasks):
+            parts.append(f"{len(self._tasks) - len(self._codes)} not ended")
+        return f"{len(self._tasks)} servers: {'; '.join(parts)}"
 
 
 class Watched:
@@ -6960,7 +7114,8 @@ class Watched:
 class MonitorLog:
     """Every task of every server as JSON lines; and, from an older run, where to go on.
 
-    Opened for each record, so that it can be rotated by rename. path "": there is none.
+    Opened for each record, so that it can be rotated, by rename or copytruncate: a new file begins
+    with a `position` of each server, so that it is enough to go on from. path "": there is none.
     """
 
     TASK = ("task_id", "command", "cwd", "by", "started")
@@ -6973,6 +7128,10 @@ class MonitorLog:
         self._is_cut = False
         # Why not; "" while all is well.
         self.problem = ""
+        # The file that is locked, and its (device, inode, size) when we last wrote; None of a FIFO.
+        self._lock_fd = -1
+        self._seen: tuple[int, int, int] | None = None
+        self.everybody: Sequence[Watched] = ()
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
         # server -> task_id -> its start, None once its end is on record.
@@ -7001,6 +7160,8 @@ class MonitorLog:
             raise ConfigError(f"--log: {self._path}: another monitor writes it") from None
         except OSError as error:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
+        self._lock_fd = fd
+        self._note_size(status)
         # After a crash: the next record starts on its own line.
         self._is_cut = bool(data) and not data.endswith(b"\n")
         for line in data.split(b"\n"):
@@ -7020,44 +7181,85 @@ class MonitorLog:
             self.tasks[server][record["task_id"]] = {name: record[name] for name in self.TASK}
         elif record["event"] in ("task_complete", "task_lost"):
             self.tasks[server][record["task_id"]] = None
+        elif record["event"] == "position":
+            ended: dict[str, dict[str, Any] | None] = dict.fromkeys(record["ended"])
+            self.tasks[server] = {**ended, **{task["task_id"]: task for task in record["tasks"]}}
+
+    def _encode(self, event: str, watched: Watched, **fields: Any) -> bytes:
+        where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
+        record = {"time": format_time(time.time()), "event": event, "server": watched.target.name}
+        return encode_json({**record, **where, **fields}) + b"\n"
 
     def write(self, event: str, watched: Watched, **fields: Any) -> None:
         """Append a record. What fails is said once a minute, and tried again; nothing stops."""
         if not self._path:
             return
-        where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
-        record = {"time": format_time(time.time()), "event": event, "server": watched.target.name}
-        self._waiting.append(encode_json({**record, **where, **fields}) + b"\n")
+        self._waiting.append(self._encode(event, watched, **fields))
         if len(self._waiting) > MAX_WAITING_RECORDS:
-            count = len(self._waiting)
-            gap = {**record, "event": "gap", "server": None, "records": count}
-            self._waiting = [encode_json({**gap, "reason": self.problem}) + b"\n"]
+            gap = {"server": None, "records": len(self._waiting), "reason": self.problem}
+            self._waiting = [self._encode("gap", watched, **gap)]
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits, in one write."""
-        if not self._waiting:
-            return
-        data = b"\n" * self._is_cut + b"".join(self._waiting)
-        written = 0
+        """Write what waits, in one write, and find out whether the file was rotated."""
         try:
-            fd = self._open(os.O_WRONLY)
-            try:
-                written = os.write(fd, data)
-            finally:
-                os.close(fd)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.problem = ""
+            if self._seen is not None and self._is_rotated(self._seen):
+                self._begin()
+            if self._waiting:
+                self._append()
+                self.problem = ""
         except OSError as error:
             self.problem = f"--log: {self._path}: {error.strerror}"
             if time.monotonic() - self._complained_now >= AUDIT_ERROR_SECONDS:
                 self._complained_now = time.monotonic()
-                write_note(self.problem)
-        if written:
-            done = data[:written].count(b"\n") - self._is_cut
-            self._waiting = self._waiting[done:]
-            self._is_cut = data[written - 1 : written] != b"\n"
+                write_without_waiting(2, encode_note(self.problem))
+
+    def _note_size(self, status: os.stat_result) -> None:
+        if stat.S_ISREG(status.st_mode):
+            self._seen = status.st_dev, status.st_ino, status.st_size
+
+    def _is_rotated(self, seen: tuple[int, int, int]) -> bool:
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return True
+        return (status.st_dev, status.st_ino) != seen[:2] or status.st_size < seen[2]
+
+    def _begin(self) -> None:
+        """Lock another file than before, and write down first where each server stands."""
+        fd = self._open(os.O_RDWR)
+        try:
+            if not os.path.samestat(os.fstat(fd), os.fstat(self._lock_fd)):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock_fd, fd = fd, self._lock_fd
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another monitor writes it") from None
+        finally:
+            os.close(fd)
+        status = os.fstat(self._lock_fd)
+        self._note_size(status)
+        last = os.pread(self._lock_fd, 1, max(0, status.st_size - 1))
+        self._is_cut = last not in (b"", b"\n")
+        self._waiting[:0] = [
+            self._encode("position", one, tasks=list(one.tasks.values()), ended=list(one.ended))
+            for one in self.everybody
+            if one.link.boot_id
+        ]
+
+    def _append(self) -> None:
+        data = b"\n" * self._is_cut + b"".join(self._waiting)
+        fd = self._open(os.O_WRONLY)
+        try:
+            written = os.write(fd, data)
+            if self._seen is not None:
+                self._seen = (*self._seen[:2], os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        done = data[:written].count(b"\n") - self._is_cut
+        self._waiting = self._waiting[done:]
+        self._is_cut = data[written - 1 : written] != b"\n"
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Monitor:
@@ -7077,6 +7279,7 @@ class Monitor:
         self._log = log
         self._emit = emit
         self.all = [self._watch(target, cpu_alert) for target in targets]
+        log.everybody = self.all
 
     def _watch(self, target: Target, cpu_alert: float | None) -> Watched:
         link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
@@ -7265,6 +7468,36 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
     return " ".join([when, name, format_value(event["type"]), *words]).encode() + b"\n"
 
 
+class EventWriter:
+    """Writes events as lines. Drops lines, and says how many, rather than let a monitor wait."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._output = Output(1)
+        self._dropped = 0
+
+    def write(self, name: str | None, event: dict[str, Any]) -> None:
+        """Write an event of a server, None for none. Raises OutputError."""
+        if self._output.waiting_bytes > MAX_EVENT_BYTES:
+            self._dropped += 1
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            now_ms = int(time.time() * 1000)
+            self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
+        if self._as_json:
+            # In ASCII: whatever a server says, no terminal takes it for its own.
+            line = (json.dumps({**event, "server": name}) + "\n").encode("ascii")
+        else:
+            line = format_event(name or "-", event)
+        self._output.put(line)
+        self._output.check()
+
+    def finish(self) -> None:
+        """Write what waits still."""
+        self._output.finish(FINISH_SECONDS)
+
+
 def count_cells(text: str) -> int:
     """Return how wide a terminal shows text: East Asian characters take two cells."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
@@ -7369,6 +7602,7 @@ class Screen:
         self._is_touched = asyncio.Event()
         # How the terminal was, [] where the keyboard is none.
         self._before: list[Any] = []
+        self._output = Output(1)
 
     def __enter__(self) -> Screen:
         loop = asyncio.get_running_loop()
@@ -7383,19 +7617,22 @@ class Screen:
     def __exit__(self, *exc_info: object) -> None:
         if self._before:
             asyncio.get_running_loop().remove_reader(0)
-        with contextlib.suppress(termios.error, OutputError):  # the terminal is gone
-            self._close()
+        self._close()
 
     def _open(self) -> None:
         if self._before:
             tty.setcbreak(0)
-        write_output(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor; no wrapping
+        self._output.put(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor or wrapping
         self.touch()
 
     def _close(self) -> None:
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcflow(1, termios.TCOON)  # if somebody has typed Ctrl-S
+        self._output.put(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+        self._output.finish(FINISH_SECONDS)
         if self._before:
-            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
-        write_output(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self._before)
 
     def _suspend(self) -> None:
         """Ctrl-Z: leave the terminal as it was, and come back to it."""
@@ -7414,7 +7651,9 @@ class Screen:
             self._is_touched.clear()
             cols, rows = read_terminal_size(1)
             try:
-                write_output(self._compose(max(cols, 20), max(rows, 4)).encode("utf-8", "replace"))
+                text = self._compose(max(cols, 20), max(rows, 4))
+                self._output.put(text.encode("utf-8", "replace"))
+                await self._output.drain()
             except OutputError:  # the terminal is gone
                 self.leave()
             await asyncio.sleep(DRAW_SECONDS)
@@ -9015,10 +9254,11 @@ def build_verify_parser() -> argparse.ArgumentParser:
 def print_report(path: str, report: ChainReport) -> None:
     """Print what was found in one file."""
     for number, text in sorted(report.problems + report.notes):
-        print(f"{path}: line {number} {text}")
+        write_output(f"{path}: line {number} {text}\n".encode("utf-8", "surrogateescape"))
     verdict = "the chain is BROKEN" if report.problems else "the chain holds"
     start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
-    print(f"{path}: {report.lines} lines; {verdict}{start}", flush=True)
+    text = f"{path}: {report.lines} lines; {verdict}{start}\n"
+    write_output(text.encode("utf-8", "surrogateescape"))
 
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -9049,24 +9289,30 @@ def find_hosts_file(environ: Mapping[str, str]) -> str:
     return environ.get("SERVERCONTROL_HOSTS") or os.path.join(base, "servercontrol", "hosts")
 
 
-def read_hosts(environ: Mapping[str, str]) -> list[Target]:
-    """Return the listed servers with their tokens, [] without a list. Raises ConfigError."""
+def read_hosts(environ: Mapping[str, str]) -> list[tuple[Target, str]]:
+    """Return (server, path of its token file or ""), [] without a list. Raises ConfigError."""
     path = find_hosts_file(environ)
+    if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # there is no home
+        return []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             listed = parse_hosts(file.read(), path)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
-    targets = []
-    for name, (target, token_file) in listed.items():
-        if token_file:
-            place = os.path.join(os.path.dirname(path), os.path.expanduser(token_file))
-            token = load_token_file(f"{path}: {name}", place)
-            target = dataclasses.replace(target, token=token)
-        targets.append(target)
-    return targets
+    folder = os.path.dirname(path)
+    return [
+        (target, token_file and os.path.join(folder, os.path.expanduser(token_file)))
+        for target, token_file in listed.values()
+    ]
+
+
+def load_listed_token(target: Target, path: str, hosts: str) -> Target:
+    """Return a listed server with the token in a file, "" for none. Raises ConfigError."""
+    if not path:
+        return target
+    return dataclasses.replace(target, token=load_token_file(f"{hosts}: {target.name}", path))
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
@@ -9074,24 +9320,25 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
 
     --token-file is for servers that are named; a listed one's own token is for it alone.
     """
-    listed = read_hosts(environ)
+    listed, hosts = read_hosts(environ), find_hosts_file(environ)
     if given.all:
         if given.server or given.token_file:
             raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
         if not listed:
             raise ConfigError(
                 f"--all: no server is listed; write lines `name url [token-file]` to "
-                f"{find_hosts_file(environ)} (discover --hosts prints some)"
+                f"{hosts} (discover --hosts prints some)"
             )
-        return listed
+        return [load_listed_token(target, path, hosts) for target, path in listed]
     token = load_token_file("--token-file", given.token_file) if given.token_file else None
     targets: dict[str, Target] = {}
     for name in given.server or ["localhost"]:
-        target = next((one for one in listed if one.name == name), None)
-        target = target or parse_target(name, name)
+        own = [(one, path) for one, path in listed if one.name == name]
+        target = own[0][0] if own else parse_target(name, name)
         # However it is named: this may be a server that is listed with a token.
-        tokens = [one.token for one in (target, *listed) if one.url == target.url and one.token]
-        targets[name] = dataclasses.replace(target, token=[*tokens, token][0])
+        paths = [path for one, path in own + listed if path and one.url == target.url]
+        target = dataclasses.replace(target, token=token)
+        targets[name] = load_listed_token(target, "".join(paths[:1]), hosts)
     return list(targets.values())
 
 
@@ -9237,7 +9484,7 @@ async def watch_once(monitor: Monitor) -> None:
 async def watch(monitor: Monitor, screen: Screen | None) -> None:
     """Let a monitor run until somebody ends it. Raises OutputError."""
     watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
     with contextlib.ExitStack() as stack:
@@ -9260,29 +9507,32 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     log.load()
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     screen: Screen | None = None
+    lines = EventWriter(given.json)
 
     def emit(watched: Watched, event: dict[str, Any]) -> None:
         if screen is not None:
             screen.touch()
-        elif given.json and not given.once:
-            # In ASCII: whatever a server says, no terminal takes it for its own.
-            line = json.dumps({**event, "server": watched.target.name}) + "\n"
-            write_output(line.encode("ascii"))
         elif not given.once:
-            write_output(format_event(watched.target.name, event))
+            lines.write(watched.target.name, event)
 
-    async def run() -> int:
+    async def run() -> Monitor:
         nonlocal screen
         monitor = Monitor(targets, given.cpu_alert, log, emit)
-        if not given.once:
-            screen = Screen(monitor.all, log) if is_live else None
+        if given.once:
+            await watch_once(monitor)
+            return monitor
+        screen = Screen(monitor.all, log) if is_live else None
+        try:
             await watch(monitor, screen)
-            return 0
-        await watch_once(monitor)
-        write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))
-        return 0 if all(watched.state == "up" for watched in monitor.all) else 1
+        finally:
+            lines.finish()
+        return monitor
 
-    return asyncio.run(run())
+    everybody = asyncio.run(run()).all
+    if not given.once:
+        return 0
+    write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
+    return 0 if all(watched.state == "up" for watched in everybody) else 1
 
 
 FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
@@ -9676,7 +9926,7 @@ def run_command_line(argv: Sequence[str]) -> int:
     try:
         return COMMAND_LINES[argv[0]](argv[1:], os.environ)
     except (OutputError, BrokenPipeError) as error:
-        # What is still buffered would fail once more when Python ends.
+        # What is still buffered (a help text) would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, OutputError) and not error.is_closed:
             raise
@@ -9700,7 +9950,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             loop.close()
     except ServerControlError as error:
-        print(f"servercontrol.py: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            write_all(2, f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace"))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1

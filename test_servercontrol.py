@@ -7028,9 +7028,16 @@ def hash_text(line: bytes) -> str:
 
 def verify(*files: Path) -> tuple[int, str]:
     """Return the exit status of verify-audit and what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = sc.verify_audit([str(file) for file in files], {})
-    return status, out.getvalue()
+    with tempfile.TemporaryFile() as out:
+        before = os.dup(1)
+        os.dup2(out.fileno(), 1)
+        try:
+            status = sc.verify_audit([str(file) for file in files], {})
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        out.seek(0)
+        return status, out.read().decode()
 
 
 def write_chain(path: Path, count: int, start: int = 1) -> list[bytes]:
@@ -9341,9 +9348,12 @@ class TestExec:
             monkeypatch.setattr(sc, f"EXEC_{name}_SECONDS", value)
         output, told = bytearray(), []
 
+        async def drain() -> None:
+            pass
+
         async def run() -> Any:
             target = sc.parse_target("it", f"127.0.0.1:{port}")
-            task = sc.RemoteTask(target, {"cmd": command}, output.extend, told.append)
+            task = sc.RemoteTask(target, {"cmd": command}, output.extend, drain, told.append)
             await task.start()
             try:
                 return await task.follow()
@@ -9548,7 +9558,7 @@ class TestExecTerminal:
 
     @pytest.mark.parametrize(
         "end, status",
-        [("\x1d", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 0), (signal.SIGINT, 130)],
+        [("\x1d", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
     )
     def test_leaves_the_terminal_as_it_was(
         self, place: str, plain_server: ServerProcess, end: Any, status: int
