@@ -6026,8 +6026,8 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """What the Host field says (RFC 9110, 7.2)."""
-        return "localhost" if self.unix else self.url.split("/")[2]
+        """What the Host field says (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
+        return "localhost" if self.unix else re.sub("%[^]]*", "", self.url.split("/")[2])
 
 
 # Whether a scheme means TLS, and its port.
@@ -6049,7 +6049,7 @@ def parse_target(name: str, text: str) -> Target:
     if path and text.startswith(("/", "unix:")):
         return Target(name, "", 0, unix=path)
     is_bare = "://" not in text
-    literal = f"[{text}]" if ":" in text and parse_ip(text) else text
+    literal = f"[{text}]" if ":" in text and parse_ip(text.partition("%")[0]) else text
     try:
         parts = urllib.parse.urlsplit(f"bare://{literal}" if is_bare else text)
         tls, port = SCHEMES[parts.scheme]
@@ -6065,7 +6065,8 @@ def parse_target(name: str, text: str) -> Target:
     )
     if not parts.hostname or not port or more or not re.fullmatch(r"[!-~]*", text):
         raise ConfigError(f"{text!r} is no server: say host, host:port, a URL, or a listed name")
-    return Target(name, parts.hostname, port, tls, parts.path.rstrip("/"))
+    host = parts.hostname.replace("%25", "%")  # before an IPv6 zone (RFC 6874, 2)
+    return Target(name, host, port, tls, parts.path.rstrip("/"))
 
 
 def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
@@ -7128,9 +7129,9 @@ class MonitorLog:
         self._is_cut = False
         # Why not; "" while all is well.
         self.problem = ""
-        # The file that is locked, and its (device, inode, size) when we last wrote; None of a FIFO.
+        # The file that is locked, and its (device, inode, size) when we last wrote.
         self._lock_fd = -1
-        self._seen: tuple[int, int, int] | None = None
+        self._seen = (0, 0, 0)
         self.everybody: Sequence[Watched] = ()
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
@@ -7161,7 +7162,7 @@ class MonitorLog:
         except OSError as error:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
         self._lock_fd = fd
-        self._note_size(status)
+        self._seen = status.st_dev, status.st_ino, status.st_size
         # After a crash: the next record starts on its own line.
         self._is_cut = bool(data) and not data.endswith(b"\n")
         for line in data.split(b"\n"):
@@ -7203,7 +7204,7 @@ class MonitorLog:
     def flush(self) -> None:
         """Write what waits, in one write, and find out whether the file was rotated."""
         try:
-            if self._seen is not None and self._is_rotated(self._seen):
+            if self._is_rotated():
                 self._begin()
             if self._waiting:
                 self._append()
@@ -7214,16 +7215,14 @@ class MonitorLog:
                 self._complained_now = time.monotonic()
                 write_without_waiting(2, encode_note(self.problem))
 
-    def _note_size(self, status: os.stat_result) -> None:
-        if stat.S_ISREG(status.st_mode):
-            self._seen = status.st_dev, status.st_ino, status.st_size
-
-    def _is_rotated(self, seen: tuple[int, int, int]) -> bool:
+    def _is_rotated(self) -> bool:
+        if not self._path:
+            return False
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
             return True
-        return (status.st_dev, status.st_ino) != seen[:2] or status.st_size < seen[2]
+        return (status.st_dev, status.st_ino) != self._seen[:2] or status.st_size < self._seen[2]
 
     def _begin(self) -> None:
         """Lock another file than before, and write down first where each server stands."""
@@ -7237,9 +7236,9 @@ class MonitorLog:
         finally:
             os.close(fd)
         status = os.fstat(self._lock_fd)
-        self._note_size(status)
-        last = os.pread(self._lock_fd, 1, max(0, status.st_size - 1))
-        self._is_cut = last not in (b"", b"\n")
+        self._seen = status.st_dev, status.st_ino, status.st_size
+        end = os.pread(self._lock_fd, 1, status.st_size - 1) if status.st_size else b"\n"
+        self._is_cut = end != b"\n"
         self._waiting[:0] = [
             self._encode("position", one, tasks=list(one.tasks.values()), ended=list(one.ended))
             for one in self.everybody
@@ -7251,8 +7250,7 @@ class MonitorLog:
         fd = self._open(os.O_WRONLY)
         try:
             written = os.write(fd, data)
-            if self._seen is not None:
-                self._seen = (*self._seen[:2], os.fstat(fd).st_size)
+            self._seen = (*self._seen[:2], os.fstat(fd).st_size)
         finally:
             os.close(fd)
         done = data[:written].count(b"\n") - self._is_cut
@@ -7627,7 +7625,8 @@ class Screen:
 
     def _close(self) -> None:
         with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcflow(1, termios.TCOON)  # if somebody has typed Ctrl-S
+            for action in (termios.TCOOFF, termios.TCOON):  # if somebody has typed Ctrl-S
+                termios.tcflow(1, action)
         self._output.put(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
         self._output.finish(FINISH_SECONDS)
         if self._before:

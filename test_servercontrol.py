@@ -8590,6 +8590,11 @@ def write_token(folder: Path, name: str, token: str) -> str:
     return str(path)
 
 
+def count_unread(pipe: int) -> int:
+    """Return how many bytes wait in a pipe."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"    "))[0])
+
+
 class Cutter:
     """A TCP proxy in front of a server that cuts connections.
 
@@ -8773,6 +8778,8 @@ TARGETS = {
     "::1": ("::1", 8080, False, "", ""),
     "[::1]": ("::1", 8080, False, "", ""),
     "[::1]:81": ("::1", 81, False, "", ""),
+    "fe80::1%eth0": ("fe80::1%eth0", 8080, False, "", ""),
+    "https://[fe80::1%25eth0]:81/": ("fe80::1%eth0", 81, True, "", ""),
     "http://web1": ("web1", 80, False, "", ""),
     "http://web1:8080/": ("web1", 8080, False, "", ""),
     "https://web1/sc/": ("web1", 443, True, "/sc", ""),
@@ -8785,7 +8792,17 @@ TARGETS = {
 NO_TARGETS = (
     *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
     *("unix:", "unix://", "web1:0", "http://web1:0/", "web1:-1", "//web1", "http:web1", "?", "#a"),
-    *("http://me:pw@web1", "http://web1/?a", "http://web1/#a", "we b1", "[::1", "wéb", "a\x1b[m"),
+    *(
+        "http://me:pw@web1",
+        "http://:pw@web1",
+        "http://@web1",
+        "http://web1/?a",
+        "http://web1/#a",
+        "we b1",
+        "[::1",
+        "wéb",
+        "a\x1b[m",
+    ),
 )
 
 
@@ -9117,6 +9134,20 @@ class TestExec:
         assert finished.stderr.decode().startswith(f"servercontrol.py: {told}")
         assert finished.stderr.count(b"\n") == 1
 
+    def test_list_may_have_comments_and_a_broken_token(self, place: str, tmp_path: Path) -> None:
+        """What is wrong with a server's token hinders nothing that is done with the others."""
+        lines = (
+            f"\ufeffweb1 http://{place} # the first",
+            "web2 web2 gone.token",
+            "  # web3 web3 x",
+        )
+        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
+        assert run_client("exec", "web1", "--", "exit 3", **env).returncode == 3
+        assert run_client("exec", place, "--", "exit 3", **env).returncode == 3
+        for names in (["web2"], ["--all"]):
+            finished = run_client("exec", *names, "--", "true", **env)
+            assert (finished.returncode, b"gone.token: No such" in finished.stderr) == (2, True)
+
     @pytest.mark.parametrize("lines, told", [("a", "line 1: "), ("a b:1 t", "a: ")])
     def test_names_a_bad_list(self, tmp_path: Path, lines: str, told: str) -> None:
         hosts = write_hosts(tmp_path, lines)
@@ -9147,7 +9178,8 @@ class TestExec:
         unreadable = os.open(os.devnull, os.O_WRONLY)
         try:
             finished = run_client("exec", place, "--stdin", "--", "cat", stdin=unreadable)
-            assert finished.returncode == 128 + signal.SIGINT
+            # An INT is lost on dash in the moment before it executes its command.
+            assert finished.returncode in (128 + signal.SIGINT, 128 + signal.SIGKILL)
             assert (
                 b"its input is not complete (bad file descriptor); stopping it" in finished.stderr
             )
@@ -9198,12 +9230,179 @@ class TestExec:
         with os.fdopen(ours, "rb", buffering=0) as terminal:
             assert (b"\x1b[" in terminal.read(4096)) is is_coloured
 
-    def test_says_that_the_disk_is_full(self, place: str) -> None:
+    @pytest.mark.parametrize("words", [("exec", "place", "--", "yes"), ("verify-audit", "file")])
+    def test_says_that_the_disk_is_full(
+        self, place: str, tmp_path: Path, words: tuple[str, ...]
+    ) -> None:
+        (tmp_path / "file").touch()
+        places = {"place": place, "file": str(tmp_path / "file")}
         with open("/dev/full", "wb") as full:
-            with running_client("exec", place, "--", "yes", stdout=full) as process:
+            with running_client(*(places.get(w, w) for w in words), stdout=full) as process:
                 assert process.wait(PATIENCE_SECONDS) == 1
                 assert process.stderr is not None
                 assert b"servercontrol.py: standard output: No space left" in process.stderr.read()
+
+    @pytest.mark.parametrize(
+        "words, status",
+        [
+            (("exec", "PLACE", "--", "echo a; exit 4"), 4),
+            (("exec", "PLACE", "PLACE2", "--", "echo a; exit 4"), 4),
+            (("monitor", "--once", "PLACE"), 0),
+            (("discover", "--timeout=0.1", "--json"), None),
+            (("unit",), 0),
+        ],
+    )
+    def test_works_without_standard_output(
+        self, place: str, plain_server: ServerProcess, words: tuple[str, ...], status: int | None
+    ) -> None:
+        places = {"PLACE": place, "PLACE2": f"localhost:{plain_server.port}"}
+        prefix = ("sh", "-c", 'exec "$@" >&-', "sh")
+        finished = run_client(*(places.get(word, word) for word in words), prefix=prefix)
+        assert finished.returncode == status or (status is None and finished.returncode in (0, 1))
+        assert b"Error" not in finished.stderr and b"understood" not in finished.stderr
+
+    def test_writes_no_error_to_standard_output(self) -> None:
+        prefix = ("sh", "-c", 'exec "$@" 2>&-', "sh")
+        for words in (["exec", "127.0.0.1:1", "--", "true"], ["unit", "--port=x"]):
+            finished = run_client(*words, prefix=prefix)
+            assert (finished.returncode in (2, 125), finished.stdout) == (True, b"")
+        prefix = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+        assert run_client("exec", "--all", "--", "true", prefix=prefix).returncode == 2
+
+    @pytest.mark.parametrize("is_blocking", [True, False])
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_loses_nothing_to_a_slow_reader(
+        self, place: str, plain_server: ServerProcess, count: int, is_blocking: bool
+    ) -> None:
+        """Output and notes go into one pipe, which is read only when the commands have ended."""
+        names = (place, f"localhost:{plain_server.port}")[:count]
+        ours, theirs = os.pipe()
+        os.set_blocking(theirs, is_blocking)  # as some other process may leave it
+        streams = {"stdout": theirs, "stderr": theirs, "env": {"PYTHONUNBUFFERED": "1"}}
+        words = (*names, "no-such-host.invalid", "--", "seq 1 30000; exit 3")
+        before = len(plain_server.get("/tasks"))
+        with running_client("exec", *words, **streams) as process, os.fdopen(ours, "rb") as pipe:
+            os.close(theirs)
+            wait_until(
+                lambda: (
+                    [t["state"] for t in plain_server.get("/tasks")[before:]] == ["done"] * count
+                )
+            )
+            text = pipe.read().decode()
+            assert process.wait(PATIENCE_SECONDS) == 125
+        assert text.count(" | 30000\n") == count
+        assert text.count("\n") == 30_000 * count + 2
+        assert text.endswith("exit code 3 (" + ", ".join(names) + "); 1 not reached"
+                             " (no-such-host.invalid)\n")  # fmt: skip
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_hears_signals_while_nobody_reads(
+        self, place: str, plain_server: ServerProcess, number: signal.Signals
+    ) -> None:
+        with running_client("exec", place, "--", "yes") as process:
+            assert process.stdout is not None and process.stderr is not None
+            wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
+            process.send_signal(number)
+            if number == signal.SIGINT:
+                assert b"stopping task" in process.stderr.readline()
+                plain_server.wait_for_end(plain_server.get("/tasks")[-1]["task_id"])
+                process.send_signal(number)
+            assert process.wait(PATIENCE_SECONDS) == 128 + number
+            task_id = plain_server.get("/tasks")[-1]["task_id"]
+            if number != signal.SIGINT:
+                assert f"task {task_id} is left running".encode() in process.stderr.read()
+                kill_task(plain_server, task_id)
+        assert plain_server.wait_for_end(task_id)["state"] == "killed"
+
+    def test_honours_signals_that_are_ignored(self, place: str) -> None:
+        """As under nohup, or in the background of a script."""
+
+        def ignore() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+
+        words = ("exec", place, "--", "echo hi; read x; exit 3")
+        words = ("exec", place, "--stdin", *words[2:])
+        options = {"preexec_fn": ignore, "stdin": subprocess.PIPE}
+        with running_client(*words, **options) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == b"hi\n"
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGHUP)
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            assert process.wait(PATIENCE_SECONDS) == 3
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_shows_what_it_has_when_it_goes(
+        self, place: str, plain_server: ServerProcess, number: signal.Signals
+    ) -> None:
+        """--fold has kept the output of one server, and another never answers."""
+        with bind() as dead:
+            dead.listen(1)
+            other = f"127.0.0.1:{dead.getsockname()[1]}"
+            words = ("exec", place, other, "--fold", "--", f"echo result {number:d}")
+            with running_client(*words) as process:
+                assert process.stdout is not None and process.stderr is not None
+                wait_until(
+                    lambda: (
+                        [t["command"] for t in plain_server.get("/tasks")[-1:]] == [words[-1]]
+                        and plain_server.get("/tasks")[-1]["state"] == "done"
+                        and b"servercontrol_viewers 0\n"
+                        in plain_server.request("GET", "/metrics").body
+                    )
+                )
+                process.send_signal(number)
+                assert process.wait(PATIENCE_SECONDS) == 128 + number
+                shown = process.stdout.read()
+                assert shown == f"── {place} (exit code 0)\nresult {number:d}\n".encode()
+                assert b"2 servers: 1 exit code 0; 1 not ended\n" in process.stderr.read()
+
+    def test_shows_half_a_line_when_it_goes(self, place: str, plain_server: ServerProcess) -> None:
+        names = (place, f"localhost:{plain_server.port}")
+        with running_client("exec", *names, "--", "printf 'one\\nhalf'; sleep 66") as process:
+            assert process.stdout is not None
+            assert [process.stdout.readline()[-5:] for _ in names] == [b" one\n"] * 2
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+            assert process.stdout.read().count(b" | half\n") == 2
+
+    def test_shows_what_a_server_sent_before_it_died(self, place: str, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            server.check = False
+            other = f"127.0.0.1:{server.port}"
+            command = "echo result; sleep 0.3; test $PPID = {} && kill -9 $PPID; exit 0"
+            words = (place, other, "--fold", "--", command.format(server.pid))
+            with running_client("exec", *words) as process:
+                server.process.wait(PATIENCE_SECONDS)
+                with ServerProcess(tmp_path, f"--port={server.port}", "--ws-port=0"):
+                    assert process.wait(PATIENCE_SECONDS) == 125
+                assert process.stdout is not None
+                shown = process.stdout.read().decode()
+        assert f"── {place} (exit code 0)\nresult\n" in shown
+        assert f"── {other} (it was restarted, which ended the command)\nresult\n" in shown
+
+    def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path) -> None:
+        """What a server keeps no more is named, and its place is the end of a line."""
+        with ServerProcess(tmp_path, "--keep-output=64KiB") as server:
+            place = f"127.0.0.1:{server.port}"
+            lines = "seq 10000000 14000000 | sed s/$/-row/"
+            command = f"printf first; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; {lines}"
+            with running_client("exec", place, "--", command) as process:
+                assert process.stdout is not None and process.stderr is not None
+                assert process.stdout.read(5) == b"first"
+                process.send_signal(signal.SIGSTOP)
+                (tmp_path / "go").touch()
+                server.wait_for_end(server.get("/tasks")[-1]["task_id"])
+                process.send_signal(signal.SIGCONT)
+                shown = process.stdout.read().decode()
+                assert process.wait(PATIENCE_SECONDS) == 125
+                assert b"its output is not complete (exit code 0)\n" in process.stderr.read()
+        assert shown.endswith("\n14000000-row\n")
+        whole, begun, rest = r"\d{8}-row", r"\d{1,8}(-(ro?)?)?", r"(\d{0,7}-)?r?o?w"
+        broken = [row for row in shown.split("\n")[1:-1] if not re.fullmatch(whole, row)]
+        assert len(broken) <= 2
+        assert [row for row in broken if not re.fullmatch(f"{begun}|{rest}", row)] == []
 
     def test_stops_the_command_on_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
         command = "trap 'echo bye; exit 9' INT; echo hi; while :; do sleep 0.05; done"
@@ -9374,6 +9573,28 @@ class TestExec:
             assert cutter.count > 3
         assert found[2] == 4 and len(found[1]) == 1
         assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
+
+    def test_takes_up_a_connection_that_was_long(
+        self, plain_server: ServerProcess, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        """The time after which it gives up counts from when the connection was last good."""
+        cut = []
+
+        def choose(number: int) -> None:
+            if number == 3:
+                cut.append(True)
+
+        command = f"while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; exit 4"
+        with Cutter(plain_server.port, choose) as cutter:
+
+            def end() -> None:
+                time.sleep(1.5)  # longer than GIVE_UP
+                cutter.cut_all()
+                (tmp_path / "go").touch()
+
+            threading.Thread(target=end).start()
+            found = self.follow(cutter.port, command, monkeypatch, GIVE_UP=1.0)
+        assert (cut, found[2]) == ([True], 4)
 
     def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
         with ServerProcess(tmp_path) as server:
@@ -10045,6 +10266,29 @@ sc.choose_source = Scripted
             finished = run_client("monitor", "--once", f"127.0.0.1:{mute.getsockname()[1]}")
             assert (finished.returncode, b"no answer in time" in finished.stdout) == (1, True)
 
+    def test_waits_for_nobody_who_reads(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path
+    ) -> None:
+        """Its log and its ears stay open; events that find no room are counted."""
+        log = tmp_path / "log"
+        with contextlib.ExitStack() as stack:
+            watchers = [
+                stack.enter_context(running_client("monitor", "--json", place, f"--log={one}"))
+                for one in (log, tmp_path / "other")
+            ]
+            wait_until(lambda: log.exists() and "server_up" in log.read_text())
+            task = plain_server.run("head -c 40000000 /dev/zero | tr '\\0' x")
+            wait_until(lambda: ends_in(log, task["task_id"]))
+            watchers[1].terminate()
+            assert watchers[1].wait(PATIENCE_SECONDS) == 0
+            assert watchers[0].stdout is not None
+            for line in watchers[0].stdout:
+                event = json.loads(line)
+                if event["type"] == "lines_dropped":
+                    break
+            assert event["lines"] > 100 and event["server"] is None
+            assert json.loads(watchers[0].stdout.readline())["server"] == place
+
     def test_goes_on_under_nohup(self, place: str) -> None:
         ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
         with Watcher(place, preexec_fn=ignore) as watcher:
@@ -10107,6 +10351,44 @@ class TestMonitorLog:
         log.write_text(text)
         check_monitor_log(log, tmp_path / "state" / "servercontrol" / "audit.log")
         assert not [one for one in read_lines(log) if one["event"] == "gap"]
+
+    @pytest.mark.parametrize("way", ["rename", "copytruncate"])
+    def test_goes_on_after_a_rotation(self, tmp_path: Path, way: str) -> None:
+        """The new file says where each server stands, so nothing needs the old one."""
+        log, old, state = tmp_path / "log", tmp_path / "log.1", tmp_path / "state"
+        with ServerProcess(state) as server:
+            place = f"127.0.0.1:{server.port}"
+            with Watcher(place, f"--log={log}") as watcher:
+                watcher.wait_for("stats_update")
+                long, short = server.start("sleep 60"), server.run("exit 1")["task_id"]
+                wait_until(lambda: ends_in(log, short))
+                if way == "rename":
+                    log.rename(old)
+                else:
+                    shutil.copy(log, old)
+                    os.truncate(log, 0)
+                wait_until(lambda: log.exists() and "position" in log.read_text())
+                finished = run_client("monitor", place, f"--log={log}")
+                assert b"log: another monitor writes it" in finished.stderr
+                watcher.process.kill()
+                watcher.process.wait()
+            alone = server.run("echo alone")["task_id"]
+            kill_task(server, long)
+            server.wait_for_end(long)
+            with Watcher(place, f"--log={log}") as watcher:
+                wait_until(lambda: ends_in(log, long) and ends_in(log, alone))
+                watcher.stop()
+        (tmp_path / "all").write_text(old.read_text() + log.read_text())
+        check_monitor_log(tmp_path / "all", state / "servercontrol" / "audit.log")
+        (position,) = [one for one in read_lines(log) if one["event"] == "position"]
+        assert [task["task_id"] for task in position["tasks"]] == [long]
+        assert position["ended"] == [short]
+        records = read_lines(log)
+        assert not [one for one in records if one["event"] == "gap"]
+        assert {one["command"] for one in records if one["event"] == "task_complete"} == {
+            "sleep 60",
+            "echo alone",
+        }
 
     def test_names_what_a_crash_took(self, tmp_path: Path) -> None:
         log, state = tmp_path / "log", tmp_path / "state"
@@ -10422,7 +10704,7 @@ class ScreenWatcher:
 class TestMonitorScreen:
     """SPEC 11: `monitor` on a terminal."""
 
-    @pytest.mark.parametrize("end", ["q", "\x03", "TERM", "HUP"])
+    @pytest.mark.parametrize("end", ["q", "\x03", "\x1c", "TERM", "HUP", "stopped"])
     def test_shows_all_and_leaves_no_trace(self, place: str, tmp_path: Path, end: str) -> None:
         hosts = write_hosts(tmp_path, f"web1 {place}", "gone 127.0.0.1:1")
         with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
@@ -10433,7 +10715,10 @@ class TestMonitorScreen:
             assert [line.split()[0] for line in lines[2:4]] == ["gone", "web1"]
             assert lines[-1].startswith("1-2 of 2 by state")
             assert len(lines) == 24 and all(len(line) <= 80 for line in lines)
-            if end in ("TERM", "HUP"):
+            if end == "stopped":
+                screen.type("\x13")  # Ctrl-S
+                screen.process.terminate()
+            elif end in ("TERM", "HUP"):
                 screen.process.send_signal(getattr(signal, f"SIG{end}"))
             else:
                 screen.type(end)
