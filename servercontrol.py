@@ -5367,13 +5367,18 @@ class Connection:
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """Return the (family, address) pairs of each host, none twice. Raises OSError, UnicodeError."""
+    """Return the (family, address) pairs of each host, none twice. Raises OSError, UnicodeError.
+
+    The address of a link has its zone as a number, `fe80::1%2` (RFC 4007, 11).
+    """
     found: list[list[tuple[int, str]]] = []
     for host in hosts:
         rows = socket.getaddrinfo(
             host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        pairs = dict.fromkeys((int(row[0]), str(row[4][0])) for row in rows)
+        zones = [f"%{row[4][3]}" if len(row[4]) > 3 and row[4][3] else "" for row in rows]
+        addresses = [str(row[4][0]).partition("%")[0] + zone for row, zone in zip(rows, zones)]
+        pairs = dict.fromkeys((int(row[0]), one) for row, one in zip(rows, addresses))
         found.append([pair for pair in pairs if not any(pair in other for other in found)])
     return found
 
@@ -5381,13 +5386,14 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
 def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
     """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
     listener = socket.socket(family, socket.SOCK_STREAM)
+    host, _, zone = address.partition("%")
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             only = v6_only or address != "::"
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         listener.setblocking(False)
-        listener.bind((address, port))
+        listener.bind((host, port, 0, int(zone)) if zone else (host, port))
         listener.listen(LISTEN_BACKLOG)
     except OSError:
         listener.close()
@@ -9785,7 +9791,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
     for name, given in vars(build_parser().parse_args(argv)).items():
         option, value = "--" + name.replace("_", "-"), find_path(name, given)
         if name in CREDENTIALS and hands_over and value:
-            if not value.isprintable():
+            if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
             lines.append(f"LoadCredential={CREDENTIALS[name]}:{value.replace('%', '%%')}")
             words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{CREDENTIALS[name]}")
@@ -9837,6 +9843,8 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         return text + state + (ambient if account.pw_uid else "")
     bind = ""
     if is_hidden(script):
+        if ":" in script:  # what stands behind it would be where to put the file
+            raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
         bind += f"BindReadOnlyPaths={quote_unit_word(script)}\n"
     monitor = UNIT_MONITOR if config.no_exec else UNIT_NO_MONITOR
@@ -9889,6 +9897,8 @@ def build_unit_parser() -> argparse.ArgumentParser:
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`unit [--user NAME] [options]`: print the unit; what a person should know goes to stderr."""
     given, rest = build_unit_parser().parse_known_args(argv)
+    if not os.path.isfile(globals().get("__file__", "")):
+        raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
     config = parse_config(["serve", *rest], {})  # not with the environment of who types this
     account, script = find_account(given.user), os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec

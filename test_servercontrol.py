@@ -7617,6 +7617,14 @@ class TestCommandLine:
 class TestPorts:
     """SPEC 1: ports are allocated; every address is served, or none."""
 
+    def test_address_of_a_link_has_its_zone(self) -> None:
+        """The kernel refuses it without; here it is not even ours."""
+        ((pair,),) = sc.resolve_hosts(["[fe80::5%lo]"])
+        assert pair == (socket.AF_INET6, f"fe80::5%{socket.if_nametoindex('lo')}")
+        with pytest.raises(OSError) as caught:
+            sc.bind_one(*pair, 0, False)
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+
     def test_any_port(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path) as server:
             real = {"http": server.port, "ws": server.ws_port, "discovery": server.discovery_port}
@@ -8078,6 +8086,22 @@ class TestUnit:
     )
     def test_word_is_quoted(self, text: str, quoted: str) -> None:
         assert sc.quote_command_word(text) == quoted
+
+    def test_what_cannot_stand_there_is_refused(self, tmp_path: Path) -> None:
+        """systemd would join the next line, cut a space off, or mount elsewhere."""
+        for path in ("/etc/token\\", "/etc/token ", "/etc/to\nken"):
+            finished = run_client("unit", f"--token-file={path}")
+            assert (finished.returncode, finished.stdout) == (2, b"")
+            assert b"cannot stand in a unit" in finished.stderr
+        script = tmp_path / "a:b.py"
+        shutil.copy(SCRIPT, script)
+        command = [sys.executable, str(script), "unit"]
+        finished = subprocess.run(command, capture_output=True, timeout=60)
+        assert (finished.returncode, finished.stdout) == (2, b"")
+        with SCRIPT.open("rb") as pipe:
+            command = [sys.executable, "-", "unit"]
+            finished = subprocess.run(command, stdin=pipe, capture_output=True, timeout=60)
+        assert (finished.returncode, finished.stderr.count(b"\n")) == (2, 1)
 
     @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
     def test_systemd_is_content(self, tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -8817,6 +8841,7 @@ class TestTargets:
         if not target.unix:  # what is shown means the same
             again = sc.parse_target("name", target.url)
             assert again == target
+            assert "%" not in target.authority
 
     @pytest.mark.parametrize("text", NO_TARGETS)
     def test_says_what_is_no_server(self, text: str) -> None:
@@ -9757,6 +9782,14 @@ class TestExecTerminal:
             person.read_until("30 100\r\n")
             person.resize(77, 22)
             person.read_until("22 77\r\n")
+
+    def test_ctrl_c_before_it_runs_is_for_us(self) -> None:
+        with bind() as dead:
+            dead.listen(1)
+            with Person("exec", f"127.0.0.1:{dead.getsockname()[1]}", "--tty", "--", "x") as person:
+                dead.accept()[0].recv(1)  # then the terminal is raw
+                person.type("\x03")
+                assert person.wait() == 130
 
     def test_lives_through_a_cut(self, plain_server: ServerProcess) -> None:
         """What is typed, and a new size, while there is no connection arrives with the next."""
