@@ -9565,15 +9565,19 @@ class TestExec:
         assert (tmp_path / "count").read_text() == "x\n"
 
     def follow(
-        self, port: int, command: str, monkeypatch: Any, **seconds: float
+        self, port: int, command: str, monkeypatch: Any, pause: float = 0.0, **seconds: float
     ) -> tuple[bytes, list[str], Any]:
-        """Return the output, what was told, and the exit code or error, of one in our process."""
+        """Return the output, what was told, and the exit code or error, of one in our process.
+
+        pause: how long its first piece of output takes to be written.
+        """
         for name, value in seconds.items():
             monkeypatch.setattr(sc, f"EXEC_{name}_SECONDS", value)
         output, told = bytearray(), []
+        pauses = [pause]
 
         async def drain() -> None:
-            pass
+            await asyncio.sleep(pauses.pop() if pauses else 0.0)
 
         async def run() -> Any:
             target = sc.parse_target("it", f"127.0.0.1:{port}")
@@ -9598,6 +9602,13 @@ class TestExec:
             assert cutter.count > 3
         assert found[2] == 4 and len(found[1]) == 1
         assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
+
+    def test_keeps_a_connection_while_its_reader_pauses(
+        self, plain_server: ServerProcess, monkeypatch: Any
+    ) -> None:
+        command = "echo hi; sleep 1; exit 4"  # its end comes after the silence allowed
+        found = self.follow(plain_server.port, command, monkeypatch, 2.0, SILENCE=0.5, GIVE_UP=1.0)
+        assert found == (b"hi\n", [], 4)
 
     def test_takes_up_a_connection_that_was_long(
         self, plain_server: ServerProcess, tmp_path: Path, monkeypatch: Any
