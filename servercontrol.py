@@ -125,6 +125,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
         AsyncIterator,
         Awaitable,
         Callable,
+        Collection,
         Iterable,
         Mapping,
         MutableMapping,
@@ -2886,6 +2887,10 @@ INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of term
 RESTORED_BY_PYTHON = {signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)}
 
 
+# Who kills the tasks that run when the server stops.
+SERVER_STOP = "server stop"
+
+
 class TaskState(enum.Enum):
     """How a task stands, in the words of the protocol."""
 
@@ -2988,8 +2993,9 @@ class Task:
         self.input: TaskInput | None = None
         # The shell has ended, but is not reaped yet.
         self.is_shell_gone = False
-        # What the state will be once it has ended, when it is being stopped.
+        # What the state will be once it has ended, when it is being stopped; and who killed it.
         self.verdict: TaskState | None = None
+        self.killed_by: str | None = None
         self.timers: dict[str, asyncio.TimerHandle] = {}
         # Done when the task is complete.
         self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -3005,6 +3011,7 @@ class Task:
             "state": self.state.value,
             "exit_code": self.exit_code,
             "signal": self.signal_name,
+            "killed_by": self.killed_by,
             "started": self.started_timestamp,
             "ended": self.ended_timestamp,
             "pid": self.pid,
@@ -3488,20 +3495,17 @@ class Tasks:
 
     # Stopping
 
-    def stop(
-        self,
-        task: Task,
-        number: int = signal.SIGTERM,
-        verdict: TaskState = TaskState.KILLED,
-    ) -> None:
+    def stop(self, task: Task, number: int = signal.SIGTERM, by: str | None = None) -> None:
         """Signal the whole session, and KILL it after the grace time.
 
-        Raises CommandError `task_ended`; then no signal was sent.
+        by: who wants it; None is its time limit. Raises CommandError `task_ended`; then no signal
+        was sent.
         """
         if task.state is not TaskState.RUNNING:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
         if task.verdict is None:
-            task.verdict = verdict
+            task.verdict = TaskState.KILLED if by else TaskState.TIMEOUT
+            task.killed_by = by
             task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
         if number == signal.SIGKILL:
             self._kill(task)
@@ -3520,13 +3524,13 @@ class Tasks:
             self._finish(task)
 
     def _time_out(self, task: Task) -> None:
-        self.stop(task, verdict=TaskState.TIMEOUT)
+        self.stop(task)
 
     def stop_all(self) -> None:
         """Begin to stop every task, because the server stops."""
         self.is_stopping = True
         for task in list(self.running.values()):
-            self.stop(task)
+            self.stop(task, by=SERVER_STOP)
 
     def kill_all(self) -> None:
         """KILL every task at once, without waiting for anything."""
@@ -3625,6 +3629,7 @@ class Tasks:
             exit_code=task.exit_code,
             signal=task.signal_name,
             state=task.state.value,
+            killed_by=task.killed_by,
             duration_ms=int(duration * 1000),
             output_bytes=task.output.end,
             cpu_s=usage[0],
@@ -5944,7 +5949,7 @@ class Server:
         """Stop a task for a client. Raises CommandError."""
         self.check_exec()
         number = parse_signal(signal_name)
-        self.tasks.stop(task, number)
+        self.tasks.stop(task, number, by)
         fields = {"task_id": task.task_id, "signal": SIGNAL_NAMES[number], "by": by}
         self.log.write("info", "task_kill", **fields)
         self.audit.write("task_kill", **fields)
@@ -6007,11 +6012,15 @@ class Server:
 # neighbour says of itself is shown without control characters. SPEC names the exit statuses.
 
 
+USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
+
+
 @dataclass(frozen=True)
 class Target:
     """A server as a client names it. unix: its socket, instead of host and port; path: of a proxy.
 
-    token: sent with each request, None for none.
+    token: sent with each request, None for none; token_file: where to read it each time, so that
+    a file that is mended or renewed is taken at once, and one that is missing concerns nobody else.
     """
 
     name: str
@@ -6021,6 +6030,18 @@ class Target:
     path: str = ""
     unix: str = ""
     token: str | None = None
+    token_file: str = ""
+
+    def read_token(self) -> str | None:
+        """Return what is sent. Raises UnreachableError as if the server had refused (401)."""
+        if not self.token_file:
+            return self.token
+        try:
+            return load_token_file("its token", self.token_file)
+        except ConfigError as error:
+            is_there = os.path.lexists(self.token_file)
+            hint = "" if is_there else f"; it is a copy of the server's {USUAL_TOKEN_FILE}"
+            raise UnreachableError(f"{error}{hint}", 401) from None
 
     @property
     def url(self) -> str:
@@ -6068,6 +6089,7 @@ def parse_target(name: str, text: str) -> Target:
         or parts.query
         or parts.fragment
         or (is_bare and parts.path)
+        or "," in parts.netloc
     )
     if not parts.hostname or not port or more or not re.fullmatch(r"[!-~]*", text):
         raise ConfigError(f"{text!r} is no server: say host, host:port, a URL, or a listed name")
@@ -6081,17 +6103,21 @@ def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
     source: the file's name, for errors. Raises ConfigError.
     """
     listed: dict[str, tuple[Target, str]] = {}
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = re.split(r"(?:^|\s)#", line)[0].split(None, 2)
         if not words:
             continue
         if len(words) < 2 or words[0] in listed or not words[0].isprintable():
-            problem = "stands twice" if words[0] in listed else "needs: name url [token-file]"
+            problem = "needs: name url [token-file]"
+            if words[0] in listed:
+                problem = f"stands in line {lines[words[0]]} already"
             raise ConfigError(f"{source}: line {number}: {words[0]!r} {problem}")
         try:
             target = parse_target(words[0], words[1])
         except ConfigError as error:
             raise ConfigError(f"{source}: line {number}: {error}") from None
+        lines[words[0]] = number
         listed[words[0]] = (target, words[2].strip() if len(words) > 2 else "")
     return listed
 
@@ -6112,8 +6138,9 @@ def encode_request(
 ) -> bytes:
     """Return a request. HTTP/1.0: its answer ends with the connection, and is never chunked."""
     lines = [f"{method} {target.path}{path} HTTP/{version}", f"Host: {target.authority}"]
-    if target.token is not None:
-        lines.append(f"Authorization: Bearer {target.token}")
+    token = target.read_token()
+    if token is not None:
+        lines.append(f"Authorization: Bearer {token}")
     if method == "POST":
         lines.append(f"Content-Length: {len(body)}")
     lines += [f"{name}: {value}" for name, value in fields]
@@ -6141,8 +6168,13 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
         message = clean_text(parse_json_object(body)["message"])
     except (CommandError, KeyError):
         message = "it does not answer like ServerControl"
-    if status == 401 and target.token is None:
-        message = "it needs a token: list it with its token file, or name --token-file FILE"
+    if status == 401 and target.token_file:
+        message += f" (the one in {target.token_file})"
+    elif status == 401 and target.token is None:
+        message = (
+            f"it needs a token: list it with a copy of its {USUAL_TOKEN_FILE}, or name that by "
+            "--token-file"
+        )
     return UnreachableError(f"{status}: {message}", status)
 
 
@@ -6486,6 +6518,8 @@ class RemoteTask:
         self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
         # Whether the server was asked to start it; None before the start, and before the end.
         self.is_asked = False
+        # Whether it is we who stop it.
+        self.is_stopping = False
         self.task_id: str | None = None
         self.exit_code: int | None = None
         # Of the output, in bytes: how much was written and lost; whether a line has begun.
@@ -6552,7 +6586,7 @@ class RemoteTask:
         elif kind == "task_complete":
             if event["output_bytes"] > self._position:
                 await self._fetch_output()
-            self._end(event["exit_code"])
+            self._end(event)
 
     def _take_error(self, event: dict[str, Any]) -> None:
         """Of a long paste that the task does not read each piece is refused; said once."""
@@ -6560,18 +6594,25 @@ class RemoteTask:
             self._tell("what was typed is not all taken: the task does not read it")
         self._error = event["code"]
 
-    def _end(self, exit_code: Any) -> None:
+    def _end(self, task: Mapping[str, Any]) -> None:
+        exit_code, killed_by = task["exit_code"], task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise ValueError("exit_code")
         self.exit_code = exit_code
         self.link.stop()
+        if killed_by == SERVER_STOP:
+            raise UnreachableError("it was stopped, which ended the command", 410)
+        if task["state"] == "timeout":
+            self._tell("stopped: it took longer than --timeout allows")
+        elif killed_by and not self.is_stopping:
+            self._tell(f"the command was killed by {clean_text(killed_by)}")
 
     async def _catch_up(self) -> None:
         """After a gap the server's list and kept output say what was missed."""
         state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
         await self._fetch_output()
         if state["state"] != "running":
-            self._end(state["exit_code"])
+            self._end(state)
 
     async def _fetch_output(self) -> None:
         path = f"/logs?id={self.task_id}&offset={self._position}&raw"
@@ -6599,6 +6640,7 @@ class RemoteTask:
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
+        self.is_stopping = True
         if self.task_id is None:  # who starts it stops it then
             return
         try:
@@ -7417,6 +7459,7 @@ class Monitor:
         if started is not None:
             names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
             told = {name: started.get(name) for name in ("command", "by")}
+            told["killed_by"] = task.get("killed_by")
             self._log.write("task_complete", watched, **{n: task[n] for n in names}, **told)
 
     def _note_lost(self, watched: Watched, task_id: str, reason: str) -> None:
@@ -7797,15 +7840,17 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
     return drop_doubles(list(found.values()))
 
 
-def name_hosts(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a name -> server. Names are letters, digits, dot and hyphen alone.
+def name_hosts(
+    found: Sequence[dict[str, Any]], taken: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return name -> server. Names are letters, digits, dot and hyphen alone, and none is taken.
 
     Ansible would evaluate "{{ }}" in a variable, and anybody on the link can answer a probe.
     """
     named: dict[str, dict[str, Any]] = {}
     for one in found:
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-") or one["address"]
-        if name in named:
+        if name in named or name in taken:
             name = f"{name}-{one['address']}-{one['port']}"
         named[name] = {**one, "hostname": name}
     return named
@@ -7837,9 +7882,25 @@ def format_ansible(found: Sequence[dict[str, Any]]) -> str:
     return to_json({"all": {"children": {"servercontrol": {"hosts": hosts}}}})
 
 
-def format_hosts(found: Sequence[dict[str, Any]]) -> str:
-    """Return lines for the list of servers."""
-    return "".join(f"{name} {one['url']}\n" for name, one in name_hosts(found).items())
+def is_token_needed(one: dict[str, Any]) -> bool:
+    """Whether we need a token there; not so, by default, for our own server on loopback."""
+    return bool(one["auth"]) and not is_loopback(one["address"])
+
+
+def format_hosts(
+    found: Sequence[dict[str, Any]], taken: Collection[str] = (), kept: Collection[str] = ()
+) -> str:
+    """Return lines for the list of servers, with a token file for each that needs one.
+
+    taken: names that are listed; kept: files that are there. These may be tokens of others, and
+    shall not go to whoever answers by their name.
+    """
+    lines = []
+    for name, one in name_hosts(found, taken).items():
+        token_file = f"{name}.token"
+        is_named = is_token_needed(one) and token_file not in kept
+        lines.append(f"{name} {one['url']}" + f" {token_file}" * is_named)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def format_found(found: Sequence[dict[str, Any]]) -> str:
@@ -9294,8 +9355,8 @@ def find_hosts_file(environ: Mapping[str, str]) -> str:
     return environ.get("SERVERCONTROL_HOSTS") or os.path.join(base, "servercontrol", "hosts")
 
 
-def read_hosts(environ: Mapping[str, str]) -> list[tuple[Target, str]]:
-    """Return (server, path of its token file or ""), [] without a list. Raises ConfigError."""
+def read_hosts(environ: Mapping[str, str]) -> list[Target]:
+    """Return the listed servers, [] without a list. Raises ConfigError."""
     path = find_hosts_file(environ)
     if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # there is no home
         return []
@@ -9308,16 +9369,13 @@ def read_hosts(environ: Mapping[str, str]) -> list[tuple[Target, str]]:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
     folder = os.path.dirname(path)
     return [
-        (target, token_file and os.path.join(folder, os.path.expanduser(token_file)))
+        target
+        if not token_file
+        else dataclasses.replace(
+            target, token_file=os.path.join(folder, os.path.expanduser(token_file))
+        )
         for target, token_file in listed.values()
     ]
-
-
-def load_listed_token(target: Target, path: str, hosts: str) -> Target:
-    """Return a listed server with the token in a file, "" for none. Raises ConfigError."""
-    if not path:
-        return target
-    return dataclasses.replace(target, token=load_token_file(f"{hosts}: {target.name}", path))
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
@@ -9334,16 +9392,16 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
                 f"--all: no server is listed; write lines `name url [token-file]` to "
                 f"{hosts} (discover --hosts prints some)"
             )
-        return [load_listed_token(target, path, hosts) for target, path in listed]
+        return listed
     token = load_token_file("--token-file", given.token_file) if given.token_file else None
     targets: dict[str, Target] = {}
     for name in given.server or ["localhost"]:
-        own = [(one, path) for one, path in listed if one.name == name]
-        target = own[0][0] if own else parse_target(name, name)
+        own = [one for one in listed if one.name == name]
+        target = own[0] if own else parse_target(name, name)
         # However it is named: this may be a server that is listed with a token.
-        paths = [path for one, path in own + listed if path and one.url == target.url]
-        target = dataclasses.replace(target, token=token)
-        targets[name] = load_listed_token(target, "".join(paths[:1]), hosts)
+        files = [one.token_file for one in own + listed if one.url == target.url]
+        token_file = next(filter(None, files), "")
+        targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
     return list(targets.values())
 
 
@@ -9354,8 +9412,9 @@ A server is host, host:port, a URL, the path of a Unix socket, or a name from th
   web1   http://10.0.0.11:8080    web1.token
   db1    https://db1.example.org
 
-The third word is the file of its token, beside the list or with a path; copy it from the server's
-~/.local/state/servercontrol/token. A token goes to its own server and nowhere else.
+The third word is the file of its token, beside the list or with a path: a copy of the server's
+~/.local/state/servercontrol/token (on the server itself: --token-file with that path). A token
+goes to its own server and nowhere else.
 """
 
 
@@ -9383,7 +9442,8 @@ One word is a command line for the server's shell; several words are taken as th
   exec web1 --tty -- top                  Ctrl-] lets go of it
 
 Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
-or was restarted. Ctrl-C stops the command, a second one leaves it running.
+was stopped meanwhile, or lost part of the output. Ctrl-C stops the command, a second one leaves it
+running, as does closing the terminal; the server's page shows it and can stop it.
 """,
     )
     add_servers(parser)
@@ -9410,10 +9470,12 @@ or was restarted. Ctrl-C stops the command, a second one leaves it running.
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`exec`: run a command elsewhere, return the exit status."""
     argv = list(argv)
+    if "--" not in argv and not {"-h", "--help"} & set(argv):
+        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- uptime")
     place = argv.index("--") if "--" in argv else len(argv)
     given, words = build_exec_parser().parse_args(argv[:place]), argv[place + 1 :]
     if not words:
-        raise ConfigError("exec: the command is missing, as in: exec web1 -- uptime")
+        raise ConfigError("exec: no command behind --, as in: exec web1 -- uptime")
     targets = choose_targets(given, environ)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
@@ -9544,7 +9606,6 @@ FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
     "json": (to_json, "a list of objects"),
     "prometheus": (format_prometheus, "a list for Prometheus' file_sd_configs"),
     "ansible": (format_ansible, "an inventory for Ansible"),
-    "hosts": (format_hosts, "lines for ~/.config/servercontrol/hosts"),
 }
 
 
@@ -9558,7 +9619,7 @@ def build_discover_parser() -> OneLineParser:
 Servers that listen on loopback only, as they do by default, answer only on their own machine.
 A probe asks for nothing secret and carries no token. Exit status: 0 if a server answered, else 1.
 
-  discover --hosts >> ~/.config/servercontrol/hosts      list them; then add their token files
+  discover --hosts >> ~/.config/servercontrol/hosts      list those that are new
   discover --prometheus > servers.json                   for file_sd_configs
   discover --ansible > servers.yml                       for ansible -i servers.yml
 """,
@@ -9581,7 +9642,25 @@ A probe asks for nothing secret and carries no token. Exit status: 0 if a server
     group = parser.add_mutually_exclusive_group()
     for name, (_, text) in FORMATS.items():
         group.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
+    text = "lines for ~/.config/servercontrol/hosts, of those that are not listed"
+    group.add_argument("--hosts", dest="format", action="store_const", const="hosts", help=text)
     return parser
+
+
+def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
+    """Return lines for those that are not listed; tell what else is to do. Raises ConfigError."""
+    listed = read_hosts(environ)
+    urls = {target.url for target in listed}
+    new = [one for one in found if one["url"] not in urls]
+    if len(new) < len(found):
+        write_note(f"left out, being listed: {len(found) - len(new)}")
+    if any(is_token_needed(one) for one in new):
+        write_note(f"the third word is the file for a copy of each server's {USUAL_TOKEN_FILE}")
+    try:
+        kept = os.listdir(os.path.dirname(find_hosts_file(environ)) or ".")
+    except OSError:
+        kept = []
+    return format_hosts(new, {target.name for target in listed}, kept)
 
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -9595,10 +9674,13 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--at: {getattr(error, 'strerror', '') or error}") from None
     found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
-    if given.format:
-        write_output(FORMATS[given.format][0](found).encode("utf-8", "replace"))
-    elif found:
-        write_output(format_found(found).encode("utf-8", "replace"))
+    if given.format == "hosts":
+        text = list_new(found, environ)
+    elif given.format:
+        text = FORMATS[given.format][0](found)
+    else:
+        text = format_found(found) if found else ""
+    write_output(text.encode("utf-8", "replace"))
     if not found:
         port = given.discovery_port
         write_note(f"nothing answered on UDP port {port} (servers on loopback answer only there)")

@@ -2516,6 +2516,7 @@ EVENT_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "task_id": is_id, "exit_code": lambda v: is_count(v) and v < 256,
         "signal": lambda v: v is None or v in sc.SIGNALS,
         "state": lambda v: v in ("done", "killed", "timeout"), "duration_ms": is_count,
+        "killed_by": lambda v: v is None or is_text(v),
         "output_bytes": is_count, "cpu_s": is_number, "max_rss_kb": is_count,
     },
     "cpu_alert": {
@@ -8932,7 +8933,14 @@ class TestTargets:
     def test_makes_names_that_nothing_evaluates(self) -> None:
         names = ("{{ lookup('pipe','id') }}", "a\nb", "web1", "web1", "", "$(id)", "..")
         found = [
-            {"hostname": name, "address": f"10.0.0.{n}", "port": 80, "url": "u", "tls": n == 2}
+            {
+                "hostname": name,
+                "address": f"10.0.0.{n}",
+                "port": 80,
+                "url": "u:1",
+                "tls": n == 2,
+                "auth": n != 3,
+            }
             for n, name in enumerate(names)
         ]
         named = sc.name_hosts(found)
@@ -8943,7 +8951,13 @@ class TestTargets:
         assert [one["labels"]["__scheme__"] for one in listed].index("https") == 2
         hosts = json.loads(sc.format_ansible(found))["all"]["children"]["servercontrol"]["hosts"]
         assert "{" not in "".join(hosts)
-        assert sc.parse_hosts(sc.format_hosts([{**one, "url": "u:1"} for one in found]), "").keys()
+        lines = sc.parse_hosts(sc.format_hosts(found, {"a-b"}, {"id.token"}), "")
+        files = {name: token_file for name, (_, token_file) in lines.items()}
+        assert list(files.items())[1:] == [
+            *[("a-b-10.0.0.1-80", "a-b-10.0.0.1-80.token"), ("web1", "web1.token")],
+            *[("web1-10.0.0.3-80", ""), ("10.0.0.4", "10.0.0.4.token")],
+            *[("id", ""), ("10.0.0.6", "10.0.0.6.token")],
+        ]
 
     def test_shows_a_server_of_ours_once(self) -> None:
         places = (("127.0.0.1", 1), ("10.0.0.1", 1), ("127.0.0.1", 2), ("10.0.0.2", 2))
@@ -9137,7 +9151,10 @@ class TestExec:
     @pytest.mark.parametrize(
         "arguments, told",
         [
-            (["exec", "web1"], "exec: the command is missing, as in: exec web1 -- uptime"),
+            (["exec", "web1", "uptime"], "exec: the command stands behind --, as in: exec web1 "),
+            (["exec", "--all", "uname", "-r"], "exec: the command stands behind --, as in: exec "),
+            (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- uptime"),
+            (["exec", "web1,web2", "--", "x"], "'web1,web2' is no server: say host"),
             (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
             (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
             (["exec", "a", "--parallel=0", "--", "x"], "--parallel: "),
@@ -9169,11 +9186,27 @@ class TestExec:
         env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
         assert run_client("exec", "web1", "--", "exit 3", **env).returncode == 3
         assert run_client("exec", place, "--", "exit 3", **env).returncode == 3
-        for names in (["web2"], ["--all"]):
-            finished = run_client("exec", *names, "--", "true", **env)
-            assert (finished.returncode, b"gone.token: No such" in finished.stderr) == (2, True)
+        with Impostor(b"") as impostor:
+            lines = (lines[0], f"web2 127.0.0.1:{impostor.port} gone.token", lines[2])
+            env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
+            for names, shown in (["web2"], b""), (["--all"], b"web1 | hi\n"):
+                finished = run_client("exec", *names, "--", "echo hi", **env)
+                assert (finished.returncode, finished.stdout) == (125, shown)
+                assert b"gone.token: No such file or directory; it is a copy" in finished.stderr
+            assert b"".join(impostor.received) == b""
+            os.chmod(write_token(tmp_path, "gone.token", SERVER_RUN_TOKEN), 0o644)
+            finished = run_client("exec", "web2", "--", "true", **env)
+            assert finished.returncode == 125 and b"chmod 600" in finished.stderr
 
-    @pytest.mark.parametrize("lines, told", [("a", "line 1: "), ("a b:1 t", "a: ")])
+    def test_says_which_token_is_wrong(self, place: str, tmp_path: Path) -> None:
+        token = write_token(tmp_path, "wrong", "another-token-of-somebody")
+        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, f"web1 {place} wrong")}
+        finished = run_client("exec", "web1", "--", "true", **env)
+        assert finished.returncode == 125 and f"(the one in {token})".encode() in finished.stderr
+
+    @pytest.mark.parametrize(
+        "lines, told", [("a", "line 1: "), ("a b:1\n\na b:1", "line 3: 'a' stands in line 1 ")]
+    )
     def test_names_a_bad_list(self, tmp_path: Path, lines: str, told: str) -> None:
         hosts = write_hosts(tmp_path, lines)
         finished = run_client("exec", "a", "--", "true", SERVERCONTROL_HOSTS=hosts)
@@ -9220,7 +9253,20 @@ class TestExec:
     def test_stops_in_time(self, place: str, plain_server: ServerProcess) -> None:
         finished = run_client("exec", place, "--timeout=0.2", "--", "sleep 60")
         assert finished.returncode == 128 + signal.SIGTERM
-        assert plain_server.get("/tasks")[-1]["state"] == "timeout"
+        told = f"servercontrol: {place}: stopped: it took longer than --timeout allows\n"
+        assert finished.stderr == told.encode()
+        task = plain_server.get("/tasks")[-1]
+        assert (task["state"], task["killed_by"]) == ("timeout", None)
+
+    def test_tells_who_killed_it(self, place: str, plain_server: ServerProcess) -> None:
+        with running_client("exec", place, "--", "echo hi; sleep 63") as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"hi\n"
+            plain_server.request("POST", f"/kill?id={plain_server.get('/tasks')[-1]['task_id']}")
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+            by = rf"127\.0\.0\.1:[0-9]+ run uid={os.geteuid()}"
+            told = rf"servercontrol: {place}: the command was killed by {by}\n"
+            assert re.fullmatch(told, process.stderr.read().decode())
 
     def test_ends_with_a_closed_pipe(self, place: str, plain_server: ServerProcess) -> None:
         with running_client("exec", place, "--", "yes") as process:
@@ -9681,6 +9727,17 @@ class TestExec:
                     assert one.wait(PATIENCE_SECONDS) == 125
                 assert b"it was restarted, which ended the command" in one.stderr.read()
 
+    def test_tells_when_the_server_is_stopped(self, tmp_path: Path) -> None:
+        """By whom its command was ended is then of more use than how."""
+        with ServerProcess(tmp_path) as server:
+            place = f"127.0.0.1:{server.port}"
+            with running_client("exec", place, "--", "echo hi; sleep 64") as one:
+                assert one.stdout is not None and one.stderr is not None
+                assert one.stdout.readline() == b"hi\n"
+                server.process.terminate()
+                assert one.wait(PATIENCE_SECONDS) == 125
+                assert b": it was stopped, which ended the command\n" in one.stderr.read()
+
     def test_has_help_for_each_command(self) -> None:
         for command in sc.COMMAND_LINES:
             finished = run_client(command, "--help")
@@ -9889,8 +9946,32 @@ class TestDiscover:
                 hosts = run_client(*quick, "--hosts", "--discovery-port", port).stdout
                 (tmp_path / "hosts").write_bytes(hosts)
                 all_of_them = ("exec", "--all", "--fold", "--", "echo hello")
-                ran = run_client(*all_of_them, SERVERCONTROL_HOSTS=str(tmp_path / "hosts"))
+                env = {"SERVERCONTROL_HOSTS": str(tmp_path / "hosts")}
+                ran = run_client(*all_of_them, **env)
                 assert b"(2 servers, exit code 0)\nhello\n" in ran.stdout
+                again = run_client(*quick, "--hosts", "--discovery-port", port, **env)
+                assert (again.returncode, again.stdout) == (0, b"")
+                assert again.stderr == b"servercontrol: left out, being listed: 2\n"
+
+    def test_lists_where_a_token_goes(self, tmp_path: Path, capfd: Any) -> None:
+        """But a file that is there already is of somebody else."""
+        places = ("10.0.0.1", "10.0.0.2", "127.0.0.1", "10.0.0.4")
+        found = [
+            {"hostname": f"web{n}", "address": place, "port": 80, "auth": n != 4, "tls": False}
+            for n, place in enumerate(places, 1)
+        ]
+        found = [{**one, "url": f"http://{one['address']}:80"} for one in found]
+        env = {"SERVERCONTROL_HOSTS": str(tmp_path / "list" / "hosts")}
+        rest = "web3 http://127.0.0.1:80\nweb4 http://10.0.0.4:80\n"
+        assert sc.list_new(found, env) == (
+            "web1 http://10.0.0.1:80 web1.token\nweb2 http://10.0.0.2:80 web2.token\n" + rest
+        )
+        assert "third word is the file for a copy" in capfd.readouterr().err
+        (tmp_path / "list").mkdir()
+        write_token(tmp_path / "list", "web2.token", SERVER_RUN_TOKEN)
+        write_hosts(tmp_path / "list", "one http://10.0.0.1:80 web1.token")
+        assert sc.list_new(found, env) == "web2 http://10.0.0.2:80\n" + rest
+        assert "left out, being listed: 1" in capfd.readouterr().err
 
     def test_is_not_held_up_by_rubbish(self) -> None:
         """Somebody answers each probe with many datagrams, one of which is a reply."""
