@@ -8680,7 +8680,8 @@ function showDetail() {
   const task = stream?.task, isOn = task?.state === "running";
   const [words, look] = task ? describe(task) : [""];
   const facts = (one) => [`#${one.task_id}`, `pid ${one.pid}`, one.by,
-    `started ${formatTime(one.started)}`, lasted(one)].join(" · ");
+    `started ${formatTime(one.started)}`, lasted(one),
+    one.killed_by && `stopped by ${one.killed_by}`].filter(Boolean).join(" · ");
   say("facts", task ? facts(task) : "");
   say("title", task?.command ?? "Output"); $("title").title = task?.command ?? "";
   show("state", words); $("state").className = `badge ${look}`; $("no-output").hidden = !!task;
