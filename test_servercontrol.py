@@ -9649,6 +9649,28 @@ class TestExec:
         assert found[2] == 4 and len(found[1]) == 1
         assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
 
+    def test_writes_beside_somebody_else(self, monkeypatch: Any) -> None:
+        """Who shares the pipe may have filled it since it was asked, and have set O_NONBLOCK."""
+
+        class Ready:
+            def register(self, fd: int, what: int) -> None:
+                pass
+
+            def poll(self, milliseconds: int) -> list[int]:
+                return [1]
+
+        reading, writing = os.pipe()
+        try:
+            os.set_blocking(writing, False)
+            os.write(writing, bytes(1 << 20))
+            monkeypatch.setattr(sc.select, "poll", Ready)
+            assert sc.write_some(writing, memoryview(b"x")) == 0
+            os.read(reading, 1 << 20)
+            assert sc.write_some(writing, memoryview(b"x")) == 1
+        finally:
+            os.close(reading)
+            os.close(writing)
+
     def test_keeps_a_connection_while_its_reader_pauses(
         self, plain_server: ServerProcess, monkeypatch: Any
     ) -> None:
