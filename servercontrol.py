@@ -8679,10 +8679,9 @@ function select(task, isMine) {
 function showDetail() {
   const task = stream?.task, isOn = task?.state === "running";
   const [words, look] = task ? describe(task) : [""];
-  const facts = (one) => [`#${one.task_id}`, `pid ${one.pid}`, one.by,
-    `started ${formatTime(one.started)}`, lasted(one),
-    one.killed_by && `stopped by ${one.killed_by}`].filter(Boolean).join(" · ");
-  say("facts", task ? facts(task) : "");
+  say("facts", task ? [`#${task.task_id}`, `pid ${task.pid}`, task.by,
+    `started ${formatTime(task.started)}`, lasted(task),
+    task.killed_by && `stopped by ${task.killed_by}`].filter(Boolean).join(" · ") : "");
   say("title", task?.command ?? "Output"); $("title").title = task?.command ?? "";
   show("state", words); $("state").className = `badge ${look}`; $("no-output").hidden = !!task;
   $("stop").disabled = !isOn || !mayRun; say("stop", isOn && task.stopping ? "Kill now" : "Stop");
