@@ -7897,10 +7897,11 @@ def format_hosts(
     """
     lines = []
     for name, one in name_hosts(found, taken).items():
-        token_file = f"{name}.token"
-        is_named = is_token_needed(one) and token_file not in kept
-        lines.append(f"{name} {one['url']}" + f" {token_file}" * is_named)
-    return "".join(f"{line}\n" for line in lines)
+        token_file = f"{name}.token" if is_token_needed(one) else ""
+        if token_file in kept:
+            token_file = f"# {token_file} is there already: is it of this server?"
+        lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def format_found(found: Sequence[dict[str, Any]]) -> str:
@@ -9368,14 +9369,11 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
     folder = os.path.dirname(path)
-    return [
-        target
-        if not token_file
-        else dataclasses.replace(
-            target, token_file=os.path.join(folder, os.path.expanduser(token_file))
-        )
-        for target, token_file in listed.values()
-    ]
+    targets = []
+    for target, token_file in listed.values():
+        place = token_file and os.path.join(folder, os.path.expanduser(token_file))
+        targets.append(dataclasses.replace(target, token_file=place))
+    return targets
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:

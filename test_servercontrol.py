@@ -9992,7 +9992,8 @@ class TestDiscover:
         (tmp_path / "list").mkdir()
         write_token(tmp_path / "list", "web2.token", SERVER_RUN_TOKEN)
         write_hosts(tmp_path / "list", "one http://10.0.0.1:80 web1.token")
-        assert sc.list_new(found, env) == "web2 http://10.0.0.2:80\n" + rest
+        line = "web2 http://10.0.0.2:80 # web2.token is there already: is it of this server?\n"
+        assert sc.list_new(found, env) == line + rest
         assert "left out, being listed: 1" in capfd.readouterr().err
 
     def test_is_not_held_up_by_rubbish(self) -> None:
