@@ -6538,8 +6538,10 @@ class RemoteTask:
         return self.is_asked and self.exit_code is None
 
     async def start(self) -> None:
-        """Start the command. Raises UnreachableError."""
+        """Start the command. Raises UnreachableError, also when it is stopped before that."""
         boot_id = (await self.link.learn())["boot_id"]
+        if self.is_stopping:
+            raise UnreachableError("not started")
         body = encode_json(self._fields)
         for delay in (*START_RETRY_SECONDS, None):
             try:
@@ -6916,8 +6918,9 @@ class Execution:
         # Set when we go, whatever the commands do; Ctrl-C came once.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._is_stopping = False
-        # Whether what was kept is shown already.
+        # Whether what was kept is shown already; whether nobody takes our output any more.
         self._is_shown = False
+        self._is_unread = False
 
     def _make_task(self, target: Target) -> RemoteTask:
         name = target.name
@@ -6960,6 +6963,8 @@ class Execution:
                 return self._left.result()
             return everything.result()
         except OutputError:
+            self._is_unread = True
+            self._start_no_more()
             while any(task.task_id is None for task in self._find_running()):
                 await asyncio.sleep(INPUT_PAUSE_SECONDS)
             await self._stop_all()
@@ -7001,10 +7006,10 @@ class Execution:
         feeding = None
         async with self._places:
             try:
-                if self._is_stopping:
+                if task.is_stopping:
                     raise UnreachableError("not started")
                 await task.start()
-                if self._is_stopping:
+                if task.is_stopping:
                     await task.stop()
                 if self._fields.get("stdin") is True and not self._has_keyboard():
                     feeding = asyncio.ensure_future(self._feed(task, pieces))
@@ -7017,7 +7022,8 @@ class Execution:
                 is_unknown = task.is_asked and task.task_id is None
                 doubt = "; whether the command was started is not known" if is_unknown else ""
                 where = "" if name == task.target.url else f" ({task.target.url})"
-                self._note(f"{name}{where}: {error}{doubt}")
+                if task.is_asked or not self._is_unread:
+                    self._note(f"{name}{where}: {error}{doubt}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
@@ -7049,6 +7055,7 @@ class Execution:
             self._leave(128 + signal.SIGINT)
             return
         self._is_stopping = True
+        self._start_no_more()
         names = ", ".join(
             f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
         )
@@ -7059,6 +7066,11 @@ class Execution:
     def _find_running(self) -> list[RemoteTask]:
         everybody = (task for task in self._tasks if task.is_running)
         return [task for task in everybody if task.target.name not in self._codes]
+
+    def _start_no_more(self) -> None:
+        """What is being started now is stopped as soon as it has a number."""
+        for task in self._tasks:
+            task.is_stopping = True
 
     async def _stop_all(self) -> None:
         await asyncio.gather(*(task.stop() for task in self._find_running()))

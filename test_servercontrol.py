@@ -6593,7 +6593,13 @@ class TestTerminal:
             typist.wait_for(r"[$#]")
             typist.type("sleep 62 & sleep 63\n")
             pid = server.task(typist.task_id)["pid"]
-            pids = wait_until(lambda: (lambda p: p if len(p) == 3 else None)(sc.find_session(pid)))
+
+            def read_names() -> list[str]:
+                return sorted(Path(f"/proc/{p}/comm").read_text() for p in sc.find_session(pid))
+
+            # Until they are `sleep` they are the shell still, which is deaf for TERM.
+            wait_until(lambda: read_names() == ["bash\n", "sleep\n", "sleep\n"])
+            pids = sc.find_session(pid)
             with kill_at_last(pids):
                 assert kill_task(server, typist.task_id).status == 200
                 end = typist.wait_for_end()
@@ -9287,6 +9293,26 @@ class TestExec:
             assert one.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
             assert one.stderr.read() == b""
         wait_until(lambda: {t["state"] for t in plain_server.get("/tasks")[-2:]} == {"killed"})
+
+    def test_starts_nothing_behind_a_closed_pipe(self, plain_server: ServerProcess) -> None:
+        """The second server tells where it stands while the first one is told to stop."""
+        before, port = len(plain_server.get("/tasks")), plain_server.port
+        first = Cutter(port, lambda number: 1 if number == 3 else None, stalls=True)
+        second = Cutter(port, lambda number: None if number else 1, stalls=True)
+        with first, second:
+            words = (f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}", "--", "yes")
+            with running_client("exec", *words) as process:
+                assert process.stdout is not None and process.stderr is not None
+                assert process.stdout.read(4)
+                wait_until(lambda: second.cut)
+                process.stdout.close()
+                wait_until(lambda: first.cut)
+                second.resumed.set()
+                wait_until(lambda: second.count > 1 or not second.open)
+                first.resumed.set()
+                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
+                assert process.stderr.read() == b""
+        wait_until(lambda: [t["state"] for t in plain_server.get("/tasks")[before:]] == ["killed"])
 
     @pytest.mark.parametrize("more, is_coloured", [({}, True), ({"NO_COLOR": "1"}, False)])
     def test_colours_names_on_a_terminal(
