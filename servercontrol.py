@@ -1838,6 +1838,7 @@ class OutputLog:
 # text that leaves is valid UTF-8, every request that comes in is checked to its last field here.
 # And what goes to others: metrics as text for Prometheus, the request that carries an alert.
 
+REPLACEMENT = "\ufffd".encode()  # for what is no UTF-8
 EVENT_TYPES = "stats_update task_start task_output task_complete cpu_alert alert_resolved".split()
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
@@ -2988,6 +2989,8 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # How often U+FFFD stands in the output for bytes that were no UTF-8.
+        self.replaced = 0
         # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
         self.fd = -1
         self.input: TaskInput | None = None
@@ -3016,6 +3019,7 @@ class Task:
             "ended": self.ended_timestamp,
             "pid": self.pid,
             "output_bytes": self.output.end,
+            "replaced": self.replaced,
             "tty": self.request.tty,
             "cwd": self.cwd,
             "by": self.by,
@@ -3432,8 +3436,12 @@ class Tasks:
 
     def _take_output(self, task: Task, chunk: bytes, final: bool = False) -> None:
         """Publish and keep a chunk; characters that are cut wait for their other half."""
-        if not chunk.isascii() or final or task.decoder.getstate()[0]:
-            chunk = task.decoder.decode(chunk, final).encode("utf-8")
+        cut = task.decoder.getstate()[0]
+        if not chunk.isascii() or final or cut:
+            text = task.decoder.decode(chunk, final)
+            own = (cut + chunk).count(REPLACEMENT)
+            chunk = text.encode("utf-8")
+            task.replaced += chunk.count(REPLACEMENT) - own
         if not chunk:
             return
         offset, kept = task.output.end, task.output.kept_bytes
@@ -3632,6 +3640,7 @@ class Tasks:
             killed_by=task.killed_by,
             duration_ms=int(duration * 1000),
             output_bytes=task.output.end,
+            replaced=task.replaced,
             cpu_s=usage[0],
             max_rss_kb=usage[1],
         )
@@ -6608,6 +6617,8 @@ class RemoteTask:
             self._tell("stopped: it took longer than --timeout allows")
         elif killed_by and not self.is_stopping:
             self._tell(f"the command was killed by {clean_text(killed_by)}")
+        if task.get("replaced") and not self._fields.get("tty"):
+            self._tell("part of the output is no UTF-8 and was replaced: send that by base64")
 
     async def _catch_up(self) -> None:
         """After a gap the server's list and kept output say what was missed."""

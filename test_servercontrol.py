@@ -2518,6 +2518,7 @@ EVENT_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "state": lambda v: v in ("done", "killed", "timeout"), "duration_ms": is_count,
         "killed_by": lambda v: v is None or is_text(v),
         "output_bytes": is_count, "cpu_s": is_number, "max_rss_kb": is_count,
+        "replaced": is_count,
     },
     "cpu_alert": {
         "cpu": is_number, "hostname": is_text, "message": is_text,
@@ -6132,21 +6133,28 @@ class TestTaskProcess:
         assert task["state"] == "done" and task["started"] <= task["ended"]
 
     @cases_task(
-        "command, output",
+        "command, output, replaced",
         {
-            "invalid byte": ("printf 'a\\377b'", "a\ufffdb"),
-            "cut at the end": ("printf 'a\\303'", "a\ufffd"),
-            "control": ("printf '\\000\\033\\r\\t\\177\"\\\\'", '\0\x1b\r\t\x7f"\\'),
-            "command not ASCII": ("echo 'ž€😀'", "ž€😀\n"),
-            "SIGPIPE is the default": ("yes | head -n 1", "y\n"),
-            "cut by every read": ("printf '€%.0s' $(seq 100000)", "€" * 100000),
+            "invalid byte": ("printf 'a\\377b'", "a\ufffdb", 1),
+            "cut at the end": ("printf 'a\\303'", "a\ufffd", 1),
+            "replaced before": (
+                "printf '\\377\\357\\277\\275\\357\\277a'",
+                "\ufffd\ufffd\ufffda",
+                2,
+            ),
+            "control": ("printf '\\000\\033\\r\\t\\177\"\\\\'", '\0\x1b\r\t\x7f"\\', 0),
+            "command not ASCII": ("echo 'ž€😀'", "ž€😀\n", 0),
+            "SIGPIPE is the default": ("yes | head -n 1", "y\n", 0),
+            "cut by every read": ("printf '\ufffd€%.0s' $(seq 50000)", "\ufffd€" * 50000, 0),
         },
     )
-    def test_output_is_utf_8(self, server: Any, command: str, output: str) -> None:
+    def test_output_is_utf_8(self, server: Any, command: str, output: str, replaced: int) -> None:
         answer = server.run(command)
         assert answer["output"] == output
         assert server.get(f"/logs?id={answer['task_id']}")["logs"] == output
-        assert server.task(answer["task_id"])["output_bytes"] == len(output.encode("utf-8"))
+        task = server.task(answer["task_id"])
+        assert task["output_bytes"] == len(output.encode("utf-8"))
+        assert task["replaced"] == replaced
 
     def test_character_cut_between_two_reads_is_kept_whole(self, server: Any, gate: Gate) -> None:
         with server.websocket() as viewer:
@@ -8998,7 +9006,7 @@ class TestExec:
             (["kill -9 $$"], 137, b""),
             (["true"], 0, b""),
             (["printf 'a\\000\\033\\r\\n'"], 0, b"a\0\x1b\r\n"),
-            (["printf 'p\\303\\244\\377'"], 0, "pä\ufffd".encode()),
+            (["printf 'p\\303\\244\\357\\277\\275'"], 0, "pä\ufffd".encode()),
         ],
     )
     def test_is_as_if_run_here(
@@ -9006,6 +9014,12 @@ class TestExec:
     ) -> None:
         finished = run_client("exec", place, "--", *words)
         assert (finished.returncode, finished.stdout, finished.stderr) == (status, output, b"")
+
+    def test_says_that_output_was_no_text(self, place: str) -> None:
+        finished = run_client("exec", place, "--", "printf 'p\\303\\244\\377'; exit 3")
+        assert (finished.returncode, finished.stdout) == (3, "pä\ufffd".encode())
+        told = "part of the output is no UTF-8 and was replaced: send that by base64"
+        assert finished.stderr.decode() == f"servercontrol: {place}: {told}\n"
 
     def test_means_this_machine_unless_told(self) -> None:
         finished = run_client("exec", "--", "true")  # no server at 8080, or one of another account
