@@ -209,6 +209,9 @@ TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread
 TERMINAL_LOOK_SECONDS = 0.1  # while nobody has the terminal open, between two looks
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
+# A task whose asker has set a window goes on without one when nothing was acknowledged for so long:
+# as long as a client tries to come back.
+WINDOW_SECONDS = 60.0
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
 # Access.
@@ -271,6 +274,12 @@ START_RETRY_SECONDS = (0.2, 1.0, 3.0)
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
 EXEC_SILENCE_SECONDS = 20.0
 EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
+# Output that may be on its way to us, from one server (64 tasks with such windows are all that a
+# server keeps) and from all of them.
+EXEC_WINDOW_BYTES = 1 * MIB
+EXEC_WINDOWS_BYTES = 16 * MIB
+ACK_SECONDS = 10.0  # between two acknowledgements, so that a task knows that we are there
+MAX_AHEAD_BYTES = 64 * MIB  # received and not written: only a server that ignores the window
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # for what is not written yet when we go
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
@@ -1912,7 +1921,8 @@ class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
     stdin: text to be read, True for input that comes later, None for none. ref: two requests
-    with the same one start one task, so that a lost answer can be asked for again.
+    with the same one start one task, so that a lost answer can be asked for again. window: bytes
+    of output that may come before `task_ack` has said that they were taken; 0 is any number.
     """
 
     command: str
@@ -1925,6 +1935,7 @@ class ExecRequest:
     cols: int = 80
     rows: int = 24
     ref: str | None = None
+    window: int = 0
 
 
 def is_plain_text(value: Any) -> bool:
@@ -2005,6 +2016,13 @@ def check_side(name: str, value: Any) -> int:
     return value
 
 
+def check_bytes(name: str, value: Any) -> int:
+    """Return a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CommandError("bad_field", f"{name} must be a number of bytes")
+    return value
+
+
 EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "cwd": check_text,
     "env": check_env,
@@ -2015,6 +2033,7 @@ EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "cols": check_side,
     "rows": check_side,
     "ref": check_name,
+    "window": check_bytes,
 }
 
 
@@ -2989,6 +3008,9 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # How far who asked for it has taken its output, and how far it may be ahead (0: any).
+        self.acked: float = 0
+        self.window = 0
         # How often U+FFFD stands in the output for bytes that were no UTF-8.
         self.replaced = 0
         # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
@@ -3024,6 +3046,11 @@ class Task:
             "cwd": self.cwd,
             "by": self.by,
         }
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether no more may be read before who asked for it has taken what there is."""
+        return 0 < self.window <= self.output.end - self.acked
 
     def wake(self) -> None:
         """Let everyone go on who waits for more output or the end."""
@@ -3258,7 +3285,11 @@ class Tasks:
             raise CommandError("no_resources", "the server is stopping")
         if len(self.running) >= self._config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
-        task = Task(self._ids.take(), request, by, self._config.keep_output)
+        config = self._config
+        task = Task(self._ids.take(), request, by, config.keep_output)
+        # What is not acknowledged is always kept.
+        fair = KEEP_ALL_OUTPUT_BYTES // config.max_tasks
+        task.window = min(request.window, config.keep_output, fair)
         cwd = read_cwd()
         task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:
@@ -3403,12 +3434,28 @@ class Tasks:
             asyncio.get_running_loop().remove_reader(task.fd)
             task.set_timer("read", PRESSURE_SECONDS, self._resume_read)
             return
+        if task.is_ahead:
+            asyncio.get_running_loop().remove_reader(task.fd)
+            task.set_timer("read", WINDOW_SECONDS, self._lift_window)
+            return
         chunk = self._read_chunk(task, READ_CHUNK_BYTES)
         if chunk:
             self._take_output(task, chunk)
 
     def _resume_read(self, task: Task) -> None:
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
+
+    def acknowledge(self, task: Task, offset: int) -> None:
+        """Who asked for a task has taken its output up to `offset`, or is still there at least."""
+        task.acked = offset
+        if task.fd >= 0 and "read" in task.timers:
+            task.cancel_timer("read")
+            self._resume_read(task)
+
+    def _lift_window(self, task: Task) -> None:
+        """Nobody seems to be there: a task outlives who asked for it."""
+        task.acked = math.inf
+        self._resume_read(task)
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
         """Read output; close at its end."""
@@ -4797,6 +4844,12 @@ def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) 
     server.tasks.resize(task, cols, rows)
 
 
+def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+    """`task_ack`: output was taken up to `offset`, by who has asked for a window."""
+    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    server.tasks.acknowledge(task, check_bytes("offset", message.get("offset")))
+
+
 # The role that each message needs, and what carries it out.
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
@@ -4804,6 +4857,7 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
     "task_input": (Role.RUN, answer_task_input),
     "task_resize": (Role.RUN, answer_task_resize),
     "task_kill": (Role.RUN, answer_task_kill),
+    "task_ack": (Role.RUN, answer_task_ack),
 }
 
 
@@ -6327,8 +6381,6 @@ class Link:
         # When anything last came, and when the connection was last good (monotonic seconds).
         self.heard_now = time.monotonic()
         self._good_now = time.monotonic()
-        # Whether we keep the server waiting: then its silence means nothing.
-        self.is_paused = False
         # The open connection; after a restart the events before `hello`, which says whose they are.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
@@ -6441,8 +6493,6 @@ class Link:
         """Ask a server that is quiet whether it is there; leave one that does not answer."""
         while True:
             await asyncio.sleep(self._silence_seconds / 4)
-            if self.is_paused:
-                self.heard_now = time.monotonic()
             idle_seconds = time.monotonic() - self.heard_now
             if idle_seconds > self._silence_seconds:
                 writer.transport.abort()
@@ -6506,8 +6556,10 @@ class Link:
 class RemoteTask:
     """A command on a server, from its start to its exit code.
 
-    fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until there is
-    room for more; tell: a line for people. connected: called whenever messages can be sent (anew).
+    fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until that is
+    written; tell: a line for people. connected: called whenever messages can be sent (anew).
+    With a `window` the server waits for us as a pipe does, and keeps what we have not got: so
+    nothing is lost, however slow we are, or the network, or who reads our output.
     """
 
     def __init__(
@@ -6534,6 +6586,10 @@ class RemoteTask:
         # Of the output, in bytes: how much was written and lost; whether a line has begun.
         self._position = 0
         self.lost_bytes = 0
+        # How much of it is written, as far as we know, and was acknowledged; set when to look.
+        self._written = 0
+        self._acked = 0
+        self._news = asyncio.Event()
         self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
         # What was told of a connection that is lost; and the code of the newest error
@@ -6569,10 +6625,53 @@ class RemoteTask:
             raise foreign_error()
 
     async def follow(self) -> int:
-        """Write the output as it comes, and return the exit code. Raises UnreachableError."""
-        await self.link.run()
+        """Write the output as it comes; return the exit code.
+
+        Raises UnreachableError, and what `drain` raises.
+        """
+        halves = [
+            asyncio.ensure_future(self.link.run()),
+            asyncio.ensure_future(self._acknowledge()),
+        ]
+        try:
+            done, _ = await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+            for half in done:
+                half.result()
+        finally:
+            for half in halves:
+                half.cancel()
+            await asyncio.gather(*halves, return_exceptions=True)
         assert self.exit_code is not None
         return self.exit_code
+
+    async def _acknowledge(self) -> None:
+        """Tell the server how much is written, and every 10 s that we are there."""
+        step = self._fields.get("window", 0) // 4
+        while True:
+            is_due = not await self._wait(self._news.wait())
+            self._news.clear()
+            position = self._position
+            if await self._wait(self._drain()):
+                self._written = position
+            if is_due or self._written - self._acked >= step:
+                self._acked = self._written
+                fields = {"task_id": self.task_id, "offset": self._acked}
+                self.link.send({"type": "task_ack", **fields})
+
+    @staticmethod
+    async def _wait(something: Awaitable[Any]) -> bool:
+        """Wait at most until it is time for an acknowledgement; return whether it has happened.
+
+        Unlike wait_for(), which before Python 3.12 may swallow that we are cancelled.
+        """
+        future = asyncio.ensure_future(something)
+        try:
+            done, _ = await asyncio.wait({future}, timeout=ACK_SECONDS)
+        finally:
+            future.cancel()
+        for one in done:
+            one.result()
+        return bool(done)
 
     async def _take(self, event: dict[str, Any]) -> None:
         kind = event["type"]
@@ -6582,6 +6681,8 @@ class RemoteTask:
                 self._tell(f"connection lost ({self._trouble}), trying again")
         elif kind == "hello":
             self.connected()
+            self._acked = -sys.maxsize  # an acknowledgement may have been lost
+            self._news.set()
         elif kind == "restarted":
             raise UnreachableError("it was restarted, which ended the command", 410)
         elif kind == "gap":
@@ -6597,7 +6698,7 @@ class RemoteTask:
         elif kind == "task_complete":
             if event["output_bytes"] > self._position:
                 await self._fetch_output()
-            self._end(event)
+            await self._end(event)
 
     def _take_error(self, event: dict[str, Any]) -> None:
         """Of a long paste that the task does not read each piece is refused; said once."""
@@ -6605,7 +6706,8 @@ class RemoteTask:
             self._tell("what was typed is not all taken: the task does not read it")
         self._error = event["code"]
 
-    def _end(self, task: Mapping[str, Any]) -> None:
+    async def _end(self, task: Mapping[str, Any]) -> None:
+        await self._drain()  # what is told stands behind the output
         exit_code, killed_by = task["exit_code"], task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise ValueError("exit_code")
@@ -6625,7 +6727,7 @@ class RemoteTask:
         state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
         await self._fetch_output()
         if state["state"] != "running":
-            self._end(state)
+            await self._end(state)
 
     async def _fetch_output(self) -> None:
         path = f"/logs?id={self.task_id}&offset={self._position}&raw"
@@ -6647,9 +6749,9 @@ class RemoteTask:
         if new:
             self._is_in_line = not new.endswith(b"\n")
             self._write(new)
-            self.link.is_paused = True
+            self._news.set()
+        if self._position - self._written > MAX_AHEAD_BYTES:
             await self._drain()
-            self.link.is_paused = False
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
@@ -6912,7 +7014,8 @@ class Execution:
     def __init__(
         self, targets: Sequence[Target], fields: dict[str, Any], fold: bool, parallel: int
     ) -> None:
-        self._fields = fields
+        window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // len(targets))
+        self._fields = {**fields, "window": window}
         self._fold = fold
         self._places = asyncio.Semaphore(parallel)
         self._is_single = len(targets) == 1 and not fold
@@ -7130,7 +7233,8 @@ class Execution:
     def _summarize(self) -> str:
         parts = []
         for code, count in sorted(Counter(self._codes.values()).items()):
-            names = [name for name, one in self._codes.items() if one == code]
+            everybody = [task.target.name for task in self._tasks]
+            names = [name for name in everybody if self._codes.get(name) == code]
             lost = [name for name in names if name in self._reasons]
             shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (count > 10)})"
             what = "not reached" if lost == names else f"exit code {code}"

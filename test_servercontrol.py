@@ -6383,6 +6383,88 @@ class Typist:
 
 
 @pytest.mark.usefixtures("tidy")
+class TestTaskWindow:
+    """A task that waits for who asked for it: `window` and `task_ack`."""
+
+    COMMAND = "yes 0123456 | head -c 3000000; echo end; exit 5"
+
+    @staticmethod
+    def wait_for_pause(server: ServerProcess, task_id: str) -> int:
+        """Return how much output there is when no more comes."""
+        sizes = [-1]
+
+        def is_still() -> bool:
+            sizes.append(server.task(task_id)["output_bytes"])
+            time.sleep(0.1)
+            return sizes[-1] == sizes[-2] > 0
+
+        wait_until(is_still)
+        return sizes[-1]
+
+    def test_is_read_no_further_than_acknowledged(self, server: ServerProcess) -> None:
+        free = server.start(self.COMMAND)
+        task_id = server.start(self.COMMAND, window=100_000)
+        with server.websocket() as websocket:
+            for offset in (0, 0, 1, 90_000):
+                ack = {"type": "task_ack", "task_id": task_id, "offset": offset}
+                websocket.send(json.dumps(ack))
+                end = self.wait_for_pause(server, task_id)
+                assert offset + 100_000 <= end < offset + 100_000 + sc.READ_CHUNK_BYTES
+                assert server.task(task_id)["state"] == "running"
+            assert server.wait_for_end(free)["exit_code"] == 5  # it waits for nobody
+            websocket.send(json.dumps({**ack, "offset": 3_000_000}))
+            ended = server.wait_for_end(task_id)
+            websocket.send(json.dumps({**ack, "ref": 1}))  # too late, which does not matter
+            websocket.send('{"type":"ping","ref":2}')
+            replies = receive_events(websocket, lambda event: event.get("ref") == 2)
+            assert not any(event["type"] == "error" for event in replies)
+        assert (ended["exit_code"], ended["output_bytes"]) == (5, 3_000_004)
+
+    def test_kill_does_not_wait(self, server: ServerProcess) -> None:
+        task_id = server.start("yes", window=1)
+        self.wait_for_pause(server, task_id)
+        assert kill_task(server, task_id).status == 200
+        assert server.wait_for_end(task_id)["state"] == "killed"
+
+    def test_outlives_who_asked_for_it(self, tmp_path: Path) -> None:
+        launcher = write_launcher(tmp_path, WINDOW_SECONDS=0.5)
+        with ServerProcess(tmp_path, script=launcher) as server:
+            task_id = server.start(self.COMMAND, window=100_000)
+            assert server.wait_for_end(task_id)["output_bytes"] == 3_000_004
+            # One that says that it is there has it wait again.
+            task_id = server.start("yes", window=100_000)
+            wait_until(lambda: server.task(task_id)["output_bytes"] > 1_000_000)
+            with server.websocket() as websocket:
+                ack = {"type": "task_ack", "task_id": task_id, "offset": 0}
+                for _ in range(8):
+                    websocket.send(json.dumps(ack))
+                    time.sleep(0.1)
+                end = server.task(task_id)["output_bytes"]
+                websocket.send(json.dumps(ack))
+                assert server.task(task_id)["output_bytes"] == end
+
+    def test_is_no_larger_than_what_is_kept(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--keep-output=100000") as server:
+            task_id = server.start(self.COMMAND, window=10**9)
+            assert self.wait_for_pause(server, task_id) < 100_000 + sc.READ_CHUNK_BYTES
+        with ServerProcess(tmp_path, "--max-tasks=1024") as server:
+            task_id = server.start(self.COMMAND, window=10**9)
+            assert self.wait_for_pause(server, task_id) < 65536 + sc.READ_CHUNK_BYTES
+
+    def test_names_what_is_wrong(self, server: ServerProcess) -> None:
+        task_id = server.start("true")
+        with server.websocket() as websocket:
+            for wrong, code in (
+                ({}, "bad_field"),
+                ({"offset": -1}, "bad_field"),
+                ({"offset": "1"}, "bad_field"),
+                ({"offset": True}, "bad_field"),
+                ({"offset": 1, "task_id": "999999999"}, "unknown_task"),
+            ):
+                websocket.send(json.dumps({"type": "task_ack", "task_id": task_id, **wrong}))
+                assert receive_events(websocket, is_type("error"))[-1]["code"] == code
+
+
 class TestTaskInput:
     """SPEC 3 and 5: standard input, as text or kept open."""
 
@@ -6455,6 +6537,7 @@ class TestTaskInput:
             assert server.request("GET", f"/stdin?id={typist.task_id}").status == 405
 
     @pytest.mark.parametrize("fields", [
+        {"window": -1}, {"window": True}, {"window": "1"}, {"window": 1.5},
         {"stdin": 5}, {"stdin": None}, {"stdin": "\ud800"}, {"tty": 1}, {"tty": "yes"},
         {"tty": True, "cols": 0}, {"tty": True, "rows": 10000}, {"tty": True, "cols": 80.5},
         {"tty": True, "rows": True}, {"cols": 80}, {"tty": False, "rows": 24},
@@ -8995,6 +9078,10 @@ def place(plain_server: ServerProcess) -> str:
     return f"127.0.0.1:{plain_server.port}"
 
 
+# An INT is lost on dash in the moment before it executes its command; then comes the KILL.
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGKILL)
+
+
 class TestExec:
     """SPEC 11: `exec`."""
 
@@ -9025,11 +9112,28 @@ class TestExec:
         finished = run_client("exec", "--", "true")  # no server at 8080, or one of another account
         assert b"localhost (http://localhost:8080): " in finished.stderr or not finished.returncode
 
-    def test_gives_every_byte(self, place: str, tmp_path: Path) -> None:
-        data = random.Random(1).randbytes(3_000_000) if sys.version_info >= (3, 9) else b"x" * 10**6
-        (tmp_path / "data").write_bytes(base64.encodebytes(data))
-        finished = run_client("exec", place, "--", f"cat {tmp_path}/data")
-        assert finished.stdout == (tmp_path / "data").read_bytes()
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_gives_every_byte(
+        self, place: str, plain_server: ServerProcess, tmp_path: Path, count: int
+    ) -> None:
+        """100 MB, far more than the server keeps; and who reads them pauses."""
+        chance = random.Random(1)
+        data = base64.encodebytes(b"".join(chance.getrandbits(8 * 10**6).to_bytes(10**6, "big")
+                                           for _ in range(75)))  # fmt: skip
+        (tmp_path / "data").write_bytes(data)
+        places = (place, f"localhost:{plain_server.port}")[:count]
+        with running_client("exec", *places, "--", f"cat {tmp_path}/data") as process:
+            assert process.stdout is not None and process.stderr is not None
+            got = process.stdout.read(30_000_000)
+            wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
+            time.sleep(1)
+            got += process.stdout.read()
+            assert process.wait(PATIENCE_SECONDS) == 0, process.stderr.read()
+        width = max(map(len, places))
+        for name in places:
+            prefix = f"{name:{width}} | ".encode() if count > 1 else b""
+            own = [line[len(prefix) :] for line in got.splitlines(True) if line.startswith(prefix)]
+            assert b"".join(own) == data
 
     def test_prefixes_lines_of_several(self, place: str, plain_server: ServerProcess) -> None:
         other = f"localhost:{plain_server.port}"
@@ -9256,8 +9360,7 @@ class TestExec:
         unreadable = os.open(os.devnull, os.O_WRONLY)
         try:
             finished = run_client("exec", place, "--stdin", "--", "cat", stdin=unreadable)
-            # An INT is lost on dash in the moment before it executes its command.
-            assert finished.returncode in (128 + signal.SIGINT, 128 + signal.SIGKILL)
+            assert finished.returncode in INTERRUPTED
             assert (
                 b"its input is not complete (bad file descriptor); stopping it" in finished.stderr
             )
@@ -9495,7 +9598,8 @@ class TestExec:
 
     def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path) -> None:
         """What a server keeps no more is named, and its place is the end of a line."""
-        with ServerProcess(tmp_path, "--keep-output=64KiB") as server:
+        launcher = write_launcher(tmp_path, WINDOW_SECONDS=0.5)
+        with ServerProcess(tmp_path, "--keep-output=64KiB", script=launcher) as server:
             place = f"127.0.0.1:{server.port}"
             lines = "seq 10000000 14000000 | sed s/$/-row/"
             command = f"printf first; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; {lines}"
@@ -9566,7 +9670,7 @@ class TestExec:
                     process.send_signal(signal.SIGINT)
                 else:
                     cutter.resumed.set()
-                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT
+                assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
                 assert (b"may have been started" in process.stderr.read()) is is_again
         task_id = plain_server.get("/tasks")[-1]["task_id"]
         if is_again:
@@ -9599,9 +9703,9 @@ class TestExec:
                     assert process.stderr is not None
                     assert b"stopping task" in process.stderr.readline()
                     server.process.send_signal(signal.SIGCONT)
-                    assert process.wait(PATIENCE_SECONDS) == 130
+                    assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
             (task,) = server.get("/tasks")
-            assert task["signal"] == "INT"
+            assert task["killed_by"] is not None
 
     def test_is_found_by_its_socket(self, tmp_path: Path) -> None:
         with UnixServer(tmp_path) as server:
