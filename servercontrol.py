@@ -202,6 +202,7 @@ READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity; escaped it stays under 1 MiB, 
 OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
+MAX_REFS = 10000  # remembered, so that a request which is sent again starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999  # columns or rows
 MAX_INPUT_BYTES = 1 * MIB  # typed, but not taken by the task yet
@@ -291,6 +292,7 @@ MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
 DRAW_SECONDS = 0.2
 MAX_FOUND_SERVERS = 10000
+MAX_REPLIES_OF_ONE = 1000  # 100 instances on one machine answer three times, by two ways
 ONCE_SECONDS = 5.0  # for `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
@@ -3249,6 +3251,8 @@ class Tasks:
         self.running: dict[str, Task] = {}
         # The finished ones, in the order in which they ended.
         self._finished: deque[Task] = deque()
+        # Which task was started for a `ref`, also when it is kept no more.
+        self._refs: OrderedDict[str, str] = OrderedDict()
         self._kept_bytes = 0
         # For /metrics, since the start of the server.
         self.started = self.output_bytes = 0
@@ -3278,9 +3282,8 @@ class Tasks:
 
     def start(self, request: ExecRequest, by: str) -> Task:
         """Start a command. Raises CommandError; then nothing was started."""
-        for task in self.list() if request.ref else ():
-            if task.request.ref == request.ref:
-                return task
+        if request.ref is not None and request.ref in self._refs:
+            return self.get(self._refs[request.ref])
         if self.is_stopping:
             raise CommandError("no_resources", "the server is stopping")
         if len(self.running) >= self._config.max_tasks:
@@ -3297,6 +3300,7 @@ class Tasks:
         except OSError as error:
             raise spawn_error(error, request.cwd) from None
         self._tasks[task.task_id] = self.running[task.task_id] = task
+        self._remember(request.ref, task)
         self._announce(task)
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
         if task.input is not None and isinstance(request.stdin, str):
@@ -3306,6 +3310,12 @@ class Tasks:
         if request.timeout:
             task.set_timer("timeout", request.timeout, self._time_out)
         return task
+
+    def _remember(self, ref: str | None, task: Task) -> None:
+        if ref is not None:
+            self._refs[ref] = task.task_id
+        if len(self._refs) > MAX_REFS:
+            self._refs.popitem(last=False)
 
     def _spawn(self, task: Task) -> None:
         request = task.request
@@ -3859,7 +3869,8 @@ class Viewers:
         elapsed = now - self._looked_at
         if elapsed >= PRESSURE_SECONDS:
             self._looked_at = now
-            middle = self.feed.middle
+            # Once pressed, until they have caught up: then their patience is whole again.
+            middle = self.feed.next if self._was_pressed else self.feed.middle
             elapsed = min(elapsed, 2 * PRESSURE_SECONDS)
             behind = [viewer for viewer in self.all if viewer.cursor < middle]
             worth = [viewer.is_worth_waiting(now, elapsed) for viewer in behind]  # asks them all
@@ -6171,7 +6182,7 @@ def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
         words = re.split(r"(?:^|\s)#", line)[0].split(None, 2)
         if not words:
             continue
-        if len(words) < 2 or words[0] in listed or not words[0].isprintable():
+        if len(words) < 2 or words[0] in listed or not "".join(words).isprintable():
             problem = "needs: name url [token-file]"
             if words[0] in listed:
                 problem = f"stands in line {lines[words[0]]} already"
@@ -6266,24 +6277,71 @@ def explain_failure(error: Exception) -> str:
         return "TLS failed (is it http?)"
     if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: not even a name
         return "no such host"
-    # Several addresses tried: asyncio puts what each said into one text.
-    number = re.search(r"\[Errno (\d+)\]", str(error))
-    return os.strerror(int(number.group(1))).lower() if number else str(error) or "disconnected"
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number).lower() if number else str(error) or "disconnected"
+
+
+async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError.
+
+    In a thread for each: asyncio's few would be kept busy by names that nobody answers for, and
+    waited for at the end.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
+
+    def tell(result: Any) -> None:
+        if not found.done():
+            (found.set_exception if isinstance(result, Exception) else found.set_result)(result)
+
+    def ask() -> None:
+        try:
+            result: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            result = error
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(tell, result)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return await found
+
+
+async def connect_socket(host: str, port: int) -> socket.socket:
+    """Return a connection to the first address of a host that takes one. Raises OSError."""
+    failure: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+    for family, kind, protocol, _, address in await look_up(host, port):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+    raise failure
 
 
 async def open_target(
     target: Target, seconds: float
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a connection to a server. Raises UnreachableError."""
-    try:
+    """Return a connection to a server, within some seconds. Raises UnreachableError."""
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if target.unix:
-            opening = asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
-        else:
-            tls = make_client_tls() if target.tls else None
-            opening = asyncio.open_connection(
-                target.host, target.port, ssl=tls, limit=CLIENT_BUFFER_BYTES
-            )
-        return await asyncio.wait_for(opening, seconds)
+            return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
+        tls = make_client_tls() if target.tls else None
+        return await asyncio.open_connection(
+            sock=await connect_socket(target.host, target.port),
+            ssl=tls,
+            server_hostname=target.host if tls else None,
+            limit=CLIENT_BUFFER_BYTES,
+        )
+
+    try:
+        return await asyncio.wait_for(connect(), seconds)
     except (OSError, UnicodeError, asyncio.TimeoutError) as error:
         raise UnreachableError(explain_failure(error)) from None
 
@@ -6579,8 +6637,9 @@ class RemoteTask:
         self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
         # Whether the server was asked to start it; None before the start, and before the end.
         self.is_asked = False
-        # Whether it is we who stop it.
+        # Whether it is we who stop it, and whether the server was not there to be told.
         self.is_stopping = False
+        self._is_stop_owed = False
         self.task_id: str | None = None
         self.exit_code: int | None = None
         # Of the output, in bytes: how much was written and lost; whether a line has begun.
@@ -6604,25 +6663,35 @@ class RemoteTask:
 
     async def start(self) -> None:
         """Start the command. Raises UnreachableError, also when it is stopped before that."""
-        boot_id = (await self.link.learn())["boot_id"]
+        await self.link.learn()
         if self.is_stopping:
             raise UnreachableError("not started")
-        body = encode_json(self._fields)
         for delay in (*START_RETRY_SECONDS, None):
             try:
-                self.is_asked = True
-                answer = await fetch_json(self.target, "POST", "/exec", body)
+                answer = await self._ask()
                 break
             except UnreachableError as error:
-                self.is_asked = not error.status
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-            if (await fetch_json(self.target, "GET", "/info")).get("boot_id") != boot_id:
-                raise UnreachableError("it was restarted")
         self.task_id = str(answer.get("task_id"))
         if not re.fullmatch("[0-9]+", self.task_id):
             raise foreign_error()
+
+    async def _ask(self) -> dict[str, Any]:
+        """Ask the server to start it, or again: but another run of it may have started it, too."""
+        if self.is_asked:
+            info = await fetch_json(self.target, "GET", "/info")
+            if info.get("boot_id") != self.link.boot_id:
+                raise UnreachableError("it was restarted", 410)
+        self.is_asked = True
+        try:
+            body = encode_json(self._fields)
+            answer: dict[str, Any] = await fetch_json(self.target, "POST", "/exec", body)
+        except UnreachableError as error:
+            self.is_asked = not error.status
+            raise
+        return answer
 
     async def follow(self) -> int:
         """Write the output as it comes; return the exit code.
@@ -6683,6 +6752,8 @@ class RemoteTask:
             self.connected()
             self._acked = -sys.maxsize  # an acknowledgement may have been lost
             self._news.set()
+            if self._is_stop_owed:
+                await self.stop()
         elif kind == "restarted":
             raise UnreachableError("it was restarted, which ended the command", 410)
         elif kind == "gap":
@@ -6760,9 +6831,12 @@ class RemoteTask:
             return
         try:
             await fetch(self.target, "POST", f"/kill?id={self.task_id}&signal=INT")
+            self._is_stop_owed = False
         except UnreachableError as error:
+            self._is_stop_owed = not error.status
+            again = ", trying again" if self._is_stop_owed else ""
             if error.status != 409:  # it has ended already
-                self._tell(f"could not be stopped ({error})")
+                self._tell(f"could not be stopped ({error}){again}")
 
     async def type(self, data: bytes, is_end: bool = False) -> None:
         """Send standard input; wait while the task does not read. Raises UnreachableError."""
@@ -7046,7 +7120,7 @@ class Execution:
         else:
             colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
-            self._lines[name] = LineWriter(prefix.encode("utf-8"), self._output.put)
+            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self._output.put)
             write = self._lines[name].write
         drain = self._output.drain
         return RemoteTask(
@@ -7078,10 +7152,7 @@ class Execution:
             return everything.result()
         except OutputError:
             self._is_unread = True
-            self._start_no_more()
-            while any(task.task_id is None for task in self._find_running()):
-                await asyncio.sleep(INPUT_PAUSE_SECONDS)
-            await self._stop_all()
+            await self._stop_unread()
             raise
         finally:
             everything.cancel()
@@ -7181,6 +7252,24 @@ class Execution:
         everybody = (task for task in self._tasks if task.is_running)
         return [task for task in everybody if task.target.name not in self._codes]
 
+    async def _stop_unread(self) -> None:
+        """Stop everything, as long as that takes no longer than an answer may, or a Ctrl-C."""
+        self._start_no_more()
+
+        async def stop() -> None:
+            starting = [task for task in self._find_running() if task.task_id is None]
+            await self._stop_all()
+            while any(task.is_running and task.task_id is None for task in starting):
+                await asyncio.sleep(INPUT_PAUSE_SECONDS)
+            await asyncio.gather(*(task.stop() for task in starting if task.is_running))
+
+        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop())
+        ends = {stopping, self._left}
+        await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            stopping.cancel()
+            self._tell_left()
+
     def _start_no_more(self) -> None:
         """What is being started now is stopped as soon as it has a number."""
         for task in self._tasks:
@@ -7228,7 +7317,7 @@ class Execution:
             count = f"{len(names)} servers, " if len(names) > 1 else ""
             title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
             end = b"" if output.endswith(b"\n") or not output else b"\n"
-            self._output.put(title.encode("utf-8") + output + end)
+            self._output.put(title.encode("utf-8", "replace") + output + end)
 
     def _summarize(self) -> str:
         parts = []
@@ -7639,7 +7728,8 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
         for key, value in event.items()
         if key not in hidden
     ]
-    return " ".join([when, name, format_value(event["type"]), *words]).encode() + b"\n"
+    line = " ".join([when, name, format_value(event["type"]), *words]) + "\n"
+    return line.encode("utf-8", "replace")
 
 
 class EventWriter:
@@ -7944,6 +8034,8 @@ def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[dict[str, Any]]:
     """Ask who is there, and return what answered within `seconds`, each server once."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
+    # Replies of each address: one that makes up thousands must not keep the others out.
+    counts: Counter[str] = Counter()
     start = time.monotonic()
     # A datagram may be lost, so all are asked three times in the first half of the time.
     rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
@@ -7962,7 +8054,8 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
             except OSError:  # the time is over, or an ICMP error came back
                 continue
             reply = parse_discovery_reply(data, source[0])
-            if reply is not None:
+            counts[source[0]] += 1
+            if reply is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
                 found.setdefault((reply["address"], reply["port"]), reply)
     return drop_doubles(list(found.values()))
 
@@ -7976,9 +8069,13 @@ def name_hosts(
     """
     named: dict[str, dict[str, Any]] = {}
     for one in found:
-        name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-") or one["address"]
-        if name in named or name in taken:
-            name = f"{name}-{one['address']}-{one['port']}"
+        name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
+        if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
+            name = one["address"]  # else `exec localhost` would mean that server, not this one
+        number, wanted = 0, name
+        while name in named or name in taken:
+            number += 1
+            name = f"{wanted}-{one['address']}-{one['port']}" + f"-{number}" * (number > 1)
         named[name] = {**one, "hostname": name}
     return named
 
@@ -9521,7 +9618,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     token = load_token_file("--token-file", given.token_file) if given.token_file else None
     targets: dict[str, Target] = {}
     for name in given.server or ["localhost"]:
-        own = [one for one in listed if one.name == name]
+        own = [one for one in listed if one.name == name and given.server]
         target = own[0] if own else parse_target(name, name)
         # However it is named: this may be a server that is listed with a token.
         files = [one.token_file for one in own + listed if one.url == target.url]

@@ -2744,6 +2744,29 @@ class TestReplay:
 class TestSlowViewers:
     """SPEC 2: a slow client costs nobody anything."""
 
+    def test_flood_waits_until_they_have_caught_up(self) -> None:
+        """Only then is their patience whole again, and only half a feed behind it begins."""
+
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            while not viewers.feed.middle:
+                viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
+            feed = viewers.feed
+            viewer = mock.Mock(cursor=feed.middle)
+            viewers.all = {viewer}
+            for cursor, is_pressed in (
+                (feed.middle, False),
+                (feed.middle - 1, True),
+                (feed.middle, True),
+                (feed.next - 1, True),
+                (feed.next, False),
+                (feed.next - 1, False),
+            ):
+                viewer.cursor, viewers._looked_at = cursor, 0.0
+                assert viewers.is_pressed() is is_pressed, cursor
+
+        asyncio.run(run())
+
     def test_viewers_that_read_nothing(self, server: ServerProcess) -> None:
         with contextlib.ExitStack() as stack:
             fast, *stalled = (
@@ -9056,6 +9079,25 @@ class TestTargets:
             *[("id", ""), ("10.0.0.6", "10.0.0.6.token")],
         ]
 
+    def test_makes_no_name_that_means_another(self) -> None:
+        names = ("localhost", "LOCALHOST.localdomain", "127.0.0.1", "10.0.0.1", "web1", "web1")
+        found = [
+            {"hostname": name, "address": f"10.0.0.{n}", "port": 80} for n, name in enumerate(names)
+        ]
+        own = ["10.0.0.0", "10.0.0.1", "10.0.0.2", "10.0.0.3", "web1"]
+        assert list(sc.name_hosts(found)) == [*own, "web1-10.0.0.5-80"]
+        taken = {"web1", "web1-10.0.0.4-80", "web1-10.0.0.4-80-2"}
+        more = ["web1-10.0.0.4-80-3", "web1-10.0.0.5-80"]
+        assert list(sc.name_hosts(found, taken)) == [*own[:4], *more]
+
+    def test_localhost_is_this_machine(self, tmp_path: Path) -> None:
+        """Unless it is named, and the list names another."""
+        hosts = write_hosts(tmp_path, "localhost http://10.0.0.9:80")
+        for names, url in ([], "http://localhost:8080"), (["localhost"], "http://10.0.0.9:80"):
+            given = argparse.Namespace(all=False, server=names, token_file="")
+            (target,) = sc.choose_targets(given, {"SERVERCONTROL_HOSTS": hosts})
+            assert target.url == url
+
     def test_shows_a_server_of_ours_once(self) -> None:
         places = (("127.0.0.1", 1), ("10.0.0.1", 1), ("127.0.0.1", 2), ("10.0.0.2", 2))
         found = [{"hostname": "a", "address": place, "port": port} for place, port in places]
@@ -9654,6 +9696,55 @@ class TestExec:
             assert f"{names[1]} (http://{names[1]}): not started".encode() in process.stderr.read()
         assert len(plain_server.get("/tasks")) == before + 1
 
+    def test_stops_it_when_the_server_is_there_again(self, plain_server: ServerProcess) -> None:
+        """Ctrl-C while there is no connection."""
+        with Cutter(plain_server.port, lambda _: None) as cutter:
+            words = ("exec", f"127.0.0.1:{cutter.port}", "--", "echo hi; exec sleep 65")
+            with running_client(*words) as process:
+                assert process.stdout is not None and process.stderr is not None
+                assert process.stdout.readline() == b"hi\n"
+                cutter.target = 1  # nobody listens there
+                cutter.cut_all()
+                assert b"connection lost" in process.stderr.readline()
+                process.send_signal(signal.SIGINT)
+                assert b"stopping task" in process.stderr.readline()
+                while b"could not be stopped (" not in process.stderr.readline():
+                    pass
+                assert plain_server.get("/tasks")[-1]["state"] == "running"
+                cutter.target = plain_server.port
+                assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
+        assert plain_server.get("/tasks")[-1]["killed_by"]
+
+    def test_can_be_left_when_nobody_reads(self, place: str, plain_server: ServerProcess) -> None:
+        """The output is gone, and a server does not say whether it has started the command."""
+        before = len(plain_server.get("/tasks"))
+        with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
+            stalled = f"127.0.0.1:{cutter.port}"
+            with running_client("exec", place, stalled, "--", "exec yes") as process:
+                assert process.stdout is not None and process.stderr is not None
+                assert process.stdout.read(1)
+                wait_until(lambda: cutter.cut)
+                process.stdout.close()
+                wait_until(lambda: any(t["killed_by"] for t in plain_server.get("/tasks")[before:]))
+                process.send_signal(signal.SIGINT)
+                assert b"task ? on " in process.stderr.readline()
+                process.send_signal(signal.SIGINT)
+                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
+                told = f"{stalled}: its command may have been started".encode()
+                assert told in process.stderr.read()
+        for task in plain_server.get("/tasks")[-2:]:
+            plain_server.request("POST", f"/kill?id={task['task_id']}")
+            assert plain_server.wait_for_end(task["task_id"])["state"] == "killed"
+
+    def test_takes_paths_that_are_no_text(self, tmp_path: Path) -> None:
+        path = f"{tmp_path}/\udcff.sock"
+        for words in (["exec", path, "--fold", "--", "x"], ["exec", path, "/b.sock", "--", "x"]):
+            assert run_client(*words).returncode == 125
+        assert run_client("monitor", "--once", path).returncode == 1
+        with running_client("monitor", path) as process:
+            assert process.stdout is not None
+            assert b"server_unreachable" in process.stdout.readline()
+
     @pytest.mark.parametrize("is_again", [False, True])
     def test_stops_what_is_just_starting(self, plain_server: ServerProcess, is_again: bool) -> None:
         """Ctrl-C while the answer to POST /exec is on its way."""
@@ -9877,6 +9968,57 @@ class TestExec:
             )
         assert finished.returncode == 125
         assert b"; whether the command was started is not known\n" in finished.stderr
+
+    def test_asks_again_after_more_than_one_cut(self, plain_server: ServerProcess) -> None:
+        before = len(plain_server.get("/tasks"))
+        with Cutter(plain_server.port, lambda number: 0 if number in (1, 2) else None) as cutter:
+            finished = run_client("exec", f"127.0.0.1:{cutter.port}", "--", "echo hi; exit 3")
+        assert (finished.returncode, finished.stdout, finished.stderr) == (3, b"hi\n", b"")
+        assert len(plain_server.get("/tasks")) == before + 1
+
+    def test_starts_nothing_twice(self, tmp_path: Path) -> None:
+        """Even if the server has forgotten the task meanwhile."""
+        with ServerProcess(tmp_path, "--keep-tasks=1") as server:
+            task_id = server.start("echo once", ref="x")
+            assert server.start("echo once", ref="x") == task_id
+            server.wait_for_end(task_id)
+            for _ in range(2):
+                last = server.run("echo other")["task_id"]
+            again = json.dumps({"cmd": "echo once", "ref": "x"})
+            answer = server.request("POST", "/exec", again, Content_Type="application/json")
+            assert (answer.status, answer.json()["error"]) == (404, "unknown_task")
+            assert [task["task_id"] for task in server.get("/tasks")] == [last]
+
+    def test_names_nobody_answers_for_hinder_no_other(self, monkeypatch: Any) -> None:
+        """The look-ups of 40 names hang; one name has two addresses, the first of which refuses."""
+        listener, released = bind(), threading.Event()
+        listener.listen(4)
+        port = listener.getsockname()[1]
+
+        def getaddrinfo(host: str, *_: Any, **__: Any) -> Any:
+            if host.startswith("dead"):
+                released.wait(PATIENCE_SECONDS)
+                raise socket.gaierror(socket.EAI_AGAIN, "try again")
+            kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+            return [(*kind, ("127.0.0.1", place)) for place in (1, port)]
+
+        async def run() -> None:
+            dead = [
+                asyncio.ensure_future(sc.open_target(sc.parse_target("", f"dead{n}"), 0.3))
+                for n in range(40)
+            ]
+            await asyncio.sleep(0)
+            _, writer = await sc.open_target(sc.parse_target("", f"good:{port}"), PATIENCE_SECONDS)
+            writer.close()
+            for result in await asyncio.gather(*dead, return_exceptions=True):
+                assert isinstance(result, sc.UnreachableError)
+                assert str(result) == "no answer in time"
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with listener:
+            asyncio.run(run())
+        assert not released.is_set()
+        released.set()
 
     def test_tells_when_the_server_is_restarted(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path) as server:
@@ -10164,6 +10306,24 @@ class TestDiscover:
             assert lines[1].startswith("?[2J{{ 1 }}") and b"\x1b" not in finished.stdout
             hosts = run_client("discover", *options, "--hosts").stdout
             assert hosts == b"2J---1 http://127.0.0.1:1\n"
+
+    def test_one_that_makes_up_many_keeps_nobody_out(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_REPLIES_OF_ONE", 20)
+        reply = '{"type":"SERVER_RESPONSE","hostname":"x","port":%d,"ws_port":2}'
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.bind(("127.0.0.1", 0))
+            udp.settimeout(PATIENCE_SECONDS)
+
+            def answer() -> None:
+                _, source = udp.recvfrom(2048)
+                for number in range(1, 60):
+                    udp.sendto((reply % number).encode(), source)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            found = sc.probe_network(["127.0.0.1"], udp.getsockname()[1], 0.5)
+            thread.join()
+        assert len(found) == 20
 
     def test_names_a_bad_variable(self) -> None:
         finished = run_client("discover", SERVERCONTROL_DISCOVERY_PORT="x")
