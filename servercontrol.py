@@ -60,6 +60,11 @@ from __future__ import annotations
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
 # The standard library, and two optional packages that are each used in one place: psutil as a
 # source of statistics (section 15), uvloop as the event loop (section 19).
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us without a trace of the imports
+
 import argparse
 import asyncio
 import asyncio.sslproto
@@ -81,7 +86,6 @@ import re
 import secrets
 import select
 import shlex
-import signal
 import socket
 import stat
 import struct
@@ -9909,7 +9913,6 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0 if found else 1
 
 
-# Commands besides `serve`; each is given its arguments and the environment.
 UNIT = """\
 # ServerControl as a service of systemd, as `servercontrol.py unit` prints it. Put it into
 # /etc/systemd/system/servercontrol.service; change it with: systemctl edit servercontrol
@@ -10224,6 +10227,7 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0
 
 
+# Commands besides `serve`; each is given its arguments and the environment.
 COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
@@ -10244,8 +10248,6 @@ def run_command_line(argv: Sequence[str]) -> int:
         if isinstance(error, OutputError) and not error.is_closed:
             raise
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -10266,8 +10268,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             write_all(2, f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace"))
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 1
     return 0
 
 

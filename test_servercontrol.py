@@ -7614,6 +7614,20 @@ class TestCommandLine:
         "alert-for=inf loop=trio log-format=xml log-level=loud allow-origin=example.org"
     )
 
+    def test_ctrl_c_at_the_start_leaves_no_trace(self) -> None:
+        code = (
+            "import builtins, os, runpy, signal\n"
+            "real = builtins.__import__\n"
+            "def load(name, *rest):\n"
+            "    if name == 'asyncio':\n"
+            "        os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return real(name, *rest)\n"
+            "builtins.__import__ = load\n"
+            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        )
+        finished = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        assert (finished.returncode, finished.stderr) == (-signal.SIGINT, b"")
+
     @pytest.mark.parametrize("option", BAD.split())
     def test_bad_value_is_one_line_and_status_2(self, tmp_path: Path, option: str) -> None:
         name, _, value = option.partition("=")
