@@ -287,6 +287,7 @@ ACK_SECONDS = 10.0  # between two acknowledgements, so that a task knows that we
 MAX_AHEAD_BYTES = 64 * MIB  # received and not written: only a server that ignores the window
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # for what is not written yet when we go
+ENDED_STATUS = 410  # of an UnreachableError: the command is known to have ended
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
@@ -2854,7 +2855,10 @@ def complete_crashed_runs(folder: str | None, audit: AuditLog, log: Log) -> None
             state="interrupted",
             reason="the server ended without stopping this task",
         )
-    log.write("warning", "crash_completed", runs=len(crashed), tasks=len(open_tasks))
+    message = "the server ended without stopping its tasks; the audit log has them as interrupted"
+    log.write(
+        "warning", "crash_completed", runs=len(crashed), tasks=len(open_tasks), message=message
+    )
 
 
 class ChainReport(NamedTuple):
@@ -6678,16 +6682,17 @@ class RemoteTask:
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-        self.task_id = str(answer.get("task_id"))
-        if not re.fullmatch("[0-9]+", self.task_id):
+        task_id = str(answer.get("task_id"))
+        if not re.fullmatch("[0-9]+", task_id):
             raise foreign_error()
+        self.task_id = task_id
 
     async def _ask(self) -> dict[str, Any]:
         """Ask the server to start it, or again: but another run of it may have started it, too."""
         if self.is_asked:
             info = await fetch_json(self.target, "GET", "/info")
             if info.get("boot_id") != self.link.boot_id:
-                raise UnreachableError("it was restarted", 410)
+                raise UnreachableError("it was restarted", 404)
         self.is_asked = True
         try:
             body = encode_json(self._fields)
@@ -6758,8 +6763,10 @@ class RemoteTask:
             self._news.set()
             if self._is_stop_owed:
                 await self.stop()
-        elif kind == "restarted":
-            raise UnreachableError("it was restarted, which ended the command", 410)
+        elif kind == "restarted" and self.link.said_goodbye:
+            raise UnreachableError("it was restarted, which ended the command", ENDED_STATUS)
+        elif kind == "restarted":  # a server that is killed leaves its tasks behind
+            raise UnreachableError("it has crashed and was started again", 404)
         elif kind == "gap":
             await self._catch_up()
         elif kind == "error":
@@ -6789,7 +6796,7 @@ class RemoteTask:
         self.exit_code = exit_code
         self.link.stop()
         if killed_by == SERVER_STOP:
-            raise UnreachableError("it was stopped, which ended the command", 410)
+            raise UnreachableError("it was stopped, which ended the command", ENDED_STATUS)
         if task["state"] == "timeout":
             self._tell("stopped: it took longer than --timeout allows")
         elif killed_by and not self.is_stopping:
@@ -7208,16 +7215,30 @@ class Execution:
                 self._codes[name] = code
             except UnreachableError as error:
                 self._codes[name], self._reasons[name] = UNREACHABLE_STATUS, str(error)
-                is_unknown = task.is_asked and task.task_id is None
-                doubt = "; whether the command was started is not known" if is_unknown else ""
                 where = "" if name == task.target.url else f" ({task.target.url})"
                 if task.is_asked or not self._is_unread:
-                    self._note(f"{name}{where}: {error}{doubt}")
+                    self._note(f"{name}{where}: {error}{self._find_hint(task, error)}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
         if name in self._lines:
             self._lines[name].end()
+
+    # What to do about why a server was not reached.
+    HINTS = {
+        "connection refused": "; is it running there, on that port, with --host?",
+        "no such host": "; is it a name of the list?",
+    }
+
+    def _find_hint(self, task: RemoteTask, error: UnreachableError) -> str:
+        """Return what else is to be said of a server, or of a command that was lost sight of."""
+        if not task.is_asked:
+            return self.HINTS.get(str(error), "")
+        if not task.is_running or error.status == ENDED_STATUS:
+            return ""
+        if task.task_id is None:
+            return "; whether the command was started is not known"
+        return f"; the command, task {task.task_id}, may still be running there"
 
     def _has_keyboard(self) -> bool:
         return bool(self._fields.get("tty")) and os.isatty(0)
@@ -7323,17 +7344,25 @@ class Execution:
             end = b"" if output.endswith(b"\n") or not output else b"\n"
             self._output.put(title.encode("utf-8", "replace") + output + end)
 
+    def _name_end(self, task: RemoteTask) -> tuple[int, str]:
+        name = task.target.name
+        code = self._codes.get(name)
+        if code is None:
+            return 256, "not ended"
+        if name not in self._reasons:
+            return code, f"exit code {code}"
+        if not task.is_asked:
+            return code, "not reached"
+        return code, "lost after the start" if task.exit_code is None else "not complete"
+
     def _summarize(self) -> str:
+        groups: dict[tuple[int, str], list[str]] = {}
+        for task in self._tasks:
+            groups.setdefault(self._name_end(task), []).append(task.target.name)
         parts = []
-        for code, count in sorted(Counter(self._codes.values()).items()):
-            everybody = [task.target.name for task in self._tasks]
-            names = [name for name in everybody if self._codes.get(name) == code]
-            lost = [name for name in names if name in self._reasons]
-            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (count > 10)})"
-            what = "not reached" if lost == names else f"exit code {code}"
-            parts.append(f"{count} {what}{shown}")
-        if len(self._codes) < len(self._tasks):
-            parts.append(f"{len(self._tasks) - len(self._codes)} not ended")
+        for (code, what), names in sorted(groups.items()):
+            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
+            parts.append(f"{len(names)} {what}{shown}")
         return f"{len(self._tasks)} servers: {'; '.join(parts)}"
 
 
@@ -7815,20 +7844,27 @@ def format_row(watched: Watched, name_width: int, width: int) -> str:
     return clean_text(" ".join([*cells, clean_text(last, max(1, width))]), width)
 
 
-def format_totals(everybody: Sequence[Watched]) -> str:
-    """Return one line about all servers."""
+def format_count(count: int, what: str) -> str:
+    """Return `1 task` or `2 tasks`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def format_totals(everybody: Sequence[Watched], width: int) -> str:
+    """Return one line about all servers; what does not fit whole is left out."""
     counts = Counter(watched.state for watched in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     up = [watched for watched in everybody if watched.state == "up" and watched.stats]
-    tasks = sum(len(watched.tasks) for watched in everybody)
-    text = f"{len(everybody)} servers: {states} · {tasks} tasks"
+    parts = [f"{format_count(len(everybody), 'server')}: {states}"]
+    parts.append(format_count(sum(len(watched.tasks) for watched in everybody), "task"))
     if up:
         cpu = sum(watched.stats["cpu"] for watched in up) / len(up)
         top = max(up, key=lambda watched: watched.stats["cpu"])
         used, total = (sum(w.stats[name] for w in up) for name in ("ram_used", "ram_total"))
-        text += f" · CPU {cpu:.1f} % (most: {top.target.name}, {top.stats['cpu']:.1f} %)"
-        text += f" · memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
-    return text
+        parts.append(f"CPU {cpu:.1f} %, most {top.stats['cpu']:.1f} % ({top.target.name})")
+        parts.append(f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB")
+    while len(parts) > 1 and count_cells(" · ".join(parts)) > width:
+        parts.pop()
+    return " · ".join(parts)
 
 
 def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, str]]:
@@ -7953,11 +7989,11 @@ class Screen:
         self._top = max(0, min(self._top, len(self._everybody) - self._shown))
         everybody = sorted(self._everybody, key=order)[self._top : self._top + self._shown]
         table = format_table(everybody, cols)
-        lines = [clean_text(format_totals(self._everybody), cols)]
+        lines = [clean_text(format_totals(self._everybody, cols), cols)]
         lines += [self._paint(state, line) for state, line in table]
         lines += [""] * (rows - 1 - len(lines))
         place = f"{self._top + 1}-{self._top + len(everybody)} of {len(self._everybody)}"
-        keys = "q quit  c/n/s sort by CPU, name, state  arrows, PgUp, PgDn scroll"
+        keys = "q quit · c/n/s sort by CPU, name, state · arrows scroll"
         last = f"{place} by {title} · {keys if self._before else 'Ctrl-C quits'}"
         lines.append(clean_text(self._log.problem or last, cols))
         return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
@@ -9198,6 +9234,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
         message = message.replace("argument ", "", 1)
+        message += "; see --help" if message.startswith("unrecognized") else ""
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
@@ -9644,9 +9681,9 @@ goes to its own server and nowhere else.
 """
 
 
-def add_servers(parser: argparse.ArgumentParser) -> None:
+def add_servers(parser: argparse.ArgumentParser, default: str) -> None:
     """Add what names servers."""
-    parser.add_argument("server", nargs="*", metavar="SERVER", help="(default: localhost)")
+    parser.add_argument("server", nargs="*", metavar="SERVER", help=f"(default: {default})")
     parser.add_argument("--all", action="store_true", help="every listed server")
     text = "token of the servers that are named, where they are not listed with one"
     parser.add_argument("--token-file", metavar="FILE", default="", help=text)
@@ -9668,11 +9705,12 @@ One word is a command line for the server's shell; several words are taken as th
   exec web1 --tty -- top                  Ctrl-] lets go of it
 
 Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
-was stopped meanwhile, or lost part of the output. Ctrl-C stops the command, a second one leaves it
-running, as does closing the terminal; the server's page shows it and can stop it.
+was stopped meanwhile, or lost part of the output; 143: --timeout has ended it. Ctrl-C stops the
+command, a second one leaves it running, as does closing the terminal; the server's page shows it
+and can stop it. Output is text: send binary files by base64.
 """,
     )
-    add_servers(parser)
+    add_servers(parser, "localhost")
     parser.add_argument("--tty", action="store_true", help="in a terminal, with our keyboard")
     parser.add_argument("--stdin", action="store_true", help="our standard input is the command's")
     parser.add_argument(
@@ -9738,7 +9776,7 @@ Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
 Exit status: 0; of --once 1 if a server is not up.
 """,
     )
-    add_servers(parser)
+    add_servers(parser, "the listed ones; else localhost")
     parser.add_argument("--log", metavar="FILE", default="", help="append every task, JSON lines")
     parser.add_argument(
         "--cpu-alert",
@@ -9755,8 +9793,9 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
     """Return what `monitor --once` prints."""
     if as_json:
         return to_json([watched.describe() for watched in everybody])
-    lines = [line for _, line in format_table(everybody, 200)]
-    return "\n".join([*lines, format_totals(everybody)]) + "\n"
+    width = 200
+    lines = [line for _, line in format_table(everybody, width)]
+    return "\n".join([*lines, format_totals(everybody, width)]) + "\n"
 
 
 def is_unclear(watched: Watched) -> bool:

@@ -9626,7 +9626,8 @@ class TestExec:
                 assert process.wait(PATIENCE_SECONDS) == 128 + number
                 shown = process.stdout.read()
                 assert shown == f"── {place} (exit code 0)\nresult {number:d}\n".encode()
-                assert b"2 servers: 1 exit code 0; 1 not ended\n" in process.stderr.read()
+                told = f"2 servers: 1 exit code 0; 1 not ended ({other})\n"
+                assert told.encode() in process.stderr.read()
 
     def test_shows_half_a_line_when_it_goes(self, place: str, plain_server: ServerProcess) -> None:
         names = (place, f"localhost:{plain_server.port}")
@@ -9647,10 +9648,11 @@ class TestExec:
                 server.process.wait(PATIENCE_SECONDS)
                 with ServerProcess(tmp_path, f"--port={server.port}", "--ws-port=0"):
                     assert process.wait(PATIENCE_SECONDS) == 125
-                assert process.stdout is not None
-                shown = process.stdout.read().decode()
+                assert process.stdout is not None and process.stderr is not None
+                shown, told = process.stdout.read().decode(), process.stderr.read().decode()
         assert f"── {place} (exit code 0)\nresult\n" in shown
-        assert f"── {other} (it was restarted, which ended the command)\nresult\n" in shown
+        assert f"── {other} (it has crashed and was started again)\nresult\n" in shown
+        assert told.endswith(f"2 servers: 1 exit code 0; 1 lost after the start ({other})\n")
 
     def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path) -> None:
         """What a server keeps no more is named, and its place is the end of a line."""
@@ -10047,7 +10049,8 @@ class TestExec:
                 with ServerProcess(tmp_path, f"--port={server.port}") as again:
                     assert again.port == server.port
                     assert one.wait(PATIENCE_SECONDS) == 125
-                assert b"it was restarted, which ended the command" in one.stderr.read()
+                told = one.stderr.read().decode()
+        assert re.search(r"has crashed .*; the command, task \d+, may still be running there", told)
 
     def test_tells_when_the_server_is_stopped(self, tmp_path: Path) -> None:
         """By whom its command was ended is then of more use than how."""
@@ -11190,6 +11193,21 @@ class TestMonitorScreen:
                 screen.type(end)
             assert screen.process.wait(PATIENCE_SECONDS) == 0
             screen.check_restored()
+
+    def test_leaves_out_what_does_not_fit(self, monkeypatch: Any) -> None:
+        """80 columns must not cut `memory 12.4 of 15.6 GiB` to `of 1`."""
+        stats = {"cpu": 12.0, "ram_used": 1024 * 124, "ram_total": 1024 * 156}
+        everybody: Any = [
+            mock.Mock(state="up", stats=stats, tasks={"1": {}}, target=sc.parse_target("web1", "a"))
+        ]
+        whole = (
+            "1 server: 1 up · 1 task · CPU 12.0 %, most 12.0 % (web1) · memory 124.0 of 156.0 GiB"
+        )
+        parts = whole.split(" · ")
+        for width in range(5, 100):
+            shown = sc.format_totals(everybody, width)
+            fitting = [n for n in range(2, 5) if len(" · ".join(parts[:n])) <= width]
+            assert shown == " · ".join(parts[: max(fitting, default=1)])
 
     def test_scrolls_and_sorts_many(self, place: str, tmp_path: Path) -> None:
         names = [f"s{number:03}" for number in range(200)]
