@@ -9937,6 +9937,29 @@ class TestExec:
         found = self.follow(plain_server.port, command, monkeypatch, 2.0, SILENCE=0.5, GIVE_UP=1.0)
         assert found == (b"hi\n", [], 4)
 
+    def test_takes_no_more_from_a_server_than_it_can_write(
+        self, plain_server: ServerProcess, monkeypatch: Any
+    ) -> None:
+        """From one that does not wait for us either."""
+        monkeypatch.setattr(sc, "MAX_AHEAD_BYTES", 100_000)
+        output, told = bytearray(), []
+
+        async def run() -> int:
+            written = asyncio.Event()
+            target = sc.parse_target("it", f"127.0.0.1:{plain_server.port}")
+            fields = {"cmd": "yes 0123456 | head -c 5000000"}
+            task = sc.RemoteTask(target, fields, output.extend, written.wait, told.append)
+            await task.start()
+            following = asyncio.ensure_future(task.follow())
+            while len(output) < 100_000:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert len(output) < 300_000
+            written.set()
+            return await following
+
+        assert (asyncio.run(run()), len(output), told) == (0, 5_000_000, [])
+
     def test_takes_up_a_connection_that_was_long(
         self, plain_server: ServerProcess, tmp_path: Path, monkeypatch: Any
     ) -> None:
