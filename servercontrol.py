@@ -10006,12 +10006,15 @@ NoNewPrivileges=yes
 RestrictSUIDSGID=yes
 # everything that needs root
 CapabilityBoundingSet={capabilities}
-# writing outside of the folders above, /tmp and /var/tmp
+# writing outside of the folders above, /tmp and /var/tmp; to /run too, since Protect…= lines
+# below make it writable again (seen with systemd 252)
 ProtectSystem=strict
+ReadOnlyPaths=/run
 # seeing /home, /root and /run/user
 ProtectHome=tmpfs
-# sharing /tmp and /var/tmp, and what is mounted, with other programs
+# sharing /tmp, /var/tmp and /dev/shm, and what is mounted, with other programs
 PrivateTmp=yes
+TemporaryFileSystem=/dev/shm:mode=1777
 PrivateMounts=yes
 # disks and other devices, but not terminals
 PrivateDevices=yes
@@ -10080,8 +10083,8 @@ the machine. To install it:
 """
 UNIT_EPILOG = """\
 All options of `serve` may be given too, and are what the service is started with. Without --user
-commands run in a sandbox, under an account that can change nothing on this machine. The unit says
-what each of its lines is for. Afterwards:
+commands run in a sandbox, under an account that can change no files of this machine but the
+service's own. The unit says what each of its lines is for. Afterwards:
 
   journalctl -u servercontrol                  what it says
   sudo cat /var/lib/servercontrol/token        the token that it has made (with --user: in the home
@@ -10096,7 +10099,8 @@ CREDENTIALS = {
     "tls_cert": "tls-cert",
     "tls_key": "tls-key",
 }
-HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # by UNIT_SANDBOX
+EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # when the machine starts, if not before
+HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # by UNIT_SANDBOX
 SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
 
 
@@ -10214,7 +10218,7 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
     """Return what about the place of the file, and of others, will not work or is not safe."""
     doubts: list[str] = []
     uid = -1 if account is None else account.pw_uid
-    if script.startswith(("/tmp/", "/var/tmp/")):
+    if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
     is_bound = (account is None or config.no_exec) and is_hidden(
         script

@@ -8314,6 +8314,7 @@ class TestUnit:
         assert sandbox["DynamicUser"] == sandbox["NoNewPrivileges"] == ["yes"]
         assert sandbox["CapabilityBoundingSet"] == [""]
         assert not {"NoNewPrivileges", "DynamicUser", "ProtectSystem"} & set(account)
+        assert not {"ReadOnlyPaths", "TemporaryFileSystem"} & set(account)
         for unit in (sandbox, account):
             assert (unit["Type"], unit["KillMode"]) == (["notify"], ["mixed"])
         low = read_unit(print_unit("--ws-port=82")[0])
@@ -8322,6 +8323,14 @@ class TestUnit:
         )
         (command,) = read_unit(print_unit("--user=root", "--token-file=/t")[0])["ExecStart"]
         assert command.endswith(" --token-file=/t")  # root reads it itself
+
+    @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root", "--no-exec")])
+    def test_sandbox_shares_neither_run_nor_memory(self, options: tuple[str, ...]) -> None:
+        """ProtectSystem=strict alone leaves /run writable beside ProtectKernelTunables=yes."""
+        unit = read_unit(print_unit(*options)[0])
+        assert (unit["ProtectSystem"], unit["ReadOnlyPaths"]) == (["strict"], ["/run"])
+        assert unit["TemporaryFileSystem"] == ["/dev/shm:mode=1777"]
+        assert unit["RuntimeDirectory"] == ["servercontrol"]  # stays writable
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own the file")
     def test_doubts_are_told(self) -> None:
@@ -8342,9 +8351,10 @@ class TestUnit:
             script.chmod(0o644)
             folder.chmod(0o700)
             assert "cannot read" in print_unit("--user=daemon", script=script)[1]
-        with tempfile.TemporaryDirectory(dir="/tmp") as name:
-            script = Path(shutil.copy(SCRIPT, name))
-            text, told = print_unit(script=script)
+        for place in ("/tmp", "/dev/shm"):
+            with tempfile.TemporaryDirectory(dir=place) as name:
+                script = Path(shutil.copy(SCRIPT, name))
+                text, told = print_unit(script=script)
             assert read_unit(text)["BindReadOnlyPaths"] == [str(script)]
             assert "emptied" in told and "cannot read" not in told
 
