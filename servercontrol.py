@@ -10206,7 +10206,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
 def is_readable(path: str, uid: int) -> bool:
     """Whether an account can read a file, as far as owners and rights for all tell."""
     rights = [(os.stat(path), 4)]
-    while path != "/":
+    while path != os.path.dirname(path):  # "/", or "//", which POSIX leaves as it is
         path = os.path.dirname(path)
         rights.append((os.stat(path), 1))
     return uid == 0 or all(

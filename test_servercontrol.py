@@ -8324,6 +8324,12 @@ class TestUnit:
         (command,) = read_unit(print_unit("--user=root", "--token-file=/t")[0])["ExecStart"]
         assert command.endswith(" --token-file=/t")  # root reads it itself
 
+    def test_path_may_begin_with_two_slashes(self, tmp_path: Path) -> None:
+        """Which POSIX gives a meaning of its own: it has no parent, and is not `/`."""
+        script = shutil.copy(SCRIPT, tmp_path)
+        assert not sc.is_readable(f"/{script}", os.getuid() + 1)  # pytest's folders are 0700
+        assert sc.is_readable("//dev/null", os.getuid() + 1)
+
     @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root", "--no-exec")])
     def test_sandbox_shares_neither_run_nor_memory(self, options: tuple[str, ...]) -> None:
         """ProtectSystem=strict alone leaves /run writable beside ProtectKernelTunables=yes."""
