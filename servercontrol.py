@@ -10163,20 +10163,38 @@ def find_account(name: str | None) -> pwd.struct_passwd | None:
         raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
 
 
+def find_uid(account: pwd.struct_passwd | None) -> int:
+    """Return the number of an account; -1 for that of DynamicUser=, which owns no file."""
+    return -1 if account is None else account.pw_uid
+
+
 def is_hidden(path: str) -> bool:
     """Whether a file, or what a link there leads to, is where the sandbox shows nothing."""
     return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
-def choose_python(is_sandboxed: bool) -> tuple[str, str]:
+def is_permitted(path: str, uid: int, right: int) -> bool:
+    """Whether an account may read (right: 4) or run (1) a file, as far as owners and all go."""
+    rights = [(os.stat(path), right)]
+    for place in (path, os.path.realpath(path)):  # what a link leads to is looked up as well
+        while place != os.path.dirname(place):  # "/", or "//", which POSIX leaves as it is
+            place = os.path.dirname(place)
+            rights.append((os.stat(place), 1))
+    return uid == 0 or all(
+        status.st_mode & (right << 6 if status.st_uid == uid else right) for status, right in rights
+    )
+
+
+def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
     """Return the interpreter for the unit, and why it is that one."""
     python = os.path.abspath(sys.executable or "/usr/bin/python3")
     if is_sandboxed and is_hidden(python):
-        return (
-            "/usr/bin/python3",
-            "The system's Python: the sandbox hides the one that printed this",
-        )
-    return python, "The Python that printed this"
+        hindrance = "the sandbox hides"
+    elif not is_permitted(python, uid, 1):
+        hindrance = "the service's account cannot run"
+    else:
+        return python, "The Python that printed this"
+    return "/usr/bin/python3", f"The system's Python: {hindrance} the one that printed this"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
@@ -10203,27 +10221,16 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
     return who + UNIT_STATE + sandbox + ambient
 
 
-def is_readable(path: str, uid: int) -> bool:
-    """Whether an account can read a file, as far as owners and rights for all tell."""
-    rights = [(os.stat(path), 4)]
-    while path != os.path.dirname(path):  # "/", or "//", which POSIX leaves as it is
-        path = os.path.dirname(path)
-        rights.append((os.stat(path), 1))
-    return uid == 0 or all(
-        status.st_mode & (right << 6 if status.st_uid == uid else right) for status, right in rights
-    )
-
-
 def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) -> list[str]:
     """Return what about the place of the file, and of others, will not work or is not safe."""
     doubts: list[str] = []
-    uid = -1 if account is None else account.pw_uid
+    uid = find_uid(account)
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
     is_bound = (account is None or config.no_exec) and is_hidden(
         script
     )  # then folders do not count
-    is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_readable(script, uid)
+    is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     if not is_enough:
         doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
@@ -10252,7 +10259,7 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     config = parse_config(["serve", *rest], {})  # not with the environment of who types this
     account, script = find_account(given.user), os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
-    python, reason = choose_python(is_sandboxed)
+    python, reason = choose_python(is_sandboxed, find_uid(account))
     words, lines = format_serve_options(rest, is_sandboxed or given.user != "root")
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(

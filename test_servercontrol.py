@@ -8327,8 +8327,30 @@ class TestUnit:
     def test_path_may_begin_with_two_slashes(self, tmp_path: Path) -> None:
         """Which POSIX gives a meaning of its own: it has no parent, and is not `/`."""
         script = shutil.copy(SCRIPT, tmp_path)
-        assert not sc.is_readable(f"/{script}", os.getuid() + 1)  # pytest's folders are 0700
-        assert sc.is_readable("//dev/null", os.getuid() + 1)
+        assert not sc.is_permitted(f"/{script}", os.getuid() + 1, 4)  # pytest's folders are 0700
+        assert sc.is_permitted("//dev/null", os.getuid() + 1, 4)
+
+    def test_python_is_one_that_the_account_can_run(self) -> None:
+        """Not one in a closed home, nor a link into that: systemd would say 203/EXEC."""
+        other = os.getuid() + 1
+
+        def is_chosen(python: Path, uid: int) -> bool:
+            with mock.patch.object(sys, "executable", str(python)):
+                path, reason = sc.choose_python(False, uid)
+            assert path == str(python) or "account cannot run" in reason
+            return path == str(python)
+
+        with tempfile.TemporaryDirectory() as closed, tempfile.TemporaryDirectory() as opened:
+            os.chmod(opened, 0o755)
+            python, link = Path(closed) / "python3", Path(opened) / "python3"
+            python.touch(0o755)
+            link.symlink_to(python)
+            for path in (python, link):
+                assert is_chosen(path, os.getuid()) and not is_chosen(path, other)
+            os.chmod(closed, 0o711)
+            assert is_chosen(python, other) and is_chosen(link, other)
+            python.chmod(0o744)
+            assert not is_chosen(python, other) and not is_chosen(link, other)
 
     @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root", "--no-exec")])
     def test_sandbox_shares_neither_run_nor_memory(self, options: tuple[str, ...]) -> None:
