@@ -10227,9 +10227,8 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
     uid = find_uid(account)
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
-    is_bound = (account is None or config.no_exec) and is_hidden(
-        script
-    )  # then folders do not count
+    is_sandboxed = account is None or config.no_exec
+    is_bound = is_sandboxed and is_hidden(script)  # then folders do not count
     is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     if not is_enough:
         doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
@@ -10238,7 +10237,7 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
         doubts.append(f"not only root can change {script}, and so what this service does")
     for option, path in (("--unix", config.unix), ("--audit-log", config.audit_log)):
         is_file = path not in ("", "-", "none")
-        if account is None and is_file and not os.path.abspath(path).startswith(SANDBOX_FOLDERS):
+        if is_sandboxed and is_file and not os.path.abspath(path).startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
     return doubts
 

@@ -8369,7 +8369,10 @@ class TestUnit:
             folder.chmod(0o755)
             script.chmod(0o644)
             assert print_unit(script=script)[1] == ""
-            assert "can write to" in print_unit("--audit-log=/x", script=script)[1]
+            for options in ((), ("--no-exec",), ("--no-exec", "--user=root")):
+                for option in ("--audit-log=/x", "--unix=/run/x"):
+                    assert "can write to" in print_unit(option, *options, script=script)[1]
+            assert print_unit("--audit-log=/x", "--user=root", script=script)[1] == ""
             assert print_unit("--audit-log=/var/log/servercontrol/x", script=script)[1] == ""
             script.chmod(0o666)
             assert "not only root can change" in print_unit(script=script)[1]
