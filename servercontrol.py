@@ -10211,7 +10211,8 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         return text + state + (ambient if account.pw_uid else "")
     bind = ""
     if is_hidden(script):
-        if ":" in script:  # what stands behind it would be where to put the file
+        # What stands behind a colon would be where to put the file; and nothing is un-escaped.
+        if ":" in script or not script.isprintable():
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
         bind += f"BindReadOnlyPaths={quote_unit_word(script)}\n"

@@ -8243,11 +8243,13 @@ class TestUnit:
             finished = run_client("unit", f"--token-file={path}")
             assert (finished.returncode, finished.stdout) == (2, b"")
             assert b"cannot stand in a unit" in finished.stderr
-        script = tmp_path / "a:b.py"
-        shutil.copy(SCRIPT, script)
-        command = [sys.executable, str(script), "unit"]
-        finished = subprocess.run(command, capture_output=True, timeout=60)
-        assert (finished.returncode, finished.stdout) == (2, b"")
+        for name in ("a:b.py", "a\tb.py", "a\nb.py", "a\xa0b.py", "a\u200bb.py", "a\udcffb.py"):
+            script = tmp_path / name  # in /tmp, which the sandbox hides
+            shutil.copy(SCRIPT, script)
+            command = [sys.executable, str(script), "unit"]
+            finished = subprocess.run(command, capture_output=True, timeout=60)
+            assert (finished.returncode, finished.stdout) == (2, b""), name
+            assert finished.stderr.count(b"\n") == 1 and b"into /usr/local/bin" in finished.stderr
         with SCRIPT.open("rb") as pipe:
             command = [sys.executable, "-", "unit"]
             finished = subprocess.run(command, stdin=pipe, capture_output=True, timeout=60)
