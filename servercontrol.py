@@ -6452,8 +6452,6 @@ class Link:
         self._websocket = WebSocketConnection()
         self._early: list[dict[str, Any]] | None = None
         self._is_stopped = False
-        # Whether the server has said goodbye: then nothing came after what we have.
-        self.said_goodbye = False
 
     async def learn(self) -> dict[str, Any]:
         """Ask where the server stands, and begin there. Raises UnreachableError."""
@@ -6575,7 +6573,6 @@ class Link:
             elif message.opcode is Opcode.TEXT and not self._is_stopped:
                 await self._take_message(parse_json_object(message.data))
         if self._websocket.state is not WebSocketState.OPEN:
-            self.said_goodbye = self._websocket.close_code == CloseCode.GOING_AWAY
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
             # Wrong frames will be as wrong the next time: as good as a refusal.
@@ -6601,7 +6598,6 @@ class Link:
         if boot_id != self.boot_id:
             await self._take({"type": "restarted", "boot_id": boot_id})
             self.boot_id, self.seq = boot_id, 0
-        self.said_goodbye = False
         await self._take(event)
         for one in early:
             await self._take_event(one)
@@ -6763,10 +6759,8 @@ class RemoteTask:
             self._news.set()
             if self._is_stop_owed:
                 await self.stop()
-        elif kind == "restarted" and self.link.said_goodbye:
-            raise UnreachableError("it was restarted, which ended the command", ENDED_STATUS)
-        elif kind == "restarted":  # a server that is killed leaves its tasks behind
-            raise UnreachableError("it has crashed and was started again", 404)
+        elif kind == "restarted":
+            raise UnreachableError("it was restarted", 404)
         elif kind == "gap":
             await self._catch_up()
         elif kind == "error":
@@ -7666,12 +7660,11 @@ class Monitor:
     async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
         """What came after the newest event of the old run, nobody can know.
 
-        Nothing came if it said goodbye; and had it been away for long, there may have been another
-        run in between.
+        Not even after a goodbye: a run is over in a moment, so between that and this one there may
+        have been another.
         """
-        if not watched.link.said_goodbye or watched.state != "up":
-            fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
-            self._log.write("gap", watched, **fields)
+        fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
+        self._log.write("gap", watched, **fields)
         for task_id in list(watched.tasks):
             self._note_lost(watched, task_id, "the server was restarted")
         watched.ended.clear()  # a server that has lost its state folder counts from 1 again
