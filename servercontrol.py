@@ -295,6 +295,8 @@ MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
 MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
+LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after so much it says anew where each server stands
+MAX_TOLD_ENDED = 200000  # ids of ended tasks that it then tells, of all servers: some 2 MiB
 DRAW_SECONDS = 0.2
 MAX_FOUND_SERVERS = 10000
 MAX_REPLIES_OF_ONE = 1000  # 100 instances on one machine answer three times, by two ways
@@ -7407,7 +7409,8 @@ class MonitorLog:
     """Every task of every server as JSON lines; and, from an older run, where to go on.
 
     Opened for each record, so that it can be rotated, by rename or copytruncate: a new file begins
-    with a `position` of each server, so that it is enough to go on from. path "": there is none.
+    with a `position` of each server, so that it is enough to go on from. For the same reason one is
+    written now and then: only the end of a long file is read. path "": there is none.
     """
 
     TASK = ("task_id", "command", "cwd", "by", "started")
@@ -7423,6 +7426,11 @@ class MonitorLog:
         # The file that is locked, and its (device, inode, size) when we last wrote.
         self._lock_fd = -1
         self._seen = (0, 0, 0)
+        # How much may be written before the next `position` of each server.
+        self._left_bytes = 0
+        # Whether only the end of the file was read, and the servers with a `position` in it.
+        self._is_partly_read = False
+        self._placed: set[str] = set()
         self.everybody: Sequence[Watched] = ()
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
@@ -7454,6 +7462,8 @@ class MonitorLog:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
         self._lock_fd = fd
         self._seen = status.st_dev, status.st_ino, status.st_size
+        self._left_bytes = LOG_STEP_BYTES - status.st_size
+        self._is_partly_read = status.st_size > LOG_TAIL_BYTES
         # After a crash: the next record starts on its own line.
         self._is_cut = bool(data) and not data.endswith(b"\n")
         for line in data.split(b"\n"):
@@ -7476,6 +7486,11 @@ class MonitorLog:
         elif record["event"] == "position":
             ended: dict[str, dict[str, Any] | None] = dict.fromkeys(record["ended"])
             self.tasks[server] = {**ended, **{task["task_id"]: task for task in record["tasks"]}}
+            self._placed.add(server)
+
+    def knows(self, server: str) -> bool:
+        """Whether what was read is all that was ever written of a server, or as good as that."""
+        return not self._is_partly_read or server in self._placed
 
     def _encode(self, event: str, watched: Watched, **fields: Any) -> bytes:
         where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
@@ -7490,13 +7505,18 @@ class MonitorLog:
         if len(self._waiting) > MAX_WAITING_RECORDS:
             gap = {"server": None, "records": len(self._waiting), "reason": self.problem}
             self._waiting = [self._encode("gap", watched, **gap)]
+            self._left_bytes = 0  # a position may be among what is lost
         self.flush()
 
     def flush(self) -> None:
         """Write what waits, in one write, and find out whether the file was rotated."""
+        if not self._path:
+            return
         try:
             if self._is_rotated():
                 self._begin()
+            elif self._left_bytes <= 0:
+                self._waiting += self._encode_positions()
             if self._waiting:
                 self._append()
                 self.problem = ""
@@ -7507,8 +7527,6 @@ class MonitorLog:
                 write_without_waiting(2, encode_note(self.problem))
 
     def _is_rotated(self) -> bool:
-        if not self._path:
-            return False
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
@@ -7530,17 +7548,30 @@ class MonitorLog:
         self._seen = status.st_dev, status.st_ino, status.st_size
         end = os.pread(self._lock_fd, 1, status.st_size - 1) if status.st_size else b"\n"
         self._is_cut = end != b"\n"
-        self._waiting[:0] = [
-            self._encode("position", one, tasks=list(one.tasks.values()), ended=list(one.ended))
+        self._waiting[:0] = self._encode_positions()
+
+    def _encode_positions(self) -> list[bytes]:
+        """Return where each server stands, after which much else may be written before the next.
+
+        At least as much as these records take: they shall not be most of the file.
+        """
+        count = MAX_TOLD_ENDED // max(1, len(self.everybody))
+        records = [
+            self._encode(
+                "position", one, tasks=list(one.tasks.values()), ended=list(one.ended)[-count:]
+            )
             for one in self.everybody
-            if one.link.boot_id
         ]
+        size = sum(map(len, records))
+        self._left_bytes = size + max(LOG_STEP_BYTES, size)
+        return records
 
     def _append(self) -> None:
         data = b"\n" * self._is_cut + b"".join(self._waiting)
         fd = self._open(os.O_WRONLY)
         try:
             written = os.write(fd, data)
+            self._left_bytes -= written
             self._seen = (*self._seen[:2], os.fstat(fd).st_size)
         finally:
             os.close(fd)
@@ -7569,6 +7600,8 @@ class Monitor:
         self._emit = emit
         self.all = [self._watch(target, cpu_alert) for target in targets]
         log.everybody = self.all
+        for watched in self.all:
+            self._name_forgotten(watched)
 
     def _watch(self, target: Target, cpu_alert: float | None) -> Watched:
         link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
@@ -7580,6 +7613,12 @@ class Monitor:
             else:
                 watched.tasks[task_id] = start
         return watched
+
+    def _name_forgotten(self, watched: Watched) -> None:
+        """A server that was left out lately: how far an older part of the log got, who knows."""
+        if not self._log.knows(watched.target.name):
+            reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
+            self._log.write("gap", watched, **{"from": 1, "to": None, "reason": reason})
 
     async def run(self) -> None:
         """Watch for ever."""

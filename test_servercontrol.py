@@ -11096,19 +11096,22 @@ class TestMonitorLog:
         assert ends == tasks
 
     def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """And says where the servers stand after it, the position of the new file being lost."""
         monkeypatch.setattr(sc, "MAX_WAITING_RECORDS", 5)
         log = tmp_path / "log"
         _, take, _ = make_monitor(path=str(log))
         log.unlink()
         log.symlink_to("/dev/full")
-        for number in range(9):
+        for number in range(7):
             take({**START, "task_id": str(number), "cwd": "/", "by": "me"})
         log.unlink()
-        take({**START, "task_id": "9", "cwd": "/", "by": "me"})
-        gap, *records = read_lines(log)
+        take({**START, "task_id": "7", "cwd": "/", "by": "me"})
+        _, gap, position, *records = read_lines(log)
         assert (gap["event"], gap["records"]) == ("gap", 6)
         assert gap["reason"].endswith("No space left on device")
-        assert [one["task_id"] for one in records] == ["6", "7", "8", "9"]
+        assert position["event"] == "position"
+        assert [task["task_id"] for task in position["tasks"]] == ["0", "1", "2", "3", "4"]
+        assert [one["task_id"] for one in records] == ["5", "6", "7"]
 
     def test_starts_on_a_device(self, place: str, plain_server: ServerProcess) -> None:
         with Watcher(place, "--log=/dev/full") as watcher:
@@ -11126,6 +11129,75 @@ class TestMonitorLog:
             assert finished.returncode == 2
             assert b"log: another monitor writes it" in finished.stderr
             watcher.stop()
+
+    def test_says_again_where_a_quiet_server_stands(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """Only the end of a long log is read, and others may have written all of that."""
+        monkeypatch.setattr(sc, "LOG_TAIL_BYTES", 80_000)
+        monkeypatch.setattr(sc, "LOG_STEP_BYTES", 20_000)
+        path = str(tmp_path / "log")
+        targets = [sc.parse_target(name, name) for name in ("quiet", "busy", "new")]
+
+        def watch(*names: str) -> dict[str, sc.Watched]:
+            log = sc.MonitorLog(path)
+            log.load()
+            chosen = [target for target in targets if target.name in names]
+            monitor = sc.Monitor(chosen, None, log, lambda *_: None)
+            monitors.append((log, monitor))
+            return {one.target.name: one for one in monitor.all}
+
+        def run(watched: sc.Watched, task_id: int, is_ended: bool = True) -> None:
+            monitor = monitors[-1][1]
+            watched.link.boot_id, watched.link.seq = watched.target.name, task_id
+            task = {**START, "task_id": str(task_id), "command": "x" * 500, "cwd": "/", "by": "me"}
+            end = {"exit_code": 0, "signal": None, "state": "done", "duration_ms": 1}
+            events = [task, {**task, **end, "type": "task_complete", "output_bytes": 0}]
+            for event in events[: 1 + is_ended]:
+                with pytest.raises(StopIteration):
+                    monitor._take(watched, event).send(None)
+
+        def end_monitor() -> None:
+            os.close(monitors[-1][0]._lock_fd)
+
+        monitors: list[tuple[sc.MonitorLog, sc.Monitor]] = []
+        seen = watch("quiet", "busy")
+        run(seen["quiet"], 1)
+        run(seen["quiet"], 2, is_ended=False)
+        for number in range(300):
+            run(seen["busy"], number)
+        end_monitor()
+        assert os.path.getsize(path) > 4 * sc.LOG_TAIL_BYTES
+        seen = watch("quiet", "busy")
+        assert (seen["quiet"].link.boot_id, seen["quiet"].link.seq) == ("quiet", 2)
+        assert (list(seen["quiet"].tasks), list(seen["quiet"].ended)) == (["2"], ["1"])
+        assert "gap" not in [one["event"] for one in read_lines(tmp_path / "log")]
+        end_monitor()
+        seen = watch("busy", "new")  # the latter was perhaps watched long ago
+        (gap,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "gap"]
+        assert (gap["server"], gap["boot_id"], gap["from"], gap["to"]) == ("new", "", 1, None)
+        for number in range(300, 600):
+            run(seen["busy"], number)
+        end_monitor()
+        seen = watch("busy", "new", "quiet")
+        gaps = [one["server"] for one in read_lines(tmp_path / "log") if one["event"] == "gap"]
+        assert gaps == ["new", "quiet"]
+        end_monitor()
+
+    def test_tells_positions_that_do_not_fill_the_log(
+        self, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr(sc, "LOG_STEP_BYTES", 1000)
+        monkeypatch.setattr(sc, "MAX_TOLD_ENDED", 400)
+        log = tmp_path / "log"
+        _, take, watched = make_monitor(path=str(log))
+        for number in range(5000):
+            watched.note_end(str(number))
+        for number in range(100):
+            take({**START, "task_id": str(5000 + number), "cwd": "/", "by": "me"})
+        lines = log.read_text().splitlines()
+        positions = [line for line in lines if '"event":"position"' in line]
+        assert len(positions) > 2
+        assert json.loads(positions[0])["ended"] == [str(n) for n in range(4600, 5000)]
+        assert sum(map(len, positions)) < sum(map(len, lines)) / 2
 
     @pytest.mark.parametrize("field", ["seq", "boot_id", "server", "task_id", "event"])
     @pytest.mark.parametrize("value", ["1", "-1", "1.5", "1e999", "NaN", "null", "[]", "{}", '"x"'])
