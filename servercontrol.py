@@ -7371,11 +7371,11 @@ class Watched:
         self.state = "connecting"
         # Why it is not up.
         self.reason = ""
-        # The newest `stats_update`, {} while there is none; the newest alert, for people, and the
-        # server's own as it came, which each `hello` repeats.
+        # The newest `stats_update`, {} while there is none; the newest alert, for people, and its
+        # type and timestamp, since each `hello` repeats it.
         self.stats: dict[str, Any] = {}
         self.alert = ""
-        self.last_alert: dict[str, Any] = {}
+        self.last_alert: tuple[str, int] | None = None
         self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
         # Open tasks by id, and the ids of those whose end is on record.
         self.tasks: dict[str, dict[str, Any]] = {}
@@ -7434,8 +7434,9 @@ class MonitorLog:
         self.everybody: Sequence[Watched] = ()
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
-        # server -> task_id -> its start, None once its end is on record.
+        # server -> task_id -> its start, None once its end is on record; server -> newest alert.
         self.tasks: dict[str, dict[str, dict[str, Any] | None]] = {}
+        self.alerts: dict[str, tuple[str, int]] = {}
 
     def _open(self, access: int) -> int:
         # Without O_NONBLOCK a FIFO that nobody reads would stop us.
@@ -7481,6 +7482,8 @@ class MonitorLog:
         self.positions[server] = (boot_id, seq)
         if record["event"] == "task_start":
             self.tasks[server][record["task_id"]] = {name: record[name] for name in self.TASK}
+        elif record["event"] in ("cpu_alert", "alert_resolved"):
+            self.alerts[server] = record["event"], record["raised"]
         elif record["event"] in ("task_complete", "task_lost"):
             self.tasks[server][record["task_id"]] = None
         elif record["event"] == "position":
@@ -7607,6 +7610,7 @@ class Monitor:
         link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
         watched = Watched(target, cpu_alert, link)
         link.boot_id, link.seq = self._log.positions.get(target.name, ("", 0))
+        watched.last_alert = self._log.alerts.get(target.name)
         for task_id, start in self._log.tasks.get(target.name, {}).items():
             if start is None:
                 watched.note_end(task_id)
@@ -7762,13 +7766,16 @@ class Monitor:
     async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> bool:
         """With a threshold of our own the servers' do not count."""
         is_ours = event.get("by") == "monitor"
-        if is_ours == (watched.rule is None) or event == watched.last_alert:
+        if is_ours == (watched.rule is None):
             return True
         when = time.strftime("%H:%M", time.localtime(event["timestamp"] / 1000))
         what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
         watched.alert = f"{when} {what} {event['cpu']:.0f} %"
-        watched.last_alert = event
-        self._log.write(event["type"], watched, cpu=event["cpu"])
+        alert = event["type"], event["timestamp"]
+        if alert == watched.last_alert:
+            return True
+        watched.last_alert = alert
+        self._log.write(event["type"], watched, cpu=event["cpu"], raised=event["timestamp"])
         return False
 
     TAKES: dict[str, Callable[..., Awaitable[bool | None]]] = {

@@ -10766,6 +10766,8 @@ sc.choose_source = Scripted
         assert take(hello) == ["server_up", "cpu_alert"]
         assert take(hello) == take(alert) == []
         assert watched.alert.endswith("CPU 99 %")
+        watched.alert = "12:00 back"  # which is no news, as against an alert that goes on
+        assert take(hello) == [] and watched.alert.endswith("CPU 99 %")
         assert take({**alert, "timestamp": 6}) == ["cpu_alert"]
         assert take({**alert, "type": "alert_resolved", "timestamp": 7}) == ["alert_resolved"]
         _, take, watched = make_monitor(cpu_alert=50)
@@ -10773,6 +10775,17 @@ sc.choose_source = Scripted
         assert take(alert) == []
         assert take({**STATS, "cpu": 60}) == ["cpu_alert", "stats_update"]
         assert take({**STATS, "cpu": 40}) == ["alert_resolved", "stats_update"]
+
+    def test_writes_an_alert_once(self, tmp_path: Path) -> None:
+        """Whether it is started again or not."""
+        alert = {"type": "cpu_alert", "timestamp": 5, "cpu": 99.0, "seq": 1}
+        for news in (["server_up", "cpu_alert"], ["server_up"]):
+            told, take, watched = make_monitor(path=f"{tmp_path}/log")
+            watched.link.boot_id = HELLO["boot_id"]
+            assert take({**HELLO, "alert": alert}) == news
+            os.close(told.monitor._log._lock_fd)
+        (written,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "cpu_alert"]
+        assert (written["cpu"], written["raised"]) == (99.0, 5)
 
     def test_hears_again_on_the_same_connection(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "SILENCE_SECONDS", 0.4)
