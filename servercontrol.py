@@ -10231,6 +10231,8 @@ def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
         hindrance = "the sandbox hides"
     elif not is_permitted(python, uid, 1):
         hindrance = "the service's account cannot run"
+    elif not python.isprintable() or re.search(r"[$\"'\\]", python):
+        hindrance = "no ExecStart= can begin with"  # whatever is done to quote or escape it
     else:
         return python, "The Python that printed this"
     return "/usr/bin/python3", f"The system's Python: {hindrance} the one that printed this"

@@ -8354,6 +8354,31 @@ class TestUnit:
             python.chmod(0o744)
             assert not is_chosen(python, other) and not is_chosen(link, other)
 
+    @cases_task(
+        "name, begins",
+        {
+            "space": ("a b", '"{}/a b/python3"'),
+            "specifier": ("50%h", '"{}/50%%h/python3"'),
+            "dollar": ("a$b", "/usr/bin/python3"),
+            "apostrophe": ("a'b", "/usr/bin/python3"),
+            "quote": ('a"b', "/usr/bin/python3"),
+            "backslash": ("a\\b", "/usr/bin/python3"),
+            "line end": ("a\nb", "/usr/bin/python3"),
+            "no text": ("\udcff", "/usr/bin/python3"),
+        },
+    )
+    def test_python_is_one_that_systemd_takes(
+        self, tmp_path: Path, capfd: Any, name: str, begins: str
+    ) -> None:
+        """It refuses quotes and backslashes there, and takes $$ as it stands."""
+        python = tmp_path / name / "python3"
+        python.parent.mkdir()
+        python.symlink_to(sys.executable)
+        with mock.patch.object(sys, "executable", str(python)):
+            assert sc.unit_command(["--user=root"], {}) == 0
+        (command,) = read_unit(capfd.readouterr().out)["ExecStart"]
+        assert command.startswith(begins.format(tmp_path) + " -I ")
+
     @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root", "--no-exec")])
     def test_sandbox_shares_neither_run_nor_memory(self, options: tuple[str, ...]) -> None:
         """ProtectSystem=strict alone leaves /run writable beside ProtectKernelTunables=yes."""
