@@ -10263,6 +10263,16 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
     return who + UNIT_STATE + sandbox + ambient
 
 
+def is_missing(path: str) -> bool:
+    """Whether there is no file; there may be one where we must not look."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
 def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) -> list[str]:
     """Return what about the place of the file, and of others, will not work or is not safe."""
     doubts: list[str] = []
@@ -10277,6 +10287,10 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
     if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
         doubts.append(f"not only root can change {script}, and so what this service does")
+    for name in CREDENTIALS:
+        path = getattr(config, name)
+        if path and is_missing(path):
+            doubts.append(f"--{name.replace('_', '-')}: there is no file {path}")
     for option, path in (("--unix", config.unix), ("--audit-log", config.audit_log)):
         is_file = path not in ("", "-", "none")
         if is_sandboxed and is_file and not os.path.abspath(path).startswith(SANDBOX_FOLDERS):

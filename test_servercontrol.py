@@ -8354,6 +8354,27 @@ class TestUnit:
             python.chmod(0o744)
             assert not is_chosen(python, other) and not is_chosen(link, other)
 
+    def test_missing_files_are_told(self, tmp_path: Path) -> None:
+        there = tmp_path / "there"
+        there.touch()
+        for option in ("--token-file", "--view-token-file"):
+            for path in ("/nonexistent/token", str(there) + "/token", "/etc", "-"):
+                for user in ((), ("--user=root",)):
+                    told = print_unit(f"{option}={path}", *user)[1]
+                    assert f"{option}: there is no file {path}\n" in told
+            assert "there is no file" not in print_unit(f"{option}={there}")[1]
+        told = print_unit(f"--tls-cert={there}", "--tls-key=/nonexistent/key")[1]
+        assert "--tls-key: there is no file /nonexistent/key" in told and "--tls-cert:" not in told
+
+    def test_file_that_may_be_there_is_not_called_missing(self) -> None:
+        """`unit` is for any account, and a private key is often in a folder of root's."""
+        with tempfile.TemporaryDirectory() as closed:  # 0700
+
+            def ask() -> bytes:
+                return b"%d%d" % (sc.is_missing(closed + "/key"), sc.is_missing("/etc"))
+
+            assert as_nobody(ask) == b"01"
+
     @cases_task(
         "name, begins",
         {
