@@ -232,6 +232,7 @@ LOCK_SECONDS = 0.1  # for a file that another instance holds for some 0.05 ms
 LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
 
 # Statistics.
+FRESH_SECONDS = 1.0  # an older sample is taken anew for /metrics: a scrape tells how it is now
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
 # How long tasks take, in seconds, from a shell's builtin to a back-up: the bounds of /metrics.
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
@@ -4124,8 +4125,8 @@ class Sampler:
         # The running tasks, for alerts.
         self._running = running
         self._source = choose_source()
-        # The newest one.
-        self.sample = self._source.read()
+        # The newest one, and that of the newest tick, which the next one's rates begin at.
+        self.sample = self._ticked = self._source.read()
         # Bytes since boot that never go back, as the kernel's do when an interface is removed.
         self.net_recv, self.net_sent = self.sample.net_recv, self.sample.net_sent
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
@@ -4155,13 +4156,24 @@ class Sampler:
             except Exception:
                 self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
 
-    def tick(self) -> None:
-        """Take one sample and publish what it says."""
+    def _take_sample(self) -> Sample:
         sample = self._source.read()
-        stats = build_stats(self.sample, sample)
         self.net_recv += max(0, sample.net_recv - self.sample.net_recv)
         self.net_sent += max(0, sample.net_sent - self.sample.net_sent)
         self.sample = sample
+        return sample
+
+    def refresh(self) -> None:
+        """Take a sample between two ticks, if the newest is old; no event says so."""
+        if time.monotonic() - self.sample.now > FRESH_SECONDS:
+            with contextlib.suppress(OSError):  # out of descriptors, most likely: it stays old
+                self._take_sample()
+
+    def tick(self) -> None:
+        """Take one sample and publish what it says."""
+        before, sample = self._ticked, self._take_sample()
+        self._ticked = sample
+        stats = build_stats(before, sample)
         self.hostname = read_hostname()
         event = self._publish(
             "stats_update", **stats, hostname=self.hostname, cpus=os.cpu_count() or 1
@@ -4775,6 +4787,7 @@ async def answer_info(server: Server, request: Request) -> Response:
 def collect_metrics(server: Server) -> dict[str, Any]:
     """Return the values of METRICS; those that are not known yet are absent."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
+    sampler.refresh()
     sample, newest = sampler.sample, sampler.newest
     return {
         "build_info": {__version__: 1},

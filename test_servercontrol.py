@@ -11836,6 +11836,56 @@ class TestMetrics:
         with mock.patch("builtins.open", side_effect=OSError):
             assert sc.read_own_usage().keys() == {"process_cpu_seconds_total"}
 
+    def test_machine_is_as_it_is_now_however_long_the_interval(self, tmp_path: Path) -> None:
+        """And nothing else notices: no event, and CPU usage is the interval's."""
+        with ServerProcess(tmp_path, "--interval=3600") as server:
+            stats, first = server.get("/stats"), scrape(server)
+            wait_until(lambda: scrape(server)["uptime_seconds", ""] >= first["uptime_seconds", ""] + 2)  # fmt: skip
+            assert server.get("/stats") == stats
+            assert scrape(server)["cpu_usage_ratio", ""] == first["cpu_usage_ratio", ""]
+            assert len(server.get("/stats?history")["samples"]) == 1
+
+    def test_sample_between_ticks_changes_no_rate(self) -> None:
+        """Each byte is counted once, and the rates of a tick are those since the tick before."""
+        start = time.monotonic() - 100
+        samples = [
+            make_sample(now=start + at, busy_ticks=busy, total_ticks=at, net_recv=count)
+            for at, busy, count in ((0, 0, 0), (10, 10, 300), (15, 10, 700), (20, 15, 800))
+        ]
+        source, publish = mock.Mock(), mock.MagicMock()
+        source.read.side_effect = [*samples, OSError(errno.EMFILE, "no descriptors")]
+
+        async def run() -> None:
+            sampler = sc.Sampler(sc.Config(cpu_alert=100), publish, mock.Mock(), {}, mock.Mock())
+            sampler.tick()
+            sampler.refresh()
+            assert (sampler.sample, sampler.net_recv) == (samples[2], 700)
+            assert publish.call_count == len(sampler.history) == 1
+            sampler.tick()
+            assert (sampler.sample, sampler.net_recv) == (samples[3], 800)
+            sampler.refresh()  # which fails
+            assert sampler.sample is samples[3]
+
+        with mock.patch.object(sc, "choose_source", lambda: source):
+            asyncio.run(run())
+        first, second = (call[1] for call in publish.call_args_list)
+        assert (first["net_recv"], second["net_recv"]) == (30, 50)
+        assert (first["cpu"], second["cpu"]) == (100.0, 50.0)
+
+    def test_fresh_sample_is_not_taken_anew(self) -> None:
+        """However often somebody scrapes."""
+        source = mock.Mock()
+        source.read.side_effect = lambda: make_sample(now=time.monotonic())
+
+        async def run() -> None:
+            sampler = sc.Sampler(sc.Config(), mock.Mock(), mock.Mock(), {}, mock.Mock())
+            for _ in range(10):
+                sampler.refresh()
+
+        with mock.patch.object(sc, "choose_source", lambda: source):
+            asyncio.run(run())
+        assert source.read.call_count == 1
+
     def test_network_counters_never_go_back(self) -> None:
         """An interface that is removed takes its bytes out of the kernel's sum."""
         readings = [(100, 50), (150, 60), (20, 55), (21, 65)]
