@@ -1572,7 +1572,10 @@ class WebSocketConnection:
 
 
 class Sample(NamedTuple):
-    """One reading. now: monotonic s; *_ticks: since boot, any unit; sizes and net in bytes."""
+    """One reading. now: monotonic s; *_ticks: since boot, any unit; sizes in bytes.
+
+    net: bytes (received, sent) of each interface but loopback.
+    """
 
     now: float
     busy_ticks: float
@@ -1583,8 +1586,7 @@ class Sample(NamedTuple):
     swap_total: int
     disk_used: int
     disk_total: int
-    net_recv: int
-    net_sent: int
+    net: Mapping[str, tuple[int, int]]
     load_avg: tuple[float, float, float]
     uptime: float
 
@@ -1606,16 +1608,15 @@ def parse_meminfo(meminfo: str) -> dict[str, int]:
     return {name: int(value.split()[0]) * KIB for name, value in pairs if value}
 
 
-def parse_net_dev(net_dev: str) -> tuple[int, int]:
-    """Return bytes (received, sent) of all interfaces but loopback from /proc/net/dev."""
-    received = sent = 0
+def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
+    """Return bytes (received, sent) of each interface but loopback from /proc/net/dev."""
+    interfaces = {}
     for line in net_dev.splitlines():
         name, colon, counters = line.partition(":")
         if colon and name.strip() != "lo":
             columns = counters.split()
-            received += int(columns[0])
-            sent += int(columns[8])
-    return received, sent
+            interfaces[name.strip()] = int(columns[0]), int(columns[8])
+    return interfaces
 
 
 def compute_cpu_percent(before: Sample, after: Sample) -> float:
@@ -1624,6 +1625,18 @@ def compute_cpu_percent(before: Sample, after: Sample) -> float:
     busy = after.busy_ticks - before.busy_ticks
     # Counters of a virtual machine may go back a little.
     return round(min(max(100.0 * busy / total, 0.0), 100.0), 1) if total > 0 else 0.0
+
+
+def count_traffic(before: Sample, after: Sample, way: int) -> int:
+    """Return how much all interfaces have received (way: 0) or sent (1) between two samples.
+
+    One that vanishes takes its counters along, which is no reason to miss what others did.
+    """
+    old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
+    more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
+    come = sum(new[name] for name in new.keys() - old.keys())
+    gone = sum(old[name] for name in old.keys() - new.keys())
+    return more + max(0, come - gone)  # a renamed one is both, with all that it ever counted
 
 
 def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
@@ -1638,8 +1651,8 @@ def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
         "swap_total": after.swap_total // MIB,
         "disk_used": after.disk_used // MIB,
         "disk_total": after.disk_total // MIB,
-        "net_recv": max(0, round((after.net_recv - before.net_recv) / seconds)),
-        "net_sent": max(0, round((after.net_sent - before.net_sent) / seconds)),
+        "net_recv": round(count_traffic(before, after, 0) / seconds),
+        "net_sent": round(count_traffic(before, after, 1) / seconds),
         "uptime": int(after.uptime),
     }
 
@@ -3954,7 +3967,6 @@ class ProcSource:
         """Return what the kernel counts now."""
         busy, total = parse_cpu_times(self._read_file("/proc/stat"))
         memory = parse_meminfo(self._read_file("/proc/meminfo"))
-        received, sent = parse_net_dev(self._read_file("/proc/net/dev"))
         disk = os.statvfs("/")
         return Sample(
             now=time.monotonic(),
@@ -3966,8 +3978,7 @@ class ProcSource:
             swap_total=memory["SwapTotal"],
             disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
             disk_total=disk.f_blocks * disk.f_frsize,
-            net_recv=received,
-            net_sent=sent,
+            net=parse_net_dev(self._read_file("/proc/net/dev")),
             load_avg=os.getloadavg(),
             uptime=read_uptime(),
         )
@@ -3987,7 +3998,7 @@ class PsutilSource:
         # Guest time is already part of user time; waiting for a disk is idle time.
         total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
         memory, swap, disk = psutil.virtual_memory(), psutil.swap_memory(), os.statvfs("/")
-        nics = [nic for name, nic in psutil.net_io_counters(pernic=True).items() if name != "lo"]
+        nics = psutil.net_io_counters(pernic=True).items()
         return Sample(
             now=time.monotonic(),
             busy_ticks=total - times.idle - getattr(times, "iowait", 0),
@@ -3998,8 +4009,7 @@ class PsutilSource:
             swap_total=swap.total,
             disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
             disk_total=disk.f_blocks * disk.f_frsize,
-            net_recv=sum(nic.bytes_recv for nic in nics),
-            net_sent=sum(nic.bytes_sent for nic in nics),
+            net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
             load_avg=os.getloadavg(),
             uptime=read_uptime(),
         )
@@ -4128,7 +4138,9 @@ class Sampler:
         # The newest one, and that of the newest tick, which the next one's rates begin at.
         self.sample = self._ticked = self._source.read()
         # Bytes since boot that never go back, as the kernel's do when an interface is removed.
-        self.net_recv, self.net_sent = self.sample.net_recv, self.sample.net_sent
+        self.net_recv, self.net_sent = (
+            sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
+        )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
         # Monotonic time of the first alert that is not resolved yet, else 0.
         self._alert_since = 0.0
@@ -4158,8 +4170,8 @@ class Sampler:
 
     def _take_sample(self) -> Sample:
         sample = self._source.read()
-        self.net_recv += max(0, sample.net_recv - self.sample.net_recv)
-        self.net_sent += max(0, sample.net_sent - self.sample.net_sent)
+        self.net_recv += count_traffic(self.sample, sample, 0)
+        self.net_sent += count_traffic(self.sample, sample, 1)
         self.sample = sample
         return sample
 

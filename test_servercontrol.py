@@ -1534,7 +1534,7 @@ def cases(*rows: tuple[Any, ...]) -> Any:
 
 
 def make_sample(**fields: Any) -> sc.Sample:
-    empty = sc.Sample(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (0.0, 0.0, 0.0), 0.0)
+    empty = sc.Sample(0.0, 0, 0, 0, 0, 0, 0, 0, 0, {}, (0.0, 0.0, 0.0), 0.0)
     return empty._replace(**fields)
 
 
@@ -1554,11 +1554,11 @@ class TestStatistics:
         assert parsed["MemTotal"] == 2048 and parsed["X(y)"] == 1024
 
     @cases(
-        ("all but loopback", " lo: 9 1 0 0 0 0 0 0 9\neth0:5 1 0 0 0 0 0 0 7\nb: 1" + " 0" * 15, (6, 7)),
-        ("head lines alone", "Inter-| Receive\n face |bytes\n", (0, 0)),
-        ("a name like loopback's", "lo0: 3 1 0 0 0 0 0 0 4 0", (3, 4)),
+        ("all but loopback", " lo: 9 1 0 0 0 0 0 0 9\neth0:5 1 0 0 0 0 0 0 7\nb: 1" + " 0" * 15, {"eth0": (5, 7), "b": (1, 0)}),
+        ("head lines alone", "Inter-| Receive\n face |bytes\n", {}),
+        ("a name like loopback's", "lo0: 3 1 0 0 0 0 0 0 4 0", {"lo0": (3, 4)}),
     )  # fmt: skip
-    def test_net_dev(self, text: str, expected: tuple[int, int]) -> None:
+    def test_net_dev(self, text: str, expected: dict[str, tuple[int, int]]) -> None:
         assert sc.parse_net_dev(text) == expected
 
     @cases(
@@ -1576,10 +1576,10 @@ class TestStatistics:
         assert sc.compute_cpu_percent(before, after) == pytest.approx(expected)
 
     def test_stats_are_mib_and_rates(self) -> None:
-        before = make_sample(now=10.0, net_recv=1000, net_sent=5000, total_ticks=0)
+        before = make_sample(now=10.0, net={"a": (1000, 5000)}, total_ticks=0)
         after = sc.Sample(
             12.0, 1, 8, 3 * sc.MIB - 1, 4 * sc.MIB, 1, 2 * sc.MIB, 5 * sc.MIB, 9 * sc.MIB,
-            2001, 4000, (0.123, 1.006, 2.0), 77.9,
+            {"a": (2001, 4000)}, (0.123, 1.006, 2.0), 77.9,
         )  # fmt: skip
         assert sc.build_stats(before, after) == {
             "cpu": 12.5, "ram_used": 2, "ram_total": 4, "load_avg": [0.12, 1.01, 2.0],
@@ -1588,7 +1588,22 @@ class TestStatistics:
         }  # fmt: skip
 
     def test_stats_of_one_moment_do_not_divide_by_zero(self) -> None:
-        assert sc.build_stats(make_sample(), make_sample(net_recv=0))["net_recv"] == 0
+        assert sc.build_stats(make_sample(), make_sample())["net_recv"] == 0
+
+    @cases(
+        ("the same ones", {"a": (10, 20), "b": (1, 2)}, {"a": (15, 26), "b": (2, 4)}, (6, 8)),
+        ("one vanishes", {"a": (10, 20), "b": (10**9, 10**9)}, {"a": (15, 26)}, (5, 6)),
+        ("one comes", {"a": (10, 20)}, {"a": (15, 26), "b": (100, 200)}, (105, 206)),
+        ("one begins anew", {"a": (10, 20), "b": (10**9, 10**9)}, {"a": (15, 26), "b": (3, 4)}, (5, 6)),
+        ("one is renamed", {"a": (10, 20), "b": (10**9, 10**9)}, {"a": (15, 26), "c": (10**9 + 2, 10**9)}, (7, 6)),
+        ("none", {}, {}, (0, 0)),
+    )  # fmt: skip
+    def test_traffic(self, before: Any, after: Any, expected: tuple[int, int]) -> None:
+        """What an interface does to the sum does not hide what the others carry."""
+        samples = make_sample(now=1.0, net=before), make_sample(now=2.0, net=after)
+        assert tuple(sc.count_traffic(*samples, way) for way in (0, 1)) == expected
+        stats = sc.build_stats(*samples)
+        assert (stats["net_recv"], stats["net_sent"]) == expected
 
     # Letters: A alert, r resolved, - nothing; one value a second.
     @cases(
@@ -1620,8 +1635,12 @@ class TestStatistics:
         other = other._replace(
             busy_ticks=other.busy_ticks * ticks, total_ticks=other.total_ticks * ticks
         )
+        assert proc.net.keys() <= other.net.keys() | later.net.keys()
+        for name in proc.net.keys() & other.net.keys() & later.net.keys():
+            for low, count, high in zip(proc.net[name], other.net[name], later.net[name]):
+                assert low <= count <= high, name
         for name in sc.Sample._fields:
-            if name != "load_avg":
+            if name not in ("load_avg", "net"):
                 low, high = sorted((getattr(proc, name), getattr(later, name)))
                 room = slack.get(name, 0.51 if name == "uptime" else 0.01)
                 assert low - room <= getattr(other, name) <= high + room, name
@@ -11765,7 +11784,8 @@ class TestMetrics:
         assert abs(values["filesystem_used_bytes", "/"] - usage.used) < 512 * sc.MIB
         assert 0 <= values["cpu_usage_ratio", ""] <= 1
         assert abs(values["uptime_seconds", ""] - float(Path("/proc/uptime").read_text().split()[0])) < 5  # fmt: skip
-        received, sent = sc.parse_net_dev(Path("/proc/net/dev").read_text())
+        nets = sc.parse_net_dev(Path("/proc/net/dev").read_text()).values()
+        received, sent = (sum(net[way] for net in nets) for way in (0, 1))
         assert 0 <= values["network_receive_bytes_total", ""] <= received
         assert 0 <= values["network_transmit_bytes_total", ""] <= sent
         times = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
@@ -11849,7 +11869,7 @@ class TestMetrics:
         """Each byte is counted once, and the rates of a tick are those since the tick before."""
         start = time.monotonic() - 100
         samples = [
-            make_sample(now=start + at, busy_ticks=busy, total_ticks=at, net_recv=count)
+            make_sample(now=start + at, busy_ticks=busy, total_ticks=at, net={"a": (count, 0)})
             for at, busy, count in ((0, 0, 0), (10, 10, 300), (15, 10, 700), (20, 15, 800))
         ]
         source, publish = mock.Mock(), mock.MagicMock()
@@ -11888,9 +11908,14 @@ class TestMetrics:
 
     def test_network_counters_never_go_back(self) -> None:
         """An interface that is removed takes its bytes out of the kernel's sum."""
-        readings = [(100, 50), (150, 60), (20, 55), (21, 65)]
+        readings = [
+            {"a": (20, 10), "b": (80, 40)},
+            {"a": (25, 12), "b": (125, 48)},
+            {"a": (27, 13)},
+            {"a": (28, 23)},
+        ]
         source = mock.Mock()
-        source.read.side_effect = [make_sample(net_recv=r, net_sent=s) for r, s in readings]
+        source.read.side_effect = [make_sample(net=net) for net in readings]
 
         async def run() -> list[tuple[int, int]]:
             publish = mock.MagicMock()
@@ -11902,7 +11927,7 @@ class TestMetrics:
             return seen
 
         with mock.patch.object(sc, "choose_source", lambda: source):
-            assert asyncio.run(run()) == [(100, 50), (150, 60), (150, 60), (151, 70)]
+            assert asyncio.run(run()) == [(100, 50), (150, 60), (152, 61), (153, 71)]
 
 
 class Usage:
