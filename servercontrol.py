@@ -170,7 +170,7 @@ WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
-MAX_FRAGMENTS = 1024
+MAX_FRAGMENTS = 1024  # also to our client: a proxy may split 16 MiB into pieces of 16 KiB
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake
 PONG_SECONDS = 20.0  # silence after a ping: the peer is gone
@@ -180,7 +180,8 @@ STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes 
 # Sending: a viewer is handed about this much a write. It bounds what one stalled viewer costs
 # beyond the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
-HIGH_WATER_BYTES = 64 * KIB  # asyncio's default, made explicit: above it a viewer is stalled
+# asyncio's default, made explicit: above it a viewer is stalled, and our client answers no ping.
+HIGH_WATER_BYTES = 64 * KIB
 # Replies waiting for a client that asks but does not read: above what broadcasts alone can leave
 # in a buffer, which is the high-water mark, a batch and the largest frame.
 MAX_PERSONAL_BYTES = 1 * MIB
@@ -272,6 +273,9 @@ CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
 ANSWER_SECONDS = 15.0  # for a piece of an answer
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = 16 * MIB  # a server keeps no more
+# What may come before the `hello` of another run: all that it keeps, and what happens meanwhile.
+MAX_EARLY_BYTES = 2 * KEEP_EVENTS_BYTES
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks, which `hello` lists in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that a server is seen within 5 s of its return
@@ -3749,7 +3753,7 @@ class Tasks:
 # slow it is, and delays nobody beyond the tenth of a second that PATIENCE_SECONDS is about.
 
 
-def count_waiting_bytes(transport: asyncio.Transport) -> int:
+def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
     """Return how much the transport has still to write."""
     try:
         return transport.get_write_buffer_size()
@@ -6474,10 +6478,12 @@ class Link:
         # When anything last came, and when the connection was last good (monotonic seconds).
         self.heard_now = time.monotonic()
         self._good_now = time.monotonic()
-        # The open connection; after a restart the events before `hello`, which says whose they are.
+        # The open connection; after a restart the events before `hello`, which says whose they are:
+        # as bytes, since what JSON can be made of takes twenty times as much.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
-        self._early: list[dict[str, Any]] | None = None
+        self._early: list[bytes] | None = None
+        self._early_bytes = 0
         self._is_stopped = False
 
     async def learn(self) -> dict[str, Any]:
@@ -6539,9 +6545,7 @@ class Link:
         timer = None
         try:
             await asyncio.wait_for(self._upgrade(reader, writer), seconds)
-            self._websocket = WebSocketConnection(
-                lambda: os.urandom(4), MAX_EVENT_BYTES, sys.maxsize
-            )
+            self._websocket = WebSocketConnection(lambda: os.urandom(4), MAX_EVENT_BYTES)
             self._early = None
             self._writer, self.heard_now = writer, time.monotonic()
             self.send({"type": "hello"})
@@ -6593,12 +6597,11 @@ class Link:
     async def _receive(self, data: bytes) -> None:
         if data:  # not so when we ourselves have given the connection up
             self.heard_now = time.monotonic()
-        for message in self._websocket.receive(data):
-            if message.opcode is Opcode.PING and self._writer is not None:
-                assert isinstance(message.data, bytes)
-                self._writer.write(self._websocket.encode(Opcode.PONG, message.data))
-            elif message.opcode is Opcode.TEXT and not self._is_stopped:
-                await self._take_message(parse_json_object(message.data))
+        messages = self._websocket.receive(data)
+        self._answer_pings([one.data for one in messages if one.opcode is Opcode.PING])
+        for message in messages:
+            if message.opcode is Opcode.TEXT and not self._is_stopped:
+                await self._take_message(message.data)
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
@@ -6608,17 +6611,30 @@ class Link:
         if not data:
             raise UnreachableError("disconnected")
 
-    async def _take_message(self, event: dict[str, Any]) -> None:
+    def _answer_pings(self, pings: Sequence[str | bytes]) -> None:
+        """Answer the newest alone (RFC 6455, 5.5.3), and none while nobody reads our answers."""
+        writer = self._writer
+        if pings and writer and count_waiting_bytes(writer.transport) < HIGH_WATER_BYTES:
+            assert isinstance(pings[-1], bytes)
+            writer.write(self._websocket.encode(Opcode.PONG, pings[-1]))
+
+    async def _take_message(self, text: str | bytes) -> None:
         """A gap from 0 is that of another run of the server, whose seqs begin anew (SPEC 2)."""
+        event = parse_json_object(text)
         kind = event["type"]
         if kind == "gap" and event["from"] == 0:
-            self._early = []
-        if kind != "hello":
-            if self._early is None:
-                await self._take_event(event)
-            else:
-                self._early.append(event)
-            return
+            self._early, self._early_bytes = [], 0
+        if kind == "hello":
+            await self._take_hello(event)
+        elif self._early is None:
+            await self._take_event(event)
+        else:
+            self._early.append(text.encode("utf-8") if isinstance(text, str) else text)
+            self._early_bytes += len(self._early[-1]) + EVENT_OVERHEAD_BYTES
+            if self._early_bytes > MAX_EARLY_BYTES:
+                raise UnreachableError("it sends more than a server keeps, and no hello", 404)
+
+    async def _take_hello(self, event: dict[str, Any]) -> None:
         self._good_now = time.monotonic()
         early, self._early = self._early or [], None
         boot_id = str(event["boot_id"])
@@ -6627,7 +6643,7 @@ class Link:
             self.boot_id, self.seq = boot_id, 0
         await self._take(event)
         for one in early:
-            await self._take_event(one)
+            await self._take_event(parse_json_object(one))
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         newest = event.get("seq", event.get("to"))
@@ -7402,11 +7418,17 @@ class Watched:
         self.alert = ""
         self.last_alert: tuple[str, int] | None = None
         self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
-        # Open tasks by id, and the ids of those whose end is on record.
+        # Open tasks by id, their size, and the ids of those whose end is on record.
         self.tasks: dict[str, dict[str, Any]] = {}
+        self.open_bytes = 0
         self.ended: OrderedDict[str, None] = OrderedDict()
         # When it fell silent (monotonic seconds), else 0.
         self.silent_now = 0.0
+
+    def note_start(self, task_id: str, task: dict[str, Any]) -> None:
+        """Remember a task that runs."""
+        self.tasks[task_id] = task
+        self.open_bytes += self._measure(task)
 
     def note_end(self, task_id: str) -> dict[str, Any] | None:
         """Forget a task that has ended and return it; None if its end is on record already."""
@@ -7415,7 +7437,13 @@ class Watched:
         self.ended[task_id] = None
         if len(self.ended) > MAX_ENDED_TASKS:
             self.ended.popitem(last=False)
-        return self.tasks.pop(task_id, {})
+        task = self.tasks.pop(task_id, {})
+        self.open_bytes -= self._measure(task)
+        return task
+
+    @staticmethod
+    def _measure(task: dict[str, Any]) -> int:
+        return len(encode_json(task)) + EVENT_OVERHEAD_BYTES if task else 0
 
     def describe(self) -> dict[str, Any]:
         """Return what `monitor --once --json` says."""
@@ -7640,7 +7668,7 @@ class Monitor:
             if start is None:
                 watched.note_end(task_id)
             else:
-                watched.tasks[task_id] = start
+                watched.note_start(task_id, start)
         return watched
 
     def _name_forgotten(self, watched: Watched) -> None:
@@ -7758,14 +7786,20 @@ class Monitor:
         self._note_end(watched, event)
 
     def _note_start(self, watched: Watched, task: dict[str, Any]) -> None:
-        task_id = task["task_id"]
+        task_id = parse_task_id(task["task_id"])
         if task_id in watched.tasks or task_id in watched.ended:
             return
-        watched.tasks[task_id] = {name: task[name] for name in MonitorLog.TASK}
-        self._log.write("task_start", watched, **watched.tasks[task_id])
+        start = {name: task[name] for name in MonitorLog.TASK}
+        for name, value in start.items():
+            if not isinstance(value, int if name == "started" else str):
+                raise ValueError(name)
+        if watched.open_bytes > MAX_OPEN_BYTES:
+            raise UnreachableError("it says that more tasks run than it could list", 404)
+        watched.note_start(task_id, start)
+        self._log.write("task_start", watched, **start)
 
     def _note_end(self, watched: Watched, task: dict[str, Any]) -> None:
-        started = watched.note_end(task["task_id"])
+        started = watched.note_end(parse_task_id(task["task_id"]))
         if started is not None:
             names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
             told = {name: started.get(name) for name in ("command", "by")}

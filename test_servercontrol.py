@@ -10597,6 +10597,10 @@ STATS_RUBBISH = [
     *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
 ]
 START = {"type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true"}
+WRONG_STARTS: list[dict[str, Any]] = [
+    *({"task_id": "9" * 19}, {"task_id": "x"}, {"task_id": 1}, {"task_id": ["1"]}),
+    *({"command": [[]]}, {"cwd": None}, {"by": {}}, {"timestamp": "5"}, {"timestamp": [5]}),
+]
 RUBBISH = [
     *(frame({**STATS, **wrong}) for wrong in STATS_RUBBISH),
     frame(json.dumps({**STATS, "cpu": 0}).replace('"cpu": 0', '"cpu": 1e999')),
@@ -10643,6 +10647,40 @@ class Babbler(Impostor):
         connection.sendall(sc.encode_response_head(101, fields) + frame(HELLO) + self.answer)
         while connection.recv(65536):
             pass
+
+
+def follow(
+    babbler: Babbler, take: Callable[[dict[str, Any]], None] = bool
+) -> tuple[list[str], sc.UnreachableError]:
+    """Take the events of a server by a Link until it gives up; return their types, and why."""
+    kinds: list[str] = []
+
+    async def note(event: dict[str, Any]) -> None:
+        kinds.append(event["type"])
+        take(event)
+
+    async def run() -> None:
+        target = sc.parse_target("babbler", f"127.0.0.1:{babbler.port}")
+        await asyncio.wait_for(sc.Link(target, note, 5.0, 0.0).run(), PATIENCE_SECONDS)
+
+    with pytest.raises(sc.UnreachableError) as caught:
+        asyncio.run(run())
+    return kinds, caught.value
+
+
+class DeafWriter:
+    """What a Link writes to whose server reads nothing."""
+
+    def __init__(self, waiting_bytes: int) -> None:
+        self.transport = self
+        self.waiting_bytes = waiting_bytes
+        self.written: list[bytes] = []
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting_bytes
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
 
 
 class Told(list):  # type: ignore[type-arg]
@@ -10791,6 +10829,65 @@ sc.choose_source = Scripted
                 watcher.stop()
         assert len(babbler.received) <= 3  # the second time not at once
         assert not {0x1B, 0x9B} & set((tmp_path / "log").read_bytes())
+
+    @pytest.mark.parametrize("limit", [30_000, 70_000])
+    def test_keeps_only_so_much_that_comes_before_hello(self, monkeypatch: Any, limit: int) -> None:
+        """After a gap from 0 it is not known yet of which run the events are."""
+        monkeypatch.setattr(sc, "MAX_EARLY_BYTES", limit)
+        events = [{**STATS, "seq": number, "more": [[]] * 200} for number in range(1, 61)]
+        said = [{"type": "gap", "from": 0, "to": 0}, *events, {**HELLO, "boot_id": "c"}]
+        with Babbler(b"".join(map(frame, said)) + sc.encode_frame(sc.Opcode.CLOSE, b"")) as babbler:
+            kinds, error = follow(babbler)
+        if limit == 30_000:
+            assert (kinds, error.status) == (["hello"], 404)
+            assert str(error) == "it sends more than a server keeps, and no hello"
+        else:
+            assert kinds == ["hello", "restarted", "hello", "gap", *["stats_update"] * 60]
+            assert error.status == 0
+
+    def test_takes_only_so_many_fragments(self) -> None:
+        start = sc.encode_frame(sc.Opcode.TEXT, b"", fin=False)
+        with Babbler(start + sc.encode_frame(sc.Opcode.CONTINUATION, b"", fin=False) * 2000) as one:
+            kinds, error = follow(one)
+        assert (kinds, error.status, str(error)) == (["hello"], 404, "1009: too many fragments")
+
+    def test_answers_the_newest_ping_of_a_server_that_reads(self) -> None:
+        pings = b"".join(sc.encode_frame(sc.Opcode.PING, b"%d" % n) for n in range(1000))
+        answers = []
+        for waiting_bytes in (0, sc.HIGH_WATER_BYTES):
+            link = make_monitor()[2].link
+            link._websocket = sc.WebSocketConnection(lambda: b"\0\0\0\0")
+            link._writer = writer = DeafWriter(waiting_bytes)  # type: ignore[assignment]
+            with pytest.raises(StopIteration):
+                link._receive(pings).send(None)
+            answers.append(writer.written)
+        assert answers == [[sc.encode_frame(sc.Opcode.PONG, b"999", b"\0\0\0\0")], []]
+
+    def test_remembers_no_more_tasks_than_hello_can_list(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_OPEN_BYTES", 10_000)
+        told, take, watched = make_monitor()
+        start = {**START, "command": "x" * 1000, "cwd": "/", "by": "me"}
+        end = {"exit_code": 0, "signal": None, "state": "done", "output_bytes": 0}
+        for number in range(100):  # each has ended before the next
+            take({**start, "task_id": str(number)})
+            take(
+                {**start, **end, "type": "task_complete", "task_id": str(number), "duration_ms": 1}
+            )
+        assert watched.open_bytes == 0
+        with pytest.raises(sc.UnreachableError) as caught:
+            for number in range(100, 200):
+                with pytest.raises(StopIteration):
+                    told.monitor._take(watched, {**start, "task_id": str(number)}).send(None)
+        assert (caught.value.status, len(watched.tasks)) == (404, 8)
+
+    @pytest.mark.parametrize("wrong", WRONG_STARTS)
+    def test_remembers_nothing_that_is_no_task(self, wrong: dict[str, Any]) -> None:
+        told, _, watched = make_monitor()
+        task = {**START, "cwd": "/", "by": "me", **wrong}
+        for kind in ("task_start", "task_complete") if "task_id" in wrong else ("task_start",):
+            with pytest.raises(sc.NONSENSE):
+                told.monitor._take(watched, {**task, "type": kind}).send(None)
+        assert (watched.tasks, watched.ended) == ({}, {})
 
     def test_writes_no_control_characters(self) -> None:
         said = {
