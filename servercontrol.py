@@ -6535,8 +6535,12 @@ class Link:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message, if there is a connection."""
-        if self._writer is not None:
-            self._writer.write(self._websocket.encode(Opcode.TEXT, encode_json(message)))
+        self._write(Opcode.TEXT, encode_json(message))
+
+    def _write(self, opcode: Opcode, payload: bytes) -> None:
+        """asyncio complains on stderr of what is written to a connection that was reset."""
+        if self._writer is not None and not self._writer.transport.is_closing():
+            self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> None:
         """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
@@ -6616,7 +6620,7 @@ class Link:
         writer = self._writer
         if pings and writer and count_waiting_bytes(writer.transport) < HIGH_WATER_BYTES:
             assert isinstance(pings[-1], bytes)
-            writer.write(self._websocket.encode(Opcode.PONG, pings[-1]))
+            self._write(Opcode.PONG, pings[-1])
 
     async def _take_message(self, text: str | bytes) -> None:
         """A gap from 0 is that of another run of the server, whose seqs begin anew (SPEC 2)."""

@@ -10669,12 +10669,16 @@ def follow(
 
 
 class DeafWriter:
-    """What a Link writes to whose server reads nothing."""
+    """What a Link writes to whose server reads nothing, or is gone."""
 
-    def __init__(self, waiting_bytes: int) -> None:
+    def __init__(self, waiting_bytes: int = 0, is_gone: bool = False) -> None:
         self.transport = self
         self.waiting_bytes = waiting_bytes
+        self.is_gone = is_gone
         self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return self.is_gone
 
     def get_write_buffer_size(self) -> int:
         return self.waiting_bytes
@@ -10862,6 +10866,14 @@ sc.choose_source = Scripted
                 link._receive(pings).send(None)
             answers.append(writer.written)
         assert answers == [[sc.encode_frame(sc.Opcode.PONG, b"999", b"\0\0\0\0")], []]
+
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_writes_nothing_to_a_connection_that_was_reset(self, is_gone: bool) -> None:
+        link = make_monitor()[2].link
+        link._writer = writer = DeafWriter(is_gone=is_gone)  # type: ignore[assignment]
+        link.send({"type": "ping"})
+        link._answer_pings([b"x"])
+        assert len(writer.written) == (0 if is_gone else 2)
 
     def test_remembers_no_more_tasks_than_hello_can_list(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "MAX_OPEN_BYTES", 10_000)
