@@ -2295,6 +2295,20 @@ def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("ascii") + body
 
 
+def parse_webhook_answer(data: bytes) -> int | None:
+    """Return the status of the answer, None while it is not there. Raises ValueError.
+
+    What comes before it with 1xx only says that it will come (RFC 9110, 15.2).
+    """
+    for head in re.split(rb"(?<=\n)\r?\n", data):
+        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
+        if match is None and b"\n" in head:
+            raise ValueError("it gave no HTTP answer")
+        if match is None or int(match.group(1)) >= 200:
+            return int(match.group(1)) if match else None
+    return None
+
+
 # ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
 
 # 12. Log, state folder and audit log ─────────────────────────────────────────────────────────
@@ -4107,15 +4121,16 @@ class Webhook:
             peer = context.wrap_socket(plain, server_hostname=url.host) if context else plain
             with peer:
                 peer.sendall(encode_webhook_request(url, body))
-                line = b""
-                # However slowly it drips.
-                while b"\n" not in line and len(line) < MAX_REQUEST_LINE_BYTES:
+                answer, more, status = b"", b"more", None
+                # However slowly it drips, and whatever it says before (1xx).
+                while more and status is None and len(answer) < MAX_REQUEST_LINE_BYTES:
                     peer.settimeout(max(0.01, end - time.monotonic()))
-                    line += peer.recv(KIB) or b"\n"
-        match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", line)
-        if match is None:
+                    more = peer.recv(KIB)
+                    answer += more or b"\n"
+                    status = parse_webhook_answer(answer)
+        if status is None:
             raise ValueError("it gave no HTTP answer")
-        return int(match.group(1))
+        return status
 
 
 class Sampler:

@@ -2098,6 +2098,28 @@ class TestWebhookRequest:
         url = sc.parse_webhook_url("http://example.org/")
         assert b"Authorization" not in sc.encode_webhook_request(url, b"")
 
+    @cases(
+        ("final", b"HTTP/1.1 200 OK\r\n", 200),
+        ("HTTP/1.0, bare line end", b"HTTP/1.0 503\n", 503),
+        ("early hints", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 204 \r\n", 204),
+        ("two before it", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102\n\nHTTP/1.1 302 Found\r\n", 302),
+        ("a field that looks like one", b"HTTP/1.1 103 \r\nX:\r\nHTTP/1.1 200 OK\r\n\r\nHTTP/1.1 500 \r\n", 500),
+    )  # fmt: skip
+    def test_status_of_the_answer(self, data: bytes, expected: int) -> None:
+        """RFC 9110, 15.2: what comes before the final answer is skipped."""
+        assert sc.parse_webhook_answer(data + b"X: y\r\n\r\nHTTP/1.1 404 body\r\n\r\n") == expected
+        for length in range(len(data)):
+            assert sc.parse_webhook_answer(data[:length]) is None
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"\n", b"\r\nHTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 2000 OK\r\n",
+         b"HTTP/2 200\r\n", b"HTTP/1.1 20\r\n", b"HTTP/1.1 100 Continue\r\n\r\nnoise\r\n"],
+    )  # fmt: skip
+    def test_what_is_no_answer_is_refused(self, data: bytes) -> None:
+        with pytest.raises(ValueError):
+            sc.parse_webhook_answer(data)
+
 
 def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> bytes:
     """Return a client's frame from its first byte on, valid or not; written for the tests."""
@@ -12067,7 +12089,8 @@ class Receiver(http.server.ThreadingHTTPServer):
     """Takes alerts. answers: one a request, the last one for all that follow; a status, or
 
     "hang": nothing, for ever; "drip": a byte of an endless answer now and then; "noise": no HTTP;
-    "close": nothing, and closes; "slow": 200 after a while.
+    "close": nothing, and closes; "slow": 200 after a while; "early": 103 and 100 before 200;
+    "promise": 100, and closes; "promises": 100 for ever.
     """
 
     daemon_threads = True
@@ -12115,11 +12138,17 @@ class ReceiverHandler(http.server.BaseHTTPRequestHandler):
         elif answer == "drip":
             while not receiver.ended.wait(0.05):
                 self.wfile.write(b"H")
+        elif answer in ("promise", "promises"):
+            while self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n") and answer == "promises":
+                pass  # until we are left
         elif answer == "noise":
             self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
         elif answer != "close":
             receiver.ended.wait(0.2 if answer == "slow" else 0)
-            self.send_response(200 if answer == "slow" else answer)
+            if answer == "early":
+                self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.send_response(answer if isinstance(answer, int) else 200)
             self.send_header("Location", "/elsewhere")
             self.end_headers()
 
@@ -12182,7 +12211,8 @@ class TestWebhook:
         "answer, reason",
         [(500, "it answered 500"), (404, "it answered 404"), (302, "it answered 302"),
          (307, "it answered 307"), ("noise", "no HTTP answer"), ("close", "no HTTP answer"),
-         ("hang", "timed out"), ("drip", "timed out")],
+         ("hang", "timed out"), ("drip", "timed out"), ("promise", "no HTTP answer"),
+         ("promises", "no HTTP answer")],
     )  # fmt: skip
     def test_failure_is_one_line_and_the_next_alert_is_tried(
         self, tmp_path: Path, answer: Any, reason: str
@@ -12201,6 +12231,16 @@ class TestWebhook:
         assert [path for path, _, _ in receiver.posts] == ["/x"] * 4  # no redirect was followed
         kinds = [body["type"] for _, _, body in receiver.posts]
         assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
+
+    def test_what_comes_before_the_answer_is_no_failure(self, tmp_path: Path) -> None:
+        """RFC 9110, 15.2: else the alert would be delivered three times."""
+        usage = Usage(tmp_path, **QUICK_TRIES)
+        with Receiver("early") as receiver:
+            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                server.wait_for_log("webhook_sent")
+            assert len(receiver.posts) == 1 and not server.log("webhook_failed")
 
     def test_dead_receiver_and_unknown_name_are_failures(self, tmp_path: Path) -> None:
         with bind() as placeholder:
