@@ -6468,9 +6468,10 @@ NONSENSE = (
 class Link:
     """The events of one server, each once and in order, over as many connections as it takes.
 
-    take: gets every event. Besides those of SPEC 2 it gets `hello` once on each connection,
-    `lost` (reason, status) when one ends, `restarted` when the server is another process than
-    before, and each `gap`. Should it raise UnreachableError, the event comes again.
+    take: gets every event of SPEC 2, and none of other types: no server says what only we do.
+    Besides it gets `hello` once on each connection, `lost` (reason, status) when one ends,
+    `restarted` when the server is another process than before, and each `gap`. Should it raise
+    UnreachableError, the event comes again.
     give_up_seconds: without a connection; None is never.
     """
 
@@ -6665,16 +6666,16 @@ class Link:
             await self._take_event(parse_json_object(one))
 
     async def _take_event(self, event: dict[str, Any]) -> None:
-        newest = event.get("seq", event.get("to"))
-        if event["type"] == "error":
+        kind, newest = event["type"], event.get("seq", event.get("to"))
+        if kind == "error":
             await self._take(event)
         if newest is None:  # that, or a pong
             return
         if not isinstance(newest, int):
             raise ValueError("seq is no integer")
-        if newest > self.seq or "to" in event:
+        if kind == "gap" or (kind in EVENT_TYPES and newest > self.seq):
             await self._take(event)
-            self.seq = max(self.seq, newest)
+        self.seq = max(self.seq, newest)
 
 
 class RemoteTask:
@@ -6814,7 +6815,7 @@ class RemoteTask:
         trouble, self._trouble = self._trouble, event["reason"] if kind == "lost" else ""
         if kind == "lost":
             if self._trouble != trouble:
-                self._tell(f"connection lost ({self._trouble}), trying again")
+                self._tell(f"connection lost ({clean_text(self._trouble)}), trying again")
         elif kind == "hello":
             self.connected()
             self._acked = -sys.maxsize  # an acknowledgement may have been lost
@@ -7755,8 +7756,9 @@ class Monitor:
             self._change(watched, "up", "server_up", version=event["version"])
         elif watched.state != "up":
             self._note_back(watched)
-        if event.get("alert"):
-            await self._take(watched, event["alert"])
+        alert = event.get("alert")
+        if alert and alert["type"] in ("cpu_alert", "alert_resolved"):
+            await self._take(watched, alert)
         for task in event["tasks"]:
             self._note_start(watched, task)
         return True

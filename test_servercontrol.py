@@ -9386,6 +9386,30 @@ class TestExec:
         assert finished.stderr.count(b"\n") == 1 and b"\x1b" not in finished.stderr
         assert finished.stderr.startswith(b"servercontrol: 127.0.0.1:")
 
+    def test_takes_no_event_that_is_of_its_own_making(self) -> None:
+        """A server cannot say that it was lost, or that it was restarted."""
+        ours = [
+            {"type": "lost", "seq": 2, "reason": "\x1b]0;evil\x07", "status": 0},
+            {"type": "restarted", "seq": 3, "boot_id": "Q"},
+            {**FIRST_OUTPUT, "type": "of a newer server", "seq": 4},
+        ]
+        end = {**FIRST_END, "seq": 6, "state": "done"}
+        with Player({}, *ours, {**FIRST_OUTPUT, "seq": 5}, end) as player:
+            finished = run_client("exec", f"127.0.0.1:{player.port}", "--", "true")
+        assert (finished.returncode, finished.stdout, finished.stderr) == (0, b"hi\n", b"")
+
+    def test_tells_a_reason_without_control_characters(self) -> None:
+        told: list[str] = []
+
+        async def drain() -> None:
+            pass
+
+        target = sc.parse_target("web1", "web1")
+        task = sc.RemoteTask(target, {}, bytearray().extend, drain, told.append)
+        with pytest.raises(StopIteration):
+            task._take({"type": "lost", "reason": "\x1b]0;evil\x07", "status": 0}).send(None)
+        assert told == ["connection lost (?]0;evil?), trying again"]
+
     def test_ends_an_answer_without_end(self) -> None:
         """Such a one must not fill our memory."""
 
@@ -10626,9 +10650,9 @@ WRONG_STARTS: list[dict[str, Any]] = [
 RUBBISH = [
     *(frame({**STATS, **wrong}) for wrong in STATS_RUBBISH),
     frame(json.dumps({**STATS, "cpu": 0}).replace('"cpu": 0', '"cpu": 1e999')),
-    frame('{"type":"x","seq":2,"timestamp":1e999}'),
-    frame('{"type":"x","seq":NaN}'),
-    frame('{"type":"x","seq":2,"timestamp":' + "9" * 400 + "}"),
+    frame('{"type":"task_output","seq":2,"timestamp":1e999}'),
+    frame('{"type":"task_output","seq":NaN}'),
+    frame('{"type":"task_output","seq":2,"timestamp":' + "9" * 400 + "}"),
     frame('{"type":' * 10000),
     frame({**START, "task_id": {}}),
     frame(START),
@@ -10856,6 +10880,27 @@ sc.choose_source = Scripted
         assert len(babbler.received) <= 3  # the second time not at once
         assert not {0x1B, 0x9B} & set((tmp_path / "log").read_bytes())
 
+    def test_takes_no_event_that_is_of_its_own_making(self, tmp_path: Path) -> None:
+        """A server cannot say that it is silent, or lines of the output dropped."""
+        kinds = ["lost", "restarted", "server_up", "server_silent", "server_back", "lines_dropped"]
+        ours = {
+            "reason": "\x1b]0;evil\x07",
+            "status": 0,
+            "boot_id": "Q",
+            "lines": 1,
+            "silent_ms": 1,
+        }
+        hello = {**HELLO, "alert": {**ours, "type": "lost"}}
+        said = [{**ours, "type": kind, "seq": 2 + n} for n, kind in enumerate([*kinds, "newer"])]
+        events = [hello, *said, {**STATS, "seq": 99}]
+        with Babbler(b"".join(map(frame, events))) as babbler:
+            with Watcher(f"127.0.0.1:{babbler.port}", f"--log={tmp_path}/log") as watcher:
+                watcher.wait_for("stats_update")
+                assert [one["type"] for one in watcher.events] == ["server_up", "stats_update"]
+                watcher.stop()
+        records = [one["event"] for one in read_lines(tmp_path / "log")]
+        assert records == ["server_up", "monitor_stop"]
+
     @pytest.mark.parametrize("limit", [30_000, 70_000])
     def test_keeps_only_so_much_that_comes_before_hello(self, monkeypatch: Any, limit: int) -> None:
         """After a gap from 0 it is not known yet of which run the events are."""
@@ -10925,8 +10970,9 @@ sc.choose_source = Scripted
 
     def test_writes_no_control_characters(self) -> None:
         said = {
-            "type": "\x1b[2J",
-            "seq": 2,
+            **START,
+            "cwd": "/",
+            "by": "\x1b[2J",
             "\x9b2J": "\x9b2J",
             "command": "\x1b]0;x\x07\u2028\ud800",
         }
