@@ -233,7 +233,7 @@ LOCK_SECONDS = 0.1  # for a file that another instance holds for some 0.05 ms
 LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
 
 # Statistics.
-FRESH_SECONDS = 1.0  # an older sample is taken anew for /metrics: a scrape tells how it is now
+FRESH_SECONDS = 1.0  # an older sample is taken anew for /metrics (CPU is of the interval)
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
 # How long tasks take, in seconds, from a shell's builtin to a back-up: the bounds of /metrics.
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
@@ -288,8 +288,8 @@ EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
 # server keeps) and from all of them.
 EXEC_WINDOW_BYTES = 1 * MIB
 EXEC_WINDOWS_BYTES = 16 * MIB
-ACK_SECONDS = 10.0  # between two acknowledgements, so that a task knows that we are there
-MAX_AHEAD_BYTES = 64 * MIB  # received and not written: only a server that ignores the window
+ACK_SECONDS = 10.0  # for what is waited for, before a task is told that we are there
+MAX_AHEAD_BYTES = 64 * MIB  # received and not written, from a server that does not wait for us
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # for what is not written yet when we go
 ENDED_STATUS = 410  # of an UnreachableError: the command is known to have ended
@@ -3332,9 +3332,9 @@ class Tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
         task = Task(self._ids.take(), request, by, config.keep_output)
-        # What is not acknowledged is always kept.
-        fair = KEEP_ALL_OUTPUT_BYTES // config.max_tasks
-        task.window = min(request.window, config.keep_output, fair)
+        # What is not acknowledged is kept: half of that, since a read may come on top.
+        fair = min(config.keep_output // 2, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
+        task.window = min(request.window, max(1, fair))
         cwd = read_cwd()
         task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:
@@ -3495,13 +3495,15 @@ class Tasks:
             self._take_output(task, chunk)
 
     def _resume_read(self, task: Task) -> None:
+        task.cancel_timer(
+            "read"
+        )  # also one that has fired: else _begin_turn() passes the task over
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def acknowledge(self, task: Task, offset: int) -> None:
         """Who asked for a task has taken its output up to `offset`, or is still there at least."""
         task.acked = offset
         if task.fd >= 0 and "read" in task.timers:
-            task.cancel_timer("read")
             self._resume_read(task)
 
     def _lift_window(self, task: Task) -> None:
@@ -4197,7 +4199,7 @@ class Sampler:
     def refresh(self) -> None:
         """Take a sample between two ticks, if the newest is old; no event says so."""
         if time.monotonic() - self.sample.now > FRESH_SECONDS:
-            with contextlib.suppress(OSError):  # out of descriptors, most likely: it stays old
+            with contextlib.suppress(Exception):  # tick() tells of it; the sample stays old
                 self._take_sample()
 
     def tick(self) -> None:
@@ -6356,26 +6358,35 @@ async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(tell, result)
 
-    threading.Thread(target=ask, daemon=True).start()
+    try:
+        threading.Thread(target=ask, daemon=True).start()
+    except RuntimeError:  # no thread is to be had
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
     return await found
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
-    """Return a connection to the first address of a host that takes one. Raises OSError."""
-    failure: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+    """Return a connection to the first address of a host that takes one.
+
+    Raises OSError: what the first address said.
+    """
+    failure: OSError | None = None
     for family, kind, protocol, _, address in await look_up(host, port):
-        connection = socket.socket(family, kind, protocol)
+        try:
+            connection = socket.socket(family, kind, protocol)
+        except OSError as error:  # the kernel has no IPv6
+            failure = failure or error
+            continue
         try:
             connection.setblocking(False)
             await asyncio.get_running_loop().sock_connect(connection, address)
             return connection
-        except OSError as error:
+        except BaseException as error:
             connection.close()
-            failure = error
-        except BaseException:
-            connection.close()
-            raise
-    raise failure
+            if not isinstance(error, OSError):
+                raise
+            failure = failure or error
+    raise failure or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
 
 
 async def open_target(
@@ -6684,7 +6695,8 @@ class RemoteTask:
     fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until that is
     written; tell: a line for people. connected: called whenever messages can be sent (anew).
     With a `window` the server waits for us as a pipe does, and keeps what we have not got: so
-    nothing is lost, however slow we are, or the network, or who reads our output.
+    nothing is lost, however slow we are, or the network, or who reads our output, unless we are
+    gone for a minute.
     """
 
     def __init__(
@@ -6702,19 +6714,20 @@ class RemoteTask:
         self._drain = drain
         self._tell = tell
         self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
-        # Whether the server was asked to start it; None before the start, and before the end.
+        # Whether the server was asked to start it.
         self.is_asked = False
         # Whether it is we who stop it, and whether the server was not there to be told.
         self.is_stopping = False
         self._is_stop_owed = False
+        # None before the start, and before the end.
         self.task_id: str | None = None
         self.exit_code: int | None = None
-        # Of the output, in bytes: how much was written and lost; whether a line has begun.
+        # Of the output, in bytes: how much has come, is lost, is written, and was acknowledged.
         self._position = 0
         self.lost_bytes = 0
-        # How much of it is written, as far as we know, and was acknowledged; set when to look.
         self._written = 0
         self._acked = 0
+        # Set when there may be something to acknowledge; whether a line of output has begun.
         self._news = asyncio.Event()
         self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
@@ -6752,12 +6765,12 @@ class RemoteTask:
             info = await fetch_json(self.target, "GET", "/info")
             if info.get("boot_id") != self.link.boot_id:
                 raise UnreachableError("it was restarted", 404)
-        self.is_asked = True
+        was_asked, self.is_asked = self.is_asked, True
         try:
             body = encode_json(self._fields)
             answer: dict[str, Any] = await fetch_json(self.target, "POST", "/exec", body)
         except UnreachableError as error:
-            self.is_asked = not error.status
+            self.is_asked = was_asked or not error.status
             raise
         return answer
 
@@ -6775,14 +6788,16 @@ class RemoteTask:
             for half in done:
                 half.result()
         finally:
-            for half in halves:
-                half.cancel()
+            while not all(half.done() for half in halves):
+                for half in halves:
+                    half.cancel()
+                await asyncio.wait(halves, timeout=1.0)  # again: wait_for() may swallow it
             await asyncio.gather(*halves, return_exceptions=True)
         assert self.exit_code is not None
         return self.exit_code
 
     async def _acknowledge(self) -> None:
-        """Tell the server how much is written, and every 10 s that we are there."""
+        """Tell the server how much is written, and twice a minute at least that we are there."""
         step = self._fields.get("window", 0) // 4
         while True:
             is_due = not await self._wait(self._news.wait())
@@ -6846,7 +6861,7 @@ class RemoteTask:
         self._error = event["code"]
 
     async def _end(self, task: Mapping[str, Any]) -> None:
-        await self._drain()  # what is told stands behind the output
+        await self._write_out()  # what is told stands behind the output
         exit_code, killed_by = task["exit_code"], task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise ValueError("exit_code")
@@ -6863,7 +6878,12 @@ class RemoteTask:
 
     async def _catch_up(self) -> None:
         """After a gap the server's list and kept output say what was missed."""
-        state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
+        try:
+            state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
+        except UnreachableError as error:
+            if error.status != 404:
+                raise
+            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
         await self._fetch_output()
         if state["state"] != "running":
             await self._end(state)
@@ -6890,7 +6910,12 @@ class RemoteTask:
             self._write(new)
             self._news.set()
         if self._position - self._written > MAX_AHEAD_BYTES:
-            await self._drain()
+            await self._write_out()
+
+    async def _write_out(self) -> None:
+        """Wait until everything is written; meanwhile it is not the server that is silent."""
+        while not await self._wait(self._drain()):
+            self.link.heard_now = time.monotonic()
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
@@ -7156,7 +7181,7 @@ class Execution:
     def __init__(
         self, targets: Sequence[Target], fields: dict[str, Any], fold: bool, parallel: int
     ) -> None:
-        window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // len(targets))
+        window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // min(len(targets), parallel))
         self._fields = {**fields, "window": window}
         self._fold = fold
         self._places = asyncio.Semaphore(parallel)
@@ -7262,7 +7287,7 @@ class Execution:
                 if task.is_stopping:
                     raise UnreachableError("not started")
                 await task.start()
-                if task.is_stopping:
+                if task.is_stopping and not self._is_unread:
                     await task.stop()
                 if self._fields.get("stdin") is True and not self._has_keyboard():
                     feeding = asyncio.ensure_future(self._feed(task, pieces))
@@ -7409,7 +7434,7 @@ class Execution:
         if name not in self._reasons:
             return code, f"exit code {code}"
         if not task.is_asked:
-            return code, "not reached"
+            return code, "not started"
         return code, "lost after the start" if task.exit_code is None else "not complete"
 
     def _summarize(self) -> str:
@@ -10306,8 +10331,10 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
 
 def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
     """Return the interpreter for the unit, and why it is that one."""
-    python = os.path.abspath(sys.executable or "/usr/bin/python3")
-    if is_sandboxed and is_hidden(python):
+    python = os.path.abspath(sys.executable)
+    if not os.path.isfile(python):
+        hindrance = "nobody knows where to find"
+    elif is_sandboxed and is_hidden(python):
         hindrance = "the sandbox hides"
     elif not is_permitted(python, uid, 1):
         hindrance = "the service's account cannot run"
@@ -10433,6 +10460,8 @@ def run_command_line(argv: Sequence[str]) -> int:
         if isinstance(error, OutputError) and not error.is_closed:
             raise
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # asyncio leaves Python's own handler behind
+        return 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -10453,6 +10482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             write_all(2, f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace"))
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 1
     return 0
 
 

@@ -6499,6 +6499,22 @@ class TestTaskWindow:
             assert not any(event["type"] == "error" for event in replies)
         assert (ended["exit_code"], ended["output_bytes"]) == (5, 3_000_004)
 
+    def test_gets_its_turns_again(self, tmp_path: Path) -> None:
+        """Beside others that write as fast as they can, when it has waited once."""
+        launcher = write_launcher(tmp_path, WINDOW_SECONDS=0.1)
+        with ServerProcess(tmp_path, script=launcher) as server:
+            waited = server.start("yes", window=1)
+            wait_until(lambda: server.task(waited)["output_bytes"] > 1_000_000)
+            others = [server.start("yes") for _ in range(8)]
+
+            def read_sizes() -> list[int]:
+                return [server.task(task_id)["output_bytes"] for task_id in (waited, *others)]
+
+            before = read_sizes()
+            wait_until(lambda: read_sizes()[1] > before[1] + 50_000_000)
+            mine, *rest = (size - old for size, old in zip(read_sizes(), before))
+            assert mine > statistics.median(rest) / 4
+
     def test_kill_does_not_wait(self, server: ServerProcess) -> None:
         task_id = server.start("yes", window=1)
         self.wait_for_pause(server, task_id)
@@ -9355,7 +9371,7 @@ class TestExec:
         shown = finished.stdout.decode()
         assert shown == f"── {names[0]}, {names[1]} (2 servers, exit code 3)\nsame\n"
         assert finished.returncode == 125
-        summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not reached (127.0.0.1:1)"
+        summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not started (127.0.0.1:1)"
         assert summary in finished.stderr.decode()
 
     def test_runs_so_many_at_a_time(self, tmp_path: Path) -> None:
@@ -9731,7 +9747,7 @@ class TestExec:
             assert process.wait(PATIENCE_SECONDS) == 125
         assert text.count(" | 30000\n") == count
         assert text.count("\n") == 30_000 * count + 2
-        assert text.endswith("exit code 3 (" + ", ".join(names) + "); 1 not reached"
+        assert text.endswith("exit code 3 (" + ", ".join(names) + "); 1 not started"
                              " (no-such-host.invalid)\n")  # fmt: skip
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -10220,6 +10236,40 @@ class TestExec:
             asyncio.run(run())
         assert not released.is_set()
         released.set()
+
+    def test_does_not_forget_that_it_has_asked(self) -> None:
+        """The first request gets no answer, the second is refused: it may run all the same."""
+
+        class Busy(Player):
+            def _play(self, connection: socket.socket) -> None:
+                if any(b"POST" in one for one in self.received):
+                    refused = b'HTTP/1.0 503 x\r\n\r\n{"error":"x","message":"too many"}'
+                    self.answers["/exec"] = refused
+                super()._play(connection)
+
+        with Busy({"/exec": b""}) as busy:
+            finished = run_client("exec", f"127.0.0.1:{busy.port}", "x:1", "--", "true")
+        told = finished.stderr.decode()
+        assert "503: too many; whether the command was started is not known\n" in told
+        assert f"1 lost after the start (127.0.0.1:{busy.port})" in told
+
+    def test_names_the_first_reason_of_several(self, monkeypatch: Any) -> None:
+        kind = (socket.SOCK_STREAM, 6, "")
+        places = [
+            (socket.AF_INET, *kind, ("127.0.0.1", 1)),
+            (socket.AF_INET6, *kind, ("fe80::1", 1, 0, 0)),
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+        with pytest.raises(ConnectionRefusedError):
+            asyncio.run(sc.connect_socket("x", 1))
+        listener = bind()
+        listener.listen(1)
+        places[:] = [(4711, *kind, ()), (socket.AF_INET, *kind, listener.getsockname())]
+        asyncio.run(sc.connect_socket("x", 1)).close()
+        listener.close()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
+            with pytest.raises(BlockingIOError):
+                asyncio.run(sc.connect_socket("x", 1))
 
     def test_tells_when_the_server_is_restarted(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path) as server:
