@@ -3495,9 +3495,8 @@ class Tasks:
             self._take_output(task, chunk)
 
     def _resume_read(self, task: Task) -> None:
-        task.cancel_timer(
-            "read"
-        )  # also one that has fired: else _begin_turn() passes the task over
+        # Also one that has fired: _begin_turn() passes over who has one.
+        task.cancel_timer("read")
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def acknowledge(self, task: Task, offset: int) -> None:
@@ -7700,9 +7699,9 @@ class Monitor:
         self._log = log
         self._emit = emit
         self.all = [self._watch(target, cpu_alert) for target in targets]
-        log.everybody = self.all
-        for watched in self.all:
+        for watched in self.all:  # before any `position` is written, which would hide it
             self._name_forgotten(watched)
+        log.everybody = self.all
 
     def _watch(self, target: Target, cpu_alert: float | None) -> Watched:
         link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
