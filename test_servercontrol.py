@@ -9424,10 +9424,12 @@ class TestExec:
         async def drain() -> None:
             pass
 
-        target = sc.parse_target("web1", "web1")
-        task = sc.RemoteTask(target, {}, bytearray().extend, drain, told.append)
-        with pytest.raises(StopIteration):
-            task._take({"type": "lost", "reason": "\x1b]0;evil\x07", "status": 0}).send(None)
+        async def run() -> None:
+            target = sc.parse_target("web1", "web1")
+            task = sc.RemoteTask(target, {}, bytearray().extend, drain, told.append)
+            await task._take({"type": "lost", "reason": "\x1b]0;evil\x07", "status": 0})
+
+        asyncio.run(run())
         assert told == ["connection lost (?]0;evil?), trying again"]
 
     def test_ends_an_answer_without_end(self) -> None:
@@ -10419,9 +10421,11 @@ class TestExecTerminal:
         with bind() as dead:
             dead.listen(1)
             with Person("exec", f"127.0.0.1:{dead.getsockname()[1]}", "--tty", "--", "x") as person:
-                dead.accept()[0].recv(1)  # then the terminal is raw
+                connection = dead.accept()[0]
+                connection.recv(1)  # then the terminal is raw
                 person.type("\x03")
                 assert person.wait() == 130
+                connection.close()
 
     def test_lives_through_a_cut(self, plain_server: ServerProcess) -> None:
         """What is typed, and a new size, while there is no connection arrives with the next."""
