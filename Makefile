@@ -10,8 +10,8 @@ PAGE_PACKAGES := playwright pyte axe-playwright-python
 # Read what `discover --ansible` writes; neither is this part of `make matrix`.
 RECIPE_PACKAGES := ansible-core
 CHECK_PACKAGES := ruff mypy types-psutil
-PYTEST := -m pytest -q -ra -n 6 --dist loadgroup
-# A test that fails while six run at once is run again alone, aloud: then it is no busy machine.
+PYTEST := -m pytest -q -ra -n 5 --dist loadgroup
+# A test that fails while five run at once is run again alone, aloud: then it is no busy machine.
 AGAIN := -m pytest -q -ra --last-failed --last-failed-no-failures none
 FUZZ_SECONDS ?= 120
 export TEST_PACKAGES EXTRA_PACKAGES PYTEST AGAIN
