@@ -7540,6 +7540,12 @@ class MonitorLog:
         flags = access | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(self._path, flags, 0o600)
 
+    @staticmethod
+    def _lock(fd: int) -> None:
+        """Raises BlockingIOError. A device, such as /dev/null, is everybody's."""
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def load(self) -> None:
         """Read what an older run wrote. Raises ConfigError if the file cannot be used.
 
@@ -7549,7 +7555,7 @@ class MonitorLog:
             return
         try:
             fd = self._open(os.O_RDWR)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(fd)
             status = os.fstat(fd)
             data = b""
             if stat.S_ISREG(status.st_mode):
@@ -7638,7 +7644,7 @@ class MonitorLog:
         fd = self._open(os.O_RDWR)
         try:
             if not os.path.samestat(os.fstat(fd), os.fstat(self._lock_fd)):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(fd)
                 self._lock_fd, fd = fd, self._lock_fd
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another monitor writes it") from None

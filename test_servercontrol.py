@@ -11435,6 +11435,11 @@ class TestMonitorLog:
             assert watcher.process.stderr is not None
             assert watcher.process.stderr.read().count(b"--log: /dev/full: No space left") == 1
 
+    def test_device_is_everybodys(self, place: str) -> None:
+        with Watcher(place, "--log=/dev/null") as one, Watcher(place, "--log=/dev/null") as two:
+            one.wait_for("stats_update")
+            two.wait_for("stats_update")
+
     def test_is_of_one_monitor(self, place: str, tmp_path: Path) -> None:
         with Watcher(place, f"--log={tmp_path}/log") as watcher:
             watcher.wait_for("server_up")
