@@ -260,8 +260,9 @@ HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_BUFFER_BYTES = 32 * KIB
 TLS_GOODBYE_SECONDS = 0.5
 MAX_STRANGERS = 64  # connections that have not passed the gate; else they could fill all places
-STRANGER_GRACE_SECONDS = 0.1  # so long a burst of clients may be more, until each could speak
-TLS_GRACE_SECONDS = 3.0  # the same in a handshake: a burst of 300 keeps a core busy for a second
+# So long a burst of clients may be more, until each could speak: 300 handshakes of TLS keep a core
+# busy for a second, and the client's own machine may be the slow one.
+STRANGER_GRACE_SECONDS = 3.0
 MAX_BURST = 512  # but not more than this
 SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
@@ -5151,11 +5152,6 @@ class Connection:
         self.transport, self._socket = transport, None
         self.opened_at = time.monotonic()  # with TLS it could not speak before
 
-    def had_its_chance(self, now: float) -> bool:
-        """Whether there was time to say something."""
-        seconds = TLS_GRACE_SECONDS if self.phase is Phase.OPENING else STRANGER_GRACE_SECONDS
-        return now - self.opened_at >= seconds
-
     def close(self) -> None:
         """Close after what is still to be written; a client that does not take it is swept."""
         if self.viewer is not None:
@@ -5993,17 +5989,17 @@ class Server:
         A burst of clients that come back together may be more for a moment, until each has had
         the chance to speak, unless it is a flood or takes more than half of all places.
         """
-        now = time.monotonic()
         while len(self._strangers) > MAX_STRANGERS:
             largest = max(self._crowds.values())
             crowd = (one for one in self._strangers if self._crowds[one.crowd] == largest)
             loser = next(crowd)
             is_tight = len(self.connections) > self.max_clients // 2
             is_flood = len(self._strangers) > MAX_BURST
-            if not (is_tight or is_flood or loser.had_its_chance(now)):
+            grace = loser.opened_at + STRANGER_GRACE_SECONDS - time.monotonic()
+            if grace > 0 and not (is_tight or is_flood):
                 if not self._is_room_due:
                     self._is_room_due = True
-                    self._loop.call_later(STRANGER_GRACE_SECONDS, self._make_room_later)
+                    self._loop.call_later(grace, self._make_room_later)
                 return
             # At once, and not when the loop says that it is gone: many may come in one turn.
             self.forget_stranger(loser)
