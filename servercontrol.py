@@ -1351,16 +1351,11 @@ def parse_frame_header(data: bytearray) -> FrameHeader | None:
     masked = bool(data[1] & 0x80)
     if len(data) < size:
         return None
-    if length == 126:
-        (length,) = struct.unpack_from("!H", data, 2)
-        shortest = length >= 126
-    elif length == 127:
-        (length,) = struct.unpack_from("!Q", data, 2)
-        shortest = 65536 <= length < 2**63
-    else:
-        shortest = True
-    if not shortest:
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "frame length not in its shortest form")
+    if size > 2:
+        form, least = ("!H", 126) if size == 4 else ("!Q", 65536)
+        (length,) = struct.unpack_from(form, data, 2)
+        if not least <= length < 2**63:
+            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "frame length not in its shortest form")
     if masked and len(data) < size + 4:
         return None
     mask = bytes(data[size : size + 4]) if masked else None
