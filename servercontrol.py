@@ -1480,16 +1480,16 @@ class WebSocketConnection:
             while self.state is not WebSocketState.CLOSED and self._receive_step(messages):
                 pass
         except WebSocketError as error:
-            self._end(error.close_code, error.reason)
+            answer = encode_close_payload(error.close_code, error.reason)
+            self._end(error.close_code, error.reason, answer)
         if self.state is WebSocketState.CLOSED:
             self._buffer.clear()
         return messages
 
-    def _end(self, code: int | None, reason: str, answer: bytes | None = None) -> None:
+    def _end(self, code: int | None, reason: str, answer: bytes) -> None:
         self.close_code, self.close_reason = code, reason
         if self.state is WebSocketState.OPEN:
-            payload = encode_close_payload(code or 1000, reason) if answer is None else answer
-            self._outgoing = self.encode(Opcode.CLOSE, payload)
+            self._outgoing = self.encode(Opcode.CLOSE, answer)
         self.state = WebSocketState.CLOSED
 
     def _receive_step(self, messages: list[Message]) -> bool:
