@@ -3516,19 +3516,14 @@ class Tasks:
             chunk = b""
         if chunk:
             return chunk
+        asyncio.get_running_loop().remove_reader(task.fd)
         if task.request.tty and not task.is_shell_gone:
             # Somebody may open it again, as /dev/tty.
-            asyncio.get_running_loop().remove_reader(task.fd)
             task.set_timer("read", TERMINAL_LOOK_SECONDS, self._resume_read)
         else:
-            self._close_pipe(task)
-        return b""
-
-    def _close_pipe(self, task: Task) -> None:
-        if task.fd >= 0:
-            asyncio.get_running_loop().remove_reader(task.fd)
             os.close(task.fd)
             task.fd = -1
+        return b""
 
     def _take_output(self, task: Task, chunk: bytes, final: bool = False) -> None:
         """Publish and keep a chunk; characters that are cut wait for their other half."""
