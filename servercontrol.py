@@ -3346,7 +3346,7 @@ class Tasks:
             if not request.tty:
                 task.input.end()
         if request.timeout:
-            task.set_timer("timeout", request.timeout, self._time_out)
+            task.set_timer("timeout", request.timeout, self.stop)
         return task
 
     def _remember(self, ref: str | None, task: Task) -> None:
@@ -3621,9 +3621,6 @@ class Tasks:
         signal_session(task.pid, signal.SIGKILL)
         if task.is_shell_gone:
             self._finish(task)
-
-    def _time_out(self, task: Task) -> None:
-        self.stop(task)
 
     def stop_all(self) -> None:
         """Begin to stop every task, because the server stops."""
