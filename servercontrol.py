@@ -3440,14 +3440,8 @@ class Tasks:
             name=task.request.name,
         )
         task.started_timestamp = event["timestamp"]
-        self._audit.write(
-            "task_start",
-            task_id=task.task_id,
-            command=task.request.command,
-            cwd=task.cwd,
-            by=task.by,
-            pid=task.pid,
-        )
+        told = ("task_id", "command", "cwd", "by", "pid")
+        self._audit.write("task_start", **{name: event[name] for name in told})
         command = task.request.command[:200]
         self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
 
