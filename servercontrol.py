@@ -3268,7 +3268,7 @@ class Tasks:
         log: Log,
         audit: AuditLog,
         environment: Mapping[str, str],
-        descriptor_limit: tuple[int, int] | None = None,
+        descriptor_limit: tuple[int, int],
     ) -> None:
         self._config = config
         self._ids = ids
@@ -3401,8 +3401,6 @@ class Tasks:
         Nothing runs in between, but Popen itself needs a few descriptors: without room for them
         the limit is left, and given to the child when it runs already.
         """
-        if self._descriptor_limit is None:
-            return
         soft, hard = self._descriptor_limit
         spare: list[int] = []
         try:
@@ -3420,7 +3418,7 @@ class Tasks:
 
     def _restore_descriptor_limit(self, pid: int) -> None:
         """Give the child the limit that we were started with: select() breaks above 1024."""
-        if self._descriptor_limit is None or not hasattr(resource, "prlimit"):
+        if not hasattr(resource, "prlimit"):  # macOS
             return
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
@@ -5768,7 +5766,7 @@ class ServerParts:
     folder: str | None
     page: Page
     # RLIMIT_NOFILE as it was before we raised our own.
-    descriptor_limit: tuple[int, int] | None = None
+    descriptor_limit: tuple[int, int]
 
 
 class Server:
