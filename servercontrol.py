@@ -2137,10 +2137,8 @@ def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
         destination, gateway, mask = (int(columns[i], 16) for i in (1, 2, 7))
         if gateway == 0 and mask != 0:
             # The kernel prints the number as it lies in memory.
-            pair = tuple(value.to_bytes(4, sys.byteorder) for value in (destination, mask))
-            networks.append(
-                ipaddress.IPv4Network((pair[0], bin(int.from_bytes(pair[1], "big")).count("1")))
-            )
+            address = destination.to_bytes(4, sys.byteorder)
+            networks.append(ipaddress.IPv4Network((address, bin(mask).count("1"))))
     return networks
 
 
