@@ -2629,7 +2629,7 @@ def read_hash(path: str) -> str | None:
 def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
     """Return the last line of a file without its newline, and whether it has one."""
     tail, start = b"", size
-    while start > 0 and tail.count(b"\n") - tail.endswith(b"\n") < 1:
+    while start > 0 and b"\n" not in tail[:-1]:
         step = min(start, READ_CHUNK_BYTES)
         start -= step
         tail = os.pread(fd, step, start) + tail
