@@ -2942,8 +2942,6 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 # given to a stranger meanwhile. A process that left the session (setsid) is out of reach.
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
-RESTORED_BY_PYTHON = {signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE)}
-
 
 # Who kills the tasks that run when the server stops.
 SERVER_STOP = "server stop"
@@ -9574,7 +9572,8 @@ def reset_signals() -> set[int]:
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ignored = {int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
-    for number in ignored - RESTORED_BY_PYTHON - {signal.SIGCHLD}:
+    # subprocess gives SIGPIPE and SIGXFSZ back to a child by itself.
+    for number in ignored - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD}:
         signal.signal(number, lambda *_: None)
     # Ignored, it would make the kernel reap our children and lose their exit codes.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
