@@ -3955,13 +3955,19 @@ def read_uptime() -> float:
     return time.time() - float(psutil.boot_time())  # macOS
 
 
+def read_proc_file(path: str) -> str:
+    """Return the text of a file of /proc. Raises OSError."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read()
+
+
 class ProcSource:
     """Reads a Sample from /proc, with the standard library."""
 
     def read(self) -> Sample:
         """Return what the kernel counts now."""
-        busy, total = parse_cpu_times(self._read_file("/proc/stat"))
-        memory = parse_meminfo(self._read_file("/proc/meminfo"))
+        busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
+        memory = parse_meminfo(read_proc_file("/proc/meminfo"))
         disk = os.statvfs("/")
         return Sample(
             now=time.monotonic(),
@@ -3973,15 +3979,10 @@ class ProcSource:
             swap_total=memory["SwapTotal"],
             disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
             disk_total=disk.f_blocks * disk.f_frsize,
-            net=parse_net_dev(self._read_file("/proc/net/dev")),
+            net=parse_net_dev(read_proc_file("/proc/net/dev")),
             load_avg=os.getloadavg(),
             uptime=read_uptime(),
         )
-
-    @staticmethod
-    def _read_file(path: str) -> str:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
 
 
 class PsutilSource:
@@ -4023,8 +4024,7 @@ def read_own_usage() -> dict[str, float]:
     """Return what /metrics says about this process, as far as the system tells."""
     usage = {"process_cpu_seconds_total": time.process_time()}
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
+        pages = int(read_proc_file("/proc/self/statm").split()[1])
         usage["process_resident_memory_bytes"] = pages * resource.getpagesize()
         # Since Linux 6.2 the size says it; a list of 10,000 would hold the event loop for 12 ms.
         count = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
@@ -4225,8 +4225,7 @@ class Sampler:
 def read_link_networks() -> list[ipaddress.IPv4Network]:
     """Return the networks that are on-link; [] where the kernel does not say."""
     try:
-        with open("/proc/net/route", encoding="ascii") as file:
-            return parse_link_routes(file.read())
+        return parse_link_routes(read_proc_file("/proc/net/route"))
     except (OSError, ValueError, IndexError, OverflowError):
         return []
 
@@ -4362,8 +4361,8 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
 
 def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
     """The same where netlink is not to be had: 33 ms among 16,000 sockets."""
-    with open("/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6") as file:
-        return parse_proc_tcp(file.read(), peer, local)
+    path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
+    return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
 def has_sock_diag() -> bool:
@@ -4411,10 +4410,8 @@ def read_trusted_uid() -> int:
     In a user namespace that maps only some accounts, one uid stands for all the others.
     """
     try:
-        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
-            overflow_uid = int(file.read())
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            maps_all = file.read().split() == ["0", "0", "4294967295"]
+        overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
+        maps_all = read_proc_file("/proc/self/uid_map").split() == ["0", "0", "4294967295"]
     except (OSError, ValueError):
         return os.geteuid()
     return -1 if os.geteuid() == overflow_uid and not maps_all else os.geteuid()
