@@ -4524,11 +4524,9 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, encode_json(value) + b"\n")
 
 
-async def iterate_json(
-    fields: dict[str, Any], name: str, pieces: Sequence[bytes]
-) -> AsyncIterator[bytes]:
-    """Give a JSON object whose text field `name` is long, piece by piece."""
-    yield b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
+async def iterate_json(start: bytes, pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
+    """Give a JSON object whose last field is a long text, piece by piece."""
+    yield start
     for piece in pieces:
         yield escape_json_text(piece)
     yield b'"}\n'
@@ -4536,10 +4534,10 @@ async def iterate_json(
 
 def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) -> Response:
     """Return JSON whose text field `name` may be long: then it is written piece by piece."""
+    start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
     if sum(map(len, pieces)) > BATCH_BYTES:
-        return Response(pieces=iterate_json(fields, name, pieces))
-    text = escape_json_text(b"".join(pieces))
-    return Response(body=b'%b,"%b":"%b"}\n' % (encode_json(fields)[:-1], name.encode(), text))
+        return Response(pieces=iterate_json(start, pieces))
+    return Response(body=start + escape_json_text(b"".join(pieces)) + b'"}\n')
 
 
 async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
@@ -4676,12 +4674,11 @@ async def answer_exec(server: Server, request: Request) -> Response:
     if not wait:
         return json_response(fields)
     await asyncio.shield(task.completed)
-    truncated = task.output.start > 0
     fields.update(
         exit_code=task.exit_code,
         signal=task.signal_name,
         state=task.state.value,
-        truncated=truncated,
+        truncated=task.output.start > 0,
     )
     return text_response(fields, "output", task.output.read())
 
