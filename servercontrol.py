@@ -520,10 +520,14 @@ class RequestHead:
         """The first value of the field `name` (lower-case), or None."""
         return next((value for key, value in self.fields if key == name), None)
 
+    def members(self, name: str) -> list[str]:
+        """The comma-separated members of a list field (RFC 9110, 5.6.1)."""
+        members = (member.strip(" \t") for member in ",".join(self.values(name)).split(","))
+        return [member for member in members if member]
+
     def tokens(self, name: str) -> list[str]:
-        """The comma-separated members of a list field, lower-case (RFC 9110, 5.6.1)."""
-        members = ",".join(self.values(name)).lower().split(",")
-        return [member.strip(" \t") for member in members if member.strip(" \t")]
+        """The same in lower case, for fields where that means the same."""
+        return [member.lower() for member in self.members(name)]
 
     @property
     def keep_alive(self) -> bool:
@@ -1080,8 +1084,7 @@ def find_tokens(head: RequestHead) -> list[bytes]:
     for value in head.values("authorization"):
         match = BEARER.fullmatch(value)
         shown.append(match.group(1).encode("ascii") if match else b"")
-    for offer in ",".join(head.values("sec-websocket-protocol")).split(","):
-        offer = offer.strip(" \t")
+    for offer in head.members("sec-websocket-protocol"):
         if offer.startswith(BEARER_PROTOCOL):
             shown.append(offer[len(BEARER_PROTOCOL) :].encode("latin-1"))
     return shown
@@ -1288,8 +1291,7 @@ def encode_upgrade_response(head: RequestHead, key: str) -> bytes:
         ("Connection", "Upgrade"),
         ("Sec-WebSocket-Accept", compute_accept(key)),
     ]
-    offers = ",".join(head.values("sec-websocket-protocol")).split(",")
-    if WEBSOCKET_PROTOCOL in (offer.strip(" \t") for offer in offers):  # case matters
+    if WEBSOCKET_PROTOCOL in head.members("sec-websocket-protocol"):  # case matters
         fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
     return encode_response_head(101, fields)
 
@@ -4617,7 +4619,7 @@ def accepts_gzip(head: RequestHead) -> bool:
 
 def matches_tag(head: RequestHead, tag: str) -> bool:
     """Whether the client has what this entity tag names (RFC 9110, 13.1.2)."""
-    known = [member.strip(" \t") for member in ",".join(head.values("if-none-match")).split(",")]
+    known = head.members("if-none-match")
     return "*" in known or tag in (one[2:] if one.startswith("W/") else one for one in known)
 
 
