@@ -3303,9 +3303,9 @@ class Tasks:
 
     # Looking things up
 
-    def get(self, task_id: str) -> Task:
-        """Return a task. Raises CommandError `unknown_task`."""
-        task = self._tasks.get(task_id)
+    def get(self, task_id: Any) -> Task:
+        """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
+        task = self._tasks.get(parse_task_id(task_id))
         if task is None:
             raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
         return task
@@ -4689,7 +4689,7 @@ def find_task(server: Server, request: Request) -> Task:
     """Return the task that the parameter `id` names. Raises HttpError or CommandError."""
     if "id" not in request.parameters:
         raise HttpError(400, "bad_query", "the parameter id is missing")
-    return server.tasks.get(parse_task_id(request.parameters["id"]))
+    return server.tasks.get(request.parameters["id"])
 
 
 async def answer_tasks(server: Server, request: Request) -> Response:
@@ -4860,14 +4860,14 @@ def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dic
 
 def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_kill`: no answer but the events it causes."""
-    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    task = server.tasks.get(message.get("task_id"))
     server.stop_task(task, message.get("signal", "TERM"), viewer.by)
 
 
 def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_input`: types `data`."""
     server.check_exec()
-    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
     if not isinstance(data, str):
         raise CommandError("bad_field", "data must be text")
@@ -4877,14 +4877,14 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_resize`: sets the terminal's size to `cols` x `rows`."""
     server.check_exec()
-    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    task = server.tasks.get(message.get("task_id"))
     cols, rows = (check_side(name, message.get(name)) for name in ("cols", "rows"))
     server.tasks.resize(task, cols, rows)
 
 
 def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_ack`: output was taken up to `offset`, by who has asked for a window."""
-    task = server.tasks.get(parse_task_id(message.get("task_id")))
+    task = server.tasks.get(message.get("task_id"))
     server.tasks.acknowledge(task, check_bytes("offset", message.get("offset")))
 
 
