@@ -5640,7 +5640,7 @@ class Listeners:
         self.sockets: list[socket.socket] = [*passed["http"], *passed["ws"]]
         # The Unix sockets, the path of the first, and what is there (device, inode) if it is ours.
         self.unix: list[socket.socket] = list(passed["unix"])
-        self._unix_path = os.path.abspath(config.unix) if config.unix else ""
+        self.unix_path: str | None = None
         self._unix_file: os.stat_result | None = None
         # Real ports; discovery is None when it is off.
         self.ports: dict[str, int | None] = {"http": 0, "ws": 0, "discovery": None}
@@ -5655,9 +5655,9 @@ class Listeners:
             for name, one in self._first.items():
                 self.ports[name] = one.getsockname()[1]
         if self.unix:
-            self._unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
+            self.unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
         elif config.unix:
-            self._open_unix()
+            self._open_unix(os.path.abspath(config.unix))
 
     def _open_ports(self, config: Config) -> None:
         try:
@@ -5673,14 +5673,14 @@ class Listeners:
                 f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
             ) from None
 
-    def _open_unix(self) -> None:
+    def _open_unix(self, path: str) -> None:
         try:
-            self.unix.append(bind_unix(self._unix_path))
+            self.unix.append(bind_unix(path))
         except OSError as error:
             self.close()
             reason = error.strerror or error
-            raise StartError(f"cannot listen on {self._unix_path}: {reason}") from None
-        self._unix_file = os.stat(self._unix_path)
+            raise StartError(f"cannot listen on {path}: {reason}") from None
+        self.unix_path, self._unix_file = path, os.stat(path)
 
     def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
         """Bind the first free port from `port` on. Raises OSError."""
@@ -5716,11 +5716,6 @@ class Listeners:
         address = parse_ip(self.sockets[0].getsockname()[0])
         return address is not None and address.is_unspecified
 
-    @property
-    def unix_path(self) -> str | None:
-        """Where the Unix socket is, None where there is none."""
-        return self._unix_path or None
-
     def kinds(self) -> list[tuple[socket.socket, Listener]]:
         """Return every listening socket with what it is bound to."""
         kinds = [
@@ -5735,8 +5730,9 @@ class Listeners:
         close_all(self.unix)
         self.unix.clear()
         try:
-            if self._unix_file and os.path.samestat(os.stat(self._unix_path), self._unix_file):
-                os.unlink(self._unix_path)
+            path, ours = self.unix_path, self._unix_file
+            if path and ours and os.path.samestat(os.stat(path), ours):
+                os.unlink(path)
         except OSError:
             pass  # somebody else has removed it
 
