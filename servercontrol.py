@@ -906,8 +906,8 @@ class Listener(enum.Enum):
 class AccessPolicy:
     """What the options say about access.
 
-    own_uid: our effective uid. hostnames: our own names, lower-case. tokens: role -> token; none
-    of them is ever shown.
+    own_uid: our effective uid. hostname: our own, lower-case. tokens: role -> token; none of them
+    is ever shown.
     """
 
     own_uid: int = -1
@@ -915,7 +915,7 @@ class AccessPolicy:
     no_auth: bool = False
     allow_origins: frozenset[str] = frozenset()
     allow_hosts: frozenset[str] = frozenset()
-    hostnames: frozenset[str] = frozenset()
+    hostname: str = ""
     tokens: Mapping[Role, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -1070,7 +1070,7 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
     if name in policy.allow_hosts or host.lower() in policy.allow_hosts or name == "localhost":
         return True
     if policy.no_auth:
-        return parse_ip(name) is not None or name in policy.hostnames
+        return parse_ip(name) is not None or name == policy.hostname
     return is_loopback(name)
 
 
@@ -5774,7 +5774,7 @@ class Server:
             no_auth=config.no_auth,
             allow_origins=frozenset(config.allow_origin),
             allow_hosts=frozenset(host.lower() for host in config.allow_host),
-            hostnames=frozenset({read_hostname().lower()}),
+            hostname=read_hostname().lower(),
             tokens=parts.tokens.by_role(),
         )
         self._wrong_tokens = WrongTokenLimit()

@@ -788,7 +788,7 @@ POLICY = sc.AccessPolicy(
     own_uid=OWN_UID,
     allow_origins=frozenset({"https://app.test"}),
     allow_hosts=frozenset({"box.test", "port.test:9"}),
-    hostnames=frozenset({"myname"}),
+    hostname="myname",
     tokens={sc.Role.RUN: RUN_TOKEN.encode(), sc.Role.VIEW: VIEW_TOKEN.encode()},
 )
 STRICT_POLICY = dataclasses.replace(POLICY, require_token=True)
