@@ -9416,16 +9416,20 @@ def add_option(group: argparse._ArgumentGroup, option: str) -> None:
         group.add_argument(option, type=check, metavar=metavar, help=text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `serve`, its options in groups."""
-    parser = OneLineParser(
-        prog="servercontrol.py",
-        usage="python3 servercontrol.py [serve] [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+def build_command_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
+    """Return the parser of a command; `text` says what that does."""
+    return OneLineParser(
+        usage=f"python3 servercontrol.py {command} {usage}",
+        description=text,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def build_parser() -> OneLineParser:
+    """Return the parser of `serve`, its options in groups."""
+    parser = build_command_parser("[serve]", "[options]", DESCRIPTION, EPILOG)
     parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -9668,18 +9672,6 @@ async def serve(config: Config, log: Log) -> None:
     supervisor.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
     await server.stop(stopped.result())
-
-
-def build_command_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
-    """Return the parser of a command that is not `serve`; `text` says what it does."""
-    return OneLineParser(
-        prog=f"servercontrol.py {command}",
-        usage=f"python3 servercontrol.py {command} {usage}",
-        description=text,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def build_verify_parser() -> argparse.ArgumentParser:
