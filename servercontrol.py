@@ -7922,17 +7922,17 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns: title, width, and how a server's cell is written.
-COLUMNS: tuple[tuple[str, int, Callable[[Watched], str]], ...] = (
-    ("STATE", 10, lambda watched: watched.state),
-    ("CPU %", 6, lambda watched: f"{watched.stats['cpu']:.1f}"),
+# The monitor's columns: title, side and width, and how a server's cell is written.
+COLUMNS: tuple[tuple[str, str, Callable[[Watched], str]], ...] = (
+    ("STATE", "<10", lambda watched: watched.state),
+    ("CPU %", ">6", lambda watched: f"{watched.stats['cpu']:.1f}"),
     (
         "MEM %",
-        6,
+        ">6",
         lambda watched: f"{100 * watched.stats['ram_used'] / watched.stats['ram_total']:.1f}",
     ),
-    ("LOAD", 6, lambda watched: f"{watched.stats['load_avg'][0]:.2f}"),
-    ("TASKS", 5, lambda watched: str(len(watched.tasks))),
+    ("LOAD", ">6", lambda watched: f"{watched.stats['load_avg'][0]:.2f}"),
+    ("TASKS", ">5", lambda watched: str(len(watched.tasks))),
 )
 
 # Key -> (what it sorts by, for people; the order).
@@ -7946,12 +7946,12 @@ SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
 def format_row(watched: Watched, name_width: int, width: int) -> str:
     """Return a server's line of the table, cut to `width`."""
     cells = [fit_text(watched.target.name, name_width)]
-    for title, size, write in COLUMNS:
+    for _, place, write in COLUMNS:
         try:
             text = write(watched)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             text = "-"
-        cells.append(f"{text:<{size}}" if title == "STATE" else f"{text:>{size}}")
+        cells.append(f"{text:{place}}")
     last = watched.alert if watched.state == "up" else watched.reason or watched.alert
     return clean_text(" ".join([*cells, clean_text(last, max(1, width))]), width)
 
@@ -7983,8 +7983,7 @@ def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, st
     """Return (state, line) of the title and of each server; the title's state is ""."""
     rows = list(everybody)
     name_width = min(24, max([6, *(count_cells(watched.target.name) for watched in rows)]))
-    titles = [f"{'SERVER':{name_width}}"]
-    titles += [f"{t:<{size}}" if t == "STATE" else f"{t:>{size}}" for t, size, _ in COLUMNS]
+    titles = [f"{'SERVER':{name_width}}", *(f"{title:{place}}" for title, place, _ in COLUMNS)]
     lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
     return lines + [(watched.state, format_row(watched, name_width, width)) for watched in rows]
 
