@@ -1201,6 +1201,8 @@ class WrongTokenLimit:
 # client the other way round. Extensions are never negotiated, so the reserved bits must be 0.
 # Must not keep state: that is section 8.
 
+UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # of both sides (1.3)
+
 
 class Opcode(enum.IntEnum):
     """RFC 6455, 5.2."""
@@ -1255,11 +1257,7 @@ def is_upgrade(head: RequestHead) -> bool:
 
 def upgrade_required(message: str) -> HttpError:
     """The answer to a WebSocket client that must do otherwise (RFC 6455, 4.4)."""
-    fields = [
-        ("Upgrade", "websocket"),
-        ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-    ]
+    fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return HttpError(426, "upgrade_required", message, fields)
 
 
@@ -1286,11 +1284,7 @@ def check_upgrade(head: RequestHead) -> str:
 
 def encode_upgrade_response(head: RequestHead, key: str) -> bytes:
     """Return the 101 answer; our subprotocol is chosen where it is offered."""
-    fields = [
-        ("Upgrade", "websocket"),
-        ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Accept", compute_accept(key)),
-    ]
+    fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Accept", compute_accept(key))]
     if WEBSOCKET_PROTOCOL in head.members("sec-websocket-protocol"):  # case matters
         fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
     return encode_response_head(101, fields)
@@ -6564,8 +6558,7 @@ class Link:
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         path = f"/ws?since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
         fields = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
+            *UPGRADE_FIELDS,
             ("Sec-WebSocket-Key", key),
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
         ]
