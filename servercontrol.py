@@ -7161,11 +7161,9 @@ class Execution:
     def _make_task(self, target: Target) -> RemoteTask:
         name = target.name
         write: Callable[[bytes], None] = self._output.put
-        if self._is_single:
-            pass
-        elif self._fold:
+        if self._fold:
             write = self._outputs[name].append
-        else:
+        elif not self._is_single:
             colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
             self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self._output.put)
@@ -7219,8 +7217,11 @@ class Execution:
             await self._notes.drain()
         return max(self._codes.values())
 
+    def _has_keyboard(self) -> bool:
+        return bool(self._fields.get("tty")) and os.isatty(0)
+
     def _open_keyboard(self) -> contextlib.AbstractContextManager[Any]:
-        if self._fields.get("tty") and os.isatty(0):
+        if self._has_keyboard():
             return Keyboard(self._tasks[0], lambda: self._leave(0), self._interrupt)
         return contextlib.nullcontext()
 
@@ -7276,9 +7277,6 @@ class Execution:
         if task.task_id is None:
             return "; whether the command was started is not known"
         return f"; the command, task {task.task_id}, may still be running there"
-
-    def _has_keyboard(self) -> bool:
-        return bool(self._fields.get("tty")) and os.isatty(0)
 
     async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
         try:
