@@ -2005,7 +2005,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
 
 def check_timeout(name: str, value: Any) -> float:
     """Return a time-out in seconds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) not in (int, float):
         raise CommandError("bad_field", f"{name} must be a number of seconds")
     if not 0 <= value <= MAX_TIMEOUT_SECONDS:
         raise CommandError("bad_field", f"{name} must be 0 to {MAX_TIMEOUT_SECONDS:.0f} seconds")
@@ -2030,14 +2030,14 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_side(name: str, value: Any) -> int:
     """Return a number of columns or rows."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TERMINAL_SIDE:
+    if type(value) is not int or not 1 <= value <= MAX_TERMINAL_SIDE:
         raise CommandError("bad_field", f"{name} must be 1 to {MAX_TERMINAL_SIDE}")
     return value
 
 
 def check_bytes(name: str, value: Any) -> int:
     """Return a number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if type(value) is not int or value < 0:
         raise CommandError("bad_field", f"{name} must be a number of bytes")
     return value
 
