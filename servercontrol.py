@@ -1216,7 +1216,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1, and the registry it founded: the codes of this server."""
+    """RFC 6455, 7.4.1: the codes that this file sends or looks for."""
 
     NORMAL = 1000
     GOING_AWAY = 1001
@@ -1226,7 +1226,6 @@ class CloseCode(enum.IntEnum):
     POLICY_VIOLATION = 1008
     MESSAGE_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
-    TRY_AGAIN_LATER = 1013
 
 
 # What a close frame may carry: registered codes, and 3000 to 4999 for libraries and applications.
