@@ -191,15 +191,15 @@ UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 # has its turn. A new connection needs six turns until it is answered, and that within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
-# A flood is read no faster than viewers take it that do take it: one that is half a feed behind
-# is waited for, if it took something lately, this long until it has caught up again. So nobody
+# A flood is read no faster than those viewers take it who read at all: for one that is half a feed
+# behind, and took something lately, tasks wait this long in all until it has caught up. So nobody
 # who reads 32 MB/s loses an event, and one who does not read delays a task by 0.1 s, once.
 PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1
 PRESSURE_SECONDS = 0.002  # between two looks
 
 # Feed and tasks.
-KEEP_EVENTS_BYTES = 16 * MIB  # SPEC: the newest 16 MiB of events can be replayed
+KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
 READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity; escaped it stays under 1 MiB, which is the
@@ -1118,8 +1118,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that the peer is a process of our own account, on this machine, and
-    that is enough.
+    """Whether the peer needs no token: the kernel says that it is a process of our own account.
 
     A socket that its process has closed already may be listed with uid 0, but has no inode.
     """
@@ -1167,7 +1166,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
 
 
 def find_host_key(address: str) -> str:
-    """Return what names the host: who has one IPv6 address has all of its /64."""
+    """Return what limits count a host by: its address; of an IPv6 one the /64, which is all its."""
     ip = parse_ip(address)
     if ip is None or ip.version == 4:
         return str(ip)
@@ -1986,7 +1985,7 @@ def check_text(name: str, value: Any) -> str:
 
 
 def check_name(name: str, value: Any) -> str:
-    """Return the label of a task."""
+    """Return a short text: the label of a task, or a `ref`."""
     if len(check_text(name, value)) > MAX_NAME_CHARACTERS:
         raise CommandError("bad_field", f"{name} may have {MAX_NAME_CHARACTERS} characters")
     return str(value)
@@ -3039,7 +3038,8 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # How far who asked for it has taken its output, and how far it may be ahead (0: any).
+        # How much of its output the client that asked for it has taken, and how much may be read
+        # beyond that (0: any).
         self.acked: float = 0
         self.window = 0
         # How often U+FFFD stands in the output for bytes that were no UTF-8.
@@ -3080,7 +3080,7 @@ class Task:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether no more may be read before who asked for it has taken what there is."""
+        """Whether output must not be read until that client has taken what there is."""
         return 0 < self.window <= self.output.end - self.acked
 
     def wake(self) -> None:
@@ -3479,7 +3479,7 @@ class Tasks:
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def acknowledge(self, task: Task, offset: int) -> None:
-        """Who asked for a task has taken its output up to `offset`, or is still there at least."""
+        """The client that asked for a task has taken `offset` bytes, or at least is still there."""
         task.acked = offset
         if task.fd >= 0 and "read" in task.timers:
             self._resume_read(task)
@@ -3770,11 +3770,11 @@ class Viewer:
         self.pong_due: bytes | None = None
         # All that was handed to the transport.
         self.written_bytes = 0
-        # Monotonic time of the last byte from the peer, and of the next ping; and when a stalled
-        # one last took enough to go on, and how long it may still be waited for.
-        self.taken_at = self.heard_at = time.monotonic()
-        self.patience_seconds = PATIENCE_SECONDS
+        # Monotonic times: the last byte from the peer; the next ping; when it last took enough to
+        # be served. And how long tasks may still wait for it.
+        self.heard_at = self.taken_at = time.monotonic()
         self.ping_at = self.heard_at + PING_SECONDS
+        self.patience_seconds = PATIENCE_SECONDS
 
     @property
     def is_open(self) -> bool:
@@ -5732,7 +5732,7 @@ class Listeners:
 
 @dataclass
 class ServerParts:
-    """What main builds before the server, and hands down."""
+    """What build_server() makes before the server, and hands down."""
 
     config: Config
     log: Log
@@ -6093,8 +6093,8 @@ class Server:
 # is lost or doubled, or the gap is named.
 #
 # A token goes only where its owner said: to a server that is listed with it, or that is named
-# beside --token-file; never to what merely answered a probe. Whatever a server or a prober's
-# neighbour says of itself is shown without control characters. SPEC names the exit statuses.
+# beside --token-file; never to what merely answered a probe. Whatever others say of themselves,
+# servers or who answers a probe, is shown without control characters.
 
 
 USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
@@ -6434,7 +6434,7 @@ NONSENSE = (
 class Link:
     """The events of one server, each once and in order, over as many connections as it takes.
 
-    take: gets every event of SPEC 2, and none of other types: no server says what only we do.
+    take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
     Besides it gets `hello` once on each connection, `lost` (reason, status) when one ends,
     `restarted` when the server is another process than before, and each `gap`. Should it raise
     UnreachableError, the event comes again.
@@ -6604,7 +6604,7 @@ class Link:
             self._write(Opcode.PONG, pings[-1])
 
     async def _take_message(self, text: str | bytes) -> None:
-        """A gap from 0 is that of another run of the server, whose seqs begin anew (SPEC 2)."""
+        """A gap from 0 is that of another run of the server, whose seqs begin anew."""
         event = parse_json_object(text)
         kind = event["type"]
         if kind == "gap" and event["from"] == 0:
@@ -6685,8 +6685,7 @@ class RemoteTask:
         self._news = asyncio.Event()
         self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
-        # What was told of a connection that is lost; and the code of the newest error
-        # that the server sent.
+        # What was told of a connection that is lost, and the code of the server's newest error.
         self._trouble = ""
         self._error = ""
 
@@ -6809,7 +6808,7 @@ class RemoteTask:
             await self._end(event)
 
     def _take_error(self, event: dict[str, Any]) -> None:
-        """Of a long paste that the task does not read each piece is refused; said once."""
+        """Tell once that input was refused: of a long paste every piece is."""
         if event["code"] == "input_full" != self._error:
             self._tell("what was typed is not all taken: the task does not read it")
         self._error = event["code"]
@@ -7062,7 +7061,7 @@ class Output:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._waiting: deque[memoryview] = deque()
-        # In bytes.
+        # How much that is.
         self.waiting_bytes = 0
         self._error: OutputError | None = None
         self._writing: asyncio.Future[None] | None = None
@@ -7675,7 +7674,7 @@ class Monitor:
         return watched
 
     def _name_forgotten(self, watched: Watched) -> None:
-        """A server that was left out lately: how far an older part of the log got, who knows."""
+        """Write a gap for a server that only an older part of the log, not read, may speak of."""
         if not self._log.knows(watched.target.name):
             reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
             self._log.write("gap", watched, **{"from": 1, "to": None, "reason": reason})
@@ -7999,7 +7998,7 @@ class Screen:
         self._everybody = everybody
         self._log = log
         # What ends the monitor.
-        self.leave: Callable[[], object] = bool
+        self.leave: Callable[[], object] = lambda: None
         self._sort = "s"
         # The first row shown, and how many there were.
         self._top = self._shown = 0
