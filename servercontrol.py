@@ -1666,13 +1666,10 @@ class AlertRule:
 
     def update(self, cpu: float, now: float) -> str | None:
         """Take a value; return "cpu_alert", "alert_resolved" or None."""
-        if cpu > self._threshold:
-            return self._update_above(now)
-        self._above_since = None
-        resolved, self._is_raised = self._is_raised, False
-        return "alert_resolved" if resolved else None
-
-    def _update_above(self, now: float) -> str | None:
+        if cpu <= self._threshold:
+            self._above_since = None
+            resolved, self._is_raised = self._is_raised, False
+            return "alert_resolved" if resolved else None
         if self._above_since is None:
             self._above_since = now
         cooling = self._raised_at is not None and now - self._raised_at < self._cooldown
