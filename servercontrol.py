@@ -3953,63 +3953,57 @@ def read_proc_file(path: str) -> str:
         return file.read()
 
 
-class ProcSource:
-    """Reads a Sample from /proc, with the standard library."""
-
-    def read(self) -> Sample:
-        """Return what the kernel counts now."""
-        busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
-        memory = parse_meminfo(read_proc_file("/proc/meminfo"))
-        disk = os.statvfs("/")
-        return Sample(
-            now=time.monotonic(),
-            busy_ticks=busy,
-            total_ticks=total,
-            ram_used=memory["MemTotal"] - memory["MemAvailable"],
-            ram_total=memory["MemTotal"],
-            swap_used=memory["SwapTotal"] - memory["SwapFree"],
-            swap_total=memory["SwapTotal"],
-            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-            disk_total=disk.f_blocks * disk.f_frsize,
-            net=parse_net_dev(read_proc_file("/proc/net/dev")),
-            load_avg=os.getloadavg(),
-            uptime=read_uptime(),
-        )
+def read_proc_sample() -> Sample:
+    """Read what the kernel counts now, from /proc."""
+    busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
+    memory = parse_meminfo(read_proc_file("/proc/meminfo"))
+    disk = os.statvfs("/")
+    return Sample(
+        now=time.monotonic(),
+        busy_ticks=busy,
+        total_ticks=total,
+        ram_used=memory["MemTotal"] - memory["MemAvailable"],
+        ram_total=memory["MemTotal"],
+        swap_used=memory["SwapTotal"] - memory["SwapFree"],
+        swap_total=memory["SwapTotal"],
+        disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        disk_total=disk.f_blocks * disk.f_frsize,
+        net=parse_net_dev(read_proc_file("/proc/net/dev")),
+        load_avg=os.getloadavg(),
+        uptime=read_uptime(),
+    )
 
 
-class PsutilSource:
-    """Reads the same Sample with psutil."""
-
-    def read(self) -> Sample:
-        """Return what psutil counts now."""
-        times = psutil.cpu_times()
-        # Guest time is already part of user time; waiting for a disk is idle time.
-        total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
-        memory, swap, disk = psutil.virtual_memory(), psutil.swap_memory(), os.statvfs("/")
-        nics = psutil.net_io_counters(pernic=True).items()
-        return Sample(
-            now=time.monotonic(),
-            busy_ticks=total - times.idle - getattr(times, "iowait", 0),
-            total_ticks=total,
-            ram_used=memory.total - memory.available,
-            ram_total=memory.total,
-            swap_used=swap.used,
-            swap_total=swap.total,
-            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-            disk_total=disk.f_blocks * disk.f_frsize,
-            net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
-            load_avg=os.getloadavg(),
-            uptime=read_uptime(),
-        )
+def read_psutil_sample() -> Sample:
+    """Read the same with psutil."""
+    times = psutil.cpu_times()
+    # Guest time is already part of user time; waiting for a disk is idle time.
+    total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
+    memory, swap, disk = psutil.virtual_memory(), psutil.swap_memory(), os.statvfs("/")
+    nics = psutil.net_io_counters(pernic=True).items()
+    return Sample(
+        now=time.monotonic(),
+        busy_ticks=total - times.idle - getattr(times, "iowait", 0),
+        total_ticks=total,
+        ram_used=memory.total - memory.available,
+        ram_total=memory.total,
+        swap_used=swap.used,
+        swap_total=swap.total,
+        disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        disk_total=disk.f_blocks * disk.f_frsize,
+        net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
+        load_avg=os.getloadavg(),
+        uptime=read_uptime(),
+    )
 
 
-def choose_source() -> ProcSource | PsutilSource:
-    """Return psutil's source where it is installed, else that of /proc. Raises StartError."""
+def choose_source() -> Callable[[], Sample]:
+    """Return what reads a Sample: with psutil where that is installed. Raises StartError."""
     if psutil is not None:
-        return PsutilSource()
+        return read_psutil_sample
     if not os.path.exists("/proc/stat"):
         raise StartError("there is no /proc here: install psutil")
-    return ProcSource()
+    return read_proc_sample
 
 
 def read_own_usage() -> dict[str, float]:
@@ -4122,9 +4116,9 @@ class Sampler:
         self._log = log
         # The running tasks, for alerts.
         self._running = running
-        self._source = choose_source()
+        self._read_sample = choose_source()
         # The newest one, and that of the newest tick, which the next one's rates begin at.
-        self.sample = self._ticked = self._source.read()
+        self.sample = self._ticked = self._read_sample()
         # Bytes since boot that never go back, as the kernel's do when an interface is removed.
         self.net_recv, self.net_sent = (
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
@@ -4157,7 +4151,7 @@ class Sampler:
                 self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
 
     def _take_sample(self) -> Sample:
-        sample = self._source.read()
+        sample = self._read_sample()
         self.net_recv += count_traffic(self.sample, sample, 0)
         self.net_sent += count_traffic(self.sample, sample, 1)
         self.sample = sample

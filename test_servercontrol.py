@@ -1630,7 +1630,7 @@ class TestStatistics:
         ticks = os.sysconf("SC_CLK_TCK")
         slack = {"ram_used": 256 * sc.MIB, "swap_used": 64 * sc.MIB, "disk_used": 256 * sc.MIB}
         proc, other, later = (
-            source.read() for source in (sc.ProcSource(), sc.PsutilSource(), sc.ProcSource())
+            read() for read in (sc.read_proc_sample, sc.read_psutil_sample, sc.read_proc_sample)
         )
         other = other._replace(
             busy_ticks=other.busy_ticks * ticks, total_ticks=other.total_ticks * ticks
@@ -2954,12 +2954,12 @@ class TestStatisticsEvents:
         script = write_launcher(
             tmp_path,
             f"""
-class Scripted(sc.ProcSource):
+class Scripted:
     busy = total = 0.0
-    def read(self):
+    def __call__(self):
         self.total += 100
         self.busy += float(open({str(usage)!r}).read())
-        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
 sc.choose_source = Scripted
 """,
         )
@@ -10919,12 +10919,12 @@ class TestMonitor:
         script = write_launcher(
             tmp_path,
             f"""
-class Scripted(sc.ProcSource):
+class Scripted:
     busy = total = 0.0
-    def read(self):
+    def __call__(self):
         self.total += 100
         self.busy += float(open({str(usage)!r}).read() or 0)
-        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
 sc.choose_source = Scripted
 """,
         )
@@ -12133,7 +12133,7 @@ class TestMetrics:
             for at, busy, count in ((0, 0, 0), (10, 10, 300), (15, 10, 700), (20, 15, 800))
         ]
         source, publish = mock.Mock(), mock.MagicMock()
-        source.read.side_effect = [*samples, OSError(errno.EMFILE, "no descriptors")]
+        source.side_effect = [*samples, OSError(errno.EMFILE, "no descriptors")]
 
         async def run() -> None:
             sampler = sc.Sampler(sc.Config(cpu_alert=100), publish, mock.Mock(), {}, mock.Mock())
@@ -12155,7 +12155,7 @@ class TestMetrics:
     def test_fresh_sample_is_not_taken_anew(self) -> None:
         """However often somebody scrapes."""
         source = mock.Mock()
-        source.read.side_effect = lambda: make_sample(now=time.monotonic())
+        source.side_effect = lambda: make_sample(now=time.monotonic())
 
         async def run() -> None:
             sampler = sc.Sampler(sc.Config(), mock.Mock(), mock.Mock(), {}, mock.Mock())
@@ -12164,7 +12164,7 @@ class TestMetrics:
 
         with mock.patch.object(sc, "choose_source", lambda: source):
             asyncio.run(run())
-        assert source.read.call_count == 1
+        assert source.call_count == 1
 
     def test_network_counters_never_go_back(self) -> None:
         """An interface that is removed takes its bytes out of the kernel's sum."""
@@ -12175,7 +12175,7 @@ class TestMetrics:
             {"a": (28, 23)},
         ]
         source = mock.Mock()
-        source.read.side_effect = [make_sample(net=net) for net in readings]
+        source.side_effect = [make_sample(net=net) for net in readings]
 
         async def run() -> list[tuple[int, int]]:
             publish = mock.MagicMock()
@@ -12194,12 +12194,12 @@ class Usage:
     """The CPU usage that a server started with `script` sees: what the test sets, in percent."""
 
     CODE = """
-class Scripted(sc.ProcSource):
+class Scripted:
     busy = total = 0.0
-    def read(self):
+    def __call__(self):
         self.total += 100
         self.busy += float(open(%r).read())
-        return super().read()._replace(busy_ticks=self.busy, total_ticks=self.total)
+        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
 sc.choose_source = Scripted
 """
 
