@@ -6899,19 +6899,19 @@ def read_terminal_size(fd: int) -> tuple[int, int]:
     return cols or 80, rows or 24
 
 
-async def read_input(fd: int) -> bytes:
-    """Return what comes next on a descriptor, b"" at its end, without blocking the event loop."""
+async def read_input() -> bytes:
+    """Return what comes next on standard input, b"" at its end, without blocking the event loop."""
     loop = asyncio.get_running_loop()
     is_ready = asyncio.Event()
     try:
-        loop.add_reader(fd, is_ready.set)
+        loop.add_reader(0, is_ready.set)
     except PermissionError:  # a regular file is always ready, and epoll does not take it
-        return os.read(fd, READ_CHUNK_BYTES)
+        return os.read(0, READ_CHUNK_BYTES)
     try:
         await is_ready.wait()
     finally:
-        loop.remove_reader(fd)
-    return os.read(fd, READ_CHUNK_BYTES)
+        loop.remove_reader(0)
+    return os.read(0, READ_CHUNK_BYTES)
 
 
 class Keyboard:
@@ -7111,9 +7111,9 @@ class Output:
         self._writing = None
 
 
-def wants_colours(fd: int, environ: Mapping[str, str]) -> bool:
-    """Whether output may be coloured (no-color.org)."""
-    return os.isatty(fd) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+def wants_colours() -> bool:
+    """Whether our output may be coloured (no-color.org)."""
+    return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Execution:
@@ -7134,7 +7134,7 @@ class Execution:
         # What is kept for --fold.
         self._outputs: dict[str, list[bytes]] = {target.name: [] for target in targets}
         self._width = max(len(target.name) for target in targets)
-        self._is_coloured = wants_colours(1, os.environ)
+        self._is_coloured = wants_colours()
         self._lines: dict[str, LineWriter] = {}
         self._tasks = [self._make_task(target) for target in targets]
         # Exit codes, and what kept a server from giving one.
@@ -7219,7 +7219,7 @@ class Execution:
         pieces: list[bytes] = []
         try:
             while self._fields.get("stdin") and not (pieces and not pieces[-1]):
-                pieces.append(await read_input(0))
+                pieces.append(await read_input())
         except OSError as error:
             raise StartError(f"standard input: {error.strerror}") from None
         return pieces[:-1]
@@ -7272,7 +7272,7 @@ class Execution:
             for piece in pieces or []:
                 await task.type(piece)
             while pieces is None:
-                piece = await read_input(0)
+                piece = await read_input()
                 if not piece:
                     break
                 await task.type(piece)
@@ -7993,7 +7993,7 @@ class Screen:
         self._sort = "s"
         # The first row shown, and how many there were.
         self._top = self._shown = 0
-        self._is_coloured = wants_colours(1, os.environ)
+        self._is_coloured = wants_colours()
         self._is_touched = asyncio.Event()
         # How the terminal was, [] where the keyboard is none.
         self._before: list[Any] = []
