@@ -3244,6 +3244,16 @@ def read_cwd() -> str:
         return ""
 
 
+def raise_descriptor_limit() -> tuple[int, int]:
+    """Allow ourselves as many descriptors as we may have; return the limits before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # macOS has a lower bound that it does not tell
+    return soft, hard
+
+
 class Tasks:
     """All tasks: the running ones, and the finished ones that are kept."""
 
@@ -3346,7 +3356,7 @@ class Tasks:
     def _spawn(self, task: Task) -> None:
         request = task.request
         streams = open_streams(request)
-        self._set_descriptor_limit(streams.child_out)
+        self._lower_descriptor_limit(streams.child_out)
         try:
             process = subprocess.Popen(
                 [self._config.shell, "-c", request.command.encode("utf-8")],
@@ -3362,7 +3372,7 @@ class Tasks:
             close_fds((streams.our_in, streams.our_out))
             raise
         finally:
-            self._set_descriptor_limit(None)
+            raise_descriptor_limit()
             close_fds((streams.child_in, streams.child_out))
         # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
         process.returncode = 0
@@ -3383,22 +3393,18 @@ class Tasks:
         environment[b"SERVERCONTROL_TASK_ID"] = task.task_id.encode("ascii")
         return environment
 
-    def _set_descriptor_limit(self, newest_fd: int | None) -> None:
-        """Lower our limit to what the child is to inherit; None raises it again.
+    def _lower_descriptor_limit(self, newest_fd: int) -> None:
+        """Lower our limit to what the child is to inherit, while it is made.
 
-        Nothing runs in between, but Popen itself needs a few descriptors: without room for them
-        the limit is left, and given to the child when it runs already.
+        Nothing else runs meanwhile, but Popen itself needs a few descriptors: without room for
+        them the limit is left, and given to the child when it runs already.
         """
-        soft, hard = self._descriptor_limit
         spare: list[int] = []
         try:
-            if newest_fd is None:
-                soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            while newest_fd is not None and len(spare) < 4:  # as many as Popen will open
+            while len(spare) < 4:  # as many as Popen will open
                 spare.append(os.dup(newest_fd))
-            if spare and max(spare) >= soft:
-                return
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            if max(spare) < self._descriptor_limit[0]:
+                resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
         except (OSError, ValueError):
             pass  # no descriptor is free, which Popen will say; or macOS
         finally:
@@ -3406,11 +3412,9 @@ class Tasks:
 
     def _restore_descriptor_limit(self, pid: int) -> None:
         """Give the child the limit that we were started with: select() breaks above 1024."""
-        if not hasattr(resource, "prlimit"):  # macOS
-            return
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # the first on macOS
             pass  # it has ended already; the limit is a courtesy
 
     def _announce(self, task: Task) -> None:
@@ -9564,16 +9568,6 @@ def open_standard_descriptors() -> None:
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
-
-
-def raise_descriptor_limit() -> tuple[int, int]:
-    """Allow ourselves as many descriptors as we may have; return the limits before."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        pass  # macOS has a lower bound that it does not tell
-    return soft, hard
 
 
 def make_loop(config: Config) -> asyncio.AbstractEventLoop:
