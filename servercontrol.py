@@ -7299,6 +7299,7 @@ class Execution:
         )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
         self._note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
+        # Kept, since an event loop does not keep its tasks alive.
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     def _find_running(self) -> list[RemoteTask]:
