@@ -182,8 +182,9 @@ STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes 
 BATCH_BYTES = 64 * KIB
 # asyncio's default, made explicit: above it a viewer is stalled, and our client answers no ping.
 HIGH_WATER_BYTES = 64 * KIB
-# Replies waiting for a client that asks but does not read: above what broadcasts alone can leave
-# in a buffer, which is the high-water mark, a batch and the largest frame.
+# Replies waiting for a client that asks but does not read, beside the largest of them (`hello`
+# lists all running tasks): above what broadcasts alone can leave in a buffer, which is the
+# high-water mark, a batch and the largest frame.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -1916,6 +1917,8 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if not hasattr(sys, "get_int_max_str_digits") and re.search("[0-9]{5000}", text):
+            raise ValueError("a number of too many digits")  # int() would take hours
         value = json.loads(
             text,
             object_pairs_hook=refuse_duplicates,
@@ -3752,8 +3755,8 @@ class Viewer:
     """One WebSocket client."""
 
     __slots__ = (
-        "transport websocket role by cursor is_stalled pong_due written_bytes taken_at "
-        "patience_seconds heard_at ping_at"
+        "transport websocket role by cursor is_stalled pong_due written_bytes largest_reply "
+        "taken_at patience_seconds heard_at ping_at"
     ).split()
 
     def __init__(
@@ -3769,8 +3772,9 @@ class Viewer:
         self.is_stalled = False
         # The newest ping that is not answered yet, because we are stalled.
         self.pong_due: bytes | None = None
-        # All that was handed to the transport.
+        # All that was handed to the transport, and the largest message to this client alone.
         self.written_bytes = 0
+        self.largest_reply = 0
         # Monotonic times: the last byte from the peer; the next ping; when it last took enough to
         # be served. And how long tasks may still wait for it.
         self.heard_at = self.taken_at = time.monotonic()
@@ -3784,9 +3788,12 @@ class Viewer:
 
     def send_json(self, message: Mapping[str, Any]) -> None:
         """Send a message to this client alone; close it when it asks but never reads."""
-        self.write(self.websocket.encode(Opcode.TEXT, encode_json(message)))
-        if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES:
+        if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
+            return
+        frame = self.websocket.encode(Opcode.TEXT, encode_json(message))
+        self.largest_reply = max(self.largest_reply, len(frame))
+        self.write(frame)
 
     def send_pong(self, payload: bytes) -> None:
         """Answer a ping; while we are stalled only the newest (RFC 6455, 5.5.3)."""

@@ -2665,6 +2665,21 @@ class TestEvents:
         assert hello["tasks"][0]["state"] == "running"
         assert hello["limits"]["max_message_bytes"] == 65536
 
+    def test_hello_may_be_long(self, server: ServerProcess) -> None:
+        """Who takes it is no client that asks but never reads."""
+        task_ids = [server.start("sleep 60 #" + "x" * 60_000) for _ in range(40)]
+        try:
+            with server.websocket() as websocket:
+                for _ in range(3):
+                    websocket.send('{"type":"hello"}')
+                    websocket.send('{"type":"ping"}')
+                    hello = receive_events(websocket, is_type("hello"))[-1]
+                    assert [task["task_id"] for task in hello["tasks"]] == task_ids
+                    receive_events(websocket, is_type("pong"))
+        finally:
+            for task_id in task_ids:
+                server.request("POST", f"/kill?id={task_id}&signal=KILL")
+
     @cases(
         ("text", "abc"), ("empty", ""), ("not ASCII", "é😀\x00"), ("integer", 7), ("fraction", 1.5),
         ("negative", -1),
