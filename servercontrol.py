@@ -4227,18 +4227,35 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
         return []
 
 
+def find_source(address: str) -> str:
+    """Return the address of ours that a datagram to an IPv4 address leaves from, or ""."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect((address, 9))  # sends nothing
+            return str(udp.getsockname()[0])
+    except OSError:
+        return ""
+
+
 class DiscoveryEndpoint(asyncio.DatagramProtocol):
     """Answers probes on one UDP socket.
 
     make_facts: gives the reply's fields; loopback_only: the server is not on the network.
+    places: the transports of all sockets by address, where HTTP does not listen everywhere. The
+    prober takes a reply's source for the server's address, so that it must be one of these.
     """
 
     def __init__(
-        self, make_facts: Callable[[], dict[str, Any]], limit: ReplyLimit, loopback_only: bool
+        self,
+        make_facts: Callable[[], dict[str, Any]],
+        limit: ReplyLimit,
+        loopback_only: bool,
+        places: Mapping[str, asyncio.DatagramTransport] | None = None,
     ) -> None:
         self._make_facts = make_facts
         self._limit = limit
         self._loopback_only = loopback_only
+        self._places = {} if places is None else places  # not yet filled
         self._transport: asyncio.DatagramTransport | None = None
         self._networks: list[ipaddress.IPv4Network] = []
         self._networks_until = 0.0
@@ -4253,7 +4270,13 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
             return
         now = time.monotonic()
         if self._is_neighbour(addr[0], now) and self._limit.allow(addr[0], now):
-            self._transport.sendto(encode_discovery_reply(self._make_facts()), addr)
+            transport = self._choose(self._transport, addr[0])
+            transport.sendto(encode_discovery_reply(self._make_facts()), addr)
+
+    def _choose(self, asked: asyncio.DatagramTransport, source: str) -> asyncio.DatagramTransport:
+        if not self._places or asked in self._places.values():
+            return asked
+        return self._places.get(find_source(source)) or next(iter(self._places.values()))
 
     def error_received(self, exc: Exception) -> None:
         """An unreachable prober is no news."""
@@ -4276,15 +4299,17 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
         one.close()
 
 
-def open_discovery_sockets(port: int, loopback_only: bool) -> list[socket.socket]:
-    """Return the bound UDP sockets. Raises OSError.
+def open_discovery_sockets(
+    port: int, places: Sequence[str], loopback_only: bool
+) -> list[socket.socket]:
+    """Return the bound UDP sockets: those of `places` first. Raises OSError.
 
-    On loopback there are two, since a socket bound to 127.0.0.1 gets no broadcast. Instances on
-    one host share the port: then each gets every broadcast, and one of them every unicast.
+    A socket bound to an address of ours gets no broadcast, so one more does. Instances on one
+    host share the port: then each gets every broadcast, and one of them every unicast.
     """
     sockets: list[socket.socket] = []
     try:
-        for address in ("127.0.0.1", "127.255.255.255") if loopback_only else ("0.0.0.0",):
+        for address in (*places, "127.255.255.255" if loopback_only else "0.0.0.0"):
             udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sockets.append(udp)
             udp.setblocking(False)
@@ -5705,6 +5730,14 @@ class Listeners:
         host = f"[{host}]" if ":" in host else host
         return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
 
+    def find_places(self) -> list[str]:
+        """Return the IPv4 addresses to be found at; [] if that is every one, or none is known."""
+        found = [parse_ip(one.getsockname()[0]) for one in self.sockets]
+        if any(address is None or address.is_unspecified for address in found):
+            return []
+        places = list(dict.fromkeys(str(one) for one in found if one and one.version == 4))
+        return places or ["127.0.0.1"] * self.is_loopback  # on ::1 alone
+
     @property
     def is_wildcard(self) -> bool:
         """Whether the first address is one that nobody can type, such as 0.0.0.0."""
@@ -5837,7 +5870,7 @@ class Server:
         if not self.config.no_discovery:
             await self._start_discovery()
         discovery = self.listeners.ports["discovery"]
-        address = "127.0.0.1" if self.listeners.is_loopback else "0.0.0.0"
+        address = self.listeners.find_places()[0] if self.listeners.is_loopback else "0.0.0.0"
         places = {
             "http": self.listeners.url("http"),
             "ws": self.listeners.url("ws"),
@@ -5882,19 +5915,24 @@ class Server:
     async def _start_discovery(self) -> None:
         loopback_only = self.listeners.is_loopback
         limit = ReplyLimit()
+        addresses = self.listeners.find_places()
         try:
-            sockets = open_discovery_sockets(self.config.discovery_port, loopback_only)
+            sockets = open_discovery_sockets(self.config.discovery_port, addresses, loopback_only)
         except OSError as error:
             port = self.config.discovery_port
             reason = error.strerror or str(error)
             self.log.write("warning", "discovery_off", port=port, error=reason)
             return
         self.listeners.ports["discovery"] = sockets[0].getsockname()[1]
-        for udp in sockets:
+        places: dict[str, asyncio.DatagramTransport] = {}
+        for number, udp in enumerate(sockets):
             transport, _ = await self._loop.create_datagram_endpoint(
-                lambda: DiscoveryEndpoint(self._describe_for_probe, limit, loopback_only), sock=udp
+                lambda: DiscoveryEndpoint(self._describe_for_probe, limit, loopback_only, places),
+                sock=udp,
             )
             self._discovery.append(transport)
+            if number < len(addresses):
+                places[addresses[number]] = transport
 
     def _describe_for_probe(self) -> dict[str, Any]:
         return {
@@ -8155,12 +8193,7 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 
 def is_own_address(address: str) -> bool:
     """Whether an address is this machine's: then it is also the source on the way there."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            udp.connect((address, 9))  # sends nothing
-            return bool(udp.getsockname()[0] == address)
-    except OSError:
-        return False
+    return find_source(address) == address
 
 
 def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

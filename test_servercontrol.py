@@ -3142,6 +3142,23 @@ class TestDiscovery:
                 assert [r["port"] for r in replies] == sorted([one.port, two.port])
 
     @each_loop
+    def test_answers_from_where_it_listens(self, loop: str, tmp_path: Path) -> None:
+        """Who asks takes the source of a reply for the server's address."""
+        broadcast = "127.255.255.255"
+        for hosts, asked, source in (
+            (["127.0.3.1"], broadcast, "127.0.3.1"),
+            (["127.0.3.1", "127.0.0.1"], broadcast, "127.0.0.1"),  # from where it leaves anyway
+            (["127.0.0.1", "127.0.3.1"], "127.0.3.1", "127.0.3.1"),
+        ):
+            options = (f"--loop={loop}", *(f"--host={host}" for host in hosts))
+            with ServerProcess(tmp_path, *options) as server:
+                port = server.discovery_port or 0
+                with Prober(port) as prober:
+                    prober.send(host=asked)
+                    prober.socket.settimeout(PATIENCE_SECONDS)
+                    assert prober.socket.recvfrom(256)[1] == (source, port)
+
+    @each_loop
     def test_port_that_cannot_be_had(self, loop: str, tmp_path: Path) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
             taken.bind(("127.0.0.1", 0))
