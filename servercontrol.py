@@ -2572,6 +2572,9 @@ class Tokens(NamedTuple):
         return {role: token.encode("ascii") for role, token in pairs if token is not None}
 
 
+NO_AUTH_AND_TOKENS = "--no-auth: there are tokens to ask for as well; choose one"
+
+
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
@@ -2583,8 +2586,8 @@ def load_tokens(
     values = [environ.pop(name, None) for name in names]
     options = [config.token_file, config.view_token_file]
     if config.no_auth:
-        if any(options) or config.require_token or values != [None, None]:
-            raise ConfigError("--no-auth: there are tokens to ask for as well; choose one")
+        if values != [None, None]:
+            raise ConfigError(NO_AUTH_AND_TOKENS)
         return Tokens()
 
     def load(number: int) -> tuple[str | None, str | None]:
@@ -9505,6 +9508,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
+    if config.no_auth and (config.token_file or config.view_token_file or config.require_token):
+        raise ConfigError(NO_AUTH_AND_TOKENS)
     return config
 
 

@@ -8558,6 +8558,7 @@ class TestUnit:
             "no account": (["--user=no such account"], "--user"),
             "no name": (["--user"], "--user"),
             "key alone": (["--tls-key=x"], "--tls-key"),
+            "no_auth and a token file": (["--no-auth", "--token-file=x"], "--no-auth"),
             "line end in a path": (["--token-file=a\nb"], "--token-file"),
         },
     )
