@@ -10058,10 +10058,13 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     port = environ.get("SERVERCONTROL_DISCOVERY_PORT") or str(Config.discovery_port)
     parser.set_defaults(discovery_port=port)
     given = parser.parse_args(argv)
-    try:
-        addresses = [socket.gethostbyname(address) for address in given.at]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--at: {getattr(error, 'strerror', '') or error}") from None
+    addresses = []
+    for address in given.at:
+        try:
+            addresses.append(socket.gethostbyname(address))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", "") or error
+            raise ConfigError(f"--at: {address}: {reason}") from None
     found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
     if given.format == "hosts":
         text = list_new(found, environ)

@@ -9588,7 +9588,7 @@ class TestExec:
             (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
             (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
             (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
-            (["discover", "--at=no-such-host.invalid"], "--at: "),
+            (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
             (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
             (["frobnicate"], "unknown command; there are: serve, discover, exec, monitor, unit"),
         ],
