@@ -6201,7 +6201,7 @@ def parse_target(name: str, text: str) -> Target:
     Raises ConfigError.
     """
     path = re.sub("^unix:(//)?", "", text)
-    if path and text.startswith(("/", "unix:")):
+    if path and text.startswith(("/", "./", "../", "unix:")):
         return Target(name, "", 0, unix=path)
     is_bare = "://" not in text
     literal = f"[{text}]" if ":" in text and parse_ip(text.partition("%")[0]) else text
@@ -6220,7 +6220,9 @@ def parse_target(name: str, text: str) -> Target:
         or "," in parts.netloc
     )
     if not parts.hostname or not port or more or not re.fullmatch(r"[!-~]*", text):
-        raise ConfigError(f"{text!r} is no server: say host, host:port, a URL, or a listed name")
+        raise ConfigError(
+            f"{text!r} is no server: say host, host:port, a URL, a socket's path, or a listed name"
+        )
     host = parts.hostname.replace("%25", "%")  # before an IPv6 zone (RFC 6874, 2)
     return Target(name, host, port, tls, parts.path.rstrip("/"))
 

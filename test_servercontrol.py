@@ -9164,6 +9164,8 @@ TARGETS = {
     "HTTP://Web1:08/": ("web1", 8, False, "", ""),
     "/run/sc.sock": ("", 0, False, "", "/run/sc.sock"),
     "unix:/run/unix:x": ("", 0, False, "", "/run/unix:x"),
+    "./sc.sock": ("", 0, False, "", "./sc.sock"),
+    "../sc.sock": ("", 0, False, "", "../sc.sock"),
 }
 NO_TARGETS = (
     *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
