@@ -6411,14 +6411,20 @@ async def open_target(
         raise UnreachableError(explain_failure(error)) from None
 
 
-async def read_response_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Return (status, fields) of the answer that comes. Raises UnreachableError."""
+async def read_response_head(
+    reader: asyncio.StreamReader, is_tls: bool = True
+) -> tuple[int, dict[str, str]]:
+    """Return (status, fields) of the answer that comes. Raises UnreachableError.
+
+    is_tls: whether it was asked so; else who hangs up may have waited for TLS, as our server does.
+    """
     try:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), ANSWER_SECONDS)
     except asyncio.TimeoutError:
         raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
     except (OSError, EOFError, asyncio.LimitOverrunError):
-        raise UnreachableError("disconnected before it answered") from None
+        hint = "" if is_tls else " (is it https?)"
+        raise UnreachableError(f"disconnected before it answered{hint}") from None
     return parse_response_head(head[:-4])
 
 
@@ -6444,7 +6450,7 @@ async def fetch(
     try:
         fields = [("Content-Type", media_type)] if body else []
         writer.write(encode_request(target, method, path, fields, body))
-        status, answer_fields = await read_response_head(reader)
+        status, answer_fields = await read_response_head(reader, is_tls=target.tls)
         answer = await read_rest(reader)
     finally:
         writer.transport.abort()

@@ -10065,7 +10065,7 @@ class TestExec:
             trust = {"SSL_CERT_FILE": str(certificates[0].cert)}
             assert run_client("exec", place, "--", "exit 5", **trust).returncode == 5
             plain = run_client("exec", f"localhost:{server.port}", "--", "exit 5")
-            assert (plain.returncode, b"http" in plain.stderr) == (125, True)
+            assert (plain.returncode, b"(is it https?)" in plain.stderr) == (125, True)
         with ServerProcess(tmp_path) as plain:
             finished = run_client("exec", f"https://localhost:{plain.port}", "--", "true")
             assert (finished.returncode, b"TLS failed" in finished.stderr) == (125, True)
