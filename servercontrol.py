@@ -9909,7 +9909,7 @@ Exit status: 0; of --once 1 if a server is not up.
 """,
     )
     add_servers(parser, "the listed ones; else localhost")
-    parser.add_argument("--log", metavar="FILE", default="", help="append every task, JSON lines")
+    parser.add_argument("--log", metavar="FILE", help="append every task, JSON lines")
     parser.add_argument(
         "--cpu-alert",
         type=parse_number(0, 100),
@@ -9967,7 +9967,9 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     listed = not given.server and not given.token_file and read_hosts(environ)
     given.all = given.all or bool(listed)
     targets = choose_targets(given, environ)
-    log = MonitorLog(given.log)
+    if given.log == "":  # an unset variable, say: who asks for a log must not go without
+        raise ConfigError("--log: the name of the file is empty")
+    log = MonitorLog(given.log or "")
     log.load()
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     screen: Screen | None = None

@@ -9589,6 +9589,7 @@ class TestExec:
             (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
             (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
             (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
+            (["monitor", "--log="], "--log: the name of the file is empty"),
             (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
             (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
             (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
