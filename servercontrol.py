@@ -8207,13 +8207,25 @@ def is_own_address(address: str) -> bool:
     return find_source(address) == address
 
 
+def is_taken_everywhere(port: int) -> bool:
+    """Whether a server on this machine listens on a port of all addresses, or may do so."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind(("127.255.255.254", port))  # where nobody listens alone
+            return False
+    except OSError:
+        return True
+
+
 def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the servers in order, without loopback's answer of one that our address shows too.
 
-    Not by name: many machines have the name that their image came with.
+    Not by name: many machines have the name that their image came with. Nor by port alone: one on
+    loopback and one on another address may have the same.
     """
     ours = {address for address in {one["address"] for one in found} if is_own_address(address)}
-    shown = {one["port"] for one in found if one["address"] in ours - {"127.0.0.1"}}
+    ports = {one["port"] for one in found if one["address"] in ours - {"127.0.0.1"}}
+    shown = {port for port in ports if is_taken_everywhere(port)}
     kept = [one for one in found if not is_loopback(one["address"]) or one["port"] not in shown]
     return sorted(kept, key=lambda one: (one["hostname"], one["address"], one["port"]))
 

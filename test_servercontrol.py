@@ -9333,11 +9333,20 @@ class TestTargets:
 
     def test_shows_a_server_of_ours_once(self) -> None:
         places = (("127.0.0.1", 1), ("10.0.0.1", 1), ("127.0.0.1", 2), ("10.0.0.2", 2))
+        places += (("127.0.0.1", 3), ("10.0.0.1", 3))  # two servers
         found = [{"hostname": "a", "address": place, "port": port} for place, port in places]
         ours = ("127.0.0.1", "10.0.0.1")
-        with mock.patch.object(sc, "is_own_address", ours.__contains__):
+        with mock.patch.object(sc, "is_own_address", ours.__contains__), mock.patch.object(
+            sc, "is_taken_everywhere", (1, 2).__contains__
+        ):
             kept = [(one["address"], one["port"]) for one in sc.drop_doubles(found)]
-        assert kept == [("10.0.0.1", 1), ("10.0.0.2", 2), ("127.0.0.1", 2)]
+        loopback = [("127.0.0.1", 2), ("127.0.0.1", 3)]
+        assert kept == [("10.0.0.1", 1), ("10.0.0.1", 3), ("10.0.0.2", 2), *loopback]
+
+    def test_knows_a_port_of_all_addresses(self) -> None:
+        for address, is_taken in (("127.0.0.1", False), ("0.0.0.0", True)):
+            with socket.create_server((address, 0)) as listener:
+                assert sc.is_taken_everywhere(listener.getsockname()[1]) is is_taken
 
 
 @pytest.fixture(scope="class")
