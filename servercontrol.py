@@ -98,7 +98,7 @@ import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 try:
     import fcntl
@@ -6141,6 +6141,7 @@ class Server:
 
 
 USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -6337,6 +6338,23 @@ def explain_failure(error: Exception) -> str:
     return os.strerror(number).lower() if number else str(error) or "disconnected"
 
 
+async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
+    """Return the result of something. Raises asyncio.TimeoutError, and what it raises.
+
+    Unlike wait_for(), which before Python 3.12 may swallow that we are cancelled: then a client
+    that is told to end goes on.
+    """
+    future = asyncio.ensure_future(something)
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # it is known to us
+    try:
+        await asyncio.wait({future}, timeout=seconds)
+        if not future.done():
+            raise asyncio.TimeoutError
+        return future.result()
+    finally:
+        future.cancel()
+
+
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError.
 
@@ -6406,7 +6424,7 @@ async def open_target(
         )
 
     try:
-        return await asyncio.wait_for(connect(), seconds)
+        return await wait_within(seconds, connect())
     except (OSError, UnicodeError, asyncio.TimeoutError) as error:
         raise UnreachableError(explain_failure(error)) from None
 
@@ -6419,7 +6437,7 @@ async def read_response_head(
     is_tls: whether it was asked so; else who hangs up may have waited for TLS, as our server does.
     """
     try:
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), ANSWER_SECONDS)
+        head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
     except asyncio.TimeoutError:
         raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
     except (OSError, EOFError, asyncio.LimitOverrunError):
@@ -6433,7 +6451,7 @@ async def read_rest(reader: asyncio.StreamReader) -> bytes:
     answer = bytearray()
     try:
         while len(answer) <= MAX_ANSWER_BYTES:
-            piece = await asyncio.wait_for(reader.read(READ_CHUNK_BYTES), ANSWER_SECONDS)
+            piece = await wait_within(ANSWER_SECONDS, reader.read(READ_CHUNK_BYTES))
             if not piece:
                 return bytes(answer)
             answer += piece
@@ -6523,7 +6541,7 @@ class Link:
         """Ask where the server stands, and begin there. Raises UnreachableError."""
         try:
             asking = fetch_json(self.target, "GET", "/info")
-            info: dict[str, Any] = await asyncio.wait_for(asking, self._connect_seconds)
+            info: dict[str, Any] = await wait_within(self._connect_seconds, asking)
             self.boot_id, self.seq = str(info["boot_id"]), int(info["seq"])
             self._good_now = time.monotonic()
         except asyncio.TimeoutError as error:
@@ -6581,7 +6599,7 @@ class Link:
         reader, writer = await open_target(self.target, seconds)
         timer = None
         try:
-            await asyncio.wait_for(self._upgrade(reader, writer), seconds)
+            await wait_within(seconds, self._upgrade(reader, writer))
             self._websocket = WebSocketConnection(lambda: os.urandom(4), MAX_EVENT_BYTES)
             self._early = None
             self._writer, self.heard_now = writer, time.monotonic()
@@ -6615,7 +6633,7 @@ class Link:
         writer.write(encode_request(self.target, "GET", path, fields, version="1.1"))
         status, answer = await read_response_head(reader)
         if status != 101:
-            body = await asyncio.wait_for(reader.read(MAX_FIELD_BYTES), ANSWER_SECONDS)
+            body = await wait_within(ANSWER_SECONDS, reader.read(MAX_FIELD_BYTES))
             raise refused_error(self.target, status, body)
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
@@ -6792,10 +6810,8 @@ class RemoteTask:
             for half in done:
                 half.result()
         finally:
-            while not all(half.done() for half in halves):
-                for half in halves:
-                    half.cancel()
-                await asyncio.wait(halves, timeout=1.0)  # again: wait_for() may swallow it
+            for half in halves:
+                half.cancel()
             await asyncio.gather(*halves, return_exceptions=True)
         assert self.exit_code is not None
         return self.exit_code
@@ -6816,18 +6832,12 @@ class RemoteTask:
 
     @staticmethod
     async def _wait(something: Awaitable[Any]) -> bool:
-        """Wait at most until it is time for an acknowledgement; return whether it has happened.
-
-        Unlike wait_for(), which before Python 3.12 may swallow that we are cancelled.
-        """
-        future = asyncio.ensure_future(something)
+        """Wait at most until it is time for an acknowledgement; return whether it has happened."""
         try:
-            done, _ = await asyncio.wait({future}, timeout=ACK_SECONDS)
-        finally:
-            future.cancel()
-        for one in done:
-            one.result()
-        return bool(done)
+            await wait_within(ACK_SECONDS, something)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
     async def _take(self, event: dict[str, Any]) -> None:
         kind = event["type"]

@@ -9100,6 +9100,8 @@ class Player(Impostor):
     def _play(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
             request = connection.recv(65536)
+            if not request:  # it was cancelled as soon as it was connected
+                return
             self.received.append(request)
             path = re.split(rb"[ ?]", request)[1].decode()
             key = re.search(rb"Sec-WebSocket-Key: (\S+)", request)
@@ -10041,6 +10043,36 @@ class TestExec:
             task_id = plain_server.get("/tasks")[-1]["task_id"]
             assert f"/logs?id={task_id}\n".encode() in process.stderr.read()
         assert plain_server.task(task_id)["state"] == "running"
+
+    @pytest.mark.parametrize("answers", [1, 2])
+    def test_ends_in_whatever_moment_it_is_left(self, monkeypatch: Any, answers: int) -> None:
+        """Also some turns of the event loop after an answer, where wait_for() may swallow it."""
+
+        async def run(target: sc.Target, turns: int) -> bool:
+            execution = sc.Execution([target], {"cmd": "sleep 60"}, False, 1)
+            seen = []
+
+            def leave_after(turns: int) -> None:
+                if turns:
+                    asyncio.get_running_loop().call_soon(leave_after, turns - 1)
+                else:
+                    execution._leave(130)
+
+            class Reader(asyncio.StreamReader):
+                def feed_eof(self) -> None:
+                    super().feed_eof()
+                    seen.append(self)
+                    if len(seen) == answers:
+                        leave_after(turns)
+
+            monkeypatch.setattr(asyncio.streams, "StreamReader", Reader)
+            running = asyncio.ensure_future(execution.run())
+            done, _ = await asyncio.wait({running}, timeout=3.0)
+            return bool(done) and running.result() == 130
+
+        with Player({}) as player:
+            target = sc.parse_target("player", f"127.0.0.1:{player.port}")
+            assert [turns for turns in range(20) if not asyncio.run(run(target, turns))] == []
 
     def test_ctrl_c_stops_what_is_just_starting(self, tmp_path: Path) -> None:
         """Even if the server is slow to say that it has started."""
