@@ -4696,6 +4696,8 @@ async def answer_exec(server: Server, request: Request) -> Response:
     if follow:
         return follow_response(task, 0)
     fields = {"task_id": task.task_id, "command": task.request.command, "pid": task.pid}
+    if task.window:  # it may be less than what was asked for
+        fields["window"] = task.window
     if not wait:
         return json_response(fields)
     await asyncio.shield(task.completed)
@@ -6750,6 +6752,8 @@ class RemoteTask:
         self.lost_bytes = 0
         self._written = 0
         self._acked = 0
+        # How far the output may be ahead of that: what we ask for, or what the server grants.
+        self._window = fields.get("window", 0)
         # Set when there may be something to acknowledge; whether a line of output has begun.
         self._news = asyncio.Event()
         self._is_in_line = False
@@ -6776,8 +6780,8 @@ class RemoteTask:
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-        task_id = str(answer.get("task_id"))
-        if not re.fullmatch("[0-9]+", task_id):
+        task_id, self._window = str(answer.get("task_id")), answer.get("window", self._window)
+        if not re.fullmatch("[0-9]+", task_id) or not isinstance(self._window, int):
             raise foreign_error()
         self.task_id = task_id
 
@@ -6818,7 +6822,7 @@ class RemoteTask:
 
     async def _acknowledge(self) -> None:
         """Tell the server how much is written, and twice a minute at least that we are there."""
-        step = self._fields.get("window", 0) // 4
+        step = self._window // 4
         while True:
             is_due = not await self._wait(self._news.wait())
             self._news.clear()

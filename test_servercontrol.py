@@ -6599,6 +6599,17 @@ class TestTaskWindow:
             task_id = server.start(self.COMMAND, window=10**9)
             assert self.wait_for_pause(server, task_id) < 65536 + sc.READ_CHUNK_BYTES
 
+    @pytest.mark.parametrize("option", ["--keep-output=100000", "--max-tasks=1024"])
+    def test_is_told_so_that_exec_keeps_up(self, tmp_path: Path, option: str) -> None:
+        """Not only every ACK_SECONDS, where less is granted than it asks for."""
+        with ServerProcess(tmp_path, option) as server:
+            body = json.dumps({"cmd": "true", "window": 10**9})
+            answer = server.request("POST", "/exec", body, Content_Type="application/json").json()
+            assert 0 < answer["window"] < 100_000
+            assert "window" not in server.request("POST", "/exec", "true").json()
+            finished = run_client("exec", f"127.0.0.1:{server.port}", "--", self.COMMAND)
+            assert (finished.returncode, len(finished.stdout)) == (5, 3_000_004)
+
     def test_names_what_is_wrong(self, server: ServerProcess) -> None:
         task_id = server.start("true")
         with server.websocket() as websocket:
@@ -9134,6 +9145,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "an infinite seq": ({"/info": OK + b'{"boot_id":"b","seq":1e999}'},),
     "no task": ({"/exec": {}},),
     "a task in a list": ({"/exec": [1]},),
+    "a window of text": ({"/exec": {"task_id": "1", "window": "1"}},),
     "a task id for a request": ({"/exec": {"task_id": "1 HTTP/1.1\r\nX: y"}},),
     "a message for a terminal": ({"/exec": b'HTTP/1.0 403 No\r\n\r\n{"message":"\\u001b[2J"}'},),
     "an exit code of 300": ({}, {**FIRST_END, "exit_code": 300}),
