@@ -5849,6 +5849,8 @@ class Server:
         self.max_clients = max(4, min(config.max_clients, room))
         if self.max_clients < config.max_clients:
             log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
+        # Else, where there are few places, strangers could take them all.
+        self._max_strangers = min(MAX_STRANGERS, self.max_clients // 2)
         self.is_stopping = False
         self._discovery: list[asyncio.BaseTransport] = []
         self._background: list[asyncio.Task[None]] = []
@@ -5976,7 +5978,7 @@ class Server:
         """Remember who has not passed the gate yet; too many of them give way."""
         self._strangers[stranger] = None
         self._crowds[stranger.crowd] += 1
-        if len(self._strangers) > MAX_STRANGERS:
+        if len(self._strangers) > self._max_strangers:
             self._make_room()
 
     def forget_stranger(self, stranger: Connection) -> None:
@@ -5994,7 +5996,7 @@ class Server:
         A burst of clients that come back together may be more for a moment, until each has had
         the chance to speak, unless it is a flood or takes more than half of all places.
         """
-        while len(self._strangers) > MAX_STRANGERS:
+        while len(self._strangers) > self._max_strangers:
             largest = max(self._crowds.values())
             crowd = (one for one in self._strangers if self._crowds[one.crowd] == largest)
             loser = next(crowd)

@@ -5926,8 +5926,9 @@ class TestLimits:
             wait_until(lambda: server.request("GET", "/health").status == 200)
             assert not server.log("loop_error")
 
-    def test_strangers_cannot_take_all_places(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--max-clients=100") as server:
+    @pytest.mark.parametrize("places", [100, 20])
+    def test_strangers_cannot_take_all_places(self, tmp_path: Path, places: int) -> None:
+        with ServerProcess(tmp_path, f"--max-clients={places}") as server:
             with crowded_by_nobody(server.connect, 150):
                 assert server.run("echo mine")["output"] == "mine\n"
 
