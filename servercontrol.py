@@ -3332,9 +3332,9 @@ class Tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
         task = Task(self._ids.take(), request, by, config.keep_output)
-        # What is not acknowledged is kept: half of that, since a read may come on top.
-        fair = min(config.keep_output // 2, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
-        task.window = min(request.window, max(1, fair))
+        # What is not acknowledged is kept, also by all tasks at once, and a read may come on top.
+        fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
+        task.window = min(request.window, max(1, fair - READ_CHUNK_BYTES))
         cwd = read_cwd()
         task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:

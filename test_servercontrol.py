@@ -6600,6 +6600,16 @@ class TestTaskWindow:
             task_id = server.start(self.COMMAND, window=10**9)
             assert self.wait_for_pause(server, task_id) < 65536 + sc.READ_CHUNK_BYTES
 
+    def test_is_kept_whole_of_as_many_as_may_run(self, tmp_path: Path) -> None:
+        """Each beyond its window by another part of a read."""
+        with ServerProcess(tmp_path) as server:
+            command = "yes | head -c $((1000 * SERVERCONTROL_TASK_ID)); sleep 0.1; yes"
+            task_ids = [server.start(command, window=10**9) for _ in range(64)]
+            wait_until(lambda: all(t["output_bytes"] > 900_000 for t in server.get("/tasks")))
+            for task_id in task_ids:
+                answer = server.request("GET", f"/logs?id={task_id}&raw&offset=0")
+                assert answer.headers["x-offset"] == "0"
+
     @pytest.mark.parametrize("option", ["--keep-output=100000", "--max-tasks=1024"])
     def test_is_told_so_that_exec_keeps_up(self, tmp_path: Path, option: str) -> None:
         """Not only every ACK_SECONDS, where less is granted than it asks for."""
