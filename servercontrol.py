@@ -9849,6 +9849,17 @@ def add_servers(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--token-file", metavar="FILE", default="", help=text)
 
 
+async def end_quietly(work: Awaitable[Result]) -> Result:
+    """Do a client's work; then take no signal any more.
+
+    Python would complain on stderr of one that comes while the event loop is being closed.
+    """
+    try:
+        return await work
+    finally:
+        signal.set_wakeup_fd(-1)
+
+
 def build_exec_parser() -> OneLineParser:
     """Return the parser of `exec`."""
     parser = build_command_parser(
@@ -9917,7 +9928,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     async def run() -> int:
         return await Execution(targets, fields, given.fold, given.parallel).run()
 
-    return asyncio.run(run())
+    return asyncio.run(end_quietly(run()))
 
 
 def build_monitor_parser() -> OneLineParser:
@@ -10022,7 +10033,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             lines.finish()
         return monitor
 
-    everybody = asyncio.run(run()).all
+    everybody = asyncio.run(end_quietly(run())).all
     if not given.once:
         return 0
     write_output(format_once(everybody, given.json).encode("utf-8", "replace"))

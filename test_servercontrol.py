@@ -10097,6 +10097,30 @@ class TestExec:
             target = sc.parse_target("player", f"127.0.0.1:{player.port}")
             assert [turns for turns in range(20) if not asyncio.run(run(target, turns))] == []
 
+    @pytest.mark.parametrize("command", ["exec", "monitor"])
+    def test_signal_at_the_very_end_leaves_no_trace(
+        self, place: str, tmp_path: Path, command: str
+    ) -> None:
+        code = """
+import asyncio, os, signal
+close = asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe
+def close_and_signal(loop):
+    close(loop)
+    os.kill(os.getpid(), signal.SIGTERM)
+asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signal
+"""
+        words = [place, "--", "kill -9 $$"] if command == "exec" else [place]
+        arguments = [sys.executable, write_launcher(tmp_path, code), command, *words]
+        with subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            if command == "monitor":
+                assert process.stdout.readline()
+                process.terminate()
+            assert process.wait(PATIENCE_SECONDS) == (137 if command == "exec" else 0)
+            assert process.stderr.read() == b""
+
     def test_ctrl_c_stops_what_is_just_starting(self, tmp_path: Path) -> None:
         """Even if the server is slow to say that it has started."""
         with ServerProcess(tmp_path) as server:
