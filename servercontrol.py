@@ -6504,6 +6504,16 @@ NONSENSE = (
 )
 
 
+def check_seq(value: Any) -> int:
+    """Return the seq of an event. Raises ValueError for one that no server reaches.
+
+    After such a one every event would be an old one, and no server takes it as `since` (DIGITS).
+    """
+    if type(value) is not int or not 0 <= value < 10**18:
+        raise ValueError("seq")
+    return value
+
+
 class Link:
     """The events of one server, each once and in order, over as many connections as it takes.
 
@@ -6546,7 +6556,7 @@ class Link:
         try:
             asking = fetch_json(self.target, "GET", "/info")
             info: dict[str, Any] = await wait_within(self._connect_seconds, asking)
-            self.boot_id, self.seq = str(info["boot_id"]), int(info["seq"])
+            self.boot_id, self.seq = str(info["boot_id"]), check_seq(info["seq"])
             self._good_now = time.monotonic()
         except asyncio.TimeoutError as error:
             raise UnreachableError(explain_failure(error)) from None
@@ -6709,11 +6719,10 @@ class Link:
             await self._take(event)
         if newest is None:  # that, or a pong
             return
-        if not isinstance(newest, int):
-            raise ValueError("seq is no integer")
-        if kind == "gap" or (kind in EVENT_TYPES and newest > self.seq):
+        seq = check_seq(newest)
+        if kind == "gap" or (kind in EVENT_TYPES and seq > self.seq):
             await self._take(event)
-        self.seq = max(self.seq, newest)
+        self.seq = max(self.seq, seq)
 
 
 class RemoteTask:
@@ -7597,8 +7606,8 @@ class MonitorLog:
                 pass  # half a line, or none of ours
 
     def _learn(self, record: dict[str, Any]) -> None:
-        server, boot_id, seq = record["server"], record["boot_id"], record["seq"]
-        if not (isinstance(boot_id, str) and isinstance(seq, int) and seq >= 0):
+        server, boot_id, seq = record["server"], record["boot_id"], check_seq(record["seq"])
+        if not isinstance(boot_id, str):
             raise ValueError("none of ours")
         if boot_id != self.positions.get(server, ("", 0))[0]:
             self.tasks[server] = {}

@@ -9154,6 +9154,8 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "deep JSON": ({"/info": OK + b"[" * 100_000},),
     "a huge seq": ({"/info": OK + b'{"boot_id":"b","seq":' + b"9" * 5000 + b"}"},),
     "an infinite seq": ({"/info": OK + b'{"boot_id":"b","seq":1e999}'},),
+    "a seq of no server": ({"/info": OK + b'{"boot_id":"b","seq":1' + b"0" * 18 + b"}"},),
+    "an event of no server": ({}, {**FIRST_OUTPUT, "seq": 10**18}),
     "no task": ({"/exec": {}},),
     "a task in a list": ({"/exec": [1]},),
     "a window of text": ({"/exec": {"task_id": "1", "window": "1"}},),
