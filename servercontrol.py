@@ -299,6 +299,7 @@ UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed thems
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
 MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond it a gap is named
+MAX_WAITING_BYTES = 64 * MIB  # of them: a command may be long, and each event has them tried again
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
 MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
@@ -7637,7 +7638,8 @@ class MonitorLog:
         if not self._path:
             return
         self._waiting.append(self._encode(event, watched, **fields))
-        if len(self._waiting) > MAX_WAITING_RECORDS:
+        size = sum(map(len, self._waiting))
+        if len(self._waiting) > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
             gap = {"server": None, "records": len(self._waiting), "reason": self.problem}
             self._waiting = [self._encode("gap", watched, **gap)]
             self._left_bytes = 0  # a position may be among what is lost

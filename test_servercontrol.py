@@ -11554,6 +11554,19 @@ class TestMonitorLog:
         ends = [one["task_id"] for one in read_lines(full) if one["event"] == "task_complete"]
         assert ends == tasks
 
+    def test_remembers_so_many_bytes(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_WAITING_BYTES", 5000)
+        log = tmp_path / "log"
+        _, take, _ = make_monitor(path=str(log))
+        log.unlink()
+        log.symlink_to("/dev/full")
+        for number in range(9):
+            take({**START, "task_id": str(number), "command": "x" * 1000, "cwd": "/", "by": "me"})
+        log.unlink()
+        take({**START, "task_id": "9", "cwd": "/", "by": "me"})
+        gaps = [one for one in read_lines(log) if one["event"] == "gap"]
+        assert [gap["reason"].rpartition(": ")[2] for gap in gaps] == ["No space left on device"]
+
     def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
         """And says where the servers stand after it, the position of the new file being lost."""
         monkeypatch.setattr(sc, "MAX_WAITING_RECORDS", 5)
