@@ -6334,7 +6334,10 @@ def explain_failure(error: Exception) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message} (see SSL_CERT_FILE)"
+        own = os.environ.get("SSL_CERT_FILE", "")
+        is_missing_file = own and not os.path.isfile(own)  # which OpenSSL does not mind
+        hint = f"there is no file {own}" if is_missing_file else "see SSL_CERT_FILE"
+        return f"its certificate is not trusted: {error.verify_message} ({hint})"
     if ssl is not None and isinstance(error, ssl.SSLError):
         return "TLS failed (is it http?)"
     if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: not even a name
@@ -8040,19 +8043,21 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
         cpu = sum(watched.stats["cpu"] for watched in up) / len(up)
         top = max(up, key=lambda watched: watched.stats["cpu"])
         used, total = (sum(w.stats[name] for w in up) for name in ("ram_used", "ram_total"))
-        parts.append(f"CPU {cpu:.1f} %, most {top.stats['cpu']:.1f} % ({top.target.name})")
-        parts.append(f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB")
+        parts.append(f"CPU {cpu:.1f} %, memory {used / KIB:.1f} of {total / KIB:.1f} GiB")
+        parts.append(f"most CPU: {top.target.name}, {top.stats['cpu']:.1f} %")
     while len(parts) > 1 and count_cells(" · ".join(parts)) > width:
         parts.pop()
     return " · ".join(parts)
 
 
-def format_table(everybody: Iterable[Watched], width: int) -> list[tuple[str, str]]:
-    """Return (state, line) of the title and of each server; the title's state is ""."""
-    rows = list(everybody)
-    name_width = min(24, max([6, *(count_cells(watched.target.name) for watched in rows)]))
+def format_table(
+    everybody: Sequence[Watched], width: int, shown: slice = slice(None)
+) -> list[tuple[str, str]]:
+    """Return (state, line) of the title, whose state is "", and of each server that is shown."""
+    name_width = min(24, max(6, *(count_cells(watched.target.name) for watched in everybody)))
     titles = [f"{'SERVER':{name_width}}", *(f"{title:{place}}" for title, place, _ in COLUMNS)]
     lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
+    rows = everybody[shown]
     return lines + [(watched.state, format_row(watched, name_width, width)) for watched in rows]
 
 
@@ -8166,13 +8171,14 @@ class Screen:
         title, order = SORTS[self._sort]
         self._shown = rows - 3
         self._top = max(0, min(self._top, len(self._everybody) - self._shown))
-        everybody = sorted(self._everybody, key=order)[self._top : self._top + self._shown]
-        table = format_table(everybody, cols)
+        everybody = sorted(self._everybody, key=order)
+        last_row = min(self._top + self._shown, len(everybody))
+        table = format_table(everybody, cols, slice(self._top, last_row))
         lines = [clean_text(format_totals(self._everybody, cols), cols)]
         lines += [self._paint(state, line) for state, line in table]
         lines += [""] * (rows - 1 - len(lines))
-        place = f"{self._top + 1}-{self._top + len(everybody)} of {len(self._everybody)}"
-        keys = "q quit · c/n/s sort by CPU, name, state · arrows scroll"
+        place = f"{self._top + 1}-{last_row} of {len(everybody)}"
+        keys = "q quit · c n s: by CPU, name, state · arrows scroll"
         last = f"{place} by {title} · {keys if self._before else 'Ctrl-C quits'}"
         lines.append(clean_text(self._log.problem or last, cols))
         return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
@@ -9887,9 +9893,10 @@ One word is a command line for the server's shell; several words are taken as th
   exec web1 --tty -- top                  Ctrl-] lets go of it
 
 Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
-was stopped meanwhile, or lost part of the output; 143: --timeout has ended it. Ctrl-C stops the
-command, a second one leaves it running, as does closing the terminal; the server's page shows it
-and can stop it. Output is text: send binary files by base64.
+was stopped meanwhile, or lost part of the output; 143 or 137: --timeout has ended it; 0 after
+Ctrl-], though the command goes on. Ctrl-C stops the command, a second one leaves it running, as
+does closing the terminal; the server's page shows it and can stop it. Output is text: send binary
+files by base64.
 """,
     )
     add_servers(parser, "localhost")
@@ -10017,8 +10024,8 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     listed = not given.server and not given.token_file and read_hosts(environ)
     given.all = given.all or bool(listed)
     targets = choose_targets(given, environ)
-    if given.log == "":  # an unset variable, say: who asks for a log must not go without
-        raise ConfigError("--log: the name of the file is empty")
+    if given.log in ("", "-"):  # an unset variable, say: who asks for a log must not go without
+        raise ConfigError("--log: name a file")
     log = MonitorLog(given.log or "")
     log.load()
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)

@@ -9625,7 +9625,8 @@ class TestExec:
             (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
             (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
             (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
-            (["monitor", "--log="], "--log: the name of the file is empty"),
+            (["monitor", "--log="], "--log: name a file"),
+            (["monitor", "--log=-"], "--log: name a file"),
             (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
             (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
             (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
@@ -10155,6 +10156,9 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             assert b"certificate is not trusted: self" in finished.stderr
             trust = {"SSL_CERT_FILE": str(certificates[0].cert)}
             assert run_client("exec", place, "--", "exit 5", **trust).returncode == 5
+            for path, hint in ((certificates[1].cert, "see SSL"), ("/none", "there is no file /n")):
+                told = run_client("exec", place, "--", "exit 5", SSL_CERT_FILE=str(path)).stderr
+                assert b"is not trusted" in told and hint.encode() in told
             plain = run_client("exec", f"localhost:{server.port}", "--", "exit 5")
             assert (plain.returncode, b"(is it https?)" in plain.stderr) == (125, True)
         with ServerProcess(tmp_path) as plain:
@@ -11840,15 +11844,24 @@ class TestMonitorScreen:
             assert screen.process.wait(PATIENCE_SECONDS) == 0
             screen.check_restored()
 
+    def test_columns_stand_still_while_it_scrolls(self) -> None:
+        everybody: Any = [
+            mock.Mock(
+                state="down", tasks={}, target=sc.parse_target(name, "a"), alert="", reason="x"
+            )
+            for name in ("short", "a-longer-name")
+        ]
+        tables = [sc.format_table(everybody, 80, slice(n, n + 1)) for n in (0, 1)]
+        assert [table[1][1].split()[0] for table in tables] == ["short", "a-longer-name"]
+        assert [table[1][1].index("down") for table in tables] == [14, 14]
+
     def test_leaves_out_what_does_not_fit(self, monkeypatch: Any) -> None:
         """80 columns must not cut `memory 12.4 of 15.6 GiB` to `of 1`."""
         stats = {"cpu": 12.0, "ram_used": 1024 * 124, "ram_total": 1024 * 156}
         everybody: Any = [
             mock.Mock(state="up", stats=stats, tasks={"1": {}}, target=sc.parse_target("web1", "a"))
         ]
-        whole = (
-            "1 server: 1 up · 1 task · CPU 12.0 %, most 12.0 % (web1) · memory 124.0 of 156.0 GiB"
-        )
+        whole = "1 server: 1 up · 1 task · CPU 12.0 %, memory 124.0 of 156.0 GiB · most CPU: web1, 12.0 %"
         parts = whole.split(" · ")
         for width in range(5, 100):
             shown = sc.format_totals(everybody, width)
@@ -11862,6 +11875,7 @@ class TestMonitorScreen:
             screen.wait_for("200 servers: 200 up")
             screen.type("n")
             lines = screen.wait_for("by name")
+            assert lines[-1].endswith("arrows scroll")
             assert [line.split()[0] for line in lines[2:-1]] == names[:21]
             for keys, first in (("j", 1), ("\x1b[B", 2), ("k", 1), ("\x1b[6~", 11), ("G", 179)):
                 screen.type(keys)
