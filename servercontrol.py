@@ -300,6 +300,7 @@ MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
 MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond it a gap is named
 MAX_WAITING_BYTES = 64 * MIB  # of them: a command may be long, and each event has them tried again
+MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
 MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
@@ -6588,8 +6589,11 @@ class Link:
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
                 if is_client_error(error):
                     delay = REFUSED_RETRY_SECONDS
-                # Not all at the same moment, after a switch was restarted.
-                await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
+            else:
+                return
+            # Not in the clause above: the error keeps alive what could not be understood. And not
+            # all at the same moment, after a switch was restarted.
+            await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
 
     def _give_up(self, error: UnreachableError) -> None:
         if self._give_up_seconds is None:
@@ -7901,6 +7905,8 @@ class Monitor:
         for number in [*numbers, event["load_avg"][0]]:
             if not 0 <= number < 1e15:
                 raise ValueError("wrong statistics")
+        if len(encode_json(event)) > MAX_STATS_BYTES:
+            raise ValueError("too many statistics")
         watched.stats = event
         change = watched.rule and watched.rule.update(event["cpu"], time.monotonic())
         if change is not None:

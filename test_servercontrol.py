@@ -10849,6 +10849,7 @@ STATS = {
 STATS_RUBBISH = [
     *({"cpu": "x"}, {"cpu": -1}, {"cpu": 10**400}, {"cpu": None}, {"seq": 1.5}, {"seq": "3"}),
     *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
+    {"more": [[]] * sc.MAX_STATS_BYTES},
 ]
 START = {"type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true"}
 WRONG_STARTS: list[dict[str, Any]] = [
@@ -11070,6 +11071,30 @@ sc.choose_source = Scripted
                 watcher.stop()
         events = [one["event"] for one in read_lines(tmp_path / "log")]
         assert (events.count("cpu_alert"), events.count("alert_resolved")) == (1, 1)
+
+    def test_forgets_what_it_could_not_understand(self) -> None:
+        """Before it tries again, which may be long after."""
+
+        async def run() -> int:
+            lost = asyncio.Event()
+
+            async def take(event: dict[str, Any]) -> None:
+                if event["type"] == "stats_update":
+                    raise ValueError
+                if event["type"] == "lost":
+                    lost.set()
+
+            target = sc.parse_target("babbler", f"127.0.0.1:{babbler.port}")
+            running = asyncio.ensure_future(sc.Link(target, take, 5.0).run())
+            await asyncio.wait_for(lost.wait(), PATIENCE_SECONDS)
+            await asyncio.sleep(0.1)
+            gc.collect()
+            kept = [one for one in gc.get_objects() if isinstance(one, dict) and "peculiar" in one]
+            running.cancel()
+            return len(kept)
+
+        with Babbler(frame({**STATS, "peculiar": 1})) as babbler:
+            assert asyncio.run(run()) == 0
 
     @pytest.mark.parametrize("said", RUBBISH)
     def test_takes_no_harm_from_rubbish(
