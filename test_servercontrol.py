@@ -5312,10 +5312,11 @@ class TestTls(RunsTasks):
     def test_large_output_comes_whole(
         self, tls_server: TlsServer, certificates: list[Certificate]
     ) -> None:
+        """Less than is kept: else curl, if it is slow, would be cut off."""
         url = f"https://localhost:{tls_server.port}/exec?follow"
-        told = curl("--cacert", str(certificates[0].cert), "-N", "-d", "seq 1 1500000", url)
+        told = curl("--cacert", str(certificates[0].cert), "-N", "-d", "seq 1 1000000", url)
         assert told.returncode == 0
-        assert told.stdout == "".join(f"{n}\n" for n in range(1, 1500001)).encode()
+        assert told.stdout == "".join(f"{n}\n" for n in range(1, 1000001)).encode()
 
     def test_slow_viewer_costs_bounded_memory(self, tls_server: TlsServer) -> None:
         with RawPeer(tls_server, receive_bytes=4096, wrap=tls_server.wrap) as viewer:
@@ -6638,8 +6639,10 @@ class TestTaskWindow:
 class TestTaskInput:
     """SPEC 3 and 5: standard input, as text or kept open."""
 
-    @pytest.mark.parametrize("text", ["", "a", "no newline", "z\u00e9\u20ac\U0001f600\n", "\0\x1b\r\n",
-                                      "line\n" * 40000])  # fmt: skip
+    @cases(
+        ("nothing", ""), ("a letter", "a"), ("no newline", "no newline"), ("controls", "\0\x1b\r\n"),
+        ("not ASCII", "z\u00e9\u20ac\U0001f600\n"), ("long", "line\n" * 40000),
+    )  # fmt: skip
     def test_text_is_read_whole_and_ends(self, server: ServerProcess, text: str) -> None:
         assert server.run("cat", stdin=text)["output"] == text
 
@@ -9984,7 +9987,7 @@ class TestExec:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline().endswith(b" | hi\n")
             process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT
+            assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
             assert f"{names[1]} (http://{names[1]}): not started".encode() in process.stderr.read()
         assert len(plain_server.get("/tasks")) == before + 1
 
@@ -11096,7 +11099,8 @@ sc.choose_source = Scripted
         with Babbler(frame({**STATS, "peculiar": 1})) as babbler:
             assert asyncio.run(run()) == 0
 
-    @pytest.mark.parametrize("said", RUBBISH)
+    # pytest hands a test's id to processes in a variable, for which a frame may be too long.
+    @pytest.mark.parametrize("said", RUBBISH, ids=range(len(RUBBISH)))
     def test_takes_no_harm_from_rubbish(
         self, place: str, plain_server: ServerProcess, tmp_path: Path, said: bytes
     ) -> None:
