@@ -4246,8 +4246,8 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
     """Answers probes on one UDP socket.
 
     make_facts: gives the reply's fields; loopback_only: the server is not on the network.
-    places: the transports of all sockets by address, where HTTP does not listen everywhere. The
-    prober takes a reply's source for the server's address, so that it must be one of these.
+    places: the transports by address, where HTTP does not listen everywhere; filled while they are
+    made. The prober takes a reply's source for the server's address, so it must be one of these.
     """
 
     def __init__(
@@ -4255,12 +4255,12 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         make_facts: Callable[[], dict[str, Any]],
         limit: ReplyLimit,
         loopback_only: bool,
-        places: Mapping[str, asyncio.DatagramTransport] | None = None,
+        places: Mapping[str, asyncio.DatagramTransport],
     ) -> None:
         self._make_facts = make_facts
         self._limit = limit
         self._loopback_only = loopback_only
-        self._places = {} if places is None else places  # not yet filled
+        self._places = places
         self._transport: asyncio.DatagramTransport | None = None
         self._networks: list[ipaddress.IPv4Network] = []
         self._networks_until = 0.0
@@ -5934,14 +5934,15 @@ class Server:
             return
         self.listeners.ports["discovery"] = sockets[0].getsockname()[1]
         places: dict[str, asyncio.DatagramTransport] = {}
-        for number, udp in enumerate(sockets):
+        for udp in sockets:
             transport, _ = await self._loop.create_datagram_endpoint(
                 lambda: DiscoveryEndpoint(self._describe_for_probe, limit, loopback_only, places),
                 sock=udp,
             )
             self._discovery.append(transport)
-            if number < len(addresses):
-                places[addresses[number]] = transport
+            address = udp.getsockname()[0]
+            if address in addresses:
+                places[address] = transport
 
     def _describe_for_probe(self) -> dict[str, Any]:
         return {

@@ -1948,7 +1948,7 @@ class TestMessages:
     )  # fmt: skip
     def test_probe_of_a_neighbour(self, only: bool, source: str, answered: bool) -> None:
         facts = {"hostname": "h"}
-        endpoint = sc.DiscoveryEndpoint(lambda: facts, sc.ReplyLimit(), loopback_only=only)
+        endpoint = sc.DiscoveryEndpoint(lambda: facts, sc.ReplyLimit(), only, places={})
         transport = mock.Mock()
         endpoint.connection_made(transport)
         network = ipaddress.IPv4Network("192.0.2.0/24")
@@ -11587,31 +11587,28 @@ class TestMonitorLog:
         ends = [one["task_id"] for one in read_lines(full) if one["event"] == "task_complete"]
         assert ends == tasks
 
-    def test_remembers_so_many_bytes(self, tmp_path: Path, monkeypatch: Any) -> None:
-        monkeypatch.setattr(sc, "MAX_WAITING_BYTES", 5000)
-        log = tmp_path / "log"
+    @staticmethod
+    def log_starts(log: Path, count: int, **fields: Any) -> list[dict[str, Any]]:
+        """Have so many starts logged while the disk is full, and then one; return the log."""
         _, take, _ = make_monitor(path=str(log))
         log.unlink()
         log.symlink_to("/dev/full")
-        for number in range(9):
-            take({**START, "task_id": str(number), "command": "x" * 1000, "cwd": "/", "by": "me"})
+        for number in range(count):
+            take({**START, "task_id": str(number), "cwd": "/", "by": "me", **fields})
         log.unlink()
-        take({**START, "task_id": "9", "cwd": "/", "by": "me"})
-        gaps = [one for one in read_lines(log) if one["event"] == "gap"]
+        take({**START, "task_id": str(count), "cwd": "/", "by": "me"})
+        return read_lines(log)
+
+    def test_remembers_so_many_bytes(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_WAITING_BYTES", 5000)
+        records = self.log_starts(tmp_path / "log", 9, command="x" * 1000)
+        gaps = [one for one in records if one["event"] == "gap"]
         assert [gap["reason"].rpartition(": ")[2] for gap in gaps] == ["No space left on device"]
 
     def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
         """And says where the servers stand after it, the position of the new file being lost."""
         monkeypatch.setattr(sc, "MAX_WAITING_RECORDS", 5)
-        log = tmp_path / "log"
-        _, take, _ = make_monitor(path=str(log))
-        log.unlink()
-        log.symlink_to("/dev/full")
-        for number in range(7):
-            take({**START, "task_id": str(number), "cwd": "/", "by": "me"})
-        log.unlink()
-        take({**START, "task_id": "7", "cwd": "/", "by": "me"})
-        _, gap, position, *records = read_lines(log)
+        _, gap, position, *records = self.log_starts(tmp_path / "log", 7)
         assert (gap["event"], gap["records"]) == ("gap", 6)
         assert gap["reason"].endswith("No space left on device")
         assert position["event"] == "position"
@@ -14796,17 +14793,17 @@ def bench_startup(by_name: bool, ours: bool, folder: Path, load: BenchLoad) -> B
 
     by_name: as `python3 -m servercontrol`, which keeps the compiled file.
     """
-    start, env = (str(SCRIPT),), {}
+    options: dict[str, Any] = {}
     if by_name:
-        start = ("-m", "servercontrol")
         env = {"PYTHONPATH": str(SCRIPT.parent), "PYTHONPYCACHEPREFIX": str(folder)}
         env["PYTHONDONTWRITEBYTECODE"] = ""
         subprocess.run([sys.executable, "-c", "import servercontrol"], env={**os.environ, **env})
+        options = {"start": ("-m", "servercontrol"), **env}
     taken: list[float] = []
     for _ in range(load.starts):
         begin = time.monotonic()
         if ours:
-            with bench_server(ours, folder, start, **env) as server:
+            with bench_server(ours, folder, **options) as server:
                 server.request("GET", "/health")
                 taken.append((time.monotonic() - begin) * 1e3)
         else:
