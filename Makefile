@@ -26,10 +26,11 @@ test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipp
 	$(BIN)/python $(PYTEST) test_servercontrol.py || \
 	  { echo "── FAILED; again, alone:"; $(BIN)/python $(AGAIN) test_servercontrol.py; }
 
-check: .venv/ok  ## lint, format and types
+check: .venv/ok  ## lint, format (the page's by Prettier) and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict servercontrol.py
+	.ci/prettier --check
 
 matrix:          ## tests on every CPython 3.8 to 3.14 found
 	@.ci/matrix
@@ -55,6 +56,8 @@ clean:           ## remove what make made
 	  echo "NOT INSTALLED: $(PAGE_PACKAGES); the page will not be tested"
 	$(BIN)/python -m pip install --quiet --upgrade $(RECIPE_PACKAGES) || \
 	  echo "NOT INSTALLED: $(RECIPE_PACKAGES); Ansible will not be tested"
+	npm install --silent --prefix .venv/npm prettier@3 || \
+	  echo "NOT INSTALLED: prettier (it needs Node.js); the page's format will not be checked"
 	touch .venv/ok
 
 .PHONY: help run test check matrix bench soak fuzz clean

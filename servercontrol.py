@@ -8383,220 +8383,792 @@ def format_found(found: Sequence[dict[str, Any]]) -> str:
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
 # the server becomes markup: the script makes elements and sets their text, and never parses HTML.
-# In the script and the style a block's closing brace ends its last line; indentation shows it.
+# All three are formatted by Prettier: `.ci/prettier --write`.
 
 CSS = r"""
-:root { /* each colour once: for light, for dark; data-theme overrides what the system says */
-  color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  --page: light-dark(#f4f6f8, #0d1117); --panel: light-dark(#fff, #151b23);
-  --edge: light-dark(#d5dbe1, #2b323c); --soft: light-dark(#eceff3, #212830);
-  --text: light-dark(#1f2328, #e6edf3); --dim: light-dark(#59636e, #9aa4af);
-  --blue: light-dark(#0860ca, #5aa2fa); --green: light-dark(#187433, #46b855);
-  --red: light-dark(#c91f2b, #fb6a61); --amber: light-dark(#835700, #d9a12b);
-  --violet: light-dark(#7a48c7, #b490f5); --screen: light-dark(#fcfdfe, #0a0e14);
-  --c0: light-dark(#24292f, #545d68); --c1: var(--red); --c2: var(--green); --c3: var(--amber);
-  --c4: var(--blue); --c5: var(--violet);
-  --c6: light-dark(#0f6f7d, #3cbfca); --c7: light-dark(#66707b, #c5ced8); }
-[data-theme="light"] { color-scheme: light; } [data-theme="dark"] { color-scheme: dark; }
-* { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
-body { display: flex; flex-direction: column; height: 100dvh; min-height: 40rem; color: var(--text);
-  background: var(--page); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1, h2 { font-size: inherit; font-weight: 600; } h1 { font-size: 1.1rem; overflow-wrap: anywhere; }
-.dim { color: var(--dim); font-weight: 400; } .grow { flex: 1; }
-.empty { padding: 1.25rem 1rem; color: var(--dim); } #alert-count { padding: 0; background: none; }
-.panel { background: var(--panel); border: 1px solid var(--edge); border-radius: 8px; }
-button, input, textarea { font: inherit; color: inherit; background: var(--panel);
-  border: 1px solid var(--edge); border-radius: 6px; padding: .2rem .6rem; }
-button { background: var(--soft); cursor: pointer; white-space: nowrap; }
-button:enabled:hover { border-color: var(--dim); } button:disabled { opacity: .5; cursor: default; }
-button.primary { background: #0860ca; border-color: #0860ca; color: #fff; padding: .2rem 1.1rem; }
-button.danger:not(:disabled), .bad { color: var(--red); } .warn { color: var(--amber); }
-.good { color: var(--green); } .busy { color: var(--blue); }
-input[type="checkbox"] { accent-color: var(--blue); vertical-align: -2px; }
-:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
-.badge { padding: 0 .5rem; border-radius: 1rem; font-size: .8rem; line-height: 1.4rem;
-  white-space: nowrap; background: var(--soft); }
-.badge:not(.plain)::before { content: "●"; margin-right: .35rem; font-size: .7rem; }
+:root {
+  /* each colour once: for light, for dark; data-theme overrides what the system says */
+  color-scheme: light dark;
+  --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --page: light-dark(#f4f6f8, #0d1117);
+  --panel: light-dark(#fff, #151b23);
+  --edge: light-dark(#d5dbe1, #2b323c);
+  --soft: light-dark(#eceff3, #212830);
+  --text: light-dark(#1f2328, #e6edf3);
+  --dim: light-dark(#59636e, #9aa4af);
+  --blue: light-dark(#0860ca, #5aa2fa);
+  --green: light-dark(#187433, #46b855);
+  --red: light-dark(#c91f2b, #fb6a61);
+  --amber: light-dark(#835700, #d9a12b);
+  --violet: light-dark(#7a48c7, #b490f5);
+  --screen: light-dark(#fcfdfe, #0a0e14);
+  --c0: light-dark(#24292f, #545d68);
+  --c1: var(--red);
+  --c2: var(--green);
+  --c3: var(--amber);
+  --c4: var(--blue);
+  --c5: var(--violet);
+  --c6: light-dark(#0f6f7d, #3cbfca);
+  --c7: light-dark(#66707b, #c5ced8);
+}
+[data-theme="light"] {
+  color-scheme: light;
+}
+[data-theme="dark"] {
+  color-scheme: dark;
+}
+* {
+  box-sizing: border-box;
+  margin: 0;
+}
+[hidden] {
+  display: none !important;
+}
+body {
+  display: flex;
+  flex-direction: column;
+  height: 100dvh;
+  min-height: 40rem;
+  color: var(--text);
+  background: var(--page);
+  font:
+    14px/1.45 system-ui,
+    -apple-system,
+    "Segoe UI",
+    sans-serif;
+}
+h1,
+h2 {
+  font-size: inherit;
+  font-weight: 600;
+}
+h1 {
+  font-size: 1.1rem;
+  overflow-wrap: anywhere;
+}
+.dim {
+  color: var(--dim);
+  font-weight: 400;
+}
+.grow {
+  flex: 1;
+}
+.empty {
+  padding: 1.25rem 1rem;
+  color: var(--dim);
+}
+#alert-count {
+  padding: 0;
+  background: none;
+}
+.panel {
+  background: var(--panel);
+  border: 1px solid var(--edge);
+  border-radius: 8px;
+}
+button,
+input,
+textarea {
+  font: inherit;
+  color: inherit;
+  background: var(--panel);
+  border: 1px solid var(--edge);
+  border-radius: 6px;
+  padding: 0.2rem 0.6rem;
+}
+button {
+  background: var(--soft);
+  cursor: pointer;
+  white-space: nowrap;
+}
+button:enabled:hover {
+  border-color: var(--dim);
+}
+button:disabled {
+  opacity: 0.5;
+  cursor: default;
+}
+button.primary {
+  background: #0860ca;
+  border-color: #0860ca;
+  color: #fff;
+  padding: 0.2rem 1.1rem;
+}
+button.danger:not(:disabled),
+.bad {
+  color: var(--red);
+}
+.warn {
+  color: var(--amber);
+}
+.good {
+  color: var(--green);
+}
+.busy {
+  color: var(--blue);
+}
+input[type="checkbox"] {
+  accent-color: var(--blue);
+  vertical-align: -2px;
+}
+:focus-visible {
+  outline: 2px solid var(--blue);
+  outline-offset: 1px;
+}
+.badge {
+  padding: 0 0.5rem;
+  border-radius: 1rem;
+  font-size: 0.8rem;
+  line-height: 1.4rem;
+  white-space: nowrap;
+  background: var(--soft);
+}
+.badge:not(.plain)::before {
+  content: "●";
+  margin-right: 0.35rem;
+  font-size: 0.7rem;
+}
 /* The frame of the page, and the system at a glance */
-header { display: flex; align-items: center; gap: .6rem; padding: .5rem .8rem; flex-wrap: wrap;
-  background: var(--panel); border-bottom: 1px solid var(--edge); }
-.banner { padding: .45rem .8rem; background: light-dark(#fff6dd, #2e2611); color: var(--text); }
-.banner.bad { background: light-dark(#ffe0de, #4a1a1c); font-weight: 600; }
-.banner button { margin-left: .8rem; padding: 0 .6rem; }
-main { flex: 1; min-height: 0; display: grid; gap: .6rem; padding: .6rem .8rem;
-  grid-template: auto auto minmax(0, 1fr) / minmax(15rem, 21rem) minmax(0, 1fr); }
-#glance, #run, #readonly { grid-column: 1 / -1; }
-#glance { display: grid; gap: .6rem; grid-template-columns: repeat(4, minmax(0, 1fr)); }
-article { display: grid; grid-template-columns: auto 1fr; align-items: baseline; column-gap: .6rem;
-  padding: .45rem .7rem .55rem; font-variant-numeric: tabular-nums; }
-article h2 { grid-column: 1 / -1; font-size: .8rem; color: var(--dim); font-weight: 500; }
-article b { font-size: 1.25rem; } article .dim { font-size: .8rem; text-align: right; }
-svg { grid-column: 1 / -1; width: 100%; height: 3rem; margin-top: .3rem; color: var(--blue);
+header {
+  display: flex;
+  align-items: center;
+  gap: 0.6rem;
+  padding: 0.5rem 0.8rem;
+  flex-wrap: wrap;
+  background: var(--panel);
+  border-bottom: 1px solid var(--edge);
+}
+.banner {
+  padding: 0.45rem 0.8rem;
+  background: light-dark(#fff6dd, #2e2611);
+  color: var(--text);
+}
+.banner.bad {
+  background: light-dark(#ffe0de, #4a1a1c);
+  font-weight: 600;
+}
+.banner button {
+  margin-left: 0.8rem;
+  padding: 0 0.6rem;
+}
+main {
+  flex: 1;
+  min-height: 0;
+  display: grid;
+  gap: 0.6rem;
+  padding: 0.6rem 0.8rem;
+  grid-template: auto auto minmax(0, 1fr) / minmax(15rem, 21rem) minmax(0, 1fr);
+}
+#glance,
+#run,
+#readonly {
+  grid-column: 1 / -1;
+}
+#glance {
+  display: grid;
+  gap: 0.6rem;
+  grid-template-columns: repeat(4, minmax(0, 1fr));
+}
+article {
+  display: grid;
+  grid-template-columns: auto 1fr;
+  align-items: baseline;
+  column-gap: 0.6rem;
+  padding: 0.45rem 0.7rem 0.55rem;
+  font-variant-numeric: tabular-nums;
+}
+article h2 {
+  grid-column: 1 / -1;
+  font-size: 0.8rem;
+  color: var(--dim);
+  font-weight: 500;
+}
+article b {
+  font-size: 1.25rem;
+}
+article .dim {
+  font-size: 0.8rem;
+  text-align: right;
+}
+svg {
+  grid-column: 1 / -1;
+  width: 100%;
+  height: 3rem;
+  margin-top: 0.3rem;
+  color: var(--blue);
   background: linear-gradient(var(--edge) 1px, transparent 1px) 0 0 / 100% 50%;
-  border-bottom: 1px solid var(--edge); }
-article:nth-child(2) svg { color: var(--violet); } article:nth-child(3) svg { color: var(--green); }
-path { fill: none; stroke: currentColor; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-path:first-child { fill: currentColor; stroke: none; opacity: .14; }
-path:nth-child(3) { stroke: var(--amber); } .gauges output { color: var(--dim); }
-.gauges { grid-template-columns: 1fr; align-content: start; row-gap: .3rem; }
-.gauges label { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .8rem; }
-meter, ::-webkit-meter-bar { width: 100%; height: 6px; border: 0; background: var(--soft); }
-::-webkit-meter-optimum-value { background: var(--blue); } ::-moz-meter-bar { background: #4a90e2; }
-::-webkit-meter-suboptimum-value { background: var(--amber); }
-#alerts { position: absolute; z-index: 3; right: .8rem; top: 3rem; padding: .7rem; width: 24rem;
-  max-width: calc(100vw - 1.6rem); box-shadow: 0 8px 24px #0004; }
-#alert-list { list-style: none; padding: 0 0 .6rem; max-height: 40vh; overflow: auto; }
-#run { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; padding: .5rem; }
-#command { flex: 1; min-width: 8rem; resize: none; } #command, .prompt { font-family: var(--mono); }
-.prompt { color: var(--green); font-weight: 600; } #run > p { flex-basis: 100%; }
-.options { flex-basis: 100%; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem;
-  align-items: center; padding-left: 1.1rem; }
-.options input { padding: .05rem .4rem; } #cwd { width: 12rem; } #timeout { width: 5rem; }
-#readonly { padding: .5rem .8rem; } nav { display: flex; flex-direction: column; min-height: 0; }
-nav h2 { padding: .5rem .8rem; border-bottom: 1px solid var(--edge); }
-#tasks { list-style: none; padding: 0; overflow: auto; }
-#tasks button { display: grid; grid-template-columns: 1fr auto; gap: .1rem .6rem; width: 100%;
-  padding: .4rem .8rem; border: solid var(--soft); border-width: 0 0 1px; border-radius: 0;
-  background: none; text-align: left; outline-offset: -2px; }
-#tasks button:hover { background: var(--soft); } #tasks .badge { justify-self: end; }
-#tasks [aria-current] { background: var(--soft); box-shadow: inset 3px 0 var(--blue); }
-#tasks :is(code, small), #title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#tasks small { color: var(--dim); } #tasks small:last-child { text-align: right; }
+  border-bottom: 1px solid var(--edge);
+}
+article:nth-child(2) svg {
+  color: var(--violet);
+}
+article:nth-child(3) svg {
+  color: var(--green);
+}
+path {
+  fill: none;
+  stroke: currentColor;
+  stroke-width: 1.5;
+  vector-effect: non-scaling-stroke;
+}
+path:first-child {
+  fill: currentColor;
+  stroke: none;
+  opacity: 0.14;
+}
+path:nth-child(3) {
+  stroke: var(--amber);
+}
+.gauges output {
+  color: var(--dim);
+}
+.gauges {
+  grid-template-columns: 1fr;
+  align-content: start;
+  row-gap: 0.3rem;
+}
+.gauges label {
+  display: flex;
+  flex-wrap: wrap;
+  justify-content: space-between;
+  font-size: 0.8rem;
+}
+meter,
+::-webkit-meter-bar {
+  width: 100%;
+  height: 6px;
+  border: 0;
+  background: var(--soft);
+}
+::-webkit-meter-optimum-value {
+  background: var(--blue);
+}
+::-moz-meter-bar {
+  background: #4a90e2;
+}
+::-webkit-meter-suboptimum-value {
+  background: var(--amber);
+}
+#alerts {
+  position: absolute;
+  z-index: 3;
+  right: 0.8rem;
+  top: 3rem;
+  padding: 0.7rem;
+  width: 24rem;
+  max-width: calc(100vw - 1.6rem);
+  box-shadow: 0 8px 24px #0004;
+}
+#alert-list {
+  list-style: none;
+  padding: 0 0 0.6rem;
+  max-height: 40vh;
+  overflow: auto;
+}
+#run {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 0.4rem 0.6rem;
+  padding: 0.5rem;
+}
+#command {
+  flex: 1;
+  min-width: 8rem;
+  resize: none;
+}
+#command,
+.prompt {
+  font-family: var(--mono);
+}
+.prompt {
+  color: var(--green);
+  font-weight: 600;
+}
+#run > p {
+  flex-basis: 100%;
+}
+.options {
+  flex-basis: 100%;
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.2rem 1.2rem;
+  font-size: 0.85rem;
+  align-items: center;
+  padding-left: 1.1rem;
+}
+.options input {
+  padding: 0.05rem 0.4rem;
+}
+#cwd {
+  width: 12rem;
+}
+#timeout {
+  width: 5rem;
+}
+#readonly {
+  padding: 0.5rem 0.8rem;
+}
+nav {
+  display: flex;
+  flex-direction: column;
+  min-height: 0;
+}
+nav h2 {
+  padding: 0.5rem 0.8rem;
+  border-bottom: 1px solid var(--edge);
+}
+#tasks {
+  list-style: none;
+  padding: 0;
+  overflow: auto;
+}
+#tasks button {
+  display: grid;
+  grid-template-columns: 1fr auto;
+  gap: 0.1rem 0.6rem;
+  width: 100%;
+  padding: 0.4rem 0.8rem;
+  border: solid var(--soft);
+  border-width: 0 0 1px;
+  border-radius: 0;
+  background: none;
+  text-align: left;
+  outline-offset: -2px;
+}
+#tasks button:hover {
+  background: var(--soft);
+}
+#tasks .badge {
+  justify-self: end;
+}
+#tasks [aria-current] {
+  background: var(--soft);
+  box-shadow: inset 3px 0 var(--blue);
+}
+#tasks :is(code, small),
+#title {
+  overflow: hidden;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+}
+#tasks small {
+  color: var(--dim);
+}
+#tasks small:last-child {
+  text-align: right;
+}
 /* The output of one task */
-#detail { display: flex; flex-direction: column; min-height: 0; min-width: 0; overflow: hidden; }
-.head, .tools { display: flex; align-items: center; gap: .4rem .6rem; padding: .4rem .7rem;
-  border-bottom: 1px solid var(--edge); }
-.tools { flex-wrap: wrap; font-size: .85rem; padding: .25rem .7rem; gap: .3rem 1rem; }
-.tools input, .tools button { padding: .05rem .45rem; } #title { font-weight: 600; }
-code { font: 13px var(--mono); } #back { display: none; }
-#frame { position: relative; flex: 1; min-height: 0; background: var(--screen); }
-#output { position: absolute; inset: 0; overflow: auto; padding: .4rem .7rem; tab-size: 8;
-  font: 13px/18px var(--mono); font-variant-ligatures: none; }
-#sizer { position: relative; min-width: 100%; width: max-content; } .wrapped #sizer { width: 100%; }
-#lines { position: absolute; min-width: 100%; } .wrapped #lines { width: 100%; }
-#lines div { min-height: 18px; white-space: pre; }
-.wrapped #lines div { white-space: pre-wrap; word-break: break-all; }
-.timed #lines div { padding-left: 14ch; } .timed #lines div::before { content: attr(data-time);
-  display: inline-block; width: 14ch; margin-left: -14ch; color: var(--dim); user-select: none; }
-#lines .hit { background: light-dark(#fff2c4, #54410d); } #lines a { color: inherit; }
-#lines .note { color: var(--amber); font-style: italic; }
-.wide { display: inline-block; width: 2ch; height: 18px; overflow: hidden; vertical-align: bottom; }
-#cursor { position: absolute; width: 1ch; height: 18px; background: var(--text); opacity: .5; }
-#keys { position: absolute; width: 1px; height: 18px; opacity: 0; padding: 0; border: 0; }
-#frame:has(#keys:focus) { box-shadow: inset 0 0 0 2px var(--blue); }
-#frame:has(#keys:focus) #cursor { opacity: .8; }
-#frame .empty { position: absolute; inset: 0; } #keybar { display: flex; gap: .3rem; padding: .3rem;
-  overflow-x: auto; } #keybar [aria-pressed="true"] { background: var(--blue); }
-#tail { position: absolute; right: 1.2rem; bottom: .8rem; box-shadow: 0 2px 8px #0005; }
-#spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-dialog { margin: auto; width: 26rem; max-width: calc(100vw - 2rem); padding: 1.3rem; color: inherit;
-  border: 1px solid var(--edge); border-radius: 10px; background: var(--panel); }
-dialog form { display: grid; gap: .8rem; } dialog [type="password"] { width: 100%; }
+#detail {
+  display: flex;
+  flex-direction: column;
+  min-height: 0;
+  min-width: 0;
+  overflow: hidden;
+}
+.head,
+.tools {
+  display: flex;
+  align-items: center;
+  gap: 0.4rem 0.6rem;
+  padding: 0.4rem 0.7rem;
+  border-bottom: 1px solid var(--edge);
+}
+.tools {
+  flex-wrap: wrap;
+  font-size: 0.85rem;
+  padding: 0.25rem 0.7rem;
+  gap: 0.3rem 1rem;
+}
+.tools input,
+.tools button {
+  padding: 0.05rem 0.45rem;
+}
+#title {
+  font-weight: 600;
+}
+code {
+  font: 13px var(--mono);
+}
+#back {
+  display: none;
+}
+#frame {
+  position: relative;
+  flex: 1;
+  min-height: 0;
+  background: var(--screen);
+}
+#output {
+  position: absolute;
+  inset: 0;
+  overflow: auto;
+  padding: 0.4rem 0.7rem;
+  tab-size: 8;
+  font: 13px/18px var(--mono);
+  font-variant-ligatures: none;
+}
+#sizer {
+  position: relative;
+  min-width: 100%;
+  width: max-content;
+}
+.wrapped #sizer {
+  width: 100%;
+}
+#lines {
+  position: absolute;
+  min-width: 100%;
+}
+.wrapped #lines {
+  width: 100%;
+}
+#lines div {
+  min-height: 18px;
+  white-space: pre;
+}
+.wrapped #lines div {
+  white-space: pre-wrap;
+  word-break: break-all;
+}
+.timed #lines div {
+  padding-left: 14ch;
+}
+.timed #lines div::before {
+  content: attr(data-time);
+  display: inline-block;
+  width: 14ch;
+  margin-left: -14ch;
+  color: var(--dim);
+  user-select: none;
+}
+#lines .hit {
+  background: light-dark(#fff2c4, #54410d);
+}
+#lines a {
+  color: inherit;
+}
+#lines .note {
+  color: var(--amber);
+  font-style: italic;
+}
+.wide {
+  display: inline-block;
+  width: 2ch;
+  height: 18px;
+  overflow: hidden;
+  vertical-align: bottom;
+}
+#cursor {
+  position: absolute;
+  width: 1ch;
+  height: 18px;
+  background: var(--text);
+  opacity: 0.5;
+}
+#keys {
+  position: absolute;
+  width: 1px;
+  height: 18px;
+  opacity: 0;
+  padding: 0;
+  border: 0;
+}
+#frame:has(#keys:focus) {
+  box-shadow: inset 0 0 0 2px var(--blue);
+}
+#frame:has(#keys:focus) #cursor {
+  opacity: 0.8;
+}
+#frame .empty {
+  position: absolute;
+  inset: 0;
+}
+#keybar {
+  display: flex;
+  gap: 0.3rem;
+  padding: 0.3rem;
+  overflow-x: auto;
+}
+#keybar [aria-pressed="true"] {
+  background: var(--blue);
+}
+#tail {
+  position: absolute;
+  right: 1.2rem;
+  bottom: 0.8rem;
+  box-shadow: 0 2px 8px #0005;
+}
+#spoken {
+  position: absolute;
+  width: 1px;
+  height: 1px;
+  overflow: hidden;
+  clip-path: inset(50%);
+}
+dialog {
+  margin: auto;
+  width: 26rem;
+  max-width: calc(100vw - 2rem);
+  padding: 1.3rem;
+  color: inherit;
+  border: 1px solid var(--edge);
+  border-radius: 10px;
+  background: var(--panel);
+}
+dialog form {
+  display: grid;
+  gap: 0.8rem;
+}
+dialog [type="password"] {
+  width: 100%;
+}
 @media (max-width: 52rem) {
-  body { height: auto; min-height: 100dvh; } #detail, .options small, #uptime { display: none; }
-  main { grid-template: auto / minmax(0, 1fr); padding: .5rem; gap: .5rem; align-content: start; }
-  #glance { grid-template-columns: 1fr 1fr; gap: .5rem; } svg { height: 2rem; }
-  article { grid-template-columns: 1fr; padding: .4rem .6rem; } article .dim { text-align: left; }
-  input, textarea { font-size: 16px; } /* smaller ones make phones zoom in */
-  .reading :is(header, #glance, #run, nav, #readonly) { display: none; } .head { flex-wrap: wrap; }
-  .reading #detail { display: flex; height: calc(100dvh - 1rem); } #back { display: block; }
-  .head .grow, #facts { flex-basis: 100%; } #title { flex: 1; } #find { width: 7rem; }
+  body {
+    height: auto;
+    min-height: 100dvh;
+  }
+  #detail,
+  .options small,
+  #uptime {
+    display: none;
+  }
+  main {
+    grid-template: auto / minmax(0, 1fr);
+    padding: 0.5rem;
+    gap: 0.5rem;
+    align-content: start;
+  }
+  #glance {
+    grid-template-columns: 1fr 1fr;
+    gap: 0.5rem;
+  }
+  svg {
+    height: 2rem;
+  }
+  article {
+    grid-template-columns: 1fr;
+    padding: 0.4rem 0.6rem;
+  }
+  article .dim {
+    text-align: left;
+  }
+  input,
+  textarea {
+    font-size: 16px;
+  } /* smaller ones make phones zoom in */
+  .reading :is(header, #glance, #run, nav, #readonly) {
+    display: none;
+  }
+  .head {
+    flex-wrap: wrap;
+  }
+  .reading #detail {
+    display: flex;
+    height: calc(100dvh - 1rem);
+  }
+  #back {
+    display: block;
+  }
+  .head .grow,
+  #facts {
+    flex-basis: 100%;
+  }
+  #title {
+    flex: 1;
+  }
+  #find {
+    width: 7rem;
+  }
 }
 @media (prefers-reduced-motion: no-preference) {
-  .busy.badge::before { animation: pulse 1.6s infinite; } @keyframes pulse { 50% { opacity: .25; } }
+  .busy.badge::before {
+    animation: pulse 1.6s infinite;
+  }
+  @keyframes pulse {
+    50% {
+      opacity: 0.25;
+    }
+  }
 }
 """
 
 HTML = r"""
-<!doctype html><html lang="en">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ServerControl</title><link rel="icon" id="icon" href="data:,">
-<style>@CSS@</style>
-<header>
-  <h1 id="host">ServerControl</h1>
-  <span id="link" class="badge" role="status">connecting</span>
-  <span id="role" class="badge plain" hidden></span>
-  <span id="uptime" class="dim grow"></span>
-  <button id="bell" aria-expanded="false" aria-controls="alerts">Alerts
-    <span id="alert-count" class="badge plain">0</span></button>
-  <button id="theme"></button> <button id="logout" hidden>Log out</button></header>
-<p id="banner" class="banner bad" role="alert" hidden></p>
-<p id="notice" class="banner" role="status" hidden><span id="words"></span>
-  <button id="dismiss">OK</button></p>
-<section id="alerts" class="panel" aria-label="Alerts" hidden>
-  <ol id="alert-list"><li class="dim">No alert since this page was opened.</ol>
-  <button id="notify">Notify me on the desktop</button></section>
-<main>
-<section id="glance" aria-label="System">
-  <article class="panel"><h2>CPU</h2><b id="cpu">–</b><span id="cpu-more" class="dim"></span>
-    <svg id="cpu-chart" viewBox="0 0 600 100" preserveAspectRatio="none" role="img"
-      aria-label="CPU, last 10 minutes"><path></path><path></path><path></path></svg></article>
-  <article class="panel"><h2>Memory</h2><b id="ram">–</b><span id="ram-more" class="dim"></span>
-    <svg id="ram-chart" viewBox="0 0 600 100" preserveAspectRatio="none" role="img"
-      aria-label="Memory, last 10 minutes"><path></path><path></path><path></path></svg></article>
-  <article class="panel"><h2>Network</h2><b id="recv">–</b><span id="net-more" class="dim"></span>
-    <svg id="net-chart" viewBox="0 0 600 100" preserveAspectRatio="none" role="img"
-      aria-label="Network, last 10 minutes"><path></path><path></path><path></path></svg></article>
-  <article class="panel gauges"><h2>Capacity</h2>
-    <label>Disk <output id="disk">–</output><meter id="disk-bar" high="0.85"></meter></label>
-    <label>Swap <output id="swap">–</output><meter id="swap-bar" high="0.7"></meter></label>
-    <label>Load <output id="load">–</output><meter id="load-bar" high="0.9"></meter></label>
-  </article></section>
-<form id="run" class="panel" aria-label="Run a command">
-  <span class="prompt" aria-hidden="true">$</span>
-  <textarea id="command" rows="1" aria-label="Command" spellcheck="false"
-    placeholder="Type a command" aria-describedby="run-hint" autocapitalize="off"></textarea>
-  <button class="primary">Run</button>
-  <div class="options">
-    <label title="For top, vim or a shell"><input type="checkbox" id="tty"> Terminal</label>
-    <label>Folder <input id="cwd" placeholder="where the server runs" spellcheck="false"></label>
-    <label>Stop after <input id="timeout" type="number" min="0" placeholder="never"> s</label>
-    <small id="run-hint" class="dim">Enter runs · ↑ ↓ history · Shift-Enter adds a line, Ctrl-Enter
-      runs several</small></div>
-  <p id="run-error" class="bad" role="alert" hidden></p></form>
-<p id="readonly" class="panel dim" hidden></p>
-<nav class="panel" aria-label="Tasks"><h2>Tasks <span id="task-count" class="dim"></span></h2>
-  <ul id="tasks"></ul>
-  <p id="no-tasks" class="empty">No task yet. What anybody runs here shows up.</p></nav>
-<section id="detail" class="panel" aria-label="Output">
-  <div class="head">
-    <button id="back">‹ Tasks</button><code id="title"></code>
-    <span id="state" class="badge" role="status" hidden></span><span class="grow"></span>
-    <button id="stop" class="danger">Stop</button><button id="rerun">Run again</button>
-    <button id="copy">Copy</button><button id="download">Download</button></div>
-  <div class="tools"><span id="facts" class="dim grow"></span>
-    <label><input type="checkbox" id="times"> Times</label>
-    <label><input type="checkbox" id="wrap" checked> Wrap</label>
-    <span role="search"><input id="find" type="search" aria-label="Search" placeholder="Search">
-      <span id="hits" class="dim" role="status"></span>
-      <button id="previous" aria-label="Previous match">↑</button>
-      <button id="next" aria-label="Next match">↓</button></span></div>
-  <div id="frame">
-    <div id="output" tabindex="0" role="region" aria-label="Output of the task">
-      <div id="sizer"><div id="lines"></div><div id="cursor" hidden></div>
-        <textarea id="keys" aria-label="Type into the terminal; Shift-Escape leaves it" hidden
-          autocapitalize="off" autocomplete="off" spellcheck="false"></textarea></div></div>
-    <p id="no-output" class="empty">Pick a task to see its output, or run a command.</p>
-    <button id="tail" hidden>↓ Follow</button></div>
-  <div id="keybar" role="toolbar" aria-label="Special keys" hidden>
-    <button aria-label="Escape">Esc</button><button>Tab</button><button>Ctrl</button>
-    <button>Alt</button><button aria-label="ArrowUp">↑</button>
-    <button aria-label="ArrowDown">↓</button><button aria-label="ArrowLeft">←</button>
-    <button aria-label="ArrowRight">→</button><button>Home</button><button>End</button>
-    <button>PageUp</button><button>PageDown</button>
-    <button>|</button><button>/</button><button>~</button></div>
-</section></main>
-<div id="spoken" role="status"></div>
-<dialog id="login" aria-labelledby="login-title"><form id="login-form">
-  <h2 id="login-title">Token needed</h2>
-  <p class="dim">This server asks who you are. The token is in its file <code>token</code>, and
-    in the link that it prints on a terminal.</p>
-  <label>Token <input id="token" type="password" autocomplete="off" required></label>
-  <label><input type="checkbox" id="keep"> Keep it in this browser, not just for this tab</label>
-  <p id="login-error" class="bad" role="alert" hidden></p>
-  <button class="primary">Log in</button></form></dialog>
-<noscript><p class="banner bad">This page needs JavaScript; without it, use curl.</p></noscript>
-<script>@JS@</script>
+<!doctype html>
+<html lang="en">
+  <meta name="viewport" content="width=device-width, initial-scale=1" />
+  <title>ServerControl</title
+  ><link rel="icon" id="icon" href="data:," />
+  <style></style>
+  <header>
+    <h1 id="host">ServerControl</h1>
+    <span id="link" class="badge" role="status">connecting</span>
+    <span id="role" class="badge plain" hidden></span>
+    <span id="uptime" class="dim grow"></span>
+    <button id="bell" aria-expanded="false" aria-controls="alerts">
+      Alerts <span id="alert-count" class="badge plain">0</span>
+    </button>
+    <button id="theme"></button> <button id="logout" hidden>Log out</button>
+  </header>
+  <p id="banner" class="banner bad" role="alert" hidden></p>
+  <p id="notice" class="banner" role="status" hidden>
+    <span id="words"></span> <button id="dismiss">OK</button>
+  </p>
+  <section id="alerts" class="panel" aria-label="Alerts" hidden>
+    <ol id="alert-list">
+      <li class="dim">No alert since this page was opened.</li>
+    </ol>
+    <button id="notify">Notify me on the desktop</button>
+  </section>
+  <main>
+    <section id="glance" aria-label="System">
+      <article class="panel">
+        <h2>CPU</h2>
+        <b id="cpu">–</b><span id="cpu-more" class="dim"></span>
+        <svg
+          id="cpu-chart"
+          viewBox="0 0 600 100"
+          preserveAspectRatio="none"
+          role="img"
+          aria-label="CPU, last 10 minutes"
+        >
+          <path></path>
+          <path></path>
+          <path></path>
+        </svg>
+      </article>
+      <article class="panel">
+        <h2>Memory</h2>
+        <b id="ram">–</b><span id="ram-more" class="dim"></span>
+        <svg
+          id="ram-chart"
+          viewBox="0 0 600 100"
+          preserveAspectRatio="none"
+          role="img"
+          aria-label="Memory, last 10 minutes"
+        >
+          <path></path>
+          <path></path>
+          <path></path>
+        </svg>
+      </article>
+      <article class="panel">
+        <h2>Network</h2>
+        <b id="recv">–</b><span id="net-more" class="dim"></span>
+        <svg
+          id="net-chart"
+          viewBox="0 0 600 100"
+          preserveAspectRatio="none"
+          role="img"
+          aria-label="Network, last 10 minutes"
+        >
+          <path></path>
+          <path></path>
+          <path></path>
+        </svg>
+      </article>
+      <article class="panel gauges">
+        <h2>Capacity</h2>
+        <label>Disk <output id="disk">–</output><meter id="disk-bar" high="0.85"></meter></label>
+        <label>Swap <output id="swap">–</output><meter id="swap-bar" high="0.7"></meter></label>
+        <label>Load <output id="load">–</output><meter id="load-bar" high="0.9"></meter></label>
+      </article>
+    </section>
+    <form id="run" class="panel" aria-label="Run a command">
+      <span class="prompt" aria-hidden="true">$</span>
+      <textarea
+        id="command"
+        rows="1"
+        aria-label="Command"
+        spellcheck="false"
+        placeholder="Type a command"
+        aria-describedby="run-hint"
+        autocapitalize="off"
+      ></textarea>
+      <button class="primary">Run</button>
+      <div class="options">
+        <label title="For top, vim or a shell"><input type="checkbox" id="tty" /> Terminal</label>
+        <label
+          >Folder <input id="cwd" placeholder="where the server runs" spellcheck="false"
+        /></label>
+        <label>Stop after <input id="timeout" type="number" min="0" placeholder="never" /> s</label>
+        <small id="run-hint" class="dim"
+          >Enter runs · ↑ ↓ history · Shift-Enter adds a line, Ctrl-Enter runs several</small
+        >
+      </div>
+      <p id="run-error" class="bad" role="alert" hidden></p>
+    </form>
+    <p id="readonly" class="panel dim" hidden></p>
+    <nav class="panel" aria-label="Tasks">
+      <h2>Tasks <span id="task-count" class="dim"></span></h2>
+      <ul id="tasks"></ul>
+      <p id="no-tasks" class="empty">No task yet. What anybody runs here shows up.</p>
+    </nav>
+    <section id="detail" class="panel" aria-label="Output">
+      <div class="head">
+        <button id="back">‹ Tasks</button><code id="title"></code>
+        <span id="state" class="badge" role="status" hidden></span><span class="grow"></span>
+        <button id="stop" class="danger">Stop</button><button id="rerun">Run again</button>
+        <button id="copy">Copy</button><button id="download">Download</button>
+      </div>
+      <div class="tools">
+        <span id="facts" class="dim grow"></span>
+        <label><input type="checkbox" id="times" /> Times</label>
+        <label><input type="checkbox" id="wrap" checked /> Wrap</label>
+        <span role="search"
+          ><input id="find" type="search" aria-label="Search" placeholder="Search" />
+          <span id="hits" class="dim" role="status"></span>
+          <button id="previous" aria-label="Previous match">↑</button>
+          <button id="next" aria-label="Next match">↓</button></span
+        >
+      </div>
+      <div id="frame">
+        <div id="output" tabindex="0" role="region" aria-label="Output of the task">
+          <div id="sizer">
+            <div id="lines"></div>
+            <div id="cursor" hidden></div>
+            <textarea
+              id="keys"
+              aria-label="Type into the terminal; Shift-Escape leaves it"
+              hidden
+              autocapitalize="off"
+              autocomplete="off"
+              spellcheck="false"
+            ></textarea>
+          </div>
+        </div>
+        <p id="no-output" class="empty">Pick a task to see its output, or run a command.</p>
+        <button id="tail" hidden>↓ Follow</button>
+      </div>
+      <div id="keybar" role="toolbar" aria-label="Special keys" hidden>
+        <button aria-label="Escape">Esc</button><button>Tab</button><button>Ctrl</button>
+        <button>Alt</button><button aria-label="ArrowUp">↑</button>
+        <button aria-label="ArrowDown">↓</button><button aria-label="ArrowLeft">←</button>
+        <button aria-label="ArrowRight">→</button><button>Home</button><button>End</button>
+        <button>PageUp</button><button>PageDown</button> <button>|</button><button>/</button
+        ><button>~</button>
+      </div>
+    </section>
+  </main>
+  <div id="spoken" role="status"></div>
+  <dialog id="login" aria-labelledby="login-title">
+    <form id="login-form">
+      <h2 id="login-title">Token needed</h2>
+      <p class="dim">
+        This server asks who you are. The token is in its file <code>token</code>, and in the link
+        that it prints on a terminal.
+      </p>
+      <label>Token <input id="token" type="password" autocomplete="off" required /></label>
+      <label
+        ><input type="checkbox" id="keep" /> Keep it in this browser, not just for this tab</label
+      >
+      <p id="login-error" class="bad" role="alert" hidden></p>
+      <button class="primary">Log in</button>
+    </form>
+  </dialog>
+  <noscript><p class="banner bad">This page needs JavaScript; without it, use curl.</p></noscript>
+  <script></script>
+</html>
 """
 
 JS = r"""
@@ -8604,146 +9176,271 @@ JS = r"""
 // ── The terminal: what a program's output makes of a screen ──
 // A terminal task has cols x rows cells; lines that leave the top are kept above. Any other has a
 // "log", a screen of endless columns: so carriage returns, erasing and going up work there as well.
-const MAX_LINES = 100000, MAX_LINE = 4000, LOG_ROWS = 200, RGB = 1 << 24;
-const BOLD = 1, DIM = 2, ITALIC = 4, UNDERLINE = 8, INVERSE = 16, HIDDEN = 32, STRIKE = 64;
+const MAX_LINES = 100000,
+  MAX_LINE = 4000,
+  LOG_ROWS = 200,
+  RGB = 1 << 24;
+const BOLD = 1,
+  DIM = 2,
+  ITALIC = 4,
+  UNDERLINE = 8,
+  INVERSE = 16,
+  HIDDEN = 32,
+  STRIKE = 64;
 const FLAG_ON = [0, BOLD, DIM, ITALIC, UNDERLINE, 0, 0, INVERSE, HIDDEN, STRIKE]; // by SGR number
 const FLAG_OFF = { 22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 27: INVERSE, 28: HIDDEN, 29: STRIKE };
 const CONTROL = /[\x00-\x1f\x7f-\x9f]/g; // below: CSI; then OSC, DCS and the like; then short ones
-const SEQUENCE = new RegExp("\\x1b(?:\\[([<-?]?)([\\d;:]*)([ -/]*)([@-~])" +
-  "|\\][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)|[PX^_][^\\x1b]*\\x1b\\\\" +
-  "|([ -/]*)([0-OQ-WYZ\\\\`-~]))", "y");
+const SEQUENCE = new RegExp(
+  "\\x1b(?:\\[([<-?]?)([\\d;:]*)([ -/]*)([@-~])" +
+    "|\\][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)|[PX^_][^\\x1b]*\\x1b\\\\" +
+    "|([ -/]*)([0-OQ-WYZ\\\\`-~]))",
+  "y",
+);
 const PARTIAL = /\x1b(\[[<-?]?[\d;:]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
-const GRAPHICS = Object.fromEntries("`◆a▒f°g±j┘k┐l┌m└n┼o⎺p⎻q─r⎼s⎽t├u┤v┴w┬x│y≤z≥{π|≠}£~·"
-  .match(/../gu).map((pair) => [...pair])); // DEC line drawing
+const GRAPHICS = Object.fromEntries(
+  "`◆a▒f°g±j┘k┐l┌m└n┼o⎺p⎻q─r⎼s⎽t├u┤v┴w┬x│y≤z≥{π|≠}£~·".match(/../gu).map((pair) => [...pair]),
+); // DEC line drawing
 const IS_MARK = /[\p{Mn}\p{Me}\u200b-\u200f\ufe00-\ufe0f]/u;
-const IS_WIDE = new RegExp("[\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-" +
-  "\\ufaff\\ufe30-\\ufe6f\\uff00-\\uff60\\uffe0-\\uffe6\\u{20000}-\\u{3fffd}]" +
-  "|\\p{Emoji_Presentation}", "u");
+const IS_WIDE = new RegExp(
+  "[\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-" +
+    "\\ufaff\\ufe30-\\ufe6f\\uff00-\\uff60\\uffe0-\\uffe6\\u{20000}-\\u{3fffd}]" +
+    "|\\p{Emoji_Presentation}",
+  "u",
+);
 const blanks = (count, style) => Array(count).fill([" ", style]);
 const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
 // A line is packed, as runs [text, style, text, style …], or open, as cells [character, style]:
 // these are never changed, only replaced; the right half of a wide character is "". A style is
 // "foreground,background,flags", or "" where there is nothing special.
 class Line {
-  constructor(time) { Object.assign(this, { time, runs: [], cells: null, size: 0, version: 0 }); }
+  constructor(time) {
+    Object.assign(this, { time, runs: [], cells: null, size: 0, version: 0 });
+  }
   append(text, style) {
     this.pack();
     if (this.runs.length && this.runs.at(-1) === style) this.runs[this.runs.length - 2] += text;
     else this.runs.push(text, style);
-    this.size += text.length; this.version++; }
-  open() { // to be changed
-    this.version++; if (this.cells) return this.cells;
-    const cells = this.cells = [], { runs } = this;
-    for (let i = 0; i < runs.length; i += 2) for (const char of runs[i]) {
-      cells.push([char === "\t" ? " " : char, runs[i + 1]]);
-      if (IS_WIDE.test(char)) cells.push(["", runs[i + 1]]);
-      while (char === "\t" && cells.length % 8) cells.push([" ", runs[i + 1]]); }
-    return cells; }
-  edit(from, gone, cells, cols = Infinity) { // as splice; a wide character goes as a whole
-    const row = this.open(); if (row.length < from) row.push(...blanks(from - row.length, ""));
+    this.size += text.length;
+    this.version++;
+  }
+  open() {
+    // to be changed
+    this.version++;
+    if (this.cells) return this.cells;
+    const cells = (this.cells = []),
+      { runs } = this;
+    for (let i = 0; i < runs.length; i += 2)
+      for (const char of runs[i]) {
+        cells.push([char === "\t" ? " " : char, runs[i + 1]]);
+        if (IS_WIDE.test(char)) cells.push(["", runs[i + 1]]);
+        while (char === "\t" && cells.length % 8) cells.push([" ", runs[i + 1]]);
+      }
+    return cells;
+  }
+  edit(from, gone, cells, cols = Infinity) {
+    // as splice; a wide character goes as a whole
+    const row = this.open();
+    if (row.length < from) row.push(...blanks(from - row.length, ""));
     for (const x of [from, from + gone]) {
-      if (row[x]?.[0] === "") row[x] = row[x - 1] = [" ", row[x][1]]; }
-    row.splice(from, gone, ...cells); if (row.length > cols) row.length = cols; }
-  erase(from, to, style) { // what is not there at the end need not be made, if it has no colour
-    const isEnd = !style && to >= this.open().length; if (!isEnd || from < this.cells.length) {
-      this.edit(from, to - from, isEnd ? [] : blanks(to - from, style)); } }
+      if (row[x]?.[0] === "") row[x] = row[x - 1] = [" ", row[x][1]];
+    }
+    row.splice(from, gone, ...cells);
+    if (row.length > cols) row.length = cols;
+  }
+  erase(from, to, style) {
+    // what is not there at the end need not be made, if it has no colour
+    const isEnd = !style && to >= this.open().length;
+    if (!isEnd || from < this.cells.length) {
+      this.edit(from, to - from, isEnd ? [] : blanks(to - from, style));
+    }
+  }
   toRuns() {
-    if (!this.cells) return this.runs; const runs = []; this.cells.forEach(([char, style], x) => {
+    if (!this.cells) return this.runs;
+    const runs = [];
+    this.cells.forEach(([char, style], x) => {
       const isWide = this.cells[x + 1]?.[0] === "";
       if (isWide) runs.push(char, `${style || "-1,-1,0"},wide`);
       else if (char && runs.length && runs.at(-1) === style) runs[runs.length - 2] += char;
-      else if (char) runs.push(char, style); });
-    if (runs.at(-1) === "") runs[runs.length - 2] = runs.at(-2).trimEnd(); return runs; }
+      else if (char) runs.push(char, style);
+    });
+    if (runs.at(-1) === "") runs[runs.length - 2] = runs.at(-2).trimEnd();
+    return runs;
+  }
   pack() {
-    if (this.cells) [this.runs, this.size, this.cells] = [this.toRuns(), this.text.length, null]; }
-  get text() { return this.toRuns().filter((_, i) => i % 2 === 0).join(""); }
-  get isEmpty() { return this.cells ? !this.cells.length : !this.size; } }
-const PEN = { x: 0, y: 0, fg: -1, bg: -1, flags: 0, style: "", isPending: false, shift: 0,
-  charsets: "BB" }; // what ESC 7 saves; isPending: the next character goes to a new line
+    if (this.cells) [this.runs, this.size, this.cells] = [this.toRuns(), this.text.length, null];
+  }
+  get text() {
+    return this.toRuns()
+      .filter((_, i) => i % 2 === 0)
+      .join("");
+  }
+  get isEmpty() {
+    return this.cells ? !this.cells.length : !this.size;
+  }
+}
+const PEN = {
+  x: 0,
+  y: 0,
+  fg: -1,
+  bg: -1,
+  flags: 0,
+  style: "",
+  isPending: false,
+  shift: 0,
+  charsets: "BB",
+}; // what ESC 7 saves; isPending: the next character goes to a new line
 class Terminal {
   // cols 0 makes a log; dropped: lines gone from the front; reply answers a program's questions
   constructor(cols, rows) {
     Object.assign(this, { isLog: !cols, cols: cols || Infinity, rows: rows || LOG_ROWS, time: 0 });
-    Object.assign(this, { dropped: 0, reply() {} }); this.reset(); }
-  reset() { // the screen begins at lines[base]; main: what the alternate screen hides
-    Object.assign(this, PEN, { lines: [new Line(this.time)], base: 0, main: null, saved: PEN,
-      rest: "", last: " ", top: 0, bottom: this.rows - 1, isInserting: false });
+    Object.assign(this, { dropped: 0, reply() {} });
+    this.reset();
+  }
+  reset() {
+    // the screen begins at lines[base]; main: what the alternate screen hides
+    Object.assign(this, PEN, {
+      lines: [new Line(this.time)],
+      base: 0,
+      main: null,
+      saved: PEN,
+      rest: "",
+      last: " ",
+      top: 0,
+      bottom: this.rows - 1,
+      isInserting: false,
+    });
     this.atEnd = this.isLog; // of a packed line: x is not known and not needed
     this.modes = { 7: true, 25: true }; // by the numbers of DECSET: 7 wraps, 25 shows the cursor
   }
-  get blank() { return this.bg < 0 || this.isLog ? "" : `-1,${this.bg},0`; }
+  get blank() {
+    return this.bg < 0 || this.isLog ? "" : `-1,${this.bg},0`;
+  }
   row(y = this.y) {
     while (this.lines.length <= this.base + y) this.lines.push(new Line(this.time));
-    return this.lines[this.base + y]; }
+    return this.lines[this.base + y];
+  }
   write(more, time = this.time) {
-    const text = this.rest + more; this.time = time; this.rest = "";
+    const text = this.rest + more;
+    this.time = time;
+    this.rest = "";
     for (let at = 0, match; at < text.length;) {
-      const code = text.charCodeAt(at), isControl = code < 32 || (code > 126 && code < 160);
+      const code = text.charCodeAt(at),
+        isControl = code < 32 || (code > 126 && code < 160);
       SEQUENCE.lastIndex = PARTIAL.lastIndex = CONTROL.lastIndex = at;
       if (code === 27 && (match = SEQUENCE.exec(text))) {
-        this.escape(match); at = SEQUENCE.lastIndex;
+        this.escape(match);
+        at = SEQUENCE.lastIndex;
       } else if (code === 27 && text.length - at < 65536 && PARTIAL.test(text)) {
-        this.rest = text.slice(at); at = text.length;
+        this.rest = text.slice(at);
+        at = text.length;
       } else if (isControl) {
-        if (this.isLog && text.startsWith("\r\n", at)) at++; this.control(text.charCodeAt(at++));
+        if (this.isLog && text.startsWith("\r\n", at)) at++;
+        this.control(text.charCodeAt(at++));
       } else {
         const end = CONTROL.exec(text)?.index ?? text.length;
-        this.print(text.slice(at, end)); at = end; } } }
+        this.print(text.slice(at, end));
+        at = end;
+      }
+    }
+  }
   print(text) {
     while (this.isLog && text) {
-      const line = this.row(), room = MAX_LINE - (line.cells ? this.x : line.size);
+      const line = this.row(),
+        room = MAX_LINE - (line.cells ? this.x : line.size);
       if (room > 0 && !this.atEnd) break;
-      if (room <= 0) { line.isSoft = true; this.newLine(); continue; }
+      if (room <= 0) {
+        line.isSoft = true;
+        this.newLine();
+        continue;
+      }
       if (line.isEmpty) line.time = this.time;
-      line.append(text.slice(0, room), this.style); text = text.slice(room); }
-    for (const char of text) this.put(char); }
+      line.append(text.slice(0, room), this.style);
+      text = text.slice(room);
+    }
+    for (const char of text) this.put(char);
+  }
   put(char) {
     if (this.charsets[this.shift] === "0") char = GRAPHICS[char] ?? char;
-    const isPlain = char < "\u0300", { style, cols } = this;
+    const isPlain = char < "\u0300",
+      { style, cols } = this;
     if (!isPlain && IS_MARK.test(char)) return this.combine(char);
-    const cells = !isPlain && IS_WIDE.test(char) ? [[char, style], ["", style]] : [[char, style]];
-    const width = cells.length; if (this.isPending || (this.modes[7] && this.x + width > cols)) {
-      this.row().isSoft = true; this.newLine(); }
+    const cells =
+      !isPlain && IS_WIDE.test(char)
+        ? [
+            [char, style],
+            ["", style],
+          ]
+        : [[char, style]];
+    const width = cells.length;
+    if (this.isPending || (this.modes[7] && this.x + width > cols)) {
+      this.row().isSoft = true;
+      this.newLine();
+    }
     const x = clamp(this.x, 0, cols - width);
     this.row().edit(x, this.isInserting ? 0 : width, cells, cols);
     this.isPending = x + width >= cols && !!this.modes[7];
-    this.x = Math.min(x + width, cols - 1); this.last = char; }
+    this.x = Math.min(x + width, cols - 1);
+    this.last = char;
+  }
   combine(mark) {
-    const cells = this.row().open(); let x = this.isPending ? this.x : this.x - 1;
+    const cells = this.row().open();
+    let x = this.isPending ? this.x : this.x - 1;
     if (cells[x]?.[0] === "") x--;
-    if (cells[x]?.[0].length < 16) cells[x] = [cells[x][0] + mark, cells[x][1]]; }
-  settle() { // before anything but appending: the column becomes known
-    if (this.atEnd) this.x = this.row().open().length; this.atEnd = false; }
+    if (cells[x]?.[0].length < 16) cells[x] = [cells[x][0] + mark, cells[x][1]];
+  }
+  settle() {
+    // before anything but appending: the column becomes known
+    if (this.atEnd) this.x = this.row().open().length;
+    this.atEnd = false;
+  }
   newLine() {
     if (this.isLog && this.base + this.y === this.lines.length - 1) this.row().pack();
-    this.x = 0; this.index(); this.atEnd = this.isLog && this.row().isEmpty; }
+    this.x = 0;
+    this.index();
+    this.atEnd = this.isLog && this.row().isEmpty;
+  }
   index() {
     this.isPending = false;
-    if (this.y === this.bottom) this.scroll(1); else this.y = Math.min(this.y + 1, this.rows - 1); }
-  scroll(count, top = this.top, keeps = top === 0 && !this.main) { // up; down where it is negative
+    if (this.y === this.bottom) this.scroll(1);
+    else this.y = Math.min(this.y + 1, this.rows - 1);
+  }
+  scroll(count, top = this.top, keeps = top === 0 && !this.main) {
+    // up; down where it is negative
     this.row(this.bottom);
     for (let n = Math.min(Math.abs(count), this.bottom - top + 1); n > 0; n--) {
-      const line = new Line(this.time), from = this.base + top, end = this.base + this.bottom;
+      const line = new Line(this.time),
+        from = this.base + top,
+        end = this.base + this.bottom;
       if (this.blank) line.edit(0, 0, blanks(this.cols, this.blank));
       if (count > 0 && keeps) this.lines[this.base++].pack();
       else this.lines.splice(count > 0 ? from : end, 1);
-      this.lines.splice(count < 0 ? from : keeps ? end + 1 : end, 0, line); }
-    if (this.base > MAX_LINES + 1000) this.drop(1000); }
-  drop(count) { this.dropped += this.lines.splice(0, count).length; this.base -= count; }
+      this.lines.splice(count < 0 ? from : keeps ? end + 1 : end, 0, line);
+    }
+    if (this.base > MAX_LINES + 1000) this.drop(1000);
+  }
+  drop(count) {
+    this.dropped += this.lines.splice(0, count).length;
+    this.base -= count;
+  }
   go(x, y = this.y) {
     this.isPending = this.atEnd = false;
-    this.x = clamp(x, 0, Math.min(this.cols - 1, MAX_LINE)); this.y = clamp(y, 0, this.rows - 1); }
-  vertical(count, x = this.x) { // stops at the margins of the region that it begins in
+    this.x = clamp(x, 0, Math.min(this.cols - 1, MAX_LINE));
+    this.y = clamp(y, 0, this.rows - 1);
+  }
+  vertical(count, x = this.x) {
+    // stops at the margins of the region that it begins in
     const low = this.y < this.top ? 0 : this.top;
     const high = this.y > this.bottom ? this.rows - 1 : this.bottom;
-    this.go(x, clamp(this.y + count, low, high)); }
+    this.go(x, clamp(this.y + count, low, high));
+  }
   control(code) {
     if (code === 9 && this.atEnd) return this.row().append("\t", this.style);
     if (code === 8 || code === 9 || code === 13) this.settle();
     if (code === 8 || code === 13) this.go(code === 8 ? this.x - 1 : 0);
     else if (code === 9) this.go(8 * Math.floor(this.x / 8) + 8);
     else if (code === 14 || code === 15) this.shift = 15 - code;
-    else if (code > 9 && code < 13) this.isLog || this.modes[20] ? this.newLine() : this.index(); }
+    else if (code > 9 && code < 13) this.isLog || this.modes[20] ? this.newLine() : this.index();
+  }
   escape([, prefix, params, between, final, charset, letter]) {
     if (charset === "(") this.charsets = letter + this.charsets[1];
     else if (charset === ")") this.charsets = this.charsets[0] + letter;
@@ -8751,547 +9448,1064 @@ class Terminal {
     else if (final === "m" && !prefix && !between) this.rendition(params.split(";"));
     else if (final && !between) {
       const numbers = params.split(";").map(Number);
-      this.settle(); CSI[prefix + final]?.(this, Math.min(numbers[0] || 1, 9999), numbers); } }
-  rendition(params) { // SGR
+      this.settle();
+      CSI[prefix + final]?.(this, Math.min(numbers[0] || 1, 9999), numbers);
+    }
+  }
+  rendition(params) {
+    // SGR
     for (let i = 0; i < params.length; i++) {
-      const [code, ...sub] = params[i].split(":").map(Number), tens = Math.floor(code / 10);
-      const unit = code % 10, side = [3, 9].includes(tens) ? "fg" : "bg";
+      const [code, ...sub] = params[i].split(":").map(Number),
+        tens = Math.floor(code / 10);
+      const unit = code % 10,
+        side = [3, 9].includes(tens) ? "fg" : "bg";
       if (code === 38 || code === 48 || code === 58) {
         const list = sub.length ? sub : params.slice(i + 1, i + 5).map(Number);
-        const [r, g, b] = sub.length ? sub.slice(-3) : list.slice(1), rgb = r << 16 | g << 8 | b;
+        const [r, g, b] = sub.length ? sub.slice(-3) : list.slice(1),
+          rgb = (r << 16) | (g << 8) | b;
         if (!sub.length) i += { 5: 2, 2: 4 }[list[0]] ?? 0;
-        if (code !== 58) this[side] = list[0] === 5 ? list[1] & 255 : RGB | rgb & 0xffffff;
+        if (code !== 58) this[side] = list[0] === 5 ? list[1] & 255 : RGB | (rgb & 0xffffff);
       } else if (!code) Object.assign(this, { fg: -1, bg: -1, flags: 0 });
       else if (code < 10 && sub[0] === 0) this.flags &= ~FLAG_ON[code];
       else if (code < 10) this.flags |= FLAG_ON[code];
       else if (FLAG_OFF[code]) this.flags &= ~FLAG_OFF[code];
       else if (tens === 3 || tens === 4) this[side] = unit === 9 ? -1 : unit;
-      else if (tens === 9 || tens === 10) this[side] = 8 + unit; }
-    const { fg, bg, flags } = this, isPlain = fg + bg + flags === -2;
-    this.style = isPlain ? "" : `${fg},${bg},${flags}`; }
-  eraseLine(what, y = this.y) { // 0 to the end, 1 from the start, 2 all
-    this.row(y).erase(what ? 0 : this.x, what === 1 ? this.x + 1 : this.cols, this.blank); }
-  eraseScreen(what) { // the same; 3 what is kept above it
+      else if (tens === 9 || tens === 10) this[side] = 8 + unit;
+    }
+    const { fg, bg, flags } = this,
+      isPlain = fg + bg + flags === -2;
+    this.style = isPlain ? "" : `${fg},${bg},${flags}`;
+  }
+  eraseLine(what, y = this.y) {
+    // 0 to the end, 1 from the start, 2 all
+    this.row(y).erase(what ? 0 : this.x, what === 1 ? this.x + 1 : this.cols, this.blank);
+  }
+  eraseScreen(what) {
+    // the same; 3 what is kept above it
     const end = what === 1 ? this.y : this.blank ? this.rows : this.lines.length - this.base;
-    if (what === 3) return this.main || this.drop(this.base); if (what < 2) this.eraseLine(what);
+    if (what === 3) return this.main || this.drop(this.base);
+    if (what < 2) this.eraseLine(what);
     for (let y = what ? 0 : this.y + 1; y < end; y++) this.eraseLine(2, y);
-    if (this.isLog && what !== 1) this.lines.splice(this.base + this.y + 1); }
-  save() { this.saved = Object.fromEntries(Object.keys(PEN).map((name) => [name, this[name]])); }
+    if (this.isLog && what !== 1) this.lines.splice(this.base + this.y + 1);
+  }
+  save() {
+    this.saved = Object.fromEntries(Object.keys(PEN).map((name) => [name, this[name]]));
+  }
   setMode(number, isOn) {
-    const { lines, base, main } = this; this.modes[number] = isOn;
+    const { lines, base, main } = this;
+    this.modes[number] = isOn;
     if (number === 6) this.go(0, isOn ? this.top : 0);
     if (![47, 1047, 1049].includes(number) || this.isLog || isOn === !!main) return;
     if (isOn) this.save();
     if (isOn) Object.assign(this, { lines: [], base: 0, main: { lines, base, saved: this.saved } });
     else Object.assign(this, main, { main: null }, number === 1049 ? main.saved : {});
-    this.row(); }
-  resize(cols, rows) { // the cursor stays where it is in the text
+    this.row();
+  }
+  resize(cols, rows) {
+    // the cursor stays where it is in the text
     const move = Math.max(0, this.y - rows + 1);
-    if (this.main) this.lines.splice(0, move); else this.base += move;
+    if (this.main) this.lines.splice(0, move);
+    else this.base += move;
     this.lines.splice(this.base + rows);
     Object.assign(this, { cols, rows, top: 0, bottom: rows - 1 });
     for (const line of this.lines.slice(this.base)) line.edit(0, 0, [], cols);
-    this.go(this.x, this.y - move); } }
+    this.go(this.x, this.y - move);
+  }
+}
 // What follows "ESC [", with "?" where that is a part of the name; n is the first number, else 1.
 const isInRegion = (t) => t.y >= t.top && t.y <= t.bottom;
 const CSI = {
   "@": (t, n) => t.row().edit(t.x, 0, blanks(n, t.blank), t.cols),
-  A: (t, n) => t.vertical(-n), B: (t, n) => t.vertical(n), C: (t, n) => t.go(t.x + n),
-  D: (t, n) => t.go(t.x - n), E: (t, n) => t.vertical(n, 0), F: (t, n) => t.vertical(-n, 0),
-  G: (t, n) => t.go(n - 1), H: (t, n, [, column]) => { t.x = (column || 1) - 1; CSI.d(t, n); },
+  A: (t, n) => t.vertical(-n),
+  B: (t, n) => t.vertical(n),
+  C: (t, n) => t.go(t.x + n),
+  D: (t, n) => t.go(t.x - n),
+  E: (t, n) => t.vertical(n, 0),
+  F: (t, n) => t.vertical(-n, 0),
+  G: (t, n) => t.go(n - 1),
+  H: (t, n, [, column]) => {
+    t.x = (column || 1) - 1;
+    CSI.d(t, n);
+  },
   d: (t, n) => t.go(t.x, t.modes[6] ? Math.min(t.top + n - 1, t.bottom) : n - 1),
-  f: (t, n, all) => CSI.H(t, n, all), I: (t, n) => t.go(8 * (Math.floor(t.x / 8) + n)),
-  J: (t, _, [what]) => t.eraseScreen(what), K: (t, _, [what]) => t.eraseLine(what),
-  L: (t, n) => { if (isInRegion(t)) { t.scroll(-n, t.y); t.go(0); } },
-  M: (t, n) => { if (isInRegion(t)) { t.scroll(n, t.y, false); t.go(0); } },
+  f: (t, n, all) => CSI.H(t, n, all),
+  I: (t, n) => t.go(8 * (Math.floor(t.x / 8) + n)),
+  J: (t, _, [what]) => t.eraseScreen(what),
+  K: (t, _, [what]) => t.eraseLine(what),
+  L: (t, n) => {
+    if (isInRegion(t)) {
+      t.scroll(-n, t.y);
+      t.go(0);
+    }
+  },
+  M: (t, n) => {
+    if (isInRegion(t)) {
+      t.scroll(n, t.y, false);
+      t.go(0);
+    }
+  },
   P: (t, n) => {
     t.row().edit(t.x, n, []);
-    if (t.blank) t.row().edit(Math.max(t.x, t.cols - n), 0, blanks(n, t.blank), t.cols); },
-  S: (t, n) => t.scroll(n), T: (t, n) => t.scroll(-n), b: (t, n) => t.print(t.last.repeat(n)),
+    if (t.blank) t.row().edit(Math.max(t.x, t.cols - n), 0, blanks(n, t.blank), t.cols);
+  },
+  S: (t, n) => t.scroll(n),
+  T: (t, n) => t.scroll(-n),
+  b: (t, n) => t.print(t.last.repeat(n)),
   X: (t, n) => t.row().erase(t.x, Math.min(t.x + n, t.cols), t.blank),
-  Z: (t, n) => t.go(8 * (Math.ceil(t.x / 8) - n)), c: (t) => t.reply("\x1b[?62;22c"),
+  Z: (t, n) => t.go(8 * (Math.ceil(t.x / 8) - n)),
+  c: (t) => t.reply("\x1b[?62;22c"),
   n: (t, n) => t.reply(n === 6 ? `\x1b[${t.y + 1};${t.x + 1}R` : "\x1b[0n"),
-  h: (t, n, _, on = true) => { if (n === 4) t.isInserting = on; else t.modes[n] = on; },
+  h: (t, n, _, on = true) => {
+    if (n === 4) t.isInserting = on;
+    else t.modes[n] = on;
+  },
   l: (t, n, all) => CSI.h(t, n, all, false),
   "?h": (t, _, all) => all.forEach((number) => t.setMode(number, true)),
   "?l": (t, _, all) => all.forEach((number) => t.setMode(number, false)),
   r: (t, n, [, bottom]) => {
-    const end = Math.min(bottom || t.rows, t.rows), isBad = t.isLog || n >= end;
-    if (!isBad) Object.assign(t, { top: n - 1, bottom: end - 1 }).go(0, t.modes[6] ? n - 1 : 0); },
-  s: (t) => t.save(), u: (t) => ESCAPES[8](t), };
-const ESCAPES = { // what follows a lone ESC
-  7: (t) => { t.settle(); t.save(); }, 8: (t) => { t.settle(); Object.assign(t, t.saved); },
-  D: (t) => t.index(), E: (t) => t.newLine(), c: (t) => t.reset(),
-  M: (t) => { t.settle(); t.y === t.top ? t.scroll(-1) : t.vertical(-1); }, };
+    const end = Math.min(bottom || t.rows, t.rows),
+      isBad = t.isLog || n >= end;
+    if (!isBad) Object.assign(t, { top: n - 1, bottom: end - 1 }).go(0, t.modes[6] ? n - 1 : 0);
+  },
+  s: (t) => t.save(),
+  u: (t) => ESCAPES[8](t),
+};
+const ESCAPES = {
+  // what follows a lone ESC
+  7: (t) => {
+    t.settle();
+    t.save();
+  },
+  8: (t) => {
+    t.settle();
+    Object.assign(t, t.saved);
+  },
+  D: (t) => t.index(),
+  E: (t) => t.newLine(),
+  c: (t) => t.reset(),
+  M: (t) => {
+    t.settle();
+    t.y === t.top ? t.scroll(-1) : t.vertical(-1);
+  },
+};
 
 // ── The view: of a terminal's lines only those in sight are in the document ──
-const $ = (id) => document.getElementById(id), two = (n) => String(Math.floor(n)).padStart(2, "0");
-function make(tag, properties, ...children) { // strings become text, whatever they hold
+const $ = (id) => document.getElementById(id),
+  two = (n) => String(Math.floor(n)).padStart(2, "0");
+function make(tag, properties, ...children) {
+  // strings become text, whatever they hold
   const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children); return element; }
-function say(id, text) { if ($(id).textContent !== text) $(id).textContent = text; }
-function show(id, text) { say(id, text); $(id).hidden = !text; }
-function cssColor(number) { // one of the 256, or RGB
+  element.append(...children);
+  return element;
+}
+function say(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text;
+}
+function show(id, text) {
+  say(id, text);
+  $(id).hidden = !text;
+}
+function cssColor(number) {
+  // one of the 256, or RGB
   const level = (step) => [0, 95, 135, 175, 215, 255][Math.floor((number - 16) / step) % 6];
   if (number < 8) return number < 0 ? "" : `var(--c${number})`;
   if (number < 16) return `color-mix(in oklab, var(--c${number - 8}) 65%, var(--text))`;
   if (number >= RGB) return `#${(number & 0xffffff).toString(16).padStart(6, "0")}`;
-  return `rgb(${number > 231 ? Array(3).fill((number - 232) * 10 + 8) : [36, 6, 1].map(level)})`; }
+  return `rgb(${number > 231 ? Array(3).fill((number - 232) * 10 + 8) : [36, 6, 1].map(level)})`;
+}
 function paint(span, style) {
-  const [fg, bg, flags, wide] = style.split(","), isBright = flags & BOLD && fg >= 0 && fg < 8;
-  let color = cssColor(isBright ? +fg + 8 : +fg), backgroundColor = cssColor(+bg);
+  const [fg, bg, flags, wide] = style.split(","),
+    isBright = flags & BOLD && fg >= 0 && fg < 8;
+  let color = cssColor(isBright ? +fg + 8 : +fg),
+    backgroundColor = cssColor(+bg);
   const back = `color-mix(in oklab, ${backgroundColor} 80%, var(--screen))`; // softer behind text
   if (bg >= 0 && bg < 16) backgroundColor = back;
-  if (flags & INVERSE) [color, backgroundColor] =
-    [backgroundColor || "var(--screen)", color || "var(--text)"];
+  if (flags & INVERSE)
+    [color, backgroundColor] = [backgroundColor || "var(--screen)", color || "var(--text)"];
   if (bg >= 0 && ["0", "7", "15"].includes(fg)) color = fg === "0" ? "#000" : "#fff";
-  Object.assign(span.style, { color: flags & HIDDEN ? "transparent" : color, backgroundColor,
-    fontWeight: flags & BOLD ? "600" : "", fontStyle: flags & ITALIC ? "italic" : "",
+  Object.assign(span.style, {
+    color: flags & HIDDEN ? "transparent" : color,
+    backgroundColor,
+    fontWeight: flags & BOLD ? "600" : "",
+    fontStyle: flags & ITALIC ? "italic" : "",
     textDecoration: [flags & UNDERLINE && "underline", flags & STRIKE && "line-through"]
-      .filter(Boolean).join(" "), opacity: flags & DIM ? ".65" : "" });
-  span.className = wide ?? ""; }
-const LINK = /(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}])/, ROW = 18; // a row's height in pixels
-const view = { // sums[i]: rows on the page above line i; the first `known` stay as they are
-  sums: [0], rows: new Map(), dropped: 0,
+      .filter(Boolean)
+      .join(" "),
+    opacity: flags & DIM ? ".65" : "",
+  });
+  span.className = wide ?? "";
+}
+const LINK = /(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}])/,
+  ROW = 18; // a row's height in pixels
+const view = {
+  // sums[i]: rows on the page above line i; the first `known` stay as they are
+  sums: [0],
+  rows: new Map(),
+  dropped: 0,
   show(terminal) {
     Object.assign(this, { terminal, follow: true, dropped: 0, known: 0, hits: [], hit: -1 });
-    say("hits", ""); this.draw(); },
-  draw() { if (!this.isDue) requestAnimationFrame(() => this.render()); this.isDue = true; },
+    say("hits", "");
+    this.draw();
+  },
+  draw() {
+    if (!this.isDue) requestAnimationFrame(() => this.render());
+    this.isDue = true;
+  },
   measure() {
-    const output = $("output"), probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
-    this.char = probe.getBoundingClientRect().width / 100 || 7.8; probe.remove();
+    const output = $("output"),
+      probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
+    this.char = probe.getBoundingClientRect().width / 100 || 7.8;
+    probe.remove();
     const width = Math.floor((output.clientWidth - 24) / this.char) - ($("times").checked ? 14 : 0);
     const height = Math.floor((output.clientHeight - 14) / ROW);
-    Object.assign(this, { cols: clamp(width, 10, 500), fits: clamp(height, 4, 200), known: 0 }); },
+    Object.assign(this, { cols: clamp(width, 10, 500), fits: clamp(height, 4, 200), known: 0 });
+  },
   sum() {
-    const { lines, base, isLog, dropped } = this.terminal, { sums } = this;
+    const { lines, base, isLog, dropped } = this.terminal,
+      { sums } = this;
     const gone = dropped - this.dropped;
-    if (gone) { // lines above have left: what is in sight shall stay there
+    if (gone) {
+      // lines above have left: what is in sight shall stay there
       if (!this.follow) $("output").scrollTop -= ((sums[gone] ?? sums.at(-1)) - sums[0]) * ROW;
-      sums.splice(0, gone); this.known = Math.max(0, this.known - gone); this.dropped = dropped; }
-    if (!this.known) sums.splice(0, Infinity, 0); const wraps = isLog && $("wrap").checked;
+      sums.splice(0, gone);
+      this.known = Math.max(0, this.known - gone);
+      this.dropped = dropped;
+    }
+    if (!this.known) sums.splice(0, Infinity, 0);
+    const wraps = isLog && $("wrap").checked;
     for (let i = this.known; i < lines.length; i++) {
-      const width = wraps ? lines[i].cells?.length ?? lines[i].size : 0;
-      sums[i + 1] = sums[i] + Math.max(1, Math.ceil(width / this.cols)); }
+      const width = wraps ? (lines[i].cells?.length ?? lines[i].size) : 0;
+      sums[i + 1] = sums[i] + Math.max(1, Math.ceil(width / this.cols));
+    }
     if (isLog && lines.length > 1 && lines.at(-1).isEmpty) sums[lines.length]--;
-    sums.length = lines.length + 1; this.known = Math.min(base, lines.length - 1); },
-  at(row, low = 0, high = this.sums.length - 2) { // the line at a row of the page
+    sums.length = lines.length + 1;
+    this.known = Math.min(base, lines.length - 1);
+  },
+  at(row, low = 0, high = this.sums.length - 2) {
+    // the line at a row of the page
     if (low >= high) return low;
-    const middle = (low + high + 1) >> 1, isBelow = this.sums[middle] - this.sums[0] <= row;
-    return isBelow ? this.at(row, middle, high) : this.at(row, low, middle - 1); },
+    const middle = (low + high + 1) >> 1,
+      isBelow = this.sums[middle] - this.sums[0] <= row;
+    return isBelow ? this.at(row, middle, high) : this.at(row, low, middle - 1);
+  },
   render() {
-    this.isDue = false; this.sum();
-    const { terminal: t, sums, rows } = this, output = $("output"), box = $("lines");
+    this.isDue = false;
+    this.sum();
+    const { terminal: t, sums, rows } = this,
+      output = $("output"),
+      box = $("lines");
     $("sizer").style.height = `${(sums.at(-1) - sums[0]) * ROW}px`;
     if (this.follow) output.scrollTop = output.scrollHeight;
-    const seen = output.scrollTop / ROW, from = Math.max(0, this.at(seen) - 10);
+    const seen = output.scrollTop / ROW,
+      from = Math.max(0, this.at(seen) - 10);
     const wanted = t.lines.slice(from, this.at(seen + output.clientHeight / ROW) + 10);
-    const keep = new Set(wanted), first = from + t.dropped; let next = box.firstChild;
-    for (const [line, row] of rows) if (!keep.has(line)) {
-      if (row === next) next = row.nextSibling; row.remove(); rows.delete(line); }
+    const keep = new Set(wanted),
+      first = from + t.dropped;
+    let next = box.firstChild;
+    for (const [line, row] of rows)
+      if (!keep.has(line)) {
+        if (row === next) next = row.nextSibling;
+        row.remove();
+        rows.delete(line);
+      }
     wanted.forEach((line, i) => {
       const row = rows.get(line) ?? make("div");
       if (row.version !== line.version) this.fill(row, line);
-      rows.set(line, row); row.classList.toggle("hit", i + first === this.hits[this.hit]);
-      if (row === next) next = next.nextSibling; else box.insertBefore(row, next); });
+      rows.set(line, row);
+      row.classList.toggle("hit", i + first === this.hits[this.hit]);
+      if (row === next) next = next.nextSibling;
+      else box.insertBefore(row, next);
+    });
     box.style.transform = `translateY(${(sums[from] - sums[0]) * ROW}px)`;
-    $("tail").hidden = this.follow; if (this.follow) output.scrollTop = output.scrollHeight;
+    $("tail").hidden = this.follow;
+    if (this.follow) output.scrollTop = output.scrollHeight;
     $("cursor").hidden = t.isLog || !t.modes[25] || stream?.task.state !== "running";
     const place = `translate(${t.x * this.char}px, ${(t.base + t.y) * ROW}px)`;
-    $("cursor").style.transform = $("keys").style.transform = place; },
+    $("cursor").style.transform = $("keys").style.transform = place;
+  },
   fill(row, line) {
-    row.version = line.version; row.className = line.isNote ? "note" : ""; row.replaceChildren();
+    row.version = line.version;
+    row.className = line.isNote ? "note" : "";
+    row.replaceChildren();
     row.dataset.time = line.time && !line.isEmpty ? formatTime(line.time, 23) : "";
-    const runs = line.toRuns(), rel = "noopener noreferrer", target = "_blank";
+    const runs = line.toRuns(),
+      rel = "noopener noreferrer",
+      target = "_blank";
     for (let i = 0; i < runs.length; i += 2) {
-      const link = (href, n) => n % 2 ? make("a", { href, target, rel }, href) : href;
+      const link = (href, n) => (n % 2 ? make("a", { href, target, rel }, href) : href);
       const parts = runs[i].split(LINK).map(link);
       const span = runs[i + 1] ? [make("span", {}, ...parts)] : parts;
-      if (runs[i + 1]) paint(span[0], runs[i + 1]); row.append(...span); } },
-  find(step) { // go to the next hit, or with 0 to the newest one
-    const query = $("find").value.toLowerCase(), old = this.hits[this.hit];
+      if (runs[i + 1]) paint(span[0], runs[i + 1]);
+      row.append(...span);
+    }
+  },
+  find(step) {
+    // go to the next hit, or with 0 to the newest one
+    const query = $("find").value.toLowerCase(),
+      old = this.hits[this.hit];
     const { lines, dropped } = this.terminal;
     const isHit = (line) => query && line.text.toLowerCase().includes(query);
-    this.hits = lines.flatMap((line, i) => isHit(line) ? [i + dropped] : []);
-    const count = this.hits.length, at = this.hits.indexOf(old);
+    this.hits = lines.flatMap((line, i) => (isHit(line) ? [i + dropped] : []));
+    const count = this.hits.length,
+      at = this.hits.indexOf(old);
     this.hit = step && at >= 0 ? (at + step + count) % count : count - 1;
-    say("hits", query ? `${this.hit + 1} of ${count}` : ""); this.draw(); if (!count) return;
-    this.follow = false; this.sum();
+    say("hits", query ? `${this.hit + 1} of ${count}` : "");
+    this.draw();
+    if (!count) return;
+    this.follow = false;
+    this.sum();
     const row = this.sums[this.hits[this.hit] - dropped] - this.sums[0];
-    $("output").scrollTop = Math.max(0, (row - this.fits / 2) * ROW); }, };
+    $("output").scrollTop = Math.max(0, (row - this.fits / 2) * ROW);
+  },
+};
 
 // ── The server: requests, and the stream of events ──
-const BASE = location.pathname.replace(/\/?$/, "/"), KEY = `servercontrol ${BASE} `;
-const tasks = new Map(), stores = [sessionStorage, localStorage];
-let token = stores.map((store) => store.getItem(KEY + "token")).find(Boolean) ?? "", wanted = "";
-let info, socket, stream, timer, heard, isBusy, mayRun, alerting, seq = 0, wait = 500, skew = 0;
+const BASE = location.pathname.replace(/\/?$/, "/"),
+  KEY = `servercontrol ${BASE} `;
+const tasks = new Map(),
+  stores = [sessionStorage, localStorage];
+let token = stores.map((store) => store.getItem(KEY + "token")).find(Boolean) ?? "",
+  wanted = "";
+let info,
+  socket,
+  stream,
+  timer,
+  heard,
+  isBusy,
+  mayRun,
+  alerting,
+  seq = 0,
+  wait = 500,
+  skew = 0;
 async function api(path, { body, method = body ? "POST" : "GET", form = "json" } = {}) {
-  const headers = { ...(token && { Authorization: `Bearer ${token}` }),
-    ...(body && { "Content-Type": "application/json" }) };
+  const headers = {
+    ...(token && { Authorization: `Bearer ${token}` }),
+    ...(body && { "Content-Type": "application/json" }),
+  };
   const init = { method, headers, body: body && JSON.stringify(body) };
   const response = await fetch(BASE + path, init);
   if (response.ok) return form ? response[form]() : response;
-  const { message } = await response.json().catch(() => ({})), { status } = response;
-  if (status === 401 || (status === 429 && !info)) { // a token is needed, or another one
-    show("login-error", token ? message : ""); if (!$("login").open) $("login").showModal(); }
-  throw Object.assign(new Error(message ?? `the server answered ${status}`), { status }); }
-function takeFragment() { // a token in the address is moved out of it
-  const given = /^#token=(.+)$/.exec(location.hash)?.[1]; if (!given) return;
-  sessionStorage.setItem(KEY + "token", token = decodeURIComponent(given));
-  history.replaceState(null, "", location.pathname + location.search); }
+  const { message } = await response.json().catch(() => ({})),
+    { status } = response;
+  if (status === 401 || (status === 429 && !info)) {
+    // a token is needed, or another one
+    show("login-error", token ? message : "");
+    if (!$("login").open) $("login").showModal();
+  }
+  throw Object.assign(new Error(message ?? `the server answered ${status}`), { status });
+}
+function takeFragment() {
+  // a token in the address is moved out of it
+  const given = /^#token=(.+)$/.exec(location.hash)?.[1];
+  if (!given) return;
+  sessionStorage.setItem(KEY + "token", (token = decodeURIComponent(given)));
+  history.replaceState(null, "", location.pathname + location.search);
+}
 async function connect() {
-  clearTimeout(timer); if (socket || isBusy) return; isBusy = true; setLink("connecting", "busy");
+  clearTimeout(timer);
+  if (socket || isBusy) return;
+  isBusy = true;
+  setLink("connecting", "busy");
   try {
-    const fresh = await api("info"), isSame = info?.boot_id === fresh.boot_id;
-    if (!isSame) await begin(fresh); listen(isSame ? seq : fresh.seq);
+    const fresh = await api("info"),
+      isSame = info?.boot_id === fresh.boot_id;
+    if (!isSame) await begin(fresh);
+    listen(isSame ? seq : fresh.seq);
   } catch (error) {
-    if (error.status < 500) setLink(error.message, "bad"); else retry();
-  } finally { isBusy = false; } }
-async function begin(fresh) { // a server, or a start of it, that is new to us
+    if (error.status < 500) setLink(error.message, "bad");
+    else retry();
+  } finally {
+    isBusy = false;
+  }
+}
+async function begin(fresh) {
+  // a server, or a start of it, that is new to us
   const [{ samples }, list] = await Promise.all([api("stats?history"), api("tasks")]);
   if (info) notice("The server was restarted. Its earlier tasks are gone.");
   if (stream?.task.state === "running") update(stream.task, { state: "lost" });
   for (const [id, task] of tasks) if (task !== stream?.task) dropTask(id);
-  info = fresh; past.splice(0, Infinity, ...samples); alerting = false; show("banner", "");
-  showServer(); list.forEach(takeTask); drawCharts(); info.alert && EVENTS.cpu_alert(info.alert); }
+  info = fresh;
+  past.splice(0, Infinity, ...samples);
+  alerting = false;
+  show("banner", "");
+  showServer();
+  list.forEach(takeTask);
+  drawCharts();
+  info.alert && EVENTS.cpu_alert(info.alert);
+}
 function listen(since) {
   const origin = location.origin.replace("http", "ws"); // https becomes wss
-  const mine = socket = new WebSocket(`${origin}${BASE}ws?since=${since}&boot=${info.boot_id}`,
-    token ? ["servercontrol.v1", `bearer.${token}`] : []);
-  seq = since; heard = Date.now(); mine.onopen = () => { wait = 500; setLink("live", "good"); };
-  mine.onclose = ({ reason }) => { if (socket === mine) retry(reason); };
+  const mine = (socket = new WebSocket(
+    `${origin}${BASE}ws?since=${since}&boot=${info.boot_id}`,
+    token ? ["servercontrol.v1", `bearer.${token}`] : [],
+  ));
+  seq = since;
+  heard = Date.now();
+  mine.onopen = () => {
+    wait = 500;
+    setLink("live", "good");
+  };
+  mine.onclose = ({ reason }) => {
+    if (socket === mine) retry(reason);
+  };
   mine.onmessage = ({ data }) => {
-    const event = JSON.parse(data); heard = Date.now();
-    if (event.seq) { seq = event.seq; skew = event.timestamp - heard; }
-    EVENTS[event.type]?.(event); }; }
+    const event = JSON.parse(data);
+    heard = Date.now();
+    if (event.seq) {
+      seq = event.seq;
+      skew = event.timestamp - heard;
+    }
+    EVENTS[event.type]?.(event);
+  };
+}
 function retry(reason) {
-  socket = null; setLink(`offline${reason ? ` (${reason})` : ""}, trying again`, "bad");
-  timer = setTimeout(connect, wait * (1 + Math.random() / 2)); wait = Math.min(wait * 1.7, 15000); }
-function send(message) { if (socket?.readyState === 1) socket.send(JSON.stringify(message)); }
-setInterval(() => { // a connection that died in silence is ended here
-  if (socket && Date.now() - heard > 30000) { const dead = socket; retry("silence"); dead.close(); }
-  send({ type: "ping" }); }, 10000);
+  socket = null;
+  setLink(`offline${reason ? ` (${reason})` : ""}, trying again`, "bad");
+  timer = setTimeout(connect, wait * (1 + Math.random() / 2));
+  wait = Math.min(wait * 1.7, 15000);
+}
+function send(message) {
+  if (socket?.readyState === 1) socket.send(JSON.stringify(message));
+}
+setInterval(() => {
+  // a connection that died in silence is ended here
+  if (socket && Date.now() - heard > 30000) {
+    const dead = socket;
+    retry("silence");
+    dead.close();
+  }
+  send({ type: "ping" });
+}, 10000);
 const EVENTS = {
   stats_update(event) {
     past.push([event.timestamp, event.cpu, event.ram_used, event.net_recv, event.net_sent]);
-    past.splice(0, past.length - 600); showStats(event); },
+    past.splice(0, past.length - 600);
+    showStats(event);
+  },
   task_start({ timestamp, ...task }) {
-    takeTask({ state: "running", ended: null, ...task, started: timestamp }); },
-  task_output(event) { if (event.task_id === stream?.task.task_id) stream.take(event); },
+    takeTask({ state: "running", ended: null, ...task, started: timestamp });
+  },
+  task_output(event) {
+    if (event.task_id === stream?.task.task_id) stream.take(event);
+  },
   task_complete(event) {
-    const task = tasks.get(event.task_id); if (!task) return;
+    const task = tasks.get(event.task_id);
+    if (!task) return;
     update(task, { ...event, ended: task.started + event.duration_ms });
-    say("spoken", `Task ${task.task_id}: ${describe(task)[0]}`); },
-  cpu_alert(event) { takeAlert(event, `${event.message} (${event.cpu} %)`, true); },
+    say("spoken", `Task ${task.task_id}: ${describe(task)[0]}`);
+  },
+  cpu_alert(event) {
+    takeAlert(event, `${event.message} (${event.cpu} %)`, true);
+  },
   alert_resolved(event) {
-    takeAlert(event, `CPU is back at ${event.cpu} % after ${span(event.duration_ms)}`, false); },
+    takeAlert(event, `CPU is back at ${event.cpu} % after ${span(event.duration_ms)}`, false);
+  },
   gap({ from, to }) {
     notice(`Events ${from} to ${to} were missed; tasks and output have been read again.`);
-    api("tasks").then((list) => list.forEach(takeTask), () => {}); stream?.refill(); },
-  error(event) { notice(`The server refused: ${event.message}`); }, };
+    api("tasks").then(
+      (list) => list.forEach(takeTask),
+      () => {},
+    );
+    stream?.refill();
+  },
+  error(event) {
+    notice(`The server refused: ${event.message}`);
+  },
+};
 
 // ── Output: what /logs has, then what comes live, joined by offset in bytes of UTF-8 ──
-const MAX_QUEUE = 16e6, SLICE = 65536, KEEP = { ignoreBOM: true }; // a byte order mark stays
-const encoder = new TextEncoder(), decoder = new TextDecoder("utf-8", KEEP);
-class Stream { // queue: [text, time], time -1 marks a note; waiting: events while /logs is read
+const MAX_QUEUE = 16e6,
+  SLICE = 65536,
+  KEEP = { ignoreBOM: true }; // a byte order mark stays
+const encoder = new TextEncoder(),
+  decoder = new TextDecoder("utf-8", KEEP);
+class Stream {
+  // queue: [text, time], time -1 marks a note; waiting: events while /logs is read
   constructor(task) {
     Object.assign(this, { task, next: 0, waiting: null, queue: [], queued: 0, isPumping: false });
     this.terminal = task.tty ? new Terminal(view.cols, view.fits) : new Terminal(0, 0);
-    view.show(this.terminal); }
-  async refill() { // piece by piece: there may be megabytes
-    if (this.waiting) return; const waiting = this.waiting = [];
+    view.show(this.terminal);
+  }
+  async refill() {
+    // piece by piece: there may be megabytes
+    if (this.waiting) return;
+    const waiting = (this.waiting = []);
     try {
       const path = `logs?id=${this.task.task_id}&offset=${this.next}&raw`;
-      const { body, headers } = await api(path, { form: "" }), start = +headers.get("X-Offset");
+      const { body, headers } = await api(path, { form: "" }),
+        start = +headers.get("X-Offset");
       const reader = body.pipeThrough(new TextDecoderStream("utf-8", KEEP)).getReader();
-      const lost = start - this.next; this.next = start;
+      const lost = start - this.next;
+      this.next = start;
       if (lost) this.add(`${bytes(lost)} of output before this are no longer kept`, -1);
       for (let part; stream === this && !(part = await reader.read()).done;) {
-        this.add(part.value, 0); this.next += encoder.encode(part.value).length; }
+        this.add(part.value, 0);
+        this.next += encoder.encode(part.value).length;
+      }
       reader.cancel();
     } catch (error) {
       this.add(`Not read: ${error.message}`, -1);
-      this.next = Math.max(this.next, waiting[0]?.offset ?? 0); }
-    this.waiting = null; waiting.forEach((event) => this.take(event)); }
+      this.next = Math.max(this.next, waiting[0]?.offset ?? 0);
+    }
+    this.waiting = null;
+    waiting.forEach((event) => this.take(event));
+  }
   take(event) {
     if (event.offset > this.next) this.refill();
-    if (this.waiting) { // one that falls off here will be missed, and read again
-      if (this.waiting.push(event) > 256) this.waiting.shift(); return; }
-    const data = encoder.encode(event.output), end = event.offset + data.length;
-    const isNew = event.offset === this.next, rest = data.subarray(this.next - event.offset);
+    if (this.waiting) {
+      // one that falls off here will be missed, and read again
+      if (this.waiting.push(event) > 256) this.waiting.shift();
+      return;
+    }
+    const data = encoder.encode(event.output),
+      end = event.offset + data.length;
+    const isNew = event.offset === this.next,
+      rest = data.subarray(this.next - event.offset);
     if (end > this.next) this.add(isNew ? event.output : decoder.decode(rest), event.timestamp);
-    this.next = Math.max(this.next, end); }
+    this.next = Math.max(this.next, end);
+  }
   add(text, time) {
-    this.queue.push([text, time]); this.queued += text.length;
+    this.queue.push([text, time]);
+    this.queued += text.length;
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
-      this.queued -= this.queue.shift()[0].length; this.isHasty = true; }
-    this.pump(); }
-  pump() { // some milliseconds at a time, so that the page stays alive
-    if (this.isPumping || !this.queue.length) return; this.isPumping = true;
+      this.queued -= this.queue.shift()[0].length;
+      this.isHasty = true;
+    }
+    this.pump();
+  }
+  pump() {
+    // some milliseconds at a time, so that the page stays alive
+    if (this.isPumping || !this.queue.length) return;
+    this.isPumping = true;
     (document.hidden ? setTimeout : requestAnimationFrame)(() => {
-      this.isPumping = false; if (stream !== this) return; const end = performance.now() + 12;
+      this.isPumping = false;
+      if (stream !== this) return;
+      const end = performance.now() + 12;
       while (this.queue.length && performance.now() < end) this.step();
-      view.render(); this.pump(); }, 50); }
+      view.render();
+      this.pump();
+    }, 50);
+  }
   step() {
-    const [text, time] = this.queue[0], part = time < 0 ? text : text.slice(0, SLICE);
+    const [text, time] = this.queue[0],
+      part = time < 0 ? text : text.slice(0, SLICE);
     this.terminal.reply = time > 0 && mayRun && document.hasFocus() ? type : () => {};
     if (this.isHasty) this.note("Some output was too fast to show here; Download has it");
-    this.isHasty = false; this.queued -= part.length;
-    if (time < 0) this.note(text); else this.terminal.write(part, time);
-    if (part.length < text.length) this.queue[0][0] = text.slice(SLICE); else this.queue.shift(); }
+    this.isHasty = false;
+    this.queued -= part.length;
+    if (time < 0) this.note(text);
+    else this.terminal.write(part, time);
+    if (part.length < text.length) this.queue[0][0] = text.slice(SLICE);
+    else this.queue.shift();
+  }
   note(text) {
-    const t = this.terminal; if (!t.row().isEmpty) t.newLine();
-    t.row().isNote = true; t.print(text); t.newLine(); } }
+    const t = this.terminal;
+    if (!t.row().isEmpty) t.newLine();
+    t.row().isNote = true;
+    t.print(text);
+    t.newLine();
+  }
+}
 
 // ── At a glance ──
-const past = [], MIB = 1 << 20; // past: [timestamp, cpu, ram_used, net_recv, net_sent]
+const past = [],
+  MIB = 1 << 20; // past: [timestamp, cpu, ram_used, net_recv, net_sent]
 function bytes(count) {
-  const unit = clamp(Math.floor(Math.log2(count) / 10), 0, 4), value = count / 1024 ** unit;
-  return `${value.toFixed(unit && value < 100 ? 1 : 0)} ${["", "Ki", "Mi", "Gi", "Ti"][unit]}B`; }
+  const unit = clamp(Math.floor(Math.log2(count) / 10), 0, 4),
+    value = count / 1024 ** unit;
+  return `${value.toFixed(unit && value < 100 ? 1 : 0)} ${["", "Ki", "Mi", "Gi", "Ti"][unit]}B`;
+}
 function span(ms) {
-  const s = Math.max(0, Math.floor(ms / 1000)), days = Math.floor(s / 86400);
+  const s = Math.max(0, Math.floor(ms / 1000)),
+    days = Math.floor(s / 86400);
   if (s < 10) return ms < 1000 ? `${Math.max(0, ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
   if (s < 3600) return s < 60 ? `${s} s` : `${Math.floor(s / 60)} m ${two(s % 60)} s`;
-  return `${days ? `${days} d ` : ""}${Math.floor(s / 3600) % 24} h ${two(s / 60 % 60)} m`; }
-function formatTime(timestamp, end = 19) { // local; with 23 to the millisecond
+  return `${days ? `${days} d ` : ""}${Math.floor(s / 3600) % 24} h ${two((s / 60) % 60)} m`;
+}
+function formatTime(timestamp, end = 19) {
+  // local; with 23 to the millisecond
   const zone = new Date(timestamp).getTimezoneOffset() * 60000;
-  return new Date(timestamp - zone).toISOString().slice(11, end); }
+  return new Date(timestamp - zone).toISOString().slice(11, end);
+}
 function showStats(event) {
-  const of = (used, total) => total ? `${bytes(used * MIB)} of ${bytes(total * MIB)}` : "none";
+  const of = (used, total) => (total ? `${bytes(used * MIB)} of ${bytes(total * MIB)}` : "none");
   const { cpus, ram_used, ram_total, swap_used, swap_total, disk_used, disk_total } = event;
-  const texts = { host: event.hostname, uptime: `up ${span(event.uptime * 1000)}`,
-    cpu: `${event.cpu.toFixed(1)} %`, "cpu-more": `${cpus} ${cpus === 1 ? "core" : "cores"}`,
-    ram: `${Math.round(100 * ram_used / ram_total)} %`, "ram-more": of(ram_used, ram_total),
-    recv: `↓ ${bytes(event.net_recv)}/s`, "net-more": `↑ ${bytes(event.net_sent)}/s`,
-    disk: of(disk_used, disk_total), swap: of(swap_used, swap_total),
-    load: event.load_avg.map((load) => load.toFixed(2)).join(" · ") };
+  const texts = {
+    host: event.hostname,
+    uptime: `up ${span(event.uptime * 1000)}`,
+    cpu: `${event.cpu.toFixed(1)} %`,
+    "cpu-more": `${cpus} ${cpus === 1 ? "core" : "cores"}`,
+    ram: `${Math.round((100 * ram_used) / ram_total)} %`,
+    "ram-more": of(ram_used, ram_total),
+    recv: `↓ ${bytes(event.net_recv)}/s`,
+    "net-more": `↑ ${bytes(event.net_sent)}/s`,
+    disk: of(disk_used, disk_total),
+    swap: of(swap_used, swap_total),
+    load: event.load_avg.map((load) => load.toFixed(2)).join(" · "),
+  };
   for (const [id, text] of Object.entries(texts)) say(id, text);
-  $("disk-bar").value = disk_used / disk_total; $("swap-bar").value = swap_used / (swap_total || 1);
-  $("load-bar").value = event.load_avg[0] / cpus; drawCharts(ram_total); }
-function drawChart(id, top, ...columns) { // x is time, so a time without samples stays empty
-  const newest = past.at(-1)?.[0] ?? 0, rows = past.filter(([time]) => time > newest - 600000);
+  $("disk-bar").value = disk_used / disk_total;
+  $("swap-bar").value = swap_used / (swap_total || 1);
+  $("load-bar").value = event.load_avg[0] / cpus;
+  drawCharts(ram_total);
+}
+function drawChart(id, top, ...columns) {
+  // x is time, so a time without samples stays empty
+  const newest = past.at(-1)?.[0] ?? 0,
+    rows = past.filter(([time]) => time > newest - 600000);
   const high = top || 1.15 * Math.max(1024, ...rows.flatMap((row) => columns.map((n) => row[n])));
   const place = (time) => (600 + (time - newest) / 1000).toFixed(1);
-  const paths = columns.map((column) => rows.map((row, i) => {
-    const move = i && row[0] - rows[i - 1][0] < 15000 ? "L" : "M";
-    return `${move}${place(row[0])} ${(98 - Math.min(96, 96 * row[column] / high)).toFixed(1)}`;
-  }).join("")); const start = rows.length ? place(rows[0][0]) : 600;
+  const paths = columns.map((column) =>
+    rows
+      .map((row, i) => {
+        const move = i && row[0] - rows[i - 1][0] < 15000 ? "L" : "M";
+        const y = 98 - Math.min(96, (96 * row[column]) / high);
+        return `${move}${place(row[0])} ${y.toFixed(1)}`;
+      })
+      .join(""),
+  );
+  const start = rows.length ? place(rows[0][0]) : 600;
   const area = `M${start} 98${paths[0].replaceAll("M", "L")}L600 98Z`;
-  [area, ...paths].forEach((d, n) => $(id).children[n].setAttribute("d", d)); }
+  [area, ...paths].forEach((d, n) => $(id).children[n].setAttribute("d", d));
+}
 function drawCharts(ramTotal) {
-  const charts = [["cpu-chart", 100, 1], ["ram-chart", ramTotal, 2], ["net-chart", 0, 3, 4]];
-  for (const chart of charts) drawChart(...chart); }
-function notice(text) { say("words", text); $("notice").hidden = !text; }
-function setLink(text, look) { // also as a coloured dot and the title, for who looks at other tabs
-  const canvas = make("canvas", { width: 32, height: 32 }), pen = canvas.getContext("2d");
+  const charts = [
+    ["cpu-chart", 100, 1],
+    ["ram-chart", ramTotal, 2],
+    ["net-chart", 0, 3, 4],
+  ];
+  for (const chart of charts) drawChart(...chart);
+}
+function notice(text) {
+  say("words", text);
+  $("notice").hidden = !text;
+}
+function setLink(text, look) {
+  // also as a coloured dot and the title, for who looks at other tabs
+  const canvas = make("canvas", { width: 32, height: 32 }),
+    pen = canvas.getContext("2d");
   const mark = alerting ? "⚠ " : look === "bad" ? "✕ " : "";
-  say("link", text); $("link").className = `badge ${look}`;
-  pen.fillStyle = alerting ? "#d9222e" : { good: "#2a9d46", bad: "#8a929b" }[look] ?? "#4a90e2";
-  pen.arc(16, 16, 13, 0, 7); pen.fill(); $("icon").href = canvas.toDataURL();
-  document.title = `${mark}${info?.hostname ?? "ServerControl"}`; }
+  say("link", text);
+  $("link").className = `badge ${look}`;
+  pen.fillStyle = alerting ? "#d9222e" : ({ good: "#2a9d46", bad: "#8a929b" }[look] ?? "#4a90e2");
+  pen.arc(16, 16, 13, 0, 7);
+  pen.fill();
+  $("icon").href = canvas.toDataURL();
+  document.title = `${mark}${info?.hostname ?? "ServerControl"}`;
+}
 function takeAlert(event, text, isOn) {
-  const list = $("alert-list"), count = $("alert-count"), className = isOn ? "bad" : "good";
+  const list = $("alert-list"),
+    count = $("alert-count"),
+    className = isOn ? "bad" : "good";
   const time = make("time", { className: "dim" }, formatTime(event.timestamp));
   if (!list.querySelector("time")) list.replaceChildren();
   list.prepend(make("li", {}, time, make("span", { className }, ` ${text}`)));
   if (list.children.length > 200) list.lastChild.remove();
-  alerting = isOn; show("banner", isOn ? `${event.hostname}: ${text}` : "");
-  count.textContent = Number(count.textContent) + isOn; count.classList.toggle("bad", isOn);
-  setLink("live", "good"); if (window.Notification?.permission !== "granted") return;
-  try { new Notification(event.hostname, { body: text }); } catch { /* phones cannot do that */ } }
+  alerting = isOn;
+  show("banner", isOn ? `${event.hostname}: ${text}` : "");
+  count.textContent = Number(count.textContent) + isOn;
+  count.classList.toggle("bad", isOn);
+  setLink("live", "good");
+  if (window.Notification?.permission !== "granted") return;
+  try {
+    new Notification(event.hostname, { body: text });
+  } catch {
+    /* phones cannot do that */
+  }
+}
 function showServer() {
-  const why = !info.exec ? "Monitor only: the server was started with --no-exec." :
-    info.role !== "run" ? "View only: this token may watch, but not run, stop or type." : "";
-  mayRun = !why; show("role", !info.exec ? "monitor only" : mayRun ? "may run" : "view only");
-  show("readonly", why); say("host", info.hostname);
-  $("logout").hidden = !token; $("run").hidden = !mayRun;
-  if (info.warning) notice(`Warning: ${info.warning}`); showDetail(); }
+  const why = !info.exec
+    ? "Monitor only: the server was started with --no-exec."
+    : info.role !== "run"
+      ? "View only: this token may watch, but not run, stop or type."
+      : "";
+  mayRun = !why;
+  show("role", !info.exec ? "monitor only" : mayRun ? "may run" : "view only");
+  show("readonly", why);
+  say("host", info.hostname);
+  $("logout").hidden = !token;
+  $("run").hidden = !mayRun;
+  if (info.warning) notice(`Warning: ${info.warning}`);
+  showDetail();
+}
 
 // ── Tasks ──
-function describe({ state, stopping, signal, exit_code: code }) { // [words, look]
+function describe({ state, stopping, signal, exit_code: code }) {
+  // [words, look]
   if (state === "running") return stopping ? [stopping, "warn"] : ["running", "busy"];
   if (state === "lost") return ["lost: server restarted", "warn"];
   if (state === "timeout") return ["stopped: time was up", "bad"];
   if (state === "killed") return [`stopped by ${signal ?? "us"}`, "warn"];
   if (signal) return [`died by ${signal}`, "bad"];
-  return code ? [`failed, exit ${code}`, "bad"] : ["done", "good"]; }
-function lasted({ started, ended }) { return span((ended ?? Date.now() + skew) - started); }
+  return code ? [`failed, exit ${code}`, "bad"] : ["done", "good"];
+}
+function lasted({ started, ended }) {
+  return span((ended ?? Date.now() + skew) - started);
+}
 function takeTask(fields) {
-  const known = tasks.get(fields.task_id), parts = ["code", "span", "small", "small"];
+  const known = tasks.get(fields.task_id),
+    parts = ["code", "span", "small", "small"];
   if (known) return update(known, fields);
   const button = make("button", { type: "button" }, ...parts.map((tag) => make(tag)));
-  const task = { ...fields, row: make("li", {}, button) }; button.onclick = () => select(task);
-  tasks.set(task.task_id, task); $("tasks").prepend(task.row);
+  const task = { ...fields, row: make("li", {}, button) };
+  button.onclick = () => select(task);
+  tasks.set(task.task_id, task);
+  $("tasks").prepend(task.row);
   for (const [id, { state }] of tasks.size > 400 ? [...tasks].slice(0, 100) : []) {
-    if (state !== "running" && id !== stream?.task.task_id) dropTask(id); }
-  update(task, {}); if (task.task_id === wanted) select(task, true); }
-function dropTask(id) { tasks.get(id).row.remove(); tasks.delete(id); }
+    if (state !== "running" && id !== stream?.task.task_id) dropTask(id);
+  }
+  update(task, {});
+  if (task.task_id === wanted) select(task, true);
+}
+function dropTask(id) {
+  tasks.get(id).row.remove();
+  tasks.delete(id);
+}
 function update(task, fields) {
   Object.assign(task, fields);
-  const [code, state, by, time] = task.row.firstChild.children, [words, look] = describe(task);
-  code.textContent = task.name ?? task.command; time.textContent = lasted(task);
-  state.textContent = words; state.className = `badge ${look}`;
+  const [code, state, by, time] = task.row.firstChild.children,
+    [words, look] = describe(task);
+  code.textContent = task.name ?? task.command;
+  time.textContent = lasted(task);
+  state.textContent = words;
+  state.className = `badge ${look}`;
   by.textContent = `#${task.task_id} · ${task.tty ? "terminal · " : ""}${task.by}`;
   const running = [...tasks.values()].filter((one) => one.state === "running").length;
   say("task-count", `${running} running, ${tasks.size} in all`);
-  $("no-tasks").hidden = tasks.size > 0; if (task === stream?.task) showDetail(); }
+  $("no-tasks").hidden = tasks.size > 0;
+  if (task === stream?.task) showDetail();
+}
 function select(task, isMine) {
-  wanted = ""; stream?.task.row.firstChild.removeAttribute("aria-current");
-  task.row.firstChild.setAttribute("aria-current", "true"); document.body.classList.add("reading");
-  view.measure(); stream = new Stream(task); stream.refill(); showDetail(); layOut();
-  if (isMine && task.tty) $("keys").focus(); }
+  wanted = "";
+  stream?.task.row.firstChild.removeAttribute("aria-current");
+  task.row.firstChild.setAttribute("aria-current", "true");
+  document.body.classList.add("reading");
+  view.measure();
+  stream = new Stream(task);
+  stream.refill();
+  showDetail();
+  layOut();
+  if (isMine && task.tty) $("keys").focus();
+}
 function showDetail() {
-  const task = stream?.task, isOn = task?.state === "running";
+  const task = stream?.task,
+    isOn = task?.state === "running";
   const [words, look] = task ? describe(task) : [""];
-  say("facts", task ? [`#${task.task_id}`, `pid ${task.pid}`, task.by,
-    `started ${formatTime(task.started)}`, lasted(task),
-    task.killed_by && `stopped by ${task.killed_by}`].filter(Boolean).join(" · ") : "");
-  say("title", task?.command ?? "Output"); $("title").title = task?.command ?? "";
-  show("state", words); $("state").className = `badge ${look}`; $("no-output").hidden = !!task;
-  $("stop").disabled = !isOn || !mayRun; say("stop", isOn && task.stopping ? "Kill now" : "Stop");
-  $("rerun").disabled = !task || !mayRun; $("copy").disabled = $("download").disabled = !task;
+  say(
+    "facts",
+    task
+      ? [
+          `#${task.task_id}`,
+          `pid ${task.pid}`,
+          task.by,
+          `started ${formatTime(task.started)}`,
+          lasted(task),
+          task.killed_by && `stopped by ${task.killed_by}`,
+        ]
+          .filter(Boolean)
+          .join(" · ")
+      : "",
+  );
+  say("title", task?.command ?? "Output");
+  $("title").title = task?.command ?? "";
+  show("state", words);
+  $("state").className = `badge ${look}`;
+  $("no-output").hidden = !!task;
+  $("stop").disabled = !isOn || !mayRun;
+  say("stop", isOn && task.stopping ? "Kill now" : "Stop");
+  $("rerun").disabled = !task || !mayRun;
+  $("copy").disabled = $("download").disabled = !task;
   const isPhone = matchMedia("(pointer: coarse), (max-width: 52rem)").matches;
   $("keys").hidden = !task?.tty || !isOn || !mayRun;
-  $("keybar").hidden = $("keys").hidden || !isPhone; }
-async function run(fields) { // returns what went wrong
+  $("keybar").hidden = $("keys").hidden || !isPhone;
+}
+async function run(fields) {
+  // returns what went wrong
   const body = Object.fromEntries(Object.entries(fields).filter(([, value]) => value));
-  view.measure(); if (body.tty) Object.assign(body, { cols: view.cols, rows: view.fits });
+  view.measure();
+  if (body.tty) Object.assign(body, { cols: view.cols, rows: view.fits });
   try {
     wanted = (await api("exec", { body })).task_id;
-    if (tasks.has(wanted)) select(tasks.get(wanted), true); return "";
-  } catch (error) { return error.message; } }
+    if (tasks.has(wanted)) select(tasks.get(wanted), true);
+    return "";
+  } catch (error) {
+    return error.message;
+  }
+}
 async function stop() {
-  const { task } = stream, name = task.stopping ? "KILL" : "TERM";
+  const { task } = stream,
+    name = task.stopping ? "KILL" : "TERM";
   update(task, { stopping: name === "TERM" ? "stopping…" : "killing…" });
   try {
     await api(`kill?id=${task.task_id}&signal=${name}`, { method: "POST" });
-  } catch (error) { // 409: it has ended meanwhile
+  } catch (error) {
+    // 409: it has ended meanwhile
     update(task, { stopping: "" });
-    if (error.status !== 409) notice(`Not stopped: ${error.message}`); } }
+    if (error.status !== 409) notice(`Not stopped: ${error.message}`);
+  }
+}
 async function copy() {
   const lines = stream.terminal.lines.map((line) => line.text + (line.isSoft ? "" : "\n"));
-  const value = lines.join("").trimEnd() + "\n", area = make("textarea", { value }); try {
+  const value = lines.join("").trimEnd() + "\n",
+    area = make("textarea", { value });
+  try {
     await navigator.clipboard.writeText(value);
-  } catch { // browsers offer that on localhost and over https only
-    document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); }
-  say("spoken", "Copied"); say("copy", "Copied"); setTimeout(say, 1500, "copy", "Copy"); }
+  } catch {
+    // browsers offer that on localhost and over https only
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  say("spoken", "Copied");
+  say("copy", "Copied");
+  setTimeout(say, 1500, "copy", "Copy");
+}
 async function download() {
-  const id = stream.task.task_id; try {
+  const id = stream.task.task_id;
+  try {
     const href = URL.createObjectURL(await api(`logs?id=${id}&raw`, { form: "blob" }));
     make("a", { href, download: `task-${id}.txt` }).click();
     setTimeout(URL.revokeObjectURL, 60000, href);
-  } catch (error) { notice(`The output could not be fetched: ${error.message}`); } }
+  } catch (error) {
+    notice(`The output could not be fetched: ${error.message}`);
+  }
+}
 
 // ── Typing into a terminal ──
-const ARROWS = { ArrowUp: "A", ArrowDown: "B", ArrowRight: "C", ArrowLeft: "D", Home: "H", End: "F",
-  F1: "P", F2: "Q", F3: "R", F4: "S" };
-const TILDES = { Insert: 2, Delete: 3, PageUp: 5, PageDown: 6, F5: 15, F6: 17, F7: 18, F8: 19,
-  F9: 20, F10: 21, F11: 23, F12: 24 };
+const ARROWS = {
+  ArrowUp: "A",
+  ArrowDown: "B",
+  ArrowRight: "C",
+  ArrowLeft: "D",
+  Home: "H",
+  End: "F",
+  F1: "P",
+  F2: "Q",
+  F3: "R",
+  F4: "S",
+};
+const TILDES = {
+  Insert: 2,
+  Delete: 3,
+  PageUp: 5,
+  PageDown: 6,
+  F5: 15,
+  F6: 17,
+  F7: 18,
+  F8: 19,
+  F9: 20,
+  F10: 21,
+  F11: 23,
+  F12: 24,
+};
 const PLAIN = { Enter: "\r", Tab: "\t", Backspace: "\x7f", Escape: "\x1b" };
 const held = { ctrl: false, alt: false }; // keys of the bar that wait for another
-function sequence(key, isCtrl, isAlt, isShift, modes) { // null: comes as input, or is not ours
-  const modifier = 1 + isShift + 2 * isAlt + 4 * isCtrl, mark = modifier > 1 ? `;${modifier}` : "";
+function sequence(key, isCtrl, isAlt, isShift, modes) {
+  // null: comes as input, or is not ours
+  const modifier = 1 + isShift + 2 * isAlt + 4 * isCtrl,
+    mark = modifier > 1 ? `;${modifier}` : "";
   if (ARROWS[key] && mark) return `\x1b[1${mark}${ARROWS[key]}`;
   if (ARROWS[key]) return (modes[1] || /^F\d/.test(key) ? "\x1bO" : "\x1b[") + ARROWS[key];
   if (TILDES[key]) return `\x1b[${TILDES[key]}${mark}~`;
-  if (key === "Tab" && isShift) return "\x1b[Z"; let text = PLAIN[key] ?? key;
+  if (key === "Tab" && isShift) return "\x1b[Z";
+  let text = PLAIN[key] ?? key;
   if (text.length > 1 || (!isCtrl && !isAlt && !PLAIN[key])) return null;
-  if (isCtrl) text = { " ": "\0", "/": "\x1f", "\x7f": "\b" }[text] ??
-    text.replace(/[@-~]/, (char) => String.fromCharCode(char.charCodeAt(0) & 31));
-  return isAlt ? `\x1b${text}` : text; }
+  if (isCtrl)
+    text =
+      { " ": "\0", "/": "\x1f", "\x7f": "\b" }[text] ??
+      text.replace(/[@-~]/, (char) => String.fromCharCode(char.charCodeAt(0) & 31));
+  return isAlt ? `\x1b${text}` : text;
+}
 function type(data) {
-  for (let at = 0; at < data.length; at += 8192) { // a message may have 64 KiB
-    send({ type: "task_input", task_id: stream.task.task_id, data: data.slice(at, at + 8192) }); }
-  view.follow = true; held.ctrl = held.alt = false;
-  for (const button of $("keybar").children) button.ariaPressed = "false"; }
+  for (let at = 0; at < data.length; at += 8192) {
+    // a message may have 64 KiB
+    send({ type: "task_input", task_id: stream.task.task_id, data: data.slice(at, at + 8192) });
+  }
+  view.follow = true;
+  held.ctrl = held.alt = false;
+  for (const button of $("keybar").children) button.ariaPressed = "false";
+}
 function onKey(event) {
-  const { key, ctrlKey, altKey, shiftKey } = event, isCtrl = ctrlKey || held.ctrl;
+  const { key, ctrlKey, altKey, shiftKey } = event,
+    isCtrl = ctrlKey || held.ctrl;
   if (event.isComposing || event.metaKey || (ctrlKey && (shiftKey || key === "v"))) return;
   if (key === "Escape" && shiftKey) return $("stop").focus();
   const data = sequence(key, isCtrl, altKey || held.alt, shiftKey, stream.terminal.modes);
-  if (data !== null) { event.preventDefault(); type(data); } }
-function layOut() { // to the size of the window; a terminal's programs are told
+  if (data !== null) {
+    event.preventDefault();
+    type(data);
+  }
+}
+function layOut() {
+  // to the size of the window; a terminal's programs are told
   const { terminal, task } = stream ?? {};
   $("frame").classList.toggle("wrapped", $("wrap").checked && !task?.tty);
-  $("frame").classList.toggle("timed", $("times").checked); view.measure(); view.draw();
-  const { cols, fits: rows } = view, size = `${cols}x${rows}`;
+  $("frame").classList.toggle("timed", $("times").checked);
+  view.measure();
+  view.draw();
+  const { cols, fits: rows } = view,
+    size = `${cols}x${rows}`;
   if (!task?.tty || task.state !== "running" || !mayRun || task.size === size) return;
-  task.size = size; terminal.resize(cols, rows);
-  send({ type: "task_resize", task_id: task.task_id, cols, rows }); }
+  task.size = size;
+  terminal.resize(cols, rows);
+  send({ type: "task_resize", task_id: task.task_id, cols, rows });
+}
 
 // ── What people do ──
 const runs = JSON.parse(localStorage.getItem(KEY + "history") ?? "[]");
-const THEMES = { Auto: "Dark", Dark: "Light", Light: "Auto" }; let runAt = runs.length;
+const THEMES = { Auto: "Dark", Dark: "Light", Light: "Auto" };
+let runAt = runs.length;
 function setTheme(name) {
-  document.documentElement.dataset.theme = name.toLowerCase(); say("theme", name);
-  $("theme").ariaLabel = `Colours: ${name}`; localStorage.setItem(KEY + "theme", name); }
-function setCommand(text) { $("command").value = text; fitCommand(); }
-function fitCommand() { $("command").rows = Math.min(10, $("command").value.split("\n").length); }
+  document.documentElement.dataset.theme = name.toLowerCase();
+  say("theme", name);
+  $("theme").ariaLabel = `Colours: ${name}`;
+  localStorage.setItem(KEY + "theme", name);
+}
+function setCommand(text) {
+  $("command").value = text;
+  fitCommand();
+}
+function fitCommand() {
+  $("command").rows = Math.min(10, $("command").value.split("\n").length);
+}
 async function submit() {
-  const cmd = $("command").value, tty = $("tty").checked, cwd = $("cwd").value.trim();
+  const cmd = $("command").value,
+    tty = $("tty").checked,
+    cwd = $("cwd").value.trim();
   if (!cmd.trim()) return $("command").focus();
   const problem = await run({ cmd, tty, cwd, timeout: Number($("timeout").value) });
-  show("run-error", problem); if (problem) return; if (runs.at(-1) !== cmd) runs.push(cmd);
-  runs.splice(0, runs.length - 200); runAt = runs.length;
-  localStorage.setItem(KEY + "history", JSON.stringify(runs)); setCommand(""); }
+  show("run-error", problem);
+  if (problem) return;
+  if (runs.at(-1) !== cmd) runs.push(cmd);
+  runs.splice(0, runs.length - 200);
+  runAt = runs.length;
+  localStorage.setItem(KEY + "history", JSON.stringify(runs));
+  setCommand("");
+}
 function onCommandKey(event) {
-  const { key, target, ctrlKey } = event, isSingle = !target.value.includes("\n");
-  const step = { ArrowUp: -1, ArrowDown: 1 }[key], isOld = isSingle || runs[runAt] === target.value;
+  const { key, target, ctrlKey } = event,
+    isSingle = !target.value.includes("\n");
+  const step = { ArrowUp: -1, ArrowDown: 1 }[key],
+    isOld = isSingle || runs[runAt] === target.value;
   const isRun = key === "Enter" && !event.isComposing && !event.shiftKey && (isSingle || ctrlKey);
-  if (!isRun && !(step && isOld)) return; event.preventDefault(); if (isRun) return submit();
-  runAt = clamp(runAt + step, 0, runs.length); setCommand(runs[runAt] ?? ""); }
+  if (!isRun && !(step && isOld)) return;
+  event.preventDefault();
+  if (isRun) return submit();
+  runAt = clamp(runAt + step, 0, runs.length);
+  setCommand(runs[runAt] ?? "");
+}
 const HANDLERS = {
-  "run submit": (event) => { event.preventDefault(); submit(); },
-  "command input": fitCommand, "command keydown": onCommandKey,
-  "bell click": () => { $("bell").ariaExpanded = !($("alerts").hidden = !$("alerts").hidden); },
+  "run submit": (event) => {
+    event.preventDefault();
+    submit();
+  },
+  "command input": fitCommand,
+  "command keydown": onCommandKey,
+  "bell click": () => {
+    $("bell").ariaExpanded = !($("alerts").hidden = !$("alerts").hidden);
+  },
   "notify click": async () => {
-    const isOn = await window.Notification?.requestPermission() === "granted";
-    say("notify", isOn ? "Desktop notifications are on" : "The browser does not allow that"); },
+    const isOn = (await window.Notification?.requestPermission()) === "granted";
+    say("notify", isOn ? "Desktop notifications are on" : "The browser does not allow that");
+  },
   "theme click": () => setTheme(THEMES[$("theme").textContent]),
   "logout click": () => {
-    for (const store of stores) store.removeItem(KEY + "token"); location.reload(); },
-  "login cancel": (event) => event.preventDefault(), "dismiss click": () => notice(""),
+    for (const store of stores) store.removeItem(KEY + "token");
+    location.reload();
+  },
+  "login cancel": (event) => event.preventDefault(),
+  "dismiss click": () => notice(""),
   "login-form submit": (event) => {
-    event.preventDefault(); token = $("token").value.trim();
+    event.preventDefault();
+    token = $("token").value.trim();
     stores[Number($("keep").checked)].setItem(KEY + "token", token);
-    $("token").value = ""; $("login").close(); connect(); },
-  "stop click": stop, "copy click": copy, "download click": download,
+    $("token").value = "";
+    $("login").close();
+    connect();
+  },
+  "stop click": stop,
+  "copy click": copy,
+  "download click": download,
   "back click": () => document.body.classList.remove("reading"),
   "rerun click": async () => {
-    const { command: cmd, tty, cwd } = stream.task, problem = await run({ cmd, tty, cwd });
-    if (problem) notice(`It could not be run: ${problem}`); },
-  "times change": layOut, "wrap change": layOut, "find input": () => view.find(0),
-  "previous click": () => view.find(-1), "next click": () => view.find(1),
-  "find keydown": ({ key, shiftKey }) => { if (key === "Enter") view.find(shiftKey ? -1 : 1); },
+    const { command: cmd, tty, cwd } = stream.task,
+      problem = await run({ cmd, tty, cwd });
+    if (problem) notice(`It could not be run: ${problem}`);
+  },
+  "times change": layOut,
+  "wrap change": layOut,
+  "find input": () => view.find(0),
+  "previous click": () => view.find(-1),
+  "next click": () => view.find(1),
+  "find keydown": ({ key, shiftKey }) => {
+    if (key === "Enter") view.find(shiftKey ? -1 : 1);
+  },
   "output scroll": ({ target: { scrollHeight, scrollTop, clientHeight } }) => {
-    view.follow = scrollHeight - scrollTop - clientHeight < ROW; view.draw(); },
-  "output click": () => { if (getSelection().isCollapsed) $("keys").focus(); },
+    view.follow = scrollHeight - scrollTop - clientHeight < ROW;
+    view.draw();
+  },
+  "output click": () => {
+    if (getSelection().isCollapsed) $("keys").focus();
+  },
   "output keydown": ({ key, target }) => {
-    if (key === "Enter" && target.id === "output") $("keys").focus(); },
-  "tail click": () => { view.follow = true; view.draw(); }, "keys keydown": onKey,
+    if (key === "Enter" && target.id === "output") $("keys").focus();
+  },
+  "tail click": () => {
+    view.follow = true;
+    view.draw();
+  },
+  "keys keydown": onKey,
   "keys input": ({ isComposing, target }) => {
-    if (!isComposing) { type(target.value.replace(/\n/g, "\r")); target.value = ""; } },
-  "keys compositionend": ({ target }) => { type(target.value); target.value = ""; },
+    if (!isComposing) {
+      type(target.value.replace(/\n/g, "\r"));
+      target.value = "";
+    }
+  },
+  "keys compositionend": ({ target }) => {
+    type(target.value);
+    target.value = "";
+  },
   "keys paste": (event) => {
     const text = event.clipboardData.getData("text").replace(/\r?\n/g, "\r").replaceAll("\x1b", "");
-    event.preventDefault(); type(stream.terminal.modes[2004] ? `\x1b[200~${text}\x1b[201~` : text);
-  }, };
+    event.preventDefault();
+    type(stream.terminal.modes[2004] ? `\x1b[200~${text}\x1b[201~` : text);
+  },
+};
 for (const [name, handler] of Object.entries(HANDLERS)) {
-  $(name.split(" ")[0]).addEventListener(name.split(" ")[1], handler); }
-for (const button of $("keybar").children) { // its words are names of keys
-  const name = button.ariaLabel ?? button.textContent, lower = name.toLowerCase();
+  $(name.split(" ")[0]).addEventListener(name.split(" ")[1], handler);
+}
+for (const button of $("keybar").children) {
+  // its words are names of keys
+  const name = button.ariaLabel ?? button.textContent,
+    lower = name.toLowerCase();
   button.onpointerdown = (event) => event.preventDefault(); // so the phone's keyboard stays open
   button.onclick = () => {
-    if (lower in held) button.ariaPressed = String(held[lower] = !held[lower]);
-    else type(sequence(name, held.ctrl, held.alt, false, stream.terminal.modes) ?? name); }; }
-setInterval(() => { // running tasks get older
-  for (const task of tasks.values()) if (task.state === "running") update(task, {}); }, 1000);
+    if (lower in held) button.ariaPressed = String((held[lower] = !held[lower]));
+    else type(sequence(name, held.ctrl, held.alt, false, stream.terminal.modes) ?? name);
+  };
+}
+setInterval(() => {
+  // running tasks get older
+  for (const task of tasks.values()) if (task.state === "running") update(task, {});
+}, 1000);
 addEventListener("resize", layOut);
-addEventListener("hashchange", () => { takeFragment(); location.reload(); });
-for (const kind of ["online", "visibilitychange"]) { // back on the network, or from sleep
-  addEventListener(kind, () => { if (info && !document.hidden) connect(); }); }
-setTheme(localStorage.getItem(KEY + "theme") ?? "Auto"); takeFragment();
-view.measure(); view.show(new Terminal(0, 0)); showDetail(); connect();
+addEventListener("hashchange", () => {
+  takeFragment();
+  location.reload();
+});
+for (const kind of ["online", "visibilitychange"]) {
+  // back on the network, or from sleep
+  addEventListener(kind, () => {
+    if (info && !document.hidden) connect();
+  });
+}
+setTheme(localStorage.getItem(KEY + "theme") ?? "Auto");
+takeFragment();
+view.measure();
+view.show(new Terminal(0, 0));
+showDetail();
+connect();
 """
 
 
@@ -9307,7 +10521,8 @@ class Page:
     @functools.cached_property
     def body(self) -> bytes:
         """The page in UTF-8."""
-        return HTML.lstrip().replace("@CSS@", CSS).replace("@JS@", JS).encode("utf-8")
+        page = HTML.lstrip().replace("<style>", "<style>" + CSS)
+        return page.replace("<script>", "<script>" + JS).encode("utf-8")
 
     @functools.cached_property
     def compressed(self) -> bytes:
