@@ -11,10 +11,8 @@ PAGE_PACKAGES := playwright pyte axe-playwright-python
 RECIPE_PACKAGES := ansible-core
 CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 5 --dist loadgroup
-# A test that fails while five run at once is run again alone, aloud: then it is no busy machine.
-AGAIN := -m pytest -q -ra --last-failed --last-failed-no-failures none
 FUZZ_SECONDS ?= 120
-export TEST_PACKAGES EXTRA_PACKAGES PYTEST AGAIN
+export TEST_PACKAGES EXTRA_PACKAGES PYTEST
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -23,8 +21,7 @@ run:             ## start the server on this machine
 	$(PYTHON) servercontrol.py
 
 test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipped
-	$(BIN)/python $(PYTEST) test_servercontrol.py || \
-	  { echo "── FAILED; again, alone:"; $(BIN)/python $(AGAIN) test_servercontrol.py; }
+	$(BIN)/python $(PYTEST) test_servercontrol.py
 
 check: .venv/ok  ## lint, format (the page's by Prettier) and types
 	$(BIN)/ruff check .
@@ -32,7 +29,7 @@ check: .venv/ok  ## lint, format (the page's by Prettier) and types
 	$(BIN)/mypy --strict servercontrol.py
 	.ci/prettier --check
 
-matrix:          ## tests on every CPython 3.8 to 3.14 found
+matrix:          ## tests on every CPython 3.9 to 3.15 found
 	@.ci/matrix
 
 bench: .venv/ok  ## measure beside the websockets package

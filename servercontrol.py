@@ -941,7 +941,7 @@ class Peer:
 def parse_ip(text: str) -> IpAddress | None:
     """Return an address, or None; without zone, and IPv4 where it is mapped into IPv6.
 
-    Python 3.8 and 3.13 differ about both, so neither is left to `ipaddress`.
+    Before Python 3.13 `ipaddress` says that ::ffff:127.0.0.1 is not loopback.
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -3697,12 +3697,11 @@ class Tasks:
         except ChildProcessError:  # somebody ignores or reaps our children; the code is lost
             task.exit_code = 255
             return 0.0, 0
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
+        task.exit_code = os.waitstatus_to_exitcode(status)
+        if task.exit_code < 0:
+            number = -task.exit_code
             task.exit_code = 128 + number
             task.signal_name = SIGNAL_NAMES.get(number, str(number))
-        else:
-            task.exit_code = os.WEXITSTATUS(status)
         rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
         return round(usage.ru_utime + usage.ru_stime, 6), rss
 
@@ -3752,7 +3751,7 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
     """Return how much the transport has still to write."""
     try:
         return transport.get_write_buffer_size()
-    except AttributeError:  # a TLS transport of asyncio that is gone already (Python 3.8 to 3.10)
+    except AttributeError:  # a TLS transport of asyncio that is gone already (before Python 3.11)
         return 0
 
 
@@ -5167,7 +5166,7 @@ class Connection:
             self.forget()
 
     def _end_tls(self) -> None:
-        """Do not wait for the peer's goodbye (RFC 8446, 6.1): Python 3.8 would, for ever."""
+        """Do not wait for the peer's goodbye (RFC 8446, 6.1), as asyncio before 3.11 does."""
         if self not in self.server.connections:
             return
         if self.phase is Phase.ENDING and not count_waiting_bytes(self.transport):
@@ -6316,7 +6315,7 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
     return UnreachableError(f"{status}: {message}", status)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def make_client_tls() -> ssl.SSLContext:
     """Return what checks certificates. SSL_CERT_FILE names those of one's own (OpenSSL)."""
     if ssl is None:

@@ -69,8 +69,9 @@ import tokenize
 import traceback
 import urllib.parse
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple
 from unittest import mock
 
 import servercontrol as sc
@@ -161,7 +162,7 @@ PATIENCE_SECONDS = 20.0
 # Shared pieces ───────────────────────────────────────────────────────────────────────────────
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled_script() -> str:
     """Return the script as byte code, for what is started hundreds of times.
 
@@ -885,7 +886,7 @@ def expect_access(
     return next((verdict for applies, verdict in rules if applies), 401)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse_access_head(*lines: str) -> sc.RequestHead:
     return parse_head(*lines)
 
@@ -5213,7 +5214,6 @@ class TestTls(RunsTasks):
 
     def test_closing_takes_no_time(self, tls_server: TlsServer) -> None:
         """TLS has no half-closed connections: who has said goodbye waits for us to close."""
-        # Not by `websockets`: with Python 3.8 its last version waits 5 s by itself.
         with RawPeer(tls_server, wrap=tls_server.wrap) as peer:
             peer.say(type="ping")
             peer.receive(is_type("pong"))
