@@ -9366,8 +9366,9 @@ class TestTargets:
         places += (("127.0.0.1", 3), ("10.0.0.1", 3))  # two servers
         found = [{"hostname": "a", "address": place, "port": port} for place, port in places]
         ours = ("127.0.0.1", "10.0.0.1")
-        with mock.patch.object(sc, "is_own_address", ours.__contains__), mock.patch.object(
-            sc, "is_taken_everywhere", (1, 2).__contains__
+        with (
+            mock.patch.object(sc, "is_own_address", ours.__contains__),
+            mock.patch.object(sc, "is_taken_everywhere", (1, 2).__contains__),
         ):
             kept = [(one["address"], one["port"]) for one in sc.drop_doubles(found)]
         loopback = [("127.0.0.1", 2), ("127.0.0.1", 3)]
