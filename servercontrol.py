@@ -70,6 +70,7 @@ import asyncio
 import asyncio.sslproto
 import base64
 import binascii
+import bisect
 import codecs
 import contextlib
 import dataclasses
@@ -77,6 +78,7 @@ import enum
 import errno
 import functools
 import hashlib
+import http
 import ipaddress
 import json
 import math
@@ -138,6 +140,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
     IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
     Endpoint = tuple[IpAddress, int]  # with a port
+    Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
     Publish = Callable[..., dict[str, Any]]  # Viewers.publish
     Command = Callable[["Server", "Viewer", dict[str, Any]], "dict[str, Any] | None"]
 
@@ -225,7 +228,7 @@ TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once p
 MIN_TOKEN_CHARACTERS = 16
 MAX_WRONG_TOKENS = 10  # a minute, from one address; more are told to wait
 WRONG_TOKEN_SECONDS = 60.0
-MAX_WRONG_ADDRESSES = 4096  # remembered at once
+MAX_LIMITED_SOURCES = 4096  # that a limit remembers at once
 
 # Audit log.
 MAX_REFUSALS = 100  # records of refusals at once, then one a second: nobody fills the disk
@@ -453,7 +456,6 @@ class Config:
 
     @property
     def has_tls(self) -> bool:
-        """Whether the TCP ports speak https and wss."""
         return bool(self.tls_cert)
 
     def limits(self) -> dict[str, int]:
@@ -512,7 +514,6 @@ class RequestHead:
 
     @property
     def has_body(self) -> bool:
-        """Whether any byte of a body follows."""
         return self.chunked or bool(self.content_length)
 
     def values(self, name: str) -> list[str]:
@@ -663,7 +664,6 @@ class HttpParser:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the connection."""
         self._buffer += data
 
     @property
@@ -815,35 +815,9 @@ class HttpParser:
         return True
 
 
-STATUS_PHRASES = {
-    101: "Switching Protocols",
-    200: "OK",
-    204: "No Content",
-    304: "Not Modified",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    417: "Expectation Failed",
-    426: "Upgrade Required",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
-
-
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Return the status line and the fields, with the empty line (RFC 9112, 4)."""
-    lines = [f"HTTP/1.1 {status} {STATUS_PHRASES[status]}"]
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in fields]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
@@ -1033,7 +1007,6 @@ def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
 
 
 def is_top_level_visit(head: RequestHead) -> bool:
-    """Whether somebody follows a link to the page: the one thing a foreign page may cause."""
     return (
         head.method == "GET"
         and head.path == "/"
@@ -1176,26 +1149,27 @@ def find_host_key(address: str) -> str:
     return ip.packed[:8].hex()
 
 
-class WrongTokenLimit:
-    """How many wrong tokens an address may show. Right ones are never asked about."""
+class RateLimit:
+    """How often each source may do something: `count` times in any `seconds`."""
 
-    def __init__(self) -> None:
-        # Address -> monotonic times of its newest wrong tokens; the least recent address first.
+    def __init__(self, count: int, seconds: float) -> None:
+        self._count = count
+        self._seconds = seconds
+        # Source -> monotonic times of what it did lately; the least recent source first.
         self._times: OrderedDict[str, deque[float]] = OrderedDict()
 
-    def count(self, address: str, now: float) -> int:
-        """Count a wrong token; return how many seconds to wait, 0 while there were few."""
-        key = find_host_key(address)
-        times = self._times.setdefault(key, deque())
-        while times and now - times[0] >= WRONG_TOKEN_SECONDS:
+    def take(self, source: str, now: float) -> float:
+        """Count once more and return 0; or return how many seconds to wait, without counting."""
+        times = self._times.setdefault(source, deque())
+        while times and now - times[0] >= self._seconds:
             times.popleft()
-        if len(times) >= MAX_WRONG_TOKENS:
-            return math.ceil(times[0] + WRONG_TOKEN_SECONDS - now)
+        if len(times) >= self._count:
+            return times[0] + self._seconds - now
         times.append(now)
-        self._times.move_to_end(key)
-        if len(self._times) > MAX_WRONG_ADDRESSES:
+        self._times.move_to_end(source)
+        if len(self._times) > MAX_LIMITED_SOURCES:
             self._times.popitem(last=False)
-        return 0
+        return 0.0
 
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
@@ -1814,7 +1788,6 @@ class OutputLog:
 
     @property
     def kept_bytes(self) -> int:
-        """How much can be read."""
         return self.end - self.start
 
     def append(self, data: bytes) -> None:
@@ -1939,7 +1912,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: text to be read, True for input that comes later, None for none. ref: two requests
+    stdin: text to be read, True for input that comes later, else none. ref: two requests
     with the same one start one task, so that a lost answer can be asked for again. window: bytes
     of output that may come before `task_ack` has said that they were taken; 0 is any number.
     """
@@ -1979,81 +1952,51 @@ def check_command(value: Any) -> str:
     return str(value)
 
 
-def check_text(name: str, value: Any) -> str:
-    """Return the value of a text field such as `cwd`."""
-    if not is_plain_text(value) or not value:
-        raise CommandError("bad_field", f"{name} must be non-empty text without NUL")
-    return str(value)
+def is_environment(value: Any) -> bool:
+    """Whether a value is an object of strings that the kernel takes as variables."""
+    return isinstance(value, dict) and all(
+        key and "=" not in key and is_plain_text(key) and is_plain_text(text)
+        for key, text in value.items()
+    )
 
 
-def check_name(name: str, value: Any) -> str:
-    """Return a short text: the label of a task, or a `ref`."""
-    if len(check_text(name, value)) > MAX_NAME_CHARACTERS:
-        raise CommandError("bad_field", f"{name} may have {MAX_NAME_CHARACTERS} characters")
-    return str(value)
+def is_input(value: Any) -> bool:
+    """Whether a value is text, NUL included, or a yes or no."""
+    return isinstance(value, (bool, str)) and is_plain_text(str(value).replace("\0", ""))
 
 
-def check_env(name: str, value: Any) -> dict[str, str]:
-    """Return additions to the environment."""
-    if not isinstance(value, dict):
-        raise CommandError("bad_field", f"{name} must be an object of strings")
-    for key, text in value.items():
-        if not key or "=" in key or not is_plain_text(key) or not is_plain_text(text):
-            raise CommandError("bad_field", f"{name} must be an object of strings without NUL")
-    return value
-
-
-def check_timeout(name: str, value: Any) -> float:
-    """Return a time-out in seconds."""
-    if type(value) not in (int, float):
-        raise CommandError("bad_field", f"{name} must be a number of seconds")
-    if not 0 <= value <= MAX_TIMEOUT_SECONDS:
-        raise CommandError("bad_field", f"{name} must be 0 to {MAX_TIMEOUT_SECONDS:.0f} seconds")
-    return float(value)
-
-
-def check_stdin(name: str, value: Any) -> str | bool | None:
-    """Return what the standard input is to be."""
-    if isinstance(value, bool):
-        return value or None
-    if not isinstance(value, str) or not is_plain_text(value.replace("\0", "")):
-        raise CommandError("bad_field", f"{name} must be text, or true to keep it open")
-    return value
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """Return a yes or no."""
-    if not isinstance(value, bool):
-        raise CommandError("bad_field", f"{name} must be true or false")
-    return value
-
-
-def check_side(name: str, value: Any) -> int:
-    """Return a number of columns or rows."""
-    if type(value) is not int or not 1 <= value <= MAX_TERMINAL_SIDE:
-        raise CommandError("bad_field", f"{name} must be 1 to {MAX_TERMINAL_SIDE}")
-    return value
-
-
-def check_bytes(name: str, value: Any) -> int:
-    """Return a number of bytes."""
-    if type(value) is not int or value < 0:
-        raise CommandError("bad_field", f"{name} must be a number of bytes")
-    return value
-
-
-EXEC_FIELDS: dict[str, Callable[[str, Any], Any]] = {
-    "cwd": check_text,
-    "env": check_env,
-    "timeout": check_timeout,
-    "name": check_name,
-    "stdin": check_stdin,
-    "tty": check_flag,
-    "cols": check_side,
-    "rows": check_side,
-    "ref": check_name,
-    "window": check_bytes,
+TEXT: Rule = (lambda value: value != "" and is_plain_text(value), "non-empty text without NUL")
+NAME: Rule = (
+    lambda value: TEXT[0](value) and len(value) <= MAX_NAME_CHARACTERS,
+    f"text of 1 to {MAX_NAME_CHARACTERS} characters, without NUL",
+)
+SIDE: Rule = (
+    lambda value: type(value) is int and 1 <= value <= MAX_TERMINAL_SIDE,
+    f"1 to {MAX_TERMINAL_SIDE}",
+)
+BYTES: Rule = (lambda value: type(value) is int and value >= 0, "a number of bytes")
+EXEC_FIELDS: dict[str, Rule] = {
+    "cwd": TEXT,
+    "env": (is_environment, "an object of strings without NUL"),
+    "timeout": (
+        lambda value: type(value) in (int, float) and 0 <= value <= MAX_TIMEOUT_SECONDS,
+        f"a number of seconds, 0 to {MAX_TIMEOUT_SECONDS:.0f}",
+    ),
+    "name": NAME,
+    "stdin": (is_input, "text, or true to keep it open"),
+    "tty": (lambda value: isinstance(value, bool), "true or false"),
+    "cols": SIDE,
+    "rows": SIDE,
+    "ref": NAME,
+    "window": BYTES,
 }
+
+
+def check_field(name: str, value: Any, rule: Rule) -> Any:
+    """Return the value of a field. Raises CommandError `bad_field`."""
+    if not rule[0](value):
+        raise CommandError("bad_field", f"{name} must be {rule[1]}")
+    return value
 
 
 def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
@@ -2065,8 +2008,8 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
     if unknown:
         known = ", ".join(["cmd", *EXEC_FIELDS])
         raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
-    given = {name: fields[name] for name in EXEC_FIELDS if name in fields}
-    checked = {name: EXEC_FIELDS[name](name, value) for name, value in given.items()}
+    given = {name: rule for name, rule in EXEC_FIELDS.items() if name in fields}
+    checked = {name: check_field(name, fields[name], rule) for name, rule in given.items()}
     if not checked.get("tty") and ("cols" in checked or "rows" in checked):
         raise CommandError("bad_field", "cols and rows are a terminal's: they need tty")
     return ExecRequest(check_command(commands[0]), **checked)
@@ -2098,15 +2041,13 @@ def parse_task_id(value: Any) -> str:
     return value
 
 
-SIGNALS = {name[3:]: number for name, number in signal.Signals.__members__.items()}
-# Of two names for one number the first is the usual one.
-SIGNAL_NAMES = {int(number): name for name, number in reversed(list(SIGNALS.items()))}
+SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # of CHLD and CLD the former
 
 
 def parse_signal(value: Any) -> int:
     """Return the number of a signal named like TERM or SIGTERM. Raises CommandError."""
     name = value.upper() if isinstance(value, str) and value.isascii() else ""
-    number = SIGNALS.get(name[3:] if name.startswith("SIG") else name)
+    number = signal.Signals.__members__.get("SIG" + name.removeprefix("SIG"))
     if number is None:
         raise CommandError("bad_signal", "signal must be a name such as TERM, INT or KILL")
     return number
@@ -2136,26 +2077,6 @@ def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
             address = destination.to_bytes(4, sys.byteorder)
             networks.append(ipaddress.IPv4Network((address, bin(mask).count("1"))))
     return networks
-
-
-class ReplyLimit:
-    """How many datagrams may be answered: per second, and per second and source."""
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._sources: Counter[str] = Counter()
-
-    def allow(self, source: str, now: float) -> bool:
-        """Count an answer to `source`, if it may be given. now: monotonic seconds."""
-        if int(now) != self._second:
-            self._second = int(now)
-            self._sources.clear()
-        if sum(self._sources.values()) >= MAX_REPLIES_PER_SECOND:
-            return False
-        if self._sources[source] >= MAX_REPLIES_PER_SOURCE:
-            return False
-        self._sources[source] += 1
-        return True
 
 
 # /metrics: name -> (type, label or "", help). Those of the process have the names that every
@@ -2205,8 +2126,7 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float) -> None:
-        """Count a value."""
-        self._counts[next(i for i, bound in enumerate(self._bounds) if value <= bound)] += 1
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def encode(self, name: str) -> list[str]:
@@ -2324,7 +2244,6 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def read_hostname() -> str:
-    """Return our host name as valid text."""
     return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
 
 
@@ -2427,7 +2346,6 @@ class TaskIds:
         self._end = 1
 
     def take(self) -> str:
-        """Return the next id."""
         if self._next >= self._end:
             self._reserve()
         self._next += 1
@@ -2463,7 +2381,6 @@ class TaskIds:
 
 
 def find_state_folder(environ: Mapping[str, str]) -> str:
-    """Return $XDG_STATE_HOME/servercontrol, else ~/.local/state/servercontrol."""
     base = environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
         base = os.path.expanduser("~/.local/state")
@@ -2569,7 +2486,6 @@ class Tokens(NamedTuple):
     view_file: str | None = None
 
     def by_role(self) -> dict[Role, bytes]:
-        """Return the tokens in the form that the gate compares."""
         pairs = ((Role.RUN, self.run), (Role.VIEW, self.view))
         return {role: token.encode("ascii") for role, token in pairs if token is not None}
 
@@ -2616,7 +2532,6 @@ def hash_line(line: bytes) -> str:
 
 
 def read_hash(path: str) -> str | None:
-    """Return the hash in FILE.head, or None."""
     try:
         with open(path + ".head", encoding="ascii", errors="replace") as file:
             text = file.read(65).strip()
@@ -2782,7 +2697,6 @@ class AuditLog:
 
 
 def find_audit_log(config_value: str, folder: str | None) -> str:
-    """Return the path of the audit log, "-" or "none"."""
     if config_value:
         return config_value if config_value in ("-", "none") else os.path.abspath(config_value)
     return "none" if folder is None else os.path.join(folder, "audit.log")
@@ -3223,7 +3137,7 @@ def open_streams(request: ExecRequest) -> Streams:
             opened.append(os.dup(our_fd))  # a descriptor for typing, one for reading
             return Streams(child_fd, child_fd, opened[2], our_fd)
         opened += os.pipe()
-        if request.stdin is None:
+        if request.stdin in (None, False):
             return Streams(subprocess.DEVNULL, opened[1], -1, opened[0])
         opened += os.pipe()
         return Streams(opened[2], opened[1], opened[3], opened[0])
@@ -3963,7 +3877,6 @@ def read_uptime() -> float:
 
 
 def read_proc_file(path: str) -> str:
-    """Return the text of a file of /proc. Raises OSError."""
     with open(path, encoding="ascii", errors="replace") as file:
         return file.read()
 
@@ -4241,10 +4154,17 @@ def find_source(address: str) -> str:
         return ""
 
 
+def make_reply_limit() -> Callable[[str, float], bool]:
+    """Return what counts an answer to a source, and says whether it may be given."""
+    each, all_together = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
+    return lambda source, now: not each.take(source, now) and not all_together.take("", now)
+
+
 class DiscoveryEndpoint(asyncio.DatagramProtocol):
     """Answers probes on one UDP socket.
 
-    make_facts: gives the reply's fields; loopback_only: the server is not on the network.
+    make_facts: gives the reply's fields; may_answer: whether a source may get one more;
+    loopback_only: the server is not on the network.
     places: the transports by address, where HTTP does not listen everywhere; filled while they are
     made. The prober takes a reply's source for the server's address, so it must be one of these.
     """
@@ -4252,12 +4172,12 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
     def __init__(
         self,
         make_facts: Callable[[], dict[str, Any]],
-        limit: ReplyLimit,
+        may_answer: Callable[[str, float], bool],
         loopback_only: bool,
         places: Mapping[str, asyncio.DatagramTransport],
     ) -> None:
         self._make_facts = make_facts
-        self._limit = limit
+        self._may_answer = may_answer
         self._loopback_only = loopback_only
         self._places = places
         self._transport: asyncio.DatagramTransport | None = None
@@ -4265,7 +4185,6 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         self._networks_until = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the socket's transport."""
         self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
@@ -4273,7 +4192,7 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         if data != DISCOVERY_PROBE or self._transport is None:
             return
         now = time.monotonic()
-        if self._is_neighbour(addr[0], now) and self._limit.allow(addr[0], now):
+        if self._is_neighbour(addr[0], now) and self._may_answer(addr[0], now):
             transport = self._choose(self._transport, addr[0])
             transport.sendto(encode_discovery_reply(self._make_facts()), addr)
 
@@ -4298,7 +4217,6 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
 
 
 def close_all(sockets: Iterable[socket.socket]) -> None:
-    """Close sockets."""
     for one in sockets:
         one.close()
 
@@ -4546,7 +4464,6 @@ class Response:
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """Return an answer in JSON."""
     return Response(status, encode_json(value) + b"\n")
 
 
@@ -4567,7 +4484,6 @@ def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) ->
 
 
 async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
-    """Give pieces one after the other."""
     for piece in pieces:
         yield piece
 
@@ -4665,7 +4581,6 @@ async def answer_page(server: Server, request: Request) -> Response:
 
 
 async def answer_health(server: Server, request: Request) -> Response:
-    """`GET /health`."""
     return json_response({"ok": True})
 
 
@@ -4847,7 +4762,6 @@ def collect_metrics(server: Server) -> dict[str, Any]:
 
 
 async def answer_metrics(server: Server, request: Request) -> Response:
-    """`GET /metrics`, for Prometheus."""
     return Response(body=encode_metrics(collect_metrics(server)), media_type=METRICS_TEXT)
 
 
@@ -4874,12 +4788,10 @@ ROUTES = {
 
 
 def answer_ping(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
-    """`ping` -> `pong`."""
     return {"type": "pong", "timestamp": int(time.time() * 1000)}
 
 
 def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
-    """`hello` -> the server and its running tasks."""
     tasks = [task.describe() for task in server.tasks.running.values()]
     return {"type": "hello", **describe_server(server, viewer.role), "tasks": tasks}
 
@@ -4904,14 +4816,14 @@ def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) 
     """`task_resize`: sets the terminal's size to `cols` x `rows`."""
     server.check_exec()
     task = server.tasks.get(message.get("task_id"))
-    cols, rows = (check_side(name, message.get(name)) for name in ("cols", "rows"))
+    cols, rows = (check_field(name, message.get(name), SIDE) for name in ("cols", "rows"))
     server.tasks.resize(task, cols, rows)
 
 
 def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_ack`: output was taken up to `offset`, by who has asked for a window."""
     task = server.tasks.get(message.get("task_id"))
-    server.tasks.acknowledge(task, check_bytes("offset", message.get("offset")))
+    server.tasks.acknowledge(task, check_field("offset", message.get("offset"), BYTES))
 
 
 # The role that each message needs, and what carries it out.
@@ -5512,19 +5424,14 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
 
 def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
     """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
-    listener = socket.socket(family, socket.SOCK_STREAM)
     host, _, zone = address.partition("%")
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            only = v6_only or address != "::"
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        listener.setblocking(False)
-        listener.bind((host, port, 0, int(zone)) if zone else (host, port))
-        listener.listen(LISTEN_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
+    listener = socket.create_server(
+        (host, port, 0, int(zone)) if zone else (host, port),
+        family=family,
+        backlog=LISTEN_BACKLOG,
+        dualstack_ipv6=address == "::" and not v6_only,
+    )
+    listener.setblocking(False)
     return listener
 
 
@@ -5692,12 +5599,11 @@ class Listeners:
             self.ports["ws"] = (
                 self.ports["http"] if same else self._open("ws", config.host, config.ws_port)
             )
-        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
+        except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
-            address = " ".join(config.host)
-            raise StartError(
-                f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = str(getattr(error, "strerror", None) or error)
+            reason = reason.partition(" (while")[0]  # create_server() names the address again
+            raise StartError(f"cannot listen on {' '.join(config.host)}: {reason}") from None
 
     def _open_unix(self, path: str) -> None:
         try:
@@ -5811,7 +5717,7 @@ class Server:
             hostname=read_hostname().lower(),
             tokens=parts.tokens.by_role(),
         )
-        self._wrong_tokens = WrongTokenLimit()
+        self._wrong_tokens = RateLimit(MAX_WRONG_TOKENS, WRONG_TOKEN_SECONDS)
         # How many were refused, by error code.
         self.refused = Counter(dict.fromkeys(REFUSALS, 0))
         self._folder = parts.folder
@@ -5916,14 +5822,13 @@ class Server:
                 connection.close()  # the peer has reset it meanwhile
 
     def _watch(self, listener: socket.socket, kind: Listener) -> None:
-        """Accept from now on."""
         if not self.is_stopping:
             self._loop.add_reader(listener, self._accept, listener, kind)
 
     async def _start_discovery(self) -> None:
         loopback_only = self.listeners.is_loopback
-        limit = ReplyLimit()
         addresses = self.listeners.find_places()
+        limit = make_reply_limit()
         try:
             sockets = open_discovery_sockets(self.config.discovery_port, addresses, loopback_only)
         except OSError as error:
@@ -5932,10 +5837,11 @@ class Server:
             self.log.write("warning", "discovery_off", port=port, error=reason)
             return
         self.listeners.ports["discovery"] = sockets[0].getsockname()[1]
+        facts = self._describe_for_probe
         places: dict[str, asyncio.DatagramTransport] = {}
         for udp in sockets:
             transport, _ = await self._loop.create_datagram_endpoint(
-                lambda: DiscoveryEndpoint(self._describe_for_probe, limit, loopback_only, places),
+                lambda: DiscoveryEndpoint(facts, limit, loopback_only, places),
                 sock=udp,
             )
             self._discovery.append(transport)
@@ -5962,9 +5868,10 @@ class Server:
         try:
             return check_access(self.policy, peer, head)
         except HttpError as error:
-            seconds = 0
-            if error.code == "wrong_token":
-                seconds = self._wrong_tokens.count(peer.address, time.monotonic())
+            if error.code != "wrong_token":
+                raise
+            source = find_host_key(peer.address)
+            seconds = math.ceil(self._wrong_tokens.take(source, time.monotonic()))
             if not seconds:
                 raise
         message = "too many wrong tokens came from this address; a right one still gets in"
@@ -6603,11 +6510,9 @@ class Link:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection."""
         return self._writer is not None
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, if there is a connection."""
         self._write(Opcode.TEXT, encode_json(message))
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
@@ -7507,7 +7412,6 @@ class Watched:
         self.silent_now = 0.0
 
     def note_start(self, task_id: str, task: dict[str, Any]) -> None:
-        """Remember a task that runs."""
         self.tasks[task_id] = task
         self.open_bytes += self._measure(task)
 
@@ -7980,7 +7884,6 @@ class EventWriter:
         self._output.check()
 
     def finish(self) -> None:
-        """Write what waits still."""
         self._output.finish(FINISH_SECONDS)
 
 
@@ -8034,7 +7937,6 @@ def format_row(watched: Watched, name_width: int, width: int) -> str:
 
 
 def format_count(count: int, what: str) -> str:
-    """Return `1 task` or `2 tasks`."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
@@ -8136,7 +8038,6 @@ class Screen:
         self._open()
 
     def touch(self) -> None:
-        """Something has changed."""
         self._is_touched.set()
 
     async def run(self) -> None:
@@ -8195,7 +8096,6 @@ class Screen:
 
 
 def to_json(value: Any) -> str:
-    """Return JSON that people can read as well."""
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -10816,7 +10716,6 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
 
 
 def needs_token(config: Config, listeners: Listeners) -> bool:
-    """Whether our own account needs a token too."""
     return not config.no_auth and (config.require_token or not listeners.is_loopback)
 
 
@@ -10891,7 +10790,6 @@ def open_standard_descriptors() -> None:
 
 
 def make_loop(config: Config) -> asyncio.AbstractEventLoop:
-    """Return the event loop that was chosen."""
     if uvloop is not None and config.loop != "asyncio":
         loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         return loop
@@ -10968,7 +10866,7 @@ async def serve(config: Config, log: Log) -> None:
 
 
 def build_verify_parser() -> argparse.ArgumentParser:
-    """Return the parser of `verify-audit`."""
+    """Return what understands the arguments of `verify-audit`."""
     parser = build_command_parser(
         "verify-audit",
         "[FILE...]",
@@ -10982,7 +10880,6 @@ def build_verify_parser() -> argparse.ArgumentParser:
 
 
 def print_report(path: str, report: ChainReport) -> None:
-    """Print what was found in one file."""
     for number, text in sorted(report.problems + report.notes):
         write_output(f"{path}: line {number} {text}\n".encode("utf-8", "surrogateescape"))
     verdict = "the chain is BROKEN" if report.problems else "the chain holds"
@@ -11012,7 +10909,6 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def find_hosts_file(environ: Mapping[str, str]) -> str:
-    """Return $SERVERCONTROL_HOSTS, else servercontrol/hosts in the configuration folder."""
     base = environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.config")
@@ -11080,7 +10976,6 @@ goes to its own server and nowhere else.
 
 
 def add_servers(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add what names servers."""
     parser.add_argument("server", nargs="*", metavar="SERVER", help=f"(default: {default})")
     parser.add_argument("--all", action="store_true", help="every listed server")
     text = "token of the servers that are named, where they are not listed with one"
@@ -11099,7 +10994,7 @@ async def end_quietly(work: Awaitable[Result]) -> Result:
 
 
 def build_exec_parser() -> OneLineParser:
-    """Return the parser of `exec`."""
+    """Return what understands the arguments of `exec`."""
     parser = build_command_parser(
         "exec",
         "[SERVER... | --all] [options] -- COMMAND...",
@@ -11171,7 +11066,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def build_monitor_parser() -> OneLineParser:
-    """Return the parser of `monitor`."""
+    """Return what understands the arguments of `monitor`."""
     parser = build_command_parser(
         "monitor",
         "[SERVER... | --all] [options]",
@@ -11200,7 +11095,6 @@ Exit status: 0; of --once 1 if a server is not up.
 
 
 def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
-    """Return what `monitor --once` prints."""
     if as_json:
         return to_json([watched.describe() for watched in everybody])
     width = 200
@@ -11209,12 +11103,10 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
 
 
 def is_unclear(watched: Watched) -> bool:
-    """Whether more is to be known of a server in a moment."""
     return watched.state == "connecting" or (watched.state == "up" and not watched.stats)
 
 
 async def watch_once(monitor: Monitor) -> None:
-    """Let a monitor have one look at every server."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
     while time.monotonic() < end and any(is_unclear(watched) for watched in monitor.all):
@@ -11287,7 +11179,7 @@ FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
 
 
 def build_discover_parser() -> OneLineParser:
-    """Return the parser of `discover`."""
+    """Return what understands the arguments of `discover`."""
     parser = build_command_parser(
         "discover",
         "[options]",
@@ -11677,7 +11569,6 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
 
 
 def build_unit_parser() -> argparse.ArgumentParser:
-    """Return the parser of `unit`, for what is not an option of `serve`."""
     usage = "[--user NAME] [options of serve]"
     parser = build_command_parser("unit", usage, UNIT_HELP, UNIT_EPILOG)
     parser.add_argument("--user", metavar="NAME", help="run as this account, without a sandbox")
