@@ -67,8 +67,10 @@ import threading
 import time
 import tokenize
 import traceback
+import tracemalloc
 import urllib.parse
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -90,8 +92,9 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
             return
         parser.feed(data)
         head = parser.next_head()
-    writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head)))
-    websocket = sc.WebSocketConnection(max_message_bytes=32 * sc.MIB, max_fragments=sys.maxsize)
+    extension, bits = sc.choose_deflate(head)
+    writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head), extension))
+    websocket = sc.WebSocketConnection(None, 32 * sc.MIB, sys.maxsize, bits)
     data = parser.take_rest()
     while websocket.state is sc.WebSocketState.OPEN:
         for opcode, payload in websocket.receive(data):
@@ -145,7 +148,13 @@ except ImportError:
     h11 = None
 try:
     from websockets.exceptions import ProtocolError
+    from websockets.extensions.permessage_deflate import (
+        ClientPerMessageDeflateFactory,
+        PerMessageDeflate,
+        ServerPerMessageDeflateFactory,
+    )
     from websockets.frames import Frame
+    from websockets.headers import parse_extension
     from websockets.protocol import Protocol, Side
     from websockets.streams import StreamReader
 except ImportError:
@@ -1156,7 +1165,7 @@ class TestUpgrade:
         (["SERVERCONTROL.V1"], False),
     ])  # fmt: skip
     def test_answer_chooses_only_our_protocol(self, offers: list[str], chosen: bool) -> None:
-        extension = "Sec-WebSocket-Extensions: permessage-deflate"  # never negotiated
+        extension = "Sec-WebSocket-Extensions: permessage-deflate"  # chosen by another function
         head = parse_head("GET /", *(f"Sec-WebSocket-Protocol: {o}" for o in offers), extension)
         assert sc.encode_upgrade_response(head, RFC_KEY) == (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -1164,6 +1173,81 @@ class TestUpgrade:
             + b"Sec-WebSocket-Protocol: servercontrol.v1\r\n" * chosen
             + b"\r\n"
         )
+
+
+# (Sec-WebSocket-Extensions, what is added to the answer, window bits; or None; or 400)
+TAKEN = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+DEFLATE_OFFERS = [
+    ("", None), ("permessage-deflate", ("", 15)), (" ,\t, permessage-deflate ,,", ("", 15)),
+    ("PERMESSAGE-DEFLATE", None), ("permessage-bzip2", None), ("x-webkit-deflate-frame", None),
+    (TAKEN, ("", 15)), ("permessage-deflate;client_max_window_bits", ("", 15)),
+    *((f"permessage-deflate; client_max_window_bits={n}", ("", 15)) for n in range(8, 16)),
+    *((f"permessage-deflate; server_max_window_bits={n}",
+       (f"; server_max_window_bits={n}", 9 if n < 15 else 15)) for n in range(9, 16)),
+    ('permessage-deflate; server_max_window_bits="1\\0"', ("; server_max_window_bits=10", 9)),
+    ("permessage-deflate ;\tserver_max_window_bits\t=\t15", ("; server_max_window_bits=15", 15)),
+    *((f"permessage-deflate; {bad}", None) for bad in (
+        "server_max_window_bits", "server_max_window_bits=8", "server_max_window_bits=7",
+        "server_max_window_bits=16", "server_max_window_bits=09", "server_max_window_bits=+9",
+        "client_max_window_bits=7", "client_max_window_bits=0", "client_max_window_bits=1_0",
+        "server_no_context_takeover=1", 'client_no_context_takeover="true"', "unknown", "x=1",
+        "client_max_window_bits; client_max_window_bits=10", "Server_no_context_takeover",
+        "server_no_context_takeover; server_no_context_takeover", "mux; server_max_window_bits=9")),
+    ("permessage-deflate; server_max_window_bits=8, permessage-deflate", ("", 15)),
+    ('x; y="permessage-deflate", permessage-deflate; x, permessage-deflate; '
+     "server_max_window_bits=12, permessage-deflate", ("; server_max_window_bits=12", 9)),
+    *((bad, 400) for bad in (
+        "permessage-deflate;", ";", "permessage-deflate; ;x", "a b", "a; b c", "a=1", 'a; b=""',
+        'a; b="', 'a; b="c d"', "a; b=", "a; =b", 'a; "b"', 'a; b="x"y', "a/b", "\xe9",
+        'permessage-deflate, a; b="c, d"', "permessage-deflate, =")),
+]  # fmt: skip
+# What our client may be answered, and what it makes of it.
+DEFLATE_ANSWERS = [
+    ("", 0), (TAKEN, 15), ("permessage-deflate; server_no_context_takeover", 15),
+    *((f"{TAKEN}; server_max_window_bits={n}", 15) for n in range(8, 16)),
+    *((bad, "refused") for bad in (
+        "permessage-deflate", "permessage-deflate; client_no_context_takeover",
+        f"{TAKEN}; client_max_window_bits=15", f"{TAKEN}; client_max_window_bits",
+        f"{TAKEN}; server_max_window_bits", f"{TAKEN}; server_max_window_bits=7", f"{TAKEN}; x",
+        f"{TAKEN}, {TAKEN}", "permessage-bzip2", f"x, {TAKEN}", f"{TAKEN};", f"{TAKEN}; {TAKEN}")),
+]  # fmt: skip
+
+
+class TestDeflateOffers:
+    """RFC 7692, 5 and 7.1; RFC 6455, 9.1: what is negotiated."""
+
+    @parametrize_rows("offer, expected", [(repr(row[0]), *row) for row in DEFLATE_OFFERS])
+    def test_server_answers_an_offer(self, offer: str, expected: Any) -> None:
+        head = parse_head("GET /", f"Sec-WebSocket-Extensions: {offer}")
+        answer = expected and expected != 400 and (TAKEN + expected[0], expected[1])
+        assert status_of(sc.choose_deflate, head) == (answer or expected or ("", 0))
+        if answer:  # an independent client accepts it
+            client = ClientPerMessageDeflateFactory(client_max_window_bits=True)
+            parsed = parse_extension(answer[0])
+            assert client.process_response_params(parsed[0][1], []).local_no_context_takeover
+
+    def test_offers_in_several_fields_are_one_list(self) -> None:
+        fields = [f"Sec-WebSocket-Extensions: {one}" for one in ("x", "permessage-deflate", "y")]
+        assert sc.choose_deflate(parse_head("GET /", *fields)) == (TAKEN, 15)
+
+    def test_nothing_is_negotiated_without_zlib(self) -> None:
+        head = parse_head("GET /", f"Sec-WebSocket-Extensions: {TAKEN}")
+        with mock.patch.object(sc, "zlib", None):
+            assert sc.choose_deflate(head) == ("", 0)
+
+    @parametrize_rows("answer, expected", [(repr(row[0]), *row) for row in DEFLATE_ANSWERS])
+    def test_client_judges_an_answer(self, answer: str, expected: Any) -> None:
+        if expected != "refused":
+            assert sc.check_deflate_answer(answer) == expected
+            return
+        with pytest.raises(ValueError):
+            sc.check_deflate_answer(answer)
+
+    def test_our_offer_is_taken_by_another_server(self) -> None:
+        parsed = parse_extension(sc.DEFLATE_OFFER)
+        answer, _ = ServerPerMessageDeflateFactory().process_request_params(parsed[0][1], [])
+        text = "permessage-deflate" + "".join(f"; {k}={v}" if v else f"; {k}" for k, v in answer)
+        assert sc.check_deflate_answer(text) == 15
 
 
 # The mask of the examples in RFC 6455, 5.7, and masks that reveal a wrong byte order or offset.
@@ -1235,7 +1319,8 @@ class TestFrames:
         data = bytes.fromhex(wire)
         assert sc.encode_frame(sc.Opcode(opcode), payload, mask, fin) == data
         size = len(data) - len(payload)
-        assert sc.parse_frame_header(bytearray(data)) == (fin, opcode, mask, len(payload), size)
+        header = (fin, opcode, mask, len(payload), size, False)
+        assert sc.parse_frame_header(bytearray(data)) == header
         for short in range(size):
             assert sc.parse_frame_header(bytearray(data[:short])) is None
 
@@ -1248,18 +1333,20 @@ class TestFrames:
         frame = parse_with_websockets(data, mask is not None)
         assert (frame.opcode, bytes(frame.data), frame.fin) == (2, payload, True)
 
-    def test_header_start_is_judged_in_every_value(self) -> None:
+    @pytest.mark.parametrize("deflates", [False, True])
+    def test_header_start_is_judged_in_every_value(self, deflates: bool) -> None:
         more = {126: (126, struct.pack("!H", 126)), 127: (65536, struct.pack("!Q", 65536))}
         for first, second in itertools.product(range(256), range(256)):
             opcode, short = first & 15, second & 127
             length, extended = more.get(short, (short, b""))
             data = bytes([first, second]) + extended + RFC_MASK
             mask, size = (RFC_MASK, len(data)) if second & 128 else (None, len(data) - 4)
-            expected: Any = (first >= 128, opcode, mask, length, size)
+            expected: Any = (first >= 128, opcode, mask, length, size, bool(first & 0x40))
             bad_control = opcode >= 8 and (first < 128 or short > 125)
-            if first & 0x70 or opcode not in (0, 1, 2, 8, 9, 10) or bad_control:
+            reserved = 0x30 if deflates and opcode in (1, 2) else 0x70  # RFC 7692, 6
+            if first & reserved or opcode not in (0, 1, 2, 8, 9, 10) or bad_control:
                 expected = ("failed", 1002)
-            assert close_code_of(sc.parse_frame_header, bytearray(data)) == expected
+            assert close_code_of(sc.parse_frame_header, bytearray(data), deflates) == expected
 
     @pytest.mark.parametrize("masked", [False, True])
     def test_header_start_is_never_laxer_than_websockets(self, masked: bool) -> None:
@@ -1306,9 +1393,19 @@ class TestFrames:
         assert sc.parse_close_payload(payload) == (1001, kept)
 
 
-def receive_as_server(pieces: Iterable[bytes]) -> Outcome:
+def squeeze(data: bytes, level: int = 6, bits: int = 15, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
+    """Return the payload of a compressed message, made as RFC 7692, 7.2.1 says."""
+    compressor = zlib.compressobj(level, zlib.DEFLATED, -bits)
+    squeezed = compressor.compress(data) + compressor.flush(flush)
+    if flush == zlib.Z_FINISH:  # 7.2.3.4
+        return squeezed + b"\0"
+    assert squeezed[-4:] == b"\0\0\xff\xff"
+    return squeezed[:-4]
+
+
+def receive_as_server(pieces: Iterable[bytes], deflate_bits: int = 0) -> Outcome:
     """Run a server's end. Items: messages. End: its close code and the frame it answers."""
-    connection = sc.WebSocketConnection()
+    connection = sc.WebSocketConnection(deflate_bits=deflate_bits)
     items = [message for piece in pieces for message in connection.receive(piece)]
     answer = connection.take_outgoing()
     assert connection.take_outgoing() == b""
@@ -1319,10 +1416,11 @@ def receive_as_server(pieces: Iterable[bytes]) -> Outcome:
     return Outcome(items, (connection.close_code, answer))
 
 
-def feed_websocket(data: bytes) -> Outcome:
+def feed_websocket(data: bytes, deflate_bits: int = 0) -> Outcome:
     # A pong may stand everywhere between two frames.
     pong = sc.Message(sc.Opcode.PONG, b"tail")
-    return feed_every_way(receive_as_server, data, build_frame(PONG, b"tail"), pong)
+    receive = functools.partial(receive_as_server, deflate_bits=deflate_bits)
+    return feed_every_way(receive, data, build_frame(PONG, b"tail"), pong)
 
 
 LIMIT = sc.MAX_MESSAGE_BYTES
@@ -1390,6 +1488,54 @@ WEBSOCKET_REJECTED = [
 ]  # fmt: skip
 
 
+# What a message that is compressed looks like; the first rows are those of RFC 7692, 7.2.3.
+DEFLATED, DEFLATED_BINARY, DEFLATED_START = 0xC1, 0xC2, 0x41
+NOISE = random.Random(7692).randbytes(LIMIT)
+DEFLATED_ACCEPTED = [
+    *((f"Hello as {wire}", build_frame(DEFLATED, bytes.fromhex(wire)), [(1, "Hello")]) for wire in (
+        "f248cdc9c90700", "000500faff48656c6c6f00", "f348cdc9c9070000", "f24805000000ffffcac9c90700")),
+    ("fragments of the RFC", build_frame(DEFLATED_START, bytes.fromhex("f248cd"))
+     + build_frame(PING, b"p") + build_frame(CONTINUE_END, bytes.fromhex("c9c90700")),
+     [(9, b"p"), (1, "Hello")]),
+    ("empty", build_frame(DEFLATED, b"\0"), [(1, "")]),
+    ("fragment of nothing", build_frame(DEFLATED_START) + build_frame(CONTINUE, squeeze(b"a"))
+     + build_frame(CONTINUE_END), [(1, "a")]),
+    ("plain between", build_frame(DEFLATED, squeeze(b"a")) + build_frame(TEXT, b"b")
+     + build_frame(DEFLATED_BINARY, squeeze(b"\xff")), [(1, "a"), (1, "b"), (2, b"\xff")]),
+    ("split code points", build_frame(DEFLATED_START, squeeze(b"\xe2\x82\xac" * 50)[:9])
+     + build_frame(CONTINUE_END, squeeze(b"\xe2\x82\xac" * 50)[9:]), [(1, "\u20ac" * 50)]),
+    *((f"level {n}", build_frame(DEFLATED_BINARY, squeeze(NOISE[:999] * 9, n)),
+       [(2, NOISE[:999] * 9)]) for n in (0, 1, 9)),
+    *((f"window of {n}", build_frame(DEFLATED_BINARY, squeeze(NOISE[:2000] * 9, 6, n)),
+       [(2, NOISE[:2000] * 9)]) for n in (9, 12, 15)),
+    ("the limit", build_frame(DEFLATED, squeeze(b"x" * LIMIT)), [(1, "x" * LIMIT)]),
+    ("the limit of noise", build_frame(DEFLATED_BINARY, squeeze(NOISE)), [(2, NOISE)]),
+    ("last block", build_frame(DEFLATED, squeeze(b"x" * 999, flush=zlib.Z_FINISH)),
+     [(1, "x" * 999)]),
+    ("flushed twice", build_frame(DEFLATED, squeeze(b"x") + b"\0\0\xff\xff\0"), [(1, "x")]),
+]  # fmt: skip
+DEFLATED_REJECTED = [
+    *name_rows("RSV1", lambda first: build_frame(0x40 | first, squeeze(b"x")), 1002, [CLOSE, PING]),
+    ("RSV1 on a continuation",
+     build_frame(DEFLATED_START) + build_frame(0x40 | CONTINUE_END, squeeze(b"x")), 1002),
+    ("RSV2", build_frame(DEFLATED | 0x20, squeeze(b"x")), 1002),
+    ("a byte beyond the limit", build_frame(DEFLATED, squeeze(b"x" * (LIMIT + 1))), 1009),
+    ("bomb", build_frame(DEFLATED, squeeze(bytes(2**26), 9)[:LIMIT * 3 // 2]), 1009),
+    ("bomb in fragments", build_frame(DEFLATED_START, squeeze(b"x" * 80000)[:40])
+     + build_frame(CONTINUE_END, squeeze(b"x" * 80000)[40:]), 1009),
+    ("much for nothing", build_frame(DEFLATED, b"\0\0\0\xff\xff" * (LIMIT // 2))[:20], 1009),
+    ("declared too long", b"\xc1\xff" + struct.pack("!Q", 2**62) + RFC_MASK, 1009),
+    *name_rows("damaged", lambda wire: build_frame(DEFLATED, bytes.fromhex(wire)), 1007, [
+        "", "07", "ff", "f248cdc9c9", "f248cdc9c907", "0300f248cdc9c90700", "0300000000ffff00"]),
+    ("cut", build_frame(DEFLATED, squeeze(NOISE[:999])[:500]), 1007),
+    ("UTF-8", build_frame(DEFLATED, squeeze(b"x" * 200 + b"\xff")), 1007),
+    ("UTF-8 cut", build_frame(DEFLATED, squeeze(b"x" * 200 + b"\xe2\x82")), 1007),
+    ("UTF-8 in an open message", build_frame(DEFLATED_START, squeeze(b"\xff" * 200)), 1007),
+    ("context taken over", build_frame(DEFLATED, squeeze(NOISE[:64]))
+     + build_frame(DEFLATED, bytes.fromhex("f200110000")), 1007),
+]  # fmt: skip
+
+
 def any_frames() -> Any:
     """For hypothesis: frames of a client, mostly right, in any order."""
     rights = [TEXT, BINARY, CLOSE, PING, PONG, TEXT_START, BINARY_START, CONTINUE, CONTINUE_END]
@@ -1412,6 +1558,52 @@ class TestWebSocketConnection:
         close_code, answer = feed_websocket(data).end
         assert close_code == code and answer[:1] == b"\x88" and answer[1] == len(answer) - 2
         assert answer[2:4] == code.to_bytes(2, "big")
+
+    @parametrize_rows("data, messages", DEFLATED_ACCEPTED)
+    def test_compressed_message_is_received_when(self, data: bytes, messages: list[Any]) -> None:
+        assert feed_websocket(data, 15) == Outcome(messages, None)
+
+    @parametrize_rows("data, code", DEFLATED_REJECTED)
+    def test_compressing_connection_fails_when(self, data: bytes, code: int) -> None:
+        assert feed_websocket(data, 15).end[0] == code
+
+    def test_a_bomb_is_never_unpacked(self) -> None:
+        bomb = build_frame(DEFLATED, squeeze(bytes(2**26), 9))
+        tracemalloc.start()
+        try:
+            assert receive_as_server([bomb], 15).end[0] == 1009
+            assert tracemalloc.get_traced_memory()[1] < 16 * sc.MAX_MESSAGE_BYTES
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize("bits", [9, 15])
+    @pytest.mark.parametrize("size", [0, 99, 100, 4096, 4097, 65536])
+    def test_message_is_compressed_for_a_window(self, size: int, bits: int) -> None:
+        text = (b"0123456789" * 100 + NOISE[:600].hex().encode())[: size or 1] * (size // 999 + 1)
+        text = text[:size]
+        for data, is_smaller in ((text, size >= 100), (NOISE[:size], False)):
+            wire = sc.encode_message(sc.Opcode.BINARY, data, bits)
+            first, payload = read_frames_of(wire)[0]
+            assert first == (DEFLATED_BINARY if is_smaller else BINARY)
+            assert (len(payload) < size) is is_smaller
+            if is_smaller:  # fails where anything points beyond the window
+                plain = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
+                assert plain == data
+            assert sc.encode_message(sc.Opcode.BINARY, data, 0) == build_frame(BINARY, data, None)
+
+    def test_what_is_no_whole_message_is_never_compressed(self) -> None:
+        connection = sc.WebSocketConnection(deflate_bits=15)
+        data = b"x" * 125
+        assert connection.encode(sc.Opcode.PING, data) == build_frame(PING, data, None)
+        assert connection.encode(sc.Opcode.TEXT, data, False) == build_frame(TEXT_START, data, None)
+        assert connection.encode(sc.Opcode.TEXT, data)[0] == DEFLATED
+
+    def test_nothing_after_the_message_at_hand_is_looked_at(self) -> None:
+        connection = sc.WebSocketConnection()
+        connection.feed(build_frame(BINARY) + build_frame(TEXT, b"x") + b"\xff\xff")
+        assert connection.next_message() == (2, b"")
+        assert connection.close(1003) == b"\x88\x02\x03\xeb"
+        assert connection.next_message() is None and connection.take_outgoing() == b""
 
     def test_messages_before_a_violation_are_received(self) -> None:
         outcome = feed_websocket(build_frame(TEXT, b"a") + build_frame(PING) + b"\xff\xff")
@@ -1490,7 +1682,11 @@ class TestWebSocketConnection:
     @given(st.lists(st.lists(st.text(), min_size=1)), st.booleans(), st.lists(st.integers(0, 9999)))
     def test_texts_round_trip(self, texts: list[list[str]], to_server: bool, places: Any) -> None:
         make_masks = [lambda: b"\x01\x02\x03\x04", None]
-        sender, receiver = map(sc.WebSocketConnection, make_masks[:: 1 if to_server else -1])
+        sender, receiver = (
+            sc.WebSocketConnection(make_mask, deflate_bits=9)
+            for make_mask in make_masks[:: 1 if to_server else -1]
+        )
+        texts = [[part * 40 for part in parts] for parts in texts]
         wire = b""
         for parts in texts:
             for at, part in enumerate(parts):
@@ -15622,6 +15818,7 @@ FUZZ_CODES = [0, 999, *range(1000, 1017), 2999, 3000, 4999, 5000, 65535]
 FUZZ_FIRSTS = [TEXT, BINARY, PING, PONG, TEXT_START, BINARY_START, CONTINUE, CONTINUE_END]
 FUZZ_TEXTS = [text.encode("utf-8") for text in ("", "a", "\xe9", "\u20ac", "\U0001f600", "Hello")]
 FUZZ_WEBSOCKET = [row[1] for row in WEBSOCKET_ACCEPTED + WEBSOCKET_REJECTED if len(row[1]) < 1024]
+FUZZ_DEFLATED = [row[1] for row in DEFLATED_ACCEPTED + DEFLATED_REJECTED if len(row[1]) < 1024]
 FUZZ_LARGE_WEBSOCKET = [row[1] for row in WEBSOCKET_ACCEPTED if len(row[1]) > 1024]
 FUZZ_SAID = [b'{"type":"ping"}', b'{"type":"hello","ref":"a"}', b'{"ref":{"a":[1e9]},"type":""}']
 FUZZ_SAID += [b'{"type":"task_kill","task_id":"1","signal":"TERM","ref":1}', b'{"type":5,"ref":-1}']
@@ -15651,6 +15848,27 @@ def fuzz_make_websocket(chance: random.Random) -> bytes:
     return data if chance.random() < 0.4 else fuzz_vary(chance, data, FUZZ_WEBSOCKET)
 
 
+def fuzz_make_deflated(chance: random.Random) -> bytes:
+    """Return compressed messages of a client, in fragments, among others."""
+    frames = [fuzz_make_frame(chance) for _ in range(chance.randint(0, 2))]
+    for _ in range(chance.randint(1, 4)):
+        text = b"".join(chance.choices([*FUZZ_SAID, *FUZZ_TEXTS], k=chance.choice((1, 9, 90))))
+        level, bits = chance.choice((0, 1, 6, 9)), chance.randint(9, 15)
+        flush = chance.choice([zlib.Z_SYNC_FLUSH] * 9 + [zlib.Z_FINISH])
+        parts = cut_bytes(squeeze(text, level, bits, flush), [chance.randrange(999)])
+        firsts = [chance.choice((DEFLATED, DEFLATED_BINARY)) & (0x7F if len(parts) > 1 else 0xFF)]
+        frames += map(build_frame, [*firsts, CONTINUE_END], parts)
+    data = b"".join(frames)
+    return data if chance.random() < 0.6 else fuzz_vary(chance, data, FUZZ_DEFLATED)
+
+
+def fuzz_make_sent(chance: random.Random) -> Any:
+    """Return what is to be compressed by us: messages, the window, whether by a client."""
+    pool = [*FUZZ_SAID, *FUZZ_TEXTS, b"x" * 99, NOISE[: chance.randrange(2000)]]
+    texts = [b"".join(chance.choices(pool, k=chance.choice((1, 9, 40)))) for _ in range(3)]
+    return texts, chance.choice((9, 15)), chance.random() < 0.5, chance.randrange(9999)
+
+
 def fuzz_make_header(chance: random.Random) -> bytes:
     """Return the first bytes of a frame: any, with lengths about their edges."""
     lengths = [0, 1, 125, 126, 127, 255, 256, 65535, 65536, 2**31, 2**62, 2**63 - 1, 2**63]
@@ -15678,7 +15896,7 @@ def fuzz_check_header(data: bytes, outcome: Outcome) -> None:
     expected = None
     if not refused and len(data) >= size:
         mask = data[size - 4 : size] if data[1] & 128 else None
-        expected = bool(fin), opcode, mask, length, size
+        expected = bool(fin), opcode, mask, length, size, False
     assert refused or outcome.items == [expected], f"a model reads {expected}"
 
 
@@ -15692,6 +15910,24 @@ def fuzz_check_websocket(data: bytes, outcome: Outcome) -> None:
         assert [first for first, _ in frames] == [CLOSE]
         sc.parse_close_payload(frames[0][1])
     fuzz_check_splits(receive_as_server, data, outcome)
+
+
+def fuzz_check_deflated(data: bytes, outcome: Outcome) -> None:
+    """What we understand is what `websockets` inflates, however it is cut."""
+    fuzz_check_splits(functools.partial(receive_as_server, deflate_bits=15), data, outcome)
+    fuzz_check_websockets(data, outcome, [PerMessageDeflate(True, True, 15, 15)])
+
+
+def fuzz_check_sent(case: Any, outcome: Outcome) -> None:
+    """What we compress is what `websockets` inflates, with a window that is no larger."""
+    texts, bits, is_client, place = case
+    peer = Protocol(Side.SERVER if is_client else Side.CLIENT, max_size=None)
+    peer.extensions = [PerMessageDeflate(True, True, bits, 15)]
+    for piece in cut_bytes(b"".join(outcome.items), [place]):
+        peer.receive_data(piece)
+    assert peer.parser_exc is None, f"websockets: {peer.parser_exc!r}"
+    assert [bytes(frame.data) for frame in peer.events_received()] == texts
+    assert all(len(item) <= len(text) + 14 for item, text in zip(outcome.items, texts))
 
 
 def fuzz_join_frames(frames: Iterable[Any]) -> list[Any]:
@@ -15713,9 +15949,10 @@ def fuzz_join_frames(frames: Iterable[Any]) -> list[Any]:
     return messages
 
 
-def fuzz_check_websockets(data: bytes, outcome: Outcome) -> None:
+def fuzz_check_websockets(data: bytes, outcome: Outcome, extensions: Sequence[Any] = ()) -> None:
     """Where we go on or are closed in peace, `websockets` has the same messages."""
     peer = Protocol(Side.SERVER, max_size=None)
+    peer.extensions = list(extensions)
     peer.receive_data(data)
     theirs, ours = fuzz_join_frames(peer.events_received()), list(map(tuple, outcome.items))
     is_closed = bool(ours) and ours[-1][0] == sc.Opcode.CLOSE
@@ -16263,6 +16500,17 @@ def fuzz_parse_websocket(data: bytes) -> Outcome:
     return receive_as_server([data])
 
 
+def fuzz_parse_deflated(data: bytes) -> Outcome:
+    return receive_as_server([data], 15)
+
+
+def fuzz_parse_sent(case: Any) -> Outcome:
+    texts, bits, is_client, _ = case
+    mask = (lambda: RFC_MASK) if is_client else None
+    connection = sc.WebSocketConnection(mask, deflate_bits=bits)
+    return Outcome([connection.encode(sc.Opcode.BINARY, text) for text in texts], None)
+
+
 def fuzz_parse_header(data: bytes) -> Outcome:
     return fuzz_call(sc.WebSocketError, sc.parse_frame_header, bytearray(data))
 
@@ -16278,6 +16526,8 @@ FUZZ_JOBS = {
     "frames": FuzzJob(fuzz_make_header, fuzz_parse_header, fuzz_check_header),
     "websocket": FuzzJob(fuzz_make_websocket, fuzz_parse_websocket, fuzz_check_websocket),
     "websockets": FuzzJob(fuzz_make_websocket, fuzz_parse_websocket, fuzz_check_websockets),
+    "deflated": FuzzJob(fuzz_make_deflated, fuzz_parse_deflated, fuzz_check_deflated),
+    "sent": FuzzJob(fuzz_make_sent, fuzz_parse_sent, fuzz_check_sent, is_timed=False),
     "limits": FuzzJob(fuzz_make_limit, fuzz_parse_limit, fuzz_check_limit, is_timed=False),
     "query": FuzzJob(fuzz_make_query, fuzz_parse_query, fuzz_check_query),
     "access": FuzzJob(fuzz_make_access, fuzz_parse_access, fuzz_check_access),
