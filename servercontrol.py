@@ -147,6 +147,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     Endpoint = tuple[IpAddress, int]  # with a port
     Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
     Publish = Callable[..., dict[str, Any]]  # Viewers.publish
+    Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
     Command = Callable[["Server", "Viewer", dict[str, Any]], "dict[str, Any] | None"]
 
 __version__ = "0.1.0"
@@ -10642,24 +10643,6 @@ class Page:
 # Options and their environment twins to a Config, the order in which things are built, signals,
 # exit status, and all that is printed for people.
 
-DESCRIPTION = "Run commands on this server over HTTP and watch them live over WebSocket."
-EPILOG = """\
-Every option but --no-auth has an environment twin: --ws-port is SERVERCONTROL_WS_PORT, with
-several values separated by spaces. The option wins.
-
-  python3 servercontrol.py                     serve, for this account on this machine
-  curl -d 'uptime' localhost:8080/exec         run a command
-  python3 servercontrol.py --host 0.0.0.0      serve the network too, to who has the token
-
-Other commands, each with a --help of its own:
-
-  discover       find servers on the network
-  exec           run a command on one server or many
-  monitor        watch many servers on one screen
-  unit           print a systemd unit
-  verify-audit   check that no line of the audit log was changed
-"""
-OTHER_COMMANDS = ("discover", "exec", "monitor", "unit", "verify-audit")
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
@@ -10704,6 +10687,10 @@ def parse_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+parse_timeout = parse_number(0, MAX_TIMEOUT_SECONDS)
+parse_percent = parse_number(0, 100)
+
+
 def parse_host_option(text: str) -> str:
     """For argparse: a name or address."""
     if not text.strip("[]"):
@@ -10740,9 +10727,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
-# Group -> option -> (what checks the value, or what it may be; its placeholder; help). Whether it
-# is a flag or may be repeated, and its default, is what Config says.
-OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
+# Group -> option -> (what checks the value, or what it may be; its placeholder; help; default).
+# Where the default is left out, it is what Config says. A bool is a flag; a tuple may be repeated.
+OPTIONS: Options = {
     "where to listen": {
         "--host": (
             parse_host_option,
@@ -10768,7 +10755,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
     },
     "statistics and alerts": {
         "--interval": (parse_number(0.05, 3600), "SECONDS", "between two stats_update"),
-        "--cpu-alert": (parse_number(0, 100), "PERCENT", "alert above this CPU usage"),
+        "--cpu-alert": (parse_percent, "PERCENT", "alert above this CPU usage"),
         "--alert-cooldown": (parse_number(0, 1e9), "SECONDS", "at most one alert in this time"),
         "--alert-for": (parse_number(0, 1e9), "SECONDS", "usage must stay above for so long"),
         "--alert-webhook": (parse_webhook_option, "URL", "gets each alert as a POST of JSON"),
@@ -10787,62 +10774,225 @@ OPTIONS: dict[str, dict[str, tuple[Any, str, str]]] = {
         "--log-level": (LEVELS, "", "what is logged"),
     },
 }
+SERVERS_HELP = """\
+A server is host, host:port, a URL, the path of a Unix socket, or a name from the list
+~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another file), with lines such as
+
+  web1   http://10.0.0.11:8080    web1.token
+  db1    https://db1.example.org
+
+The third word is the file of its token, beside the list or with a path: a copy of the server's
+~/.local/state/servercontrol/token (on the server itself: --token-file with that path). A token
+goes to its own server and nowhere else.
+"""
+SERVERS: dict[str, tuple[Any, ...]] = {
+    "server": (str, "SERVER", "(default: localhost; monitor: all that are listed)", ()),
+    "--all": (None, "", "every listed server"),
+    "--token-file": (str, "FILE", "token of the servers that are named, if not listed with one"),
+}
 
 
-def add_option(group: argparse._ArgumentGroup, option: str) -> None:
-    """Add one option of OPTIONS to its group."""
-    check, metavar, text = OPTIONS[str(group.title)][option]
-    default = getattr(Config, option[2:].replace("-", "_"))
-    if isinstance(default, bool):
-        group.add_argument(option, action="store_true", help=text)
-    elif isinstance(default, tuple):
-        text += f"; repeatable (default: {' '.join(default) or 'none'})"
-        group.add_argument(option, action="append", type=check, metavar=metavar, help=text)
-    elif isinstance(check, tuple):
-        group.add_argument(option, choices=check, help=f"{text} (default: {default})")
-    else:
-        shown = f"{default:g}" if isinstance(default, float) else default
-        text += "" if default == "" else f" (default: {shown})"
-        group.add_argument(option, type=check, metavar=metavar, help=text)
+# Command -> (usage, what it does, the end of its --help, its options).
+SYNTAX: dict[str, tuple[str, str, str, Options]] = {
+    "serve": (
+        "[serve] [options]",
+        "Run commands on this server over HTTP and watch them live over WebSocket.",
+        """\
+Every option but --no-auth has an environment twin: --ws-port is SERVERCONTROL_WS_PORT, with
+several values separated by spaces. The option wins.
+
+  python3 servercontrol.py                     serve, for this account on this machine
+  curl -d 'uptime' localhost:8080/exec         run a command
+  python3 servercontrol.py --host 0.0.0.0      serve the network too, to who has the token
+
+Other commands, each with a --help of its own:
+
+  discover       find servers on the network
+  exec           run a command on one server or many
+  monitor        watch many servers on one screen
+  unit           print a systemd unit
+  verify-audit   check that no line of the audit log was changed
+""",
+        OPTIONS,
+    ),
+    "discover": (
+        "discover [options]",
+        "Find the servers of this machine and of the networks it is on.",
+        """
+Servers that listen on loopback only, as they do by default, answer only on their own machine.
+A probe asks for nothing secret and carries no token. Exit status: 0 if a server answered, else 1.
+
+  discover --hosts >> ~/.config/servercontrol/hosts      list those that are new
+  discover --prometheus > servers.json                   for file_sd_configs
+  discover --ansible > servers.yml                       for ansible -i servers.yml
+""",
+        {
+            "": {
+                "--at": (str, "ADDRESS", "ask this host or broadcast address too", ()),
+                "--timeout": (parse_number(0.1, 60), "SECONDS", "how long to wait", 2.0),
+                "--discovery-port": (parse_port, "N", "UDP port"),
+            },
+            "instead of a table": {
+                "--json": (None, "", "a list of objects"),
+                "--prometheus": (None, "", "a list for Prometheus' file_sd_configs"),
+                "--ansible": (None, "", "an inventory for Ansible"),
+                "--hosts": (None, "", "lines for the list of servers, of those that are new"),
+            },
+        },
+    ),
+    "exec": (
+        "exec [SERVER... | --all] [options] -- COMMAND...",
+        "Run a command on one server, or on many at once.",
+        SERVERS_HELP
+        + """
+One word is a command line for the server's shell; several words are taken as they are:
+
+  exec web1 -- uptime
+  exec web1 web2 db1 -- 'grep -c error /var/log/*.log | sort'
+  exec --all --fold -- uname -r
+  exec web1 --tty -- top                  Ctrl-] lets go of it
+
+Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
+was stopped meanwhile, or lost part of the output; 143 or 137: --timeout has ended it; 0 after
+Ctrl-], though the command goes on. Ctrl-C stops the command, a second one leaves it running, as
+does closing the terminal; the server's page shows it and can stop it. Output is text: send binary
+files by base64.
+""",
+        {
+            "": {
+                **SERVERS,
+                "--tty": (None, "", "in a terminal, with our keyboard"),
+                "--stdin": (None, "", "our standard input is the command's"),
+                "--timeout": (parse_timeout, "SECONDS", "then it is stopped; 0 is never", 0.0),
+                "--fold": (None, "", "show equal outputs once, at the end"),
+                "--parallel": (parse_count, "N", "servers at a time", MAX_PARALLEL),
+            }
+        },
+    ),
+    "monitor": (
+        "monitor [SERVER... | --all] [options]",
+        "Watch servers: a live screen on a terminal, otherwise a line for each event.",
+        SERVERS_HELP
+        + """
+Without a server: the listed ones, or this machine if none is listed. A server that is not heard of
+for 5 seconds is called silent. With --log every task of every server is written down, once; what
+could not be seen is named as a gap. Started again with the same file it goes on where it was.
+
+Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
+Exit status: 0; of --once 1 if a server is not up.
+""",
+        {
+            "": {
+                **SERVERS,
+                "--log": (str, "FILE", "append every task, JSON lines", None),
+                "--cpu-alert": (parse_percent, "PERCENT", "else what each server was told", None),
+                "--json": (None, "", "events as JSON lines"),
+                "--once": (None, "", "one look, as a table or JSON"),
+            }
+        },
+    ),
+    "unit": (
+        "unit [--user NAME] [options of serve]",
+        """\
+Prints a unit for systemd, which then runs this file, where it lies, as a service that starts with
+the machine. To install it:
+
+  python3 servercontrol.py unit | sudo tee /etc/systemd/system/servercontrol.service
+  sudo systemctl daemon-reload
+  sudo systemctl enable --now servercontrol
+""",
+        """\
+All options of `serve` may be given too, and are what the service is started with. Without --user
+commands run in a sandbox, under an account that can change no files of this machine but the
+service's own. The unit says what each of its lines is for. Afterwards:
+
+  journalctl -u servercontrol                  what it says
+  sudo cat /var/lib/servercontrol/token        the token that it has made (with --user: in the home
+                                               of that account, .local/state/servercontrol/token)
+""",
+        {"": {"--user": (str, "NAME", "run as this account, without a sandbox", None)}},
+    ),
+    "verify-audit": (
+        "verify-audit [FILE...]",
+        "Say whether the chain of hashes in an audit log holds, and where it breaks.",
+        "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
+        {"": {"file": (str, "FILE", "the log, rotated ones before it (default: our own)", ())}},
+    ),
+}
 
 
-def build_command_parser(command: str, usage: str, text: str, epilog: str) -> OneLineParser:
-    """Return the parser of a command; `text` says what that does."""
-    return OneLineParser(
-        usage=f"python3 servercontrol.py {command} {usage}",
+def find_default(option: str, row: Sequence[Any]) -> tuple[str, Any]:
+    """Return the name of an option's value in Config and elsewhere, and its default."""
+    name = option.lstrip("-").replace("-", "_")
+    return name, row[3] if len(row) > 3 else getattr(Config, name, False)
+
+
+def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
+    """Return what argparse is told of one row."""
+    check, metavar, text = row[:3]
+    default = find_default(option, row)[1]
+    if check is None:
+        return {"action": "store_true", "help": text}
+    if not option.startswith("-"):
+        return {"nargs": "*", "metavar": metavar, "help": text}
+    shown = f"{default:g}" if isinstance(default, float) else default
+    kind: dict[str, Any] = (
+        {"choices": check} if isinstance(check, tuple) else {"type": check, "metavar": metavar}
+    )
+    if isinstance(default, tuple):
+        kind["action"] = "append"
+        text, shown = f"{text}; repeatable", " ".join(default) or "none"
+    return {**kind, "help": text if shown in ("", None) else f"{text} (default: {shown})"}
+
+
+def build_parser(command: str) -> OneLineParser:
+    """Return what understands the arguments of a command; it leaves out what is not given."""
+    usage, text, epilog, options = SYNTAX[command]
+    parser = OneLineParser(
+        usage=f"python3 servercontrol.py {usage}",
         description=text,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-
-
-def build_parser() -> OneLineParser:
-    """Return the parser of `serve`, its options in groups."""
-    parser = build_command_parser("[serve]", "[options]", DESCRIPTION, EPILOG)
-    parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            add_option(group, option)
+    if command == "serve":
+        parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
+    for title, rows in options.items():
+        group = parser.add_argument_group(title) if title else parser
+        for option, row in rows.items():
+            group.add_argument(option, **describe_option(option, row))
     return parser
 
 
-def read_environment(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> list[str]:
+def parse_given(command: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the values that are given, several of one option as a tuple. Raises ConfigError."""
+    given = vars(build_parser(command).parse_args(argv))
+    return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+
+
+def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Return all values of a command, also those that are not given. Raises ConfigError."""
+    groups = SYNTAX[command][3].values()
+    defaults = dict(find_default(*row) for group in groups for row in group.items())
+    return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
+
+
+def read_environment(environ: Mapping[str, str]) -> list[str]:
     """Return the environment twins as options. Raises ConfigError."""
     arguments: list[str] = []
-    for action in parser._actions:
-        option = action.option_strings[-1]
-        name = "SERVERCONTROL_" + option[2:].upper().replace("-", "_")
+    for option in [option for group in OPTIONS.values() for option in group]:
+        name, default = find_default(option, ())
+        twin = f"SERVERCONTROL_{name.upper()}"
         # --no-auth must be typed by somebody who sees what they do.
-        if name not in environ or option in ("--no-auth", "--help", "--version"):
+        if twin not in environ or option == "--no-auth":
             continue
-        value = environ[name]
-        if action.nargs == 0:
+        value = environ[twin]
+        if isinstance(default, bool):
             if value.lower() not in FLAG_WORDS:
-                raise ConfigError(f"{name}: {value!r} is neither 1 nor 0")
+                raise ConfigError(f"{twin}: {value!r} is neither 1 nor 0")
             arguments += [option] * FLAG_WORDS[value.lower()]
-        elif isinstance(action, argparse._AppendAction):
+        elif isinstance(default, tuple):
             arguments += [f"{option}={item}" for item in value.replace(",", " ").split()]
         else:
             arguments.append(f"{option}={value}")
@@ -10851,22 +11001,15 @@ def read_environment(parser: argparse.ArgumentParser, environ: Mapping[str, str]
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Return the options of `serve`. Raises ConfigError."""
-    parser = build_parser()
     argv = list(argv)
     if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
-        raise ConfigError(f"unknown command; there are: serve, {', '.join(OTHER_COMMANDS)}")
-    given = vars(parser.parse_args(argv))
+        raise ConfigError(f"unknown command; there are: {', '.join(SYNTAX)}")
+    given = parse_given("serve", argv)
     try:
-        twins = vars(parser.parse_args(read_environment(parser, environ)))
+        twins = parse_given("serve", read_environment(environ))
     except ConfigError as error:
         raise ConfigError(f"{error} (in the environment)") from None
-    values: dict[str, Any] = {}
-    for name in Config.__dataclass_fields__:
-        absent = given[name] is None or given[name] is False
-        value = twins[name] if absent else given[name]
-        if value is not None:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    config = Config(**values)
+    config = Config(**{**twins, **given})
     if config.loop == "uvloop" and uvloop is None:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
     if config.tls_key and not config.tls_cert:
@@ -11054,20 +11197,6 @@ async def serve(config: Config, log: Log) -> None:
     await server.stop(stopped.result())
 
 
-def build_verify_parser() -> argparse.ArgumentParser:
-    """Return what understands the arguments of `verify-audit`."""
-    parser = build_command_parser(
-        "verify-audit",
-        "[FILE...]",
-        "Say whether the chain of hashes in an audit log holds, and where it breaks.",
-        "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-    )
-    parser.add_argument(
-        "file", nargs="*", help="oldest first, if rotated ones belong to it (default: our own)"
-    )
-    return parser
-
-
 def print_report(path: str, report: ChainReport) -> None:
     for number, text in sorted(report.problems + report.notes):
         write_output(f"{path}: line {number} {text}\n".encode("utf-8", "surrogateescape"))
@@ -11079,11 +11208,11 @@ def print_report(path: str, report: ChainReport) -> None:
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`verify-audit [FILE…]`: walk the chain, print what is found, return the exit status."""
-    files = build_verify_parser().parse_args(argv).file
+    files = parse_arguments("verify-audit", argv).file
     path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_state_folder(environ))
     if not files and path in ("-", "none"):
         raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
-    files = files or [path]
+    files = files or (path,)
     prev, is_whole = None, True
     for file in files:
         head = read_hash(file) if file == files[-1] else None
@@ -11151,26 +11280,6 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     return list(targets.values())
 
 
-SERVERS_HELP = """\
-A server is host, host:port, a URL, the path of a Unix socket, or a name from the list
-~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another file), with lines such as
-
-  web1   http://10.0.0.11:8080    web1.token
-  db1    https://db1.example.org
-
-The third word is the file of its token, beside the list or with a path: a copy of the server's
-~/.local/state/servercontrol/token (on the server itself: --token-file with that path). A token
-goes to its own server and nowhere else.
-"""
-
-
-def add_servers(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("server", nargs="*", metavar="SERVER", help=f"(default: {default})")
-    parser.add_argument("--all", action="store_true", help="every listed server")
-    text = "token of the servers that are named, where they are not listed with one"
-    parser.add_argument("--token-file", metavar="FILE", default="", help=text)
-
-
 async def end_quietly(work: Awaitable[Result]) -> Result:
     """Do a client's work; then take no signal any more.
 
@@ -11182,62 +11291,19 @@ async def end_quietly(work: Awaitable[Result]) -> Result:
         signal.set_wakeup_fd(-1)
 
 
-def build_exec_parser() -> OneLineParser:
-    """Return what understands the arguments of `exec`."""
-    parser = build_command_parser(
-        "exec",
-        "[SERVER... | --all] [options] -- COMMAND...",
-        "Run a command on one server, or on many at once.",
-        SERVERS_HELP
-        + """
-One word is a command line for the server's shell; several words are taken as they are:
-
-  exec web1 -- uptime
-  exec web1 web2 db1 -- 'grep -c error /var/log/*.log | sort'
-  exec --all --fold -- uname -r
-  exec web1 --tty -- top                  Ctrl-] lets go of it
-
-Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
-was stopped meanwhile, or lost part of the output; 143 or 137: --timeout has ended it; 0 after
-Ctrl-], though the command goes on. Ctrl-C stops the command, a second one leaves it running, as
-does closing the terminal; the server's page shows it and can stop it. Output is text: send binary
-files by base64.
-""",
-    )
-    add_servers(parser, "localhost")
-    parser.add_argument("--tty", action="store_true", help="in a terminal, with our keyboard")
-    parser.add_argument("--stdin", action="store_true", help="our standard input is the command's")
-    parser.add_argument(
-        "--timeout",
-        type=parse_number(0, MAX_TIMEOUT_SECONDS),
-        metavar="SECONDS",
-        default=0.0,
-        help="stop the command after so long (default: never)",
-    )
-    parser.add_argument("--fold", action="store_true", help="show equal outputs once, at the end")
-    parser.add_argument(
-        "--parallel",
-        type=parse_count,
-        metavar="N",
-        default=MAX_PARALLEL,
-        help=f"servers at a time (default: {MAX_PARALLEL})",
-    )
-    return parser
-
-
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`exec`: run a command elsewhere, return the exit status."""
     argv = list(argv)
     if "--" not in argv and not {"-h", "--help"} & set(argv):
         raise ConfigError("exec: the command stands behind --, as in: exec web1 -- uptime")
     place = argv.index("--") if "--" in argv else len(argv)
-    given, words = build_exec_parser().parse_args(argv[:place]), argv[place + 1 :]
+    given, words = parse_arguments("exec", argv[:place]), argv[place + 1 :]
     if not words:
         raise ConfigError("exec: no command behind --, as in: exec web1 -- uptime")
     targets = choose_targets(given, environ)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
-    command = words[0] if len(words) == 1 else " ".join(shlex.quote(word) for word in words)
+    command = words[0] if len(words) == 1 else shlex.join(words)
     try:
         fields: dict[str, Any] = {"cmd": check_command(command), "timeout": given.timeout}
     except CommandError as error:
@@ -11252,35 +11318,6 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return await Execution(targets, fields, given.fold, given.parallel).run()
 
     return asyncio.run(end_quietly(run()))
-
-
-def build_monitor_parser() -> OneLineParser:
-    """Return what understands the arguments of `monitor`."""
-    parser = build_command_parser(
-        "monitor",
-        "[SERVER... | --all] [options]",
-        "Watch servers: a live screen on a terminal, otherwise a line for each event.",
-        SERVERS_HELP
-        + """
-Without a server: the listed ones, or this machine if none is listed. A server that is not heard of
-for 5 seconds is called silent. With --log every task of every server is written down, once; what
-could not be seen is named as a gap. Started again with the same file it goes on where it was.
-
-Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
-Exit status: 0; of --once 1 if a server is not up.
-""",
-    )
-    add_servers(parser, "the listed ones; else localhost")
-    parser.add_argument("--log", metavar="FILE", help="append every task, JSON lines")
-    parser.add_argument(
-        "--cpu-alert",
-        type=parse_number(0, 100),
-        metavar="PERCENT",
-        help="alert above this (default: what each server was told)",
-    )
-    parser.add_argument("--json", action="store_true", help="events as JSON lines")
-    parser.add_argument("--once", action="store_true", help="one look, as a table or JSON")
-    return parser
 
 
 def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
@@ -11322,7 +11359,7 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
 
 def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`monitor`: watch servers, return the exit status."""
-    given = build_monitor_parser().parse_args(argv)
+    given = parse_arguments("monitor", argv)
     listed = not given.server and not given.token_file and read_hosts(environ)
     given.all = given.all or bool(listed)
     targets = choose_targets(given, environ)
@@ -11360,49 +11397,11 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0 if all(watched.state == "up" for watched in everybody) else 1
 
 
-FORMATS: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], str], str]] = {
-    "json": (to_json, "a list of objects"),
-    "prometheus": (format_prometheus, "a list for Prometheus' file_sd_configs"),
-    "ansible": (format_ansible, "an inventory for Ansible"),
+FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "json": to_json,
+    "prometheus": format_prometheus,
+    "ansible": format_ansible,
 }
-
-
-def build_discover_parser() -> OneLineParser:
-    """Return what understands the arguments of `discover`."""
-    parser = build_command_parser(
-        "discover",
-        "[options]",
-        "Find the servers of this machine and of the networks it is on.",
-        """
-Servers that listen on loopback only, as they do by default, answer only on their own machine.
-A probe asks for nothing secret and carries no token. Exit status: 0 if a server answered, else 1.
-
-  discover --hosts >> ~/.config/servercontrol/hosts      list those that are new
-  discover --prometheus > servers.json                   for file_sd_configs
-  discover --ansible > servers.yml                       for ansible -i servers.yml
-""",
-    )
-    text = "ask this address too: a host, or a network's broadcast address; repeatable"
-    parser.add_argument("--at", action="append", metavar="ADDRESS", default=[], help=text)
-    parser.add_argument(
-        "--timeout",
-        type=parse_number(0.1, 60),
-        metavar="SECONDS",
-        default=2.0,
-        help="how long to wait for answers (default: 2)",
-    )
-    parser.add_argument(
-        "--discovery-port",
-        type=parse_port,
-        metavar="N",
-        help=f"UDP port (default: {Config.discovery_port})",
-    )
-    group = parser.add_mutually_exclusive_group()
-    for name, (_, text) in FORMATS.items():
-        group.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
-    text = "lines for ~/.config/servercontrol/hosts, of those that are not listed"
-    group.add_argument("--hosts", dest="format", action="store_const", const="hosts", help=text)
-    return parser
 
 
 def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
@@ -11423,10 +11422,11 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`discover`: ask who is there, print it, return the exit status."""
-    parser = build_discover_parser()
-    port = environ.get("SERVERCONTROL_DISCOVERY_PORT") or str(Config.discovery_port)
-    parser.set_defaults(discovery_port=port)
-    given = parser.parse_args(argv)
+    twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
+    given = parse_arguments("discover", [*([f"--discovery-port={twin}"] if twin else []), *argv])
+    formats = [name for name in (*FORMATS, "hosts") if getattr(given, name)]
+    if len(formats) > 1:
+        raise ConfigError(f"--{formats[1]}: not allowed with argument --{formats[0]}")
     addresses = []
     for address in given.at:
         try:
@@ -11435,10 +11435,10 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             reason = getattr(error, "strerror", "") or error
             raise ConfigError(f"--at: {address}: {reason}") from None
     found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
-    if given.format == "hosts":
+    if given.hosts:
         text = list_new(found, environ)
-    elif given.format:
-        text = FORMATS[given.format][0](found)
+    elif formats:
+        text = FORMATS[formats[0]](found)
     else:
         text = format_found(found) if found else ""
     write_output(text.encode("utf-8", "replace"))
@@ -11569,23 +11569,6 @@ User={user}
 WorkingDirectory=-~
 """
 UNIT_WORD = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
-UNIT_HELP = """\
-Prints a unit for systemd, which then runs this file, where it lies, as a service that starts with
-the machine. To install it:
-
-  python3 servercontrol.py unit | sudo tee /etc/systemd/system/servercontrol.service
-  sudo systemctl daemon-reload
-  sudo systemctl enable --now servercontrol
-"""
-UNIT_EPILOG = """\
-All options of `serve` may be given too, and are what the service is started with. Without --user
-commands run in a sandbox, under an account that can change no files of this machine but the
-service's own. The unit says what each of its lines is for. Afterwards:
-
-  journalctl -u servercontrol                  what it says
-  sudo cat /var/lib/servercontrol/token        the token that it has made (with --user: in the home
-                                               of that account, .local/state/servercontrol/token)
-"""
 
 
 # The options that name a file to read -> its name as a credential.
@@ -11634,7 +11617,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
     """
     words: list[str] = []
     lines: list[str] = []
-    for name, given in vars(build_parser().parse_args(argv)).items():
+    for name, given in parse_given("serve", argv).items():
         option, value = "--" + name.replace("_", "-"), find_path(name, given)
         if name in CREDENTIALS and hands_over and value:
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
@@ -11643,8 +11626,8 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
             words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{CREDENTIALS[name]}")
         elif value is True:
             words.append(option)
-        elif value is not None and value is not False:
-            items = value if isinstance(value, list) else [value]
+        else:
+            items = value if isinstance(value, tuple) else (value,)
             words += [quote_command_word(f"{option}={item}") for item in items]
     if lines:
         lines.insert(0, "# Read by systemd as root, at each start: restart after a change.")
@@ -11757,23 +11740,17 @@ def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) 
     return doubts
 
 
-def build_unit_parser() -> argparse.ArgumentParser:
-    usage = "[--user NAME] [options of serve]"
-    parser = build_command_parser("unit", usage, UNIT_HELP, UNIT_EPILOG)
-    parser.add_argument("--user", metavar="NAME", help="run as this account, without a sandbox")
-    return parser
-
-
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`unit [--user NAME] [options]`: print the unit; what a person should know goes to stderr."""
-    given, rest = build_unit_parser().parse_known_args(argv)
+    given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
     config = parse_config(["serve", *rest], {})  # not with the environment of who types this
-    account, script = find_account(given.user), os.path.abspath(__file__)
+    account, script = find_account(getattr(given, "user", None)), os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
     python, reason = choose_python(is_sandboxed, find_uid(account))
-    words, lines = format_serve_options(rest, is_sandboxed or given.user != "root")
+    is_root = account is not None and account.pw_name == "root"
+    words, lines = format_serve_options(rest, is_sandboxed or not is_root)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
