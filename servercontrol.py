@@ -249,6 +249,7 @@ LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
 # Statistics.
 FRESH_SECONDS = 1.0  # an older sample is taken anew for /metrics (CPU is of the interval)
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
+KEEP_ALERTS = 50  # for who looks in the morning what was at night
 # How long tasks take, in seconds, from a shell's builtin to a back-up: the bounds of /metrics.
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
@@ -2030,7 +2031,9 @@ class OutputLog:
 # And what goes to others: metrics as text for Prometheus, the request that carries an alert.
 
 REPLACEMENT = "\ufffd".encode()  # for what is no UTF-8
-EVENT_TYPES = "stats_update task_start task_output task_complete cpu_alert alert_resolved".split()
+EVENT_TYPES = (
+    "stats_update task_start task_resize task_output task_complete cpu_alert alert_resolved"
+).split()
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
 NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
@@ -2166,6 +2169,7 @@ SIDE: Rule = (
     lambda value: type(value) is int and 1 <= value <= MAX_TERMINAL_SIDE,
     f"1 to {MAX_TERMINAL_SIDE}",
 )
+FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
 BYTES: Rule = (lambda value: type(value) is int and value >= 0, "a number of bytes")
 EXEC_FIELDS: dict[str, Rule] = {
     "cwd": TEXT,
@@ -2176,7 +2180,7 @@ EXEC_FIELDS: dict[str, Rule] = {
     ),
     "name": NAME,
     "stdin": (is_input, "text, or true to keep it open"),
-    "tty": (lambda value: isinstance(value, bool), "true or false"),
+    "tty": FLAG,
     "cols": SIDE,
     "rows": SIDE,
     "ref": NAME,
@@ -3158,6 +3162,11 @@ class Task:
         # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
         self.fd = -1
         self.input: TaskInput | None = None
+        # Columns and rows of its terminal; everybody who shows it draws it at this size.
+        self.size = (request.cols, request.rows) if request.tty else (None, None)
+        # The WebSocket client that typed last. Programs ask terminals questions, and this client
+        # answers them; before anybody has typed it is the one who started the task.
+        self.typist: object = None
         # The shell has ended, but is not reaped yet.
         self.is_shell_gone = False
         # What the state will be once it has ended, when it is being stopped; and who killed it.
@@ -3185,6 +3194,8 @@ class Task:
             "output_bytes": self.output.end,
             "replaced": self.replaced,
             "tty": self.request.tty,
+            "cols": self.size[0],
+            "rows": self.size[1],
             "cwd": self.cwd,
             "by": self.by,
         }
@@ -3540,6 +3551,8 @@ class Tasks:
             pid=task.pid,
             cwd=task.cwd,
             tty=task.request.tty,
+            cols=task.size[0],
+            rows=task.size[1],
             by=task.by,
             name=task.request.name,
         )
@@ -3670,16 +3683,20 @@ class Tasks:
 
     # Typing
 
-    def type(self, task: Task, data: bytes, is_end: bool = False) -> None:
+    def type(self, task: Task, data: bytes, is_end: bool = False, typist: object = None) -> None:
         """Give a task input, and possibly its end. Raises CommandError."""
         task_input = self._find_input(task)
         task_input.write(data)
+        task.typist = typist
         if is_end:
             task_input.end()
 
     def resize(self, task: Task, cols: int, rows: int) -> None:
-        """Set the size of a task's terminal. Raises CommandError."""
+        """Set the size of a task's terminal, and tell everybody. Raises CommandError."""
         self._find_input(task).resize(cols, rows)
+        if task.size != (cols, rows):
+            task.size = (cols, rows)
+            self._publish("task_resize", task_id=task.task_id, cols=cols, rows=rows)
 
     @staticmethod
     def _find_input(task: Task) -> TaskInput:
@@ -3775,6 +3792,7 @@ class Tasks:
             task.cancel_timer(name)
         if task.input is not None:
             task.input.close()
+        task.typist = None
         self._publish_complete(task, self._wait(task))
         del self.running[task.task_id]
         self._finished.append(task)
@@ -4248,6 +4266,8 @@ class Sampler:
         self._alert_since = 0.0
         # That alert's newest event, for who comes only now; else None.
         self.alert: dict[str, Any] | None = None
+        # The newest alerts, oldest first; `resolved` is the event that ended one, None before.
+        self.alerts: deque[dict[str, Any]] = deque(maxlen=KEEP_ALERTS)
         self.hostname = read_hostname()
         # The newest event, None before the first; done when there is one.
         self.newest: dict[str, Any] | None = None
@@ -4311,6 +4331,8 @@ class Sampler:
                 message=message,
                 tasks=list(self._running),
             )
+            if self._alert_since == now:  # not the same one, told again
+                self.alerts.append({**self.alert, "resolved": None})
             self._notify(self.alert)
             self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
         elif change == "alert_resolved":
@@ -4324,6 +4346,7 @@ class Sampler:
                 hostname=self.hostname,
                 duration_ms=duration_ms,
             )
+            self.alerts[-1]["resolved"] = event
             self._notify(event)
             self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=duration_ms)
 
@@ -4794,18 +4817,36 @@ def follow_response(task: Task, offset: int) -> Response:
     return response
 
 
+def find_exec_request(server: Server, request: Request) -> ExecRequest:
+    """Return what the body asks for, or with `again` what that task was asked for.
+
+    So its environment, which nobody is shown, and its input are the same without being told.
+    """
+    if "again" not in request.parameters:
+        return parse_exec_body(request.head.media_type, request.body)
+    if request.body not in (b"", b"{}"):  # the latter from browsers, which must send JSON
+        raise HttpError(400, "bad_query", "with again the body is empty: it changes nothing")
+    task = server.tasks.get(request.parameters["again"])
+    ref = request.parameters.get("ref") or None
+    check_field("ref", ref or "none", NAME)
+    cols, rows = task.size if task.size[0] else (80, 24)
+    return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
+
+
 async def answer_exec(server: Server, request: Request) -> Response:
     """`POST /exec`: start a command; wait for its end or follow its output on request."""
     wait = parse_flag(request.parameters, "wait")
     follow = parse_flag(request.parameters, "follow")
     if wait and follow:
         raise HttpError(400, "bad_query", "wait or follow, not both")
-    task = server.tasks.start(parse_exec_body(request.head.media_type, request.body), request.by)
+    task = server.tasks.start(find_exec_request(server, request), request.by)
     if follow:
         return follow_response(task, 0)
     fields = {"task_id": task.task_id, "command": task.request.command, "pid": task.pid}
     if task.window:  # it may be less than what was asked for
         fields["window"] = task.window
+    if "again" in request.parameters and task.request.stdin is True:
+        fields["not_repeated"] = ["stdin"]  # what came after the start
     if not wait:
         return json_response(fields)
     await asyncio.shield(task.completed)
@@ -4879,7 +4920,9 @@ async def answer_stdin(server: Server, request: Request) -> Response:
 
 
 async def answer_stats(server: Server, request: Request) -> Response:
-    """`GET /stats`: the newest `stats_update`, or the history."""
+    """`GET /stats`: the newest `stats_update`, the history, or the newest alerts."""
+    if parse_flag(request.parameters, "alerts"):
+        return json_response({"alerts": list(server.sampler.alerts)})
     if parse_flag(request.parameters, "history"):
         samples = list(server.sampler.history)
         return json_response({"interval": server.config.interval, "samples": samples})
@@ -4958,18 +5001,19 @@ async def answer_metrics(server: Server, request: Request) -> Response:
 
 
 WEBSOCKET_PATHS = ("/", "/ws")
+EXEC_PARAMETERS = frozenset({"wait", "follow", "again", "ref"})
 
 ROUTES = {
     route.path: route
     for route in (
         Route("/", "GET", None, frozenset(), answer_page),
         Route("/health", "GET", None, frozenset(), answer_health),
-        Route("/exec", "POST", Role.RUN, frozenset({"wait", "follow"}), answer_exec),
+        Route("/exec", "POST", Role.RUN, EXEC_PARAMETERS, answer_exec),
         Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
         Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
         Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
         Route("/stdin", "POST", Role.RUN, frozenset({"id", "eof"}), answer_stdin),
-        Route("/stats", "GET", Role.VIEW, frozenset({"history"}), answer_stats),
+        Route("/stats", "GET", Role.VIEW, frozenset({"history", "alerts"}), answer_stats),
         Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
         Route("/metrics", "GET", Role.VIEW, frozenset(), answer_metrics),
     )
@@ -4985,7 +5029,8 @@ def answer_ping(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict
 
 def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
     tasks = [task.describe() for task in server.tasks.running.values()]
-    return {"type": "hello", **describe_server(server, viewer.role), "tasks": tasks}
+    facts = describe_server(server, viewer.role)
+    return {"type": "hello", **facts, "alerts": list(server.sampler.alerts), "tasks": tasks}
 
 
 def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
@@ -4995,13 +5040,24 @@ def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) ->
 
 
 def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
-    """`task_input`: types `data`."""
+    """`task_input`: types `data`, or passes on what a terminal answers by itself (`automatic`).
+
+    Every client that shows the task answers a program's question, and the program wants one
+    answer. It gets that of the client that typed last; when nobody has typed or that client is
+    gone, of the one that shows the `ref` that the task was started with.
+    """
     server.check_exec()
     task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
     if not isinstance(data, str):
         raise CommandError("bad_field", "data must be text")
-    server.tasks.type(task, data.encode("utf-8", "replace"))
+    typist: object = viewer
+    if check_field("automatic", message.get("automatic", False), FLAG):
+        typist = task.typist if task.typist in server.viewers.all else None
+        is_starter = message.get("ref") == task.request.ref is not None
+        if typist is not viewer and (typist or not is_starter):
+            return
+    server.tasks.type(task, data.encode("utf-8", "replace"), typist=typist)
 
 
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
@@ -7920,9 +7976,12 @@ class Monitor:
             self._change(watched, "up", "server_up", version=event["version"])
         elif watched.state != "up":
             self._note_back(watched)
-        alert = event.get("alert")
-        if alert and alert["type"] in ("cpu_alert", "alert_resolved"):
-            await self._take(watched, alert)
+        past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
+        told_until = watched.last_alert[1] if watched.last_alert else 0
+        news = [one for one in past if one and one["timestamp"] > told_until]
+        for alert in (*news, event.get("alert")):
+            if alert and alert["type"] in ("cpu_alert", "alert_resolved"):
+                await self._take(watched, alert)
         for task in event["tasks"]:
             self._note_start(watched, task)
         return True

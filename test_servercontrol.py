@@ -2764,8 +2764,10 @@ EVENT_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "task_start": {
         "task_id": is_id, "command": is_text, "pid": is_count, "cwd": os.path.isabs,
         "tty": lambda v: v is False, "name": lambda v: v is None or is_text(v),
+        **dict.fromkeys(["cols", "rows"], lambda v: v is None),
         "by": lambda v: bool(re.fullmatch(rf"127\.0\.0\.1:\d+ run uid={os.geteuid()}", v)),
     },
+    "task_resize": {"task_id": is_id, "cols": is_count, "rows": is_count},
     "task_output": {"task_id": is_id, "output": is_text, "offset": is_count},
     "task_complete": {
         "task_id": is_id, "exit_code": lambda v: is_count(v) and v < 256,
@@ -3194,6 +3196,7 @@ sc.choose_source = Scripted
                     events += receive_events(websocket, lambda e, p=percent: e.get("cpu") == p)
                 count = itertools.count()
                 events += receive_events(websocket, lambda _: next(count) == 5)
+                kept = server.get("/stats?alerts")["alerts"]
         for event in events:
             check_event(event)
         alerts = [event for event in events if event["type"] == "cpu_alert"]
@@ -3203,6 +3206,11 @@ sc.choose_source = Scripted
         assert resolved[0]["cpu"] == 87.0
         lasted = resolved[0]["timestamp"] - alerts[0]["timestamp"]
         assert abs(resolved[0]["duration_ms"] - lasted) < 50
+        # Told again while it lasts it is the same alert.
+        assert [alert.pop("resolved") for alert in kept] == resolved
+        ends = [0, *(event["seq"] for event in resolved)]
+        firsts = [min(a["seq"] for a in alerts if a["seq"] > end) for end in ends[:-1]]
+        assert [alert["seq"] for alert in kept] == firsts and kept[0] == alerts[0]
         if cooldown == 3600:
             assert (len(alerts), len(resolved)) == (1, 1)
         else:
@@ -6976,6 +6984,79 @@ class TestTerminal:
             typist.type("\x04")
             typist.wait_for("end\r\n")
             assert typist.wait_for_end()["exit_code"] == 0
+
+    def test_size_is_known_to_everybody(self, server: ServerProcess) -> None:
+        with Typist(server, "cat", tty=True, cols=100, rows=30) as typist:
+            assert [server.task(typist.task_id)[name] for name in ("cols", "rows")] == [100, 30]
+            for cols in (120, 120, 90):  # a size that is not new is no event
+                typist.send("task_resize", cols=cols, rows=40)
+            events = receive_events(typist.websocket, lambda event: event.get("cols") == 90)
+            typist.send("hello")
+            hello = receive_events(typist.websocket, is_type("hello"))[-1]
+        sizes = [
+            (event["type"], event["cols"], event["rows"]) for event in events if "cols" in event
+        ]
+        assert sizes == [("task_start", 100, 30), ("task_resize", 120, 40), ("task_resize", 90, 40)]
+        check_event(events[-1])
+        assert [(task["cols"], task["rows"]) for task in hello["tasks"]] == [(90, 40)]
+
+    def test_question_is_answered_once(self, server: ServerProcess) -> None:
+        """By the one who typed last; before that, and when that one has gone, by the starter."""
+        with Typist(server, "stty raw -echo; echo ready; cat", tty=True, ref="mine") as starter:
+            starter.wait_for("ready")
+
+            def answer(websocket: Any, data: str, **fields: Any) -> None:
+                message = {"type": "task_input", "task_id": starter.task_id, "data": data, **fields}
+                websocket.send(json.dumps(message))
+                websocket.send('{"type":"ping"}')
+                receive_events(websocket, is_type("pong"))  # it has been carried out
+
+            with server.websocket() as other:
+                answer(other, "A", automatic=True)
+                answer(other, "B", automatic=True, ref="theirs")
+                answer(starter.websocket, "c", automatic=True, ref="mine")
+                answer(other, "d")
+                answer(starter.websocket, "E", automatic=True, ref="mine")
+                answer(other, "f", automatic=True)
+                server.request("POST", f"/stdin?id={starter.task_id}", b"g")
+                answer(other, "H", automatic=True)
+                answer(other, "i", automatic=False)
+            wait_until(lambda: server.get("/info")["clients"] == 1)
+            answer(starter.websocket, "j", automatic=True, ref="mine")
+            answer(starter.websocket, "K", automatic="yes")
+            answer(starter.websocket, "l")
+            wait_until(lambda: "l" in server.get(f"/logs?id={starter.task_id}")["logs"][6:])
+            assert server.get(f"/logs?id={starter.task_id}")["logs"][6:] == "cdfgijl"
+
+    def test_again_is_the_same(self, server: ServerProcess) -> None:
+        given: dict[str, Any] = {
+            "env": {"SECRET": "s3"},
+            "stdin": "typed\n",
+            "name": "build",
+            "cwd": "/usr",
+        }
+        old = server.run("echo $SECRET; pwd; cat", timeout=0.7, **given)
+        answer = server.request("POST", f"/exec?again={old['task_id']}&ref=r&wait", b"{}").json()
+        assert (
+            answer["output"] == old["output"] == "s3\n/usr\ntyped\n"
+            and answer["task_id"] != old["task_id"]
+        )
+        assert server.task(answer["task_id"])["name"] == "build" and "not_repeated" not in answer
+        twice = server.request("POST", f"/exec?again={old['task_id']}&ref=r&wait").json()
+        assert twice["task_id"] == answer["task_id"]
+        slow = server.run("sleep 60", timeout=0.3)
+        answer = server.request("POST", f"/exec?again={slow['task_id']}&wait").json()
+        assert answer["state"] == "timeout"
+        with Typist(server, "cat", stdin=True) as typist:
+            again = server.request("POST", f"/exec?again={typist.task_id}").json()
+            assert again["not_repeated"] == ["stdin"]
+            kill_task(server, again["task_id"], "KILL")
+        for target, body in (
+            ("again=1x", b""),
+            ("again=999999", b""),
+            (f"again={old['task_id']}", b"ls"),
+        ):
+            assert server.request("POST", f"/exec?{target}", body).status in (400, 404), target
 
     def test_end_is_typed_as_control_d(self, server: ServerProcess) -> None:
         with Typist(server, "cat; echo end", tty=True, stdin="given\n") as typist:
@@ -11452,6 +11533,16 @@ sc.choose_source = Scripted
         assert take(hello) == ["server_up"]
         assert take(alert) == []
         assert take({**STATS, "cpu": 60}) == ["cpu_alert", "stats_update"]
+        _, take, watched = make_monitor()
+        end = {"type": "alert_resolved", "timestamp": 7, "cpu": 3.0}
+        old = {
+            **HELLO,
+            "alerts": [{**alert, "resolved": end}, {**alert, "timestamp": 8, "resolved": None}],
+        }
+        assert take(old) == ["server_up", "cpu_alert", "alert_resolved", "cpu_alert"]
+        assert take(old) == [] and watched.last_alert == ("cpu_alert", 8)
+        _, take, watched = make_monitor(cpu_alert=50)
+        assert take(old) == ["server_up"] and take({**STATS, "cpu": 60})[0] == "cpu_alert"
         assert take({**STATS, "cpu": 40}) == ["alert_resolved", "stats_update"]
 
     def test_writes_an_alert_once(self, tmp_path: Path) -> None:
