@@ -29,8 +29,8 @@ check: .venv/ok  ## lint, format (the page's by Prettier) and types
 	$(BIN)/mypy --strict servercontrol.py
 	.ci/prettier --check
 
-matrix:          ## tests on every CPython 3.9 to 3.15 found
-	@.ci/matrix
+matrix: .venv/ok ## tests on every CPython 3.9 to 3.15 found, or in a chroot
+	@.ci/matrix $(VERSIONS)
 
 bench: .venv/ok  ## measure beside the websockets package
 	$(BIN)/python test_servercontrol.py bench
