@@ -173,6 +173,13 @@ IDLE_SECONDS = 15.0  # between two requests of one connection
 LINGER_SECONDS = 2.0  # how long a refused client may go on sending, so that it reads the answer
 MAX_LINGER_BYTES = 4 * MIB  # and how much
 WRITE_STALL_SECONDS = 30.0  # no byte taken for so long while something waits: closed
+# After so many seconds of silence the kernel probes the other host, so often, so many times.
+KEEPALIVE = {
+    "TCP_KEEPIDLE": 9,
+    "TCP_KEEPALIVE": 9,  # the same on macOS
+    "TCP_KEEPINTVL": 3,
+    "TCP_KEEPCNT": 3,
+}
 
 # WebSocket, RFC 6455.
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
@@ -229,8 +236,8 @@ TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread
 TERMINAL_LOOK_SECONDS = 0.1  # while nobody has the terminal open, between two looks
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
-# A task whose asker has set a window goes on without one when nothing was acknowledged for so long:
-# as long as a client tries to come back.
+# A task with a window waits so long for a reader to take something, or to come back; then it runs
+# on without.
 WINDOW_SECONDS = 60.0
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
@@ -486,13 +493,14 @@ class Config:
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
 # HTTP/1.1 requests and responses (RFC 9110, RFC 9112), stricter than the RFCs where they allow
 # it, because two readings of one message are how requests get smuggled: no bare LF, no obs-fold,
-# no repeated Content-Length, no Transfer-Encoding but a single `chunked`. One departure: a target
-# in absolute-form is refused too, since this is no proxy and Host is what the gate judges.
+# no repeated Content-Length, no Transfer-Encoding but a single `chunked`. A target in absolute-form
+# must name the authority that the Host field names, since Host is what the gate judges.
 # HttpParser is fed whatever arrives and gives whole heads and whole bodies; None is "not yet".
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
-TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # origin-form without "#" and control bytes
+# Absolute-form (RFC 9112, 3.2.2) or origin-form (3.2.1), without "#" and control bytes.
+TARGET = re.compile(rb"(?:https?://([^/?#\x00-\x20\x7f-\xff]+))?(/?[\x21\x22\x24-\x7e]*)", re.I)
 VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])")
 DIGITS = re.compile(r"[0-9]{1,18}")  # int() alone takes "1_0", " +5 " and Arabic digits
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
@@ -500,7 +508,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 
 @dataclass(frozen=True)
 class RequestHead:
-    """A request line and its header fields.
+    """A request line and its header fields. target: in origin-form; authority: what came before it.
 
     fields: (lower-case name, value) in the order received.
     content_length: None when the request has no such field.
@@ -512,6 +520,7 @@ class RequestHead:
     fields: tuple[tuple[str, str], ...]
     content_length: int | None = None
     chunked: bool = False
+    authority: str = ""
 
     @property
     def path(self) -> str:
@@ -556,8 +565,8 @@ class RequestHead:
         return (self.value("content-type") or "").partition(";")[0].strip(" \t").lower()
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, bool]:
-    """Return (method, target, is HTTP/1.0). RFC 9112, 3.
+def parse_request_line(line: bytes) -> tuple[str, str, str, bool]:
+    """Return (method, authority or "", target, is HTTP/1.0). RFC 9112, 3.
 
     Raises HttpError 400 or 505.
     """
@@ -570,9 +579,14 @@ def parse_request_line(line: bytes) -> tuple[str, str, bool]:
         raise HttpError(505, "bad_version", "the request line does not end with HTTP/1.1")
     if match.groups() not in ((b"1", b"0"), (b"1", b"1")):
         raise HttpError(505, "bad_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    if not TARGET.fullmatch(target):
-        raise HttpError(400, "bad_target", "the request target must be a path")
-    return method.decode("ascii"), target.decode("ascii"), match.group(2) == b"0"
+    form = TARGET.fullmatch(target)
+    authority, path = form.groups(b"") if form else (b"", b"")
+    if not path.startswith(b"/"):
+        if not authority or path[:1] not in (b"", b"?"):
+            raise HttpError(400, "bad_target", "the request target must be a path")
+        path = b"/" + path
+    is_http_1_0 = match.group(2) == b"0"
+    return method.decode("ascii"), authority.decode("ascii"), path.decode("ascii"), is_http_1_0
 
 
 def parse_field(line: bytes) -> tuple[str, str]:
@@ -722,11 +736,11 @@ class HttpParser:
 
     def _finish_head(self) -> RequestHead:
         lines, self._lines, self._head_bytes = self._lines, [], 0
-        method, target, http_1_0 = parse_request_line(lines[0])
+        method, authority, target, http_1_0 = parse_request_line(lines[0])
         fields = tuple(parse_field(line) for line in lines[1:])
-        head = RequestHead(method, target, http_1_0, fields)
+        head = RequestHead(method, target, http_1_0, fields, authority=authority)
         length, chunked = parse_body_framing(head)
-        self.head = RequestHead(method, target, http_1_0, fields, length, chunked)
+        self.head = dataclasses.replace(head, content_length=length, chunked=chunked)
         return self.head
 
     def _next_line(self, limit: int, too_long: HttpError) -> bytes | None:
@@ -872,6 +886,7 @@ FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
 BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
+OPAQUE_ORIGINS = ("null", "file://")  # of any file and sandboxed frame: no origin to trust
 BEARER_PROTOCOL = "bearer."  # before a token among the subprotocols, for browsers
 
 
@@ -999,6 +1014,8 @@ def check_host_syntax(head: RequestHead) -> str | None:
         raise HttpError(400, "bad_host", "exactly one Host field is needed")
     if hosts:
         parse_host(hosts[0])
+    if head.authority and [head.authority.lower()] != [host.lower() for host in hosts]:
+        raise HttpError(400, "bad_host", "the target and the Host field name different servers")
     return hosts[0] if hosts else None
 
 
@@ -1032,10 +1049,12 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
     listed = len(origins) == 1 and origins[0] in policy.allow_origins
     own = len(origins) == 1 and is_own_origin(origins[0], scheme, host)
     if origins and not listed and not own:
-        raise HttpError(403, "bad_origin", "this web page may not use this server")
+        message = "this web page may not use this server; --allow-origin lists those that may"
+        raise HttpError(403, "bad_origin", message)
     site = head.value("sec-fetch-site")
     if site in ("cross-site", "same-site") and not listed and not is_top_level_visit(head):
-        raise HttpError(403, "bad_origin", "another site's page may not use this server")
+        message = "another site's page may not use this server, unless --allow-origin lists it"
+        raise HttpError(403, "bad_origin", message)
     from_browser = bool(origins) or any(name.startswith("sec-fetch-") for name, _ in head.fields)
     form = head.has_body and head.media_type != "application/json"
     if from_browser and head.method == "POST" and form:
@@ -1132,6 +1151,9 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
     role = check_tokens(policy, head)
     if role is not None:
         return role
+    if head.value("origin") in OPAQUE_ORIGINS and not is_preflight(head):
+        message = "a page without an origin of its own needs a token, whoever opens it"
+        raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
     is_local = peer.listener is not Listener.NETWORK
     if (policy.no_auth or is_local) and not is_trusted_host(policy, host):
         raise HttpError(403, "bad_host", "this Host is not served; --allow-host lists more")
@@ -2109,7 +2131,7 @@ class ExecRequest:
 
     stdin: text to be read, True for input that comes later, else none. ref: two requests
     with the same one start one task, so that a lost answer can be asked for again. window: bytes
-    of output that may come before `task_ack` has said that they were taken; 0 is any number.
+    of output that may come before a `?follow` reader has taken them; 0 is any number.
     """
 
     command: str
@@ -3153,10 +3175,11 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # How much of its output the client that asked for it has taken, and how much may be read
-        # beyond that (0: any).
-        self.acked: float = 0
+        # How much of its output may be read (0: any) beyond what its `?follow` readers have taken:
+        # up to where each of them is, and the last of them was.
         self.window = 0
+        self.readers: dict[object, int] = {}
+        self.taken: float = 0
         # How often U+FFFD stands in the output for bytes that were no UTF-8.
         self.replaced = 0
         # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
@@ -3201,9 +3224,15 @@ class Task:
         }
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether output must not be read until that client has taken what there is."""
-        return 0 < self.window <= self.output.end - self.acked
+    def room(self) -> int:
+        """How many bytes may be read now; 0 while its readers have to take something first.
+
+        Never a few bytes only, or a task would be read in ever smaller pieces.
+        """
+        if not self.window:
+            return READ_CHUNK_BYTES
+        room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
+        return int(room) if 2 * room >= min(READ_CHUNK_BYTES, self.window) else 0
 
     def wake(self) -> None:
         """Let everyone go on who waits for more output or the end."""
@@ -3451,9 +3480,9 @@ class Tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
         task = Task(self._ids.take(), request, by, config.keep_output)
-        # What is not acknowledged is kept, also by all tasks at once, and a read may come on top.
+        # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
-        task.window = min(request.window, max(1, fair - READ_CHUNK_BYTES))
+        task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
         cwd = read_cwd()
         task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:
@@ -3593,11 +3622,12 @@ class Tasks:
             asyncio.get_running_loop().remove_reader(task.fd)
             task.set_timer("read", PRESSURE_SECONDS, self._resume_read)
             return
-        if task.is_ahead:
+        room = task.room
+        if not room:
             asyncio.get_running_loop().remove_reader(task.fd)
             task.set_timer("read", WINDOW_SECONDS, self._lift_window)
             return
-        chunk = self._read_chunk(task, READ_CHUNK_BYTES)
+        chunk = self._read_chunk(task, room)
         if chunk:
             self._take_output(task, chunk)
 
@@ -3606,15 +3636,19 @@ class Tasks:
         task.cancel_timer("read")
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
-    def acknowledge(self, task: Task, offset: int) -> None:
-        """The client that asked for a task has taken `offset` bytes, or at least is still there."""
-        task.acked = offset
+    def move_reader(self, task: Task, reader: object, offset: int) -> None:
+        """A `?follow` reader of a task with a window is here now; the slowest of them counts."""
+        task.readers[reader] = offset
+        task.taken = min(task.readers.values())
         if task.fd >= 0 and "read" in task.timers:
-            self._resume_read(task)
+            if task.room:
+                self._resume_read(task)
+            else:
+                task.set_timer("read", WINDOW_SECONDS, self._lift_window)
 
     def _lift_window(self, task: Task) -> None:
         """Nobody seems to be there: a task outlives who asked for it."""
-        task.acked = math.inf
+        task.taken = math.inf
         self._resume_read(task)
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
@@ -3848,7 +3882,7 @@ class Tasks:
             max_rss_kb=usage[1],
         )
         task.ended_timestamp = event["timestamp"]
-        told = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
+        told = "task_id exit_code signal state killed_by duration_ms output_bytes".split()
         self._audit.write("task_complete", **{name: event[name] for name in told})
         state = task.state.value
         self._log.write(
@@ -4585,6 +4619,17 @@ def find_unix_owner(connection: socket.socket) -> int | None:
     return int(struct.unpack("=iII", credentials)[1])
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within 20 s that the other host is dead, where it can (tcp(7))."""
+    if connection.family == socket.AF_UNIX:
+        return
+    with contextlib.suppress(OSError):  # it is closed already
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def identify_peer(
     connection: socket.socket, listener: Listener, address: Any, scheme: str, may_scan: bool
 ) -> tuple[Peer, str]:
@@ -4656,7 +4701,10 @@ class TlsFiles:
 
 @dataclass
 class Request:
-    """A request that has passed the gate. by: who asks, for events and logs."""
+    """A request that has passed the gate. by: who asks, for events and logs.
+
+    ends: called when its answer is written, or its client has gone.
+    """
 
     head: RequestHead
     route: Route
@@ -4664,6 +4712,7 @@ class Request:
     role: Role | None
     by: str
     body: bytes = b""
+    ends: list[Callable[[], Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -4703,19 +4752,24 @@ async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def follow_output(task: Task, offset: int, trailers: dict[str, str]) -> AsyncIterator[bytes]:
+async def follow_output(
+    task: Task, offset: int, trailers: dict[str, str], move: Callable[[int], None]
+) -> AsyncIterator[bytes]:
     """Give a task's output from `offset` on until it is complete.
 
-    A client that falls off the kept output is cut off in the middle of the body, which it
-    notices; a hole in the output it would not.
+    move: told how much the kernel has taken for the client. A client that falls off the kept output
+    is cut off in the middle of the body, which it notices; a hole in the output it would not.
     """
     skipped = max(0, task.output.start - offset)
     while True:
         # A few blocks at a time: those that wait for the client are kept alive by it alone.
         pieces = task.output.read(offset)
-        offset = task.output.end - sum(map(len, pieces[4:]))
+        offset = task.output.end - sum(map(len, pieces))
+        move(offset)
         for piece in pieces[:4]:
             yield piece
+            offset += len(piece)
+            move(offset)
         if task.output.start > offset:
             raise ConnectionAbortedError("the client reads too slowly")
         if offset == task.output.end:
@@ -4809,11 +4863,22 @@ async def answer_preflight(server: Server, request: Request) -> Response:
     return Response(204, fields=fields)
 
 
-def follow_response(task: Task, offset: int) -> Response:
+def follow_response(server: Server, request: Request, task: Task, offset: int) -> Response:
     """Return the output as it comes, with the exit code in the trailers."""
     response = Response(media_type=PLAIN_TEXT)
-    response.fields = [("X-Task-Id", task.task_id), ("Trailer", "X-Exit-Code, X-Dropped-Bytes")]
-    response.pieces = follow_output(task, offset, response.trailers)
+    response.fields = [
+        ("X-Task-Id", task.task_id),
+        ("Trailer", "X-Exit-Code, X-Dropped-Bytes"),
+        ("X-Accel-Buffering", "no"),  # for nginx, which would keep it until there is more
+    ]
+    move: Callable[[int], None] = lambda offset: None  # noqa: E731
+    # Whoever may only watch delays nothing.
+    if task.window and request.role is Role.RUN:
+        reader = object()
+        move = functools.partial(server.tasks.move_reader, task, reader)
+        move(offset)
+        request.ends.append(lambda: task.readers.pop(reader))
+    response.pieces = follow_output(task, offset, response.trailers, move)
     return response
 
 
@@ -4833,21 +4898,39 @@ def find_exec_request(server: Server, request: Request) -> ExecRequest:
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
 
+# Those that need one of the others, in the query of /exec.
+EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wait",)}
+
+
+def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
+    """Return the flags of /exec that are set. Raises HttpError 400 for one without its partner."""
+    names = {"wait", "follow", *EXEC_FLAGS} & set(parameters)
+    flags = {name for name in names if parse_flag(parameters, name)}
+    if {"wait", "follow"} <= flags:
+        raise HttpError(400, "bad_query", "wait or follow, not both")
+    for name in flags & set(EXEC_FLAGS):
+        if not flags & set(EXEC_FLAGS[name]):
+            raise HttpError(400, "bad_query", f"{name} goes with {' or '.join(EXEC_FLAGS[name])}")
+    return flags
+
+
 async def answer_exec(server: Server, request: Request) -> Response:
     """`POST /exec`: start a command; wait for its end or follow its output on request."""
-    wait = parse_flag(request.parameters, "wait")
-    follow = parse_flag(request.parameters, "follow")
-    if wait and follow:
-        raise HttpError(400, "bad_query", "wait or follow, not both")
-    task = server.tasks.start(find_exec_request(server, request), request.by)
-    if follow:
-        return follow_response(task, 0)
+    flags = parse_exec_flags(request.parameters)
+    asked = find_exec_request(server, request)
+    if "wait" in flags:  # nobody takes anything before the end
+        asked = dataclasses.replace(asked, window=0)
+    task = server.tasks.start(asked, request.by)
+    if "tie" in flags:
+        request.ends.append(functools.partial(server.stop_tied, task, request.by))
+    if "follow" in flags:
+        return follow_response(server, request, task, 0)
     fields = {"task_id": task.task_id, "command": task.request.command, "pid": task.pid}
     if task.window:  # it may be less than what was asked for
         fields["window"] = task.window
     if "again" in request.parameters and task.request.stdin is True:
         fields["not_repeated"] = ["stdin"]  # what came after the start
-    if not wait:
+    if "wait" not in flags:
         return json_response(fields)
     await asyncio.shield(task.completed)
     fields.update(
@@ -4856,7 +4939,17 @@ async def answer_exec(server: Server, request: Request) -> Response:
         state=task.state.value,
         truncated=task.output.start > 0,
     )
-    return text_response(fields, "output", task.output.read())
+    pieces = task.output.read()
+    response = text_response(fields, "output", pieces)
+    if "raw" in flags:
+        response = Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
+    response.status = 500 if "fail" in flags and task.exit_code else 200
+    response.fields = [
+        ("X-Task-Id", task.task_id),
+        ("X-Exit-Code", str(task.exit_code)),
+        ("X-Dropped-Bytes", str(task.output.start)),
+    ]
+    return response
 
 
 def find_task(server: Server, request: Request) -> Task:
@@ -4888,7 +4981,7 @@ async def answer_logs(server: Server, request: Request) -> Response:
     if offset > task.output.end:
         raise HttpError(400, "bad_offset", f"the output has {task.output.end} bytes so far")
     if parse_flag(request.parameters, "follow"):
-        return follow_response(task, offset)
+        return follow_response(server, request, task, offset)
     pieces = task.output.read(offset)
     start = task.output.end - sum(map(len, pieces))
     if parse_flag(request.parameters, "raw"):
@@ -4917,6 +5010,16 @@ async def answer_stdin(server: Server, request: Request) -> Response:
     task = find_task(server, request)
     server.tasks.type(task, request.body, is_end=parse_flag(request.parameters, "eof"))
     return json_response({"task_id": task.task_id, "bytes": len(request.body)})
+
+
+async def answer_resize(server: Server, request: Request) -> Response:
+    """`POST /resize`: set the size of the task's terminal."""
+    task, given = find_task(server, request), request.parameters
+    sides = [given.get(name, "") for name in ("cols", "rows")]
+    numbers = [int(side) if DIGITS.fullmatch(side) else 0 for side in sides]
+    cols, rows = (check_field("cols and rows", number, SIDE) for number in numbers)
+    server.tasks.resize(task, cols, rows)
+    return json_response({"task_id": task.task_id, "cols": cols, "rows": rows})
 
 
 async def answer_stats(server: Server, request: Request) -> Response:
@@ -5001,7 +5104,7 @@ async def answer_metrics(server: Server, request: Request) -> Response:
 
 
 WEBSOCKET_PATHS = ("/", "/ws")
-EXEC_PARAMETERS = frozenset({"wait", "follow", "again", "ref"})
+EXEC_PARAMETERS = frozenset({"wait", "follow", "again", "ref", *EXEC_FLAGS})
 
 ROUTES = {
     route.path: route
@@ -5013,6 +5116,7 @@ ROUTES = {
         Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
         Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
         Route("/stdin", "POST", Role.RUN, frozenset({"id", "eof"}), answer_stdin),
+        Route("/resize", "POST", Role.RUN, frozenset({"id", "cols", "rows"}), answer_resize),
         Route("/stats", "GET", Role.VIEW, frozenset({"history", "alerts"}), answer_stats),
         Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
         Route("/metrics", "GET", Role.VIEW, frozenset(), answer_metrics),
@@ -5071,7 +5175,8 @@ def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) 
 def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     """`task_ack`: output was taken up to `offset`, by who has asked for a window."""
     task = server.tasks.get(message.get("task_id"))
-    server.tasks.acknowledge(task, check_field("offset", message.get("offset"), BYTES))
+    offset = check_field("offset", message.get("offset"), BYTES)
+    server.tasks.move_reader(task, None, offset)
 
 
 # The role that each message needs, and what carries it out.
@@ -5436,9 +5541,12 @@ class Connection:
             response = self._make_error_response(error)
         else:
             request.body = await self._read_body(parser)
-            waits = not request.parameters.keys().isdisjoint(("wait", "follow"))
-            self._begin_phase(Phase.WAITING if waits else Phase.ANSWERING, None)
-            response = await self._answer(request)
+            if not request.parameters.keys().isdisjoint(("wait", "follow")):
+                self._begin_phase(Phase.WAITING, None)
+                keep_alive(self.transport.get_extra_info("socket"))
+            else:
+                self._begin_phase(Phase.ANSWERING, None)
+            return await self._answer(request)
         return await self._write_response(head, response)
 
     async def _read(self, parser: HttpParser) -> bytes:
@@ -5512,11 +5620,17 @@ class Connection:
         if head.has_body:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request) -> bool:
+        """Carry a request out and write its answer. Whether another request may follow."""
         try:
-            return await request.route.answer(self.server, request)
-        except Exception as error:
-            return self._make_error_response(error)
+            try:
+                response = await request.route.answer(self.server, request)
+            except Exception as error:
+                response = self._make_error_response(error)
+            return await self._write_response(request.head, response)
+        finally:
+            for end in request.ends:
+                end()
 
     def _make_error_response(self, error: Exception) -> Response:
         """The one place where an error becomes an HTTP answer."""
@@ -6242,6 +6356,11 @@ class Server:
         fields = {"task_id": task.task_id, "signal": SIGNAL_NAMES[number], "by": by}
         self.log.write("info", "task_kill", **fields)
         self.audit.write("task_kill", **fields)
+
+    def stop_tied(self, task: Task, by: str) -> None:
+        """The client has gone to which a task was tied: the task goes as well."""
+        if task.state is TaskState.RUNNING:
+            self.stop_task(task, "TERM", by)
 
     # Stopping
 
@@ -10759,7 +10878,7 @@ def parse_host_option(text: str) -> str:
 
 def parse_origin(text: str) -> str:
     """For argparse: an origin as browsers send it, `scheme://host[:port]` (RFC 6454, 6.2)."""
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+    if text not in OPAQUE_ORIGINS and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
     return text
 
