@@ -6,7 +6,7 @@ TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
 EXTRA_PACKAGES := psutil uvloop
 # What drives a browser through the page (it needs Debian's chromium as well), a terminal emulator
 # to compare the page's with, and axe-core, which finds barriers. Not part of `make matrix`.
-PAGE_PACKAGES := playwright pyte axe-playwright-python
+PAGE_PACKAGES := playwright pyte axe-playwright-python wcwidth
 # Read what `discover --ansible` writes; neither is this part of `make matrix`.
 RECIPE_PACKAGES := ansible-core
 CHECK_PACKAGES := ruff mypy types-psutil

@@ -8652,7 +8652,8 @@ def format_found(found: Sequence[dict[str, Any]]) -> str:
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
 # the server becomes markup: the script makes elements and sets their text, and never parses HTML.
-# All three are formatted by Prettier: `.ci/prettier --write`.
+# All three are formatted by Prettier: `.ci/prettier --write`. Lines that are only a comment, and
+# indentation, are for those who read them here; they are not sent.
 
 CSS = r"""
 :root {
@@ -9074,7 +9075,7 @@ code {
   overflow: auto;
   padding: 0.4rem 0.7rem;
   tab-size: 8;
-  font: 13px/18px var(--mono);
+  font: 13px / var(--row) var(--mono);
   font-variant-ligatures: none;
 }
 #sizer {
@@ -9092,27 +9093,45 @@ code {
 .wrapped #lines {
   width: 100%;
 }
-#lines div {
-  min-height: 18px;
+/* one line, of as many rows as it takes; nothing drawn in a row changes its height */
+#lines > div > div {
+  height: var(--row);
+  overflow-y: clip;
   white-space: pre;
 }
-.wrapped #lines div {
-  white-space: pre-wrap;
-  word-break: break-all;
-}
-.timed #lines div {
+.timed #lines > div {
+  position: relative;
   padding-left: 14ch;
 }
-.timed #lines div::before {
+.timed #lines > div::before {
   content: attr(data-time);
-  display: inline-block;
-  width: 14ch;
-  margin-left: -14ch;
+  position: absolute;
+  left: 0;
   color: var(--dim);
   user-select: none;
 }
+/* a background fills its row */
+#lines span,
+#lines a {
+  padding-block: var(--gap);
+}
+#lines .box {
+  display: inline-block;
+  height: var(--row);
+  padding: 0;
+  line-height: var(--row);
+  overflow: hidden;
+  vertical-align: top;
+  transform-origin: left;
+  unicode-bidi: isolate;
+}
+#lines.reversed {
+  filter: invert(1);
+}
 #lines .hit {
-  background: light-dark(#fff2c4, #54410d);
+  box-shadow: inset 3px 0 var(--amber);
+  outline: 1px solid var(--amber);
+  outline-offset: -1px;
 }
 #lines a {
   color: inherit;
@@ -9121,33 +9140,45 @@ code {
   color: var(--amber);
   font-style: italic;
 }
-.wide {
-  display: inline-block;
-  width: 2ch;
-  height: 18px;
-  overflow: hidden;
-  vertical-align: bottom;
+/* The shapes of DECSCUSR: block, underline, bar; hollow without the focus */
+#lines .cursor {
+  outline: 1px solid var(--ink);
+  outline-offset: -1px;
 }
-#cursor {
-  position: absolute;
-  width: 1ch;
-  height: 18px;
-  background: var(--text);
-  opacity: 0.5;
+.typing #lines .cursor {
+  outline: 0;
+  color: var(--paper) !important;
+  background: var(--ink) !important;
+}
+.typing #lines:is([data-shape="2"], [data-shape="3"]) .cursor {
+  color: var(--ink) !important;
+  background: var(--paper) !important;
+  box-shadow: inset 0 -2px var(--ink);
+}
+.typing #lines[data-shape="3"] .cursor {
+  box-shadow: inset 2px 0 var(--ink);
 }
 #keys {
   position: absolute;
   width: 1px;
-  height: 18px;
+  height: var(--row);
   opacity: 0;
   padding: 0;
   border: 0;
+  border-radius: 0;
+  font: inherit;
+  resize: none;
+  overflow: hidden;
+  white-space: pre;
 }
-#frame:has(#keys:focus) {
+/* what an input method is making is seen where it will stand */
+#keys.composing {
+  opacity: 1;
+  text-decoration: underline;
+  background: var(--screen);
+}
+#frame.typing {
   box-shadow: inset 0 0 0 2px var(--blue);
-}
-#frame:has(#keys:focus) #cursor {
-  opacity: 0.8;
 }
 #frame .empty {
   position: absolute;
@@ -9375,7 +9406,8 @@ HTML = r"""
     </nav>
     <section id="detail" class="panel" aria-label="Output">
       <div class="head">
-        <button id="back">‹ Tasks</button><code id="title"></code>
+        <button id="back">‹ Tasks</button><code id="title"></code
+        ><small id="caption" class="dim"></small>
         <span id="state" class="badge" role="status" hidden></span><span class="grow"></span>
         <button id="stop" class="danger">Stop</button><button id="rerun">Run again</button>
         <button id="copy">Copy</button><button id="download">Download</button>
@@ -9395,7 +9427,6 @@ HTML = r"""
         <div id="output" tabindex="0" role="region" aria-label="Output of the task">
           <div id="sizer">
             <div id="lines"></div>
-            <div id="cursor" hidden></div>
             <textarea
               id="keys"
               aria-label="Type into the terminal; Shift-Escape leaves it"
@@ -9442,211 +9473,403 @@ HTML = r"""
 
 JS = r"""
 "use strict";
-// ── The terminal: what a program's output makes of a screen ──
-// A terminal task has cols x rows cells; lines that leave the top are kept above. Any other has a
-// "log", a screen of endless columns: so carriage returns, erasing and going up work there as well.
-const MAX_LINES = 100000,
-  MAX_LINE = 4000,
-  LOG_ROWS = 200,
-  RGB = 1 << 24;
-const BOLD = 1,
-  DIM = 2,
-  ITALIC = 4,
-  UNDERLINE = 8,
-  INVERSE = 16,
-  HIDDEN = 32,
-  STRIKE = 64;
-const FLAG_ON = [0, BOLD, DIM, ITALIC, UNDERLINE, 0, 0, INVERSE, HIDDEN, STRIKE]; // by SGR number
-const FLAG_OFF = { 22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 27: INVERSE, 28: HIDDEN, 29: STRIKE };
-const CONTROL = /[\x00-\x1f\x7f-\x9f]/g; // below: CSI; then OSC, DCS and the like; then short ones
-const SEQUENCE = new RegExp(
-  "\\x1b(?:\\[([<-?]?)([\\d;:]*)([ -/]*)([@-~])" +
-    "|\\][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)|[PX^_][^\\x1b]*\\x1b\\\\" +
-    "|([ -/]*)([0-OQ-WYZ\\\\`-~]))",
-  "y",
-);
-const PARTIAL = /\x1b(\[[<-?]?[\d;:]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
-const GRAPHICS = Object.fromEntries(
-  "`◆a▒f°g±j┘k┐l┌m└n┼o⎺p⎻q─r⎼s⎽t├u┤v┴w┬x│y≤z≥{π|≠}£~·".match(/../gu).map((pair) => [...pair]),
-); // DEC line drawing
-const IS_MARK = /[\p{Mn}\p{Me}\u200b-\u200f\ufe00-\ufe0f]/u;
-const IS_WIDE = new RegExp(
-  "[\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-" +
-    "\\ufaff\\ufe30-\\ufe6f\\uff00-\\uff60\\uffe0-\\uffe6\\u{20000}-\\u{3fffd}]" +
-    "|\\p{Emoji_Presentation}",
-  "u",
-);
-const blanks = (count, style) => Array(count).fill([" ", style]);
+// ── Cells: how wide a character is ──
+// Both tables are made by `.ci/widths` from the wcwidth package, Unicode 18.0.0: how many code
+// points to pass over and, after a comma, how many follow that are so (1 if it is left out), in
+// base 36. What is in neither is one cell wide.
+const ZERO_WIDTH = `
+lc,34 7n,7 7b,19 1 1,2 1,2 1,3 1y,b 1 1a,l g 2t,7 2,6 2,2 1,4 z u,r 2j,b 1m,9 9 o,4 1,9 1,3 1,5
+17,3 1n,9 16,o 1,x 1i,3 1,i 1,7 a,2 t,3 1k 1,7 2,2 2,3 9 a,2 q 2,3 1k 1,5 4,2 2,3 3 u,2 3 b,3 1k
+1,8 1,3 1,3 k,2 m,6 1,3 1k 1,7 2,2 2,3 5,5 a,2 u 1n,5 3,3 1,4 9 14,5 1j 1,7 1,3 1,4 7,2 b,2 t,3 1k
+1,7 1,3 1,4 7,2 b,2 f c,4 1j,2 1,7 1,3 1,4 9 a,2 t,3 1y 4,6 1 1,8 i,2 1p 2,7 c,8 2q 2,9 b,7 21,2 r
+1 1 4,2 1d,k 1,2 5,b 1,10 9 2s,k n,4 4,3 1,3 2,7 3,4 d,c 1 a,4 5e,4g 9p,3 qa,4 s,3 t,2 u,2 1s,w 9
+19,5 39,2 y 3a,c 4,c 63,5 1l,a 1,t 2 1c,1t f,5 1b,h 12,9 c,3 u,d 1k,e 1c,k 48,3 1,l 4 6 2,3 5i,1s
+ej,5 o,7 1d,g 2o,x 2da,3 3x 2o,w fe,6 2x,2 5l n4a,4 1,a w,2 28,2 7k 3 4 n,5 4 2b,2 1e,i q,i d 12,8
+p,d 18,4 1b,e 10 1v,e c 8,2 19,3 1e 1,3 2,2 5,2 1 15,5 5,2 6k,8 1,2 8n6,28 6xq kh,g g,g 5r 4g 27,c
+e9 6a 45,5 1ae,3 1,2 5,4 14,3 4 4l,2 fx,4 1t,5 8t,2 u,5 w,g 1y,b 1d,4 3e,3 1h,f 15 2,2 a,4 19,b 7
+1p,3 10,e g,2 18 c,3 1c,e 8,4 1,2 2k,c 6 2 4d,c l,4 1j,2 1,7 2,2 2,3 9 a,2 2,7 3,5 1v,9 1 2 1,4
+1,5 1 e,2 2a,i n 29,k 6j,7 2,9 r,2 2a,h 2y,d 2t,f 74,f 6t,6 1,2 2,4 1 1,2 3x,7 2,7 3 s,a 14,7 1,4
+8 9,b 1a,g 5i,8 5j,8 1,8 2a,m 1,e 3e,6 3 1,2 1,7 1 1u,5 1,2 1,5 2g 76,4 9,2 1 1c,7 3,5 n 445,h 6,f
+8ug,i 1xc,5 1n,7 t4 1,1j 7,4 29 b,2 f57,2 1,4 3mk,1a 2,n dc,2 1o,5 3,m 2,7 u,4 44,3 b,3 8,2 2 w,2
+1ha,1j 4,1e 8 e m,5 1,f 11s,7 1,h 2,7 1,2 1,5 2s 4g,7 af 1p,4 e4,4 72,2 6r 2 7,2 5 d6,7 31,7
+gzat,35s
+`;
+const DOUBLE_WIDTH = `
+3cw,2o 3i2,2 d,2 5a,4 3 2 eh,2 l,2 q,8 g,c 17 a,6 3 d 8,2 h,2 5,2 8 5 l 7,2 1 4 2 7 4,2 s z 1 4,3
+1 1p,3 o e nv,2 1f 4 mi,q 1,2h c,5y q,1m 6,f 2,2e 4,2t 5,17 1,1f 1,16 1,2e 9,1c 1,14 8,mkd 3,1j
+wp,t hv,8mc 6l8,e8 ls,a m,z 1,j 1,4 45,2o 3j,7 m49,4 e,5 9,5p7 10,y 2n,37 d,pe e,1f 5y5,4 1,7 1,2
+1,89 9 t,3 2 e,5 7,b0 6bo,2f 9,n 5n1 5m 5a 2,a j 1j,t d,18 4,9 7,2 e,6 4a,x c,9 1,1y 1,m c,17 4,5
+c,h 3 3,1z 1 1,57 2,1r d,4 1,o i q,2 d 2e,2d 1c,1y 6 3,3 2,5 2,4 b,2 7,9 65 5,c 4 7v,1b 1,a 1,55
+34,d 3,1z 1 3,i 1,d 3,c zp,1eke 2,1eke
+`;
+const WIDTHS = new Uint8Array(0x110000).fill(1);
+for (const [width, table] of [ZERO_WIDTH, DOUBLE_WIDTH].entries()) {
+  let code = 0;
+  for (const entry of table.trim().split(/\s+/)) {
+    const [gap, count] = entry.split(",").map((number) => parseInt(number, 36));
+    const start = code + gap;
+    code = start + (count || 1);
+    WIDTHS.fill(2 * width, start, code);
+  }
+}
+const widthOf = (char) => WIDTHS[char.codePointAt(0)];
 const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
-// A line is packed, as runs [text, style, text, style …], or open, as cells [character, style]:
-// these are never changed, only replaced; the right half of a wide character is "". A style is
-// "foreground,background,flags", or "" where there is nothing special.
+
+// ── The terminal's lines ──
+// A cell is [character, style, isErased]: a base character with its combining marks; "" is the
+// right half of a wide one. Cells are never changed, only replaced. An erased cell was not written:
+// at the end of a line it does not count as text. A style is "foreground,background,flags,link",
+// or "" where there is nothing special; colours are 0 to 255, RGB + a true colour, or -1.
+const RGB = 1 << 24;
+const BOLD = 1;
+const DIM = 2;
+const ITALIC = 4;
+const UNDERLINE = 8;
+const INVERSE = 16;
+const HIDDEN = 32;
+const STRIKE = 64;
+const erasedCells = (count, style) => Array(count).fill([" ", style, true]);
+const isAscii = (text) => /^[ -~]*$/.test(text);
+const cellsOf = (char, style) =>
+  widthOf(char) === 2
+    ? [
+        [char, style],
+        ["", style],
+      ]
+    : [[char, style]];
+
+// A line that text is only added to is packed, as runs [text, style], which is small and fast; a
+// line that is changed within is open, as cells.
 class Line {
   constructor(time) {
-    Object.assign(this, { time, runs: [], cells: null, size: 0, version: 0 });
+    this.time = time;
+    this.head = ""; // the first run, which for most lines is the only one
+    this.style = "";
+    this.others = null; // further runs
+    this.cells = null;
+    this.size = 0; // of the text, in UTF-16 units
+    this.hidden = 0; // how much of the end of a packed line was not written, but erased
+    this.isPlain = true; // of a packed line: one unit is one cell
+    this.version = 0; // rises with each change, so that the view knows what to draw again
+    this.next = null; // the line that goes on with this one's text, since it was too long
+    this.isNote = false; // a word from the page, not from the program
   }
   append(text, style) {
     this.pack();
-    if (this.runs.length && this.runs.at(-1) === style) this.runs[this.runs.length - 2] += text;
-    else this.runs.push(text, style);
-    this.size += text.length;
+    const last = this.others?.at(-1);
+    if (!this.size && !this.hidden) [this.head, this.style] = [text, style];
+    else if (!last && this.style === style) this.head += text;
+    else if (last?.[1] === style) last[0] += text;
+    else (this.others ??= []).push([text, style]);
+    this.size += text.length + this.hidden;
+    this.hidden = 0;
+    this.isPlain &&= isAscii(text);
     this.version++;
+  }
+  get runs() {
+    return this.others ? [[this.head, this.style], ...this.others] : [[this.head, this.style]];
   }
   open() {
-    // to be changed
     this.version++;
-    if (this.cells) return this.cells;
-    const cells = (this.cells = []),
-      { runs } = this;
-    for (let i = 0; i < runs.length; i += 2)
-      for (const char of runs[i]) {
-        cells.push([char === "\t" ? " " : char, runs[i + 1]]);
-        if (IS_WIDE.test(char)) cells.push(["", runs[i + 1]]);
-        while (char === "\t" && cells.length % 8) cells.push([" ", runs[i + 1]]);
-      }
-    return cells;
+    if (!this.cells) {
+      const cells = [];
+      this.forEachCell((char, style, width) => {
+        if (char === "\t") cells.push(...Array(8 - (cells.length % 8)).fill([" ", style]));
+        else if (width) cells.push(...cellsOf(char, style));
+      });
+      this.cells = cells;
+      this.others = null;
+    }
+    return this.cells;
   }
+  pack() {
+    if (!this.cells) return;
+    const { text } = this;
+    const runs = [];
+    this.forEachCell((char, style) => {
+      if (runs.length && runs.at(-1)[1] === style) runs.at(-1)[0].push(char);
+      else runs.push([[char], style]);
+    });
+    const [first, ...others] = runs.map(([chars, style]) => [chars.join(""), style]);
+    [this.head, this.style] = first ?? ["", ""];
+    this.others = others.length ? others : null;
+    this.size = text.length;
+    this.hidden = runs.reduce((sum, [chars]) => sum + chars.join("").length, -this.size);
+    this.isPlain = isAscii(text) && !this.hidden;
+    this.cells = null;
+  }
+  // Calls visit(character with its marks, style, width); the width of a tab is 0, it depends on
+  // where it stands.
+  forEachCell(visit) {
+    const { cells } = this;
+    if (cells) {
+      for (let x = 0; x < cells.length; x++) {
+        if (cells[x][0]) visit(cells[x][0], cells[x][1], cells[x + 1]?.[0] === "" ? 2 : 1);
+      }
+      return;
+    }
+    const widthAt = (char) => (char === "\t" ? 0 : widthOf(char));
+    for (const [text, style] of this.runs) {
+      let base = "";
+      for (const char of text) {
+        const isMark = base && base !== "\t" && !widthOf(char);
+        if (base && !isMark) visit(base, style, widthAt(base));
+        base = isMark ? base + char : char;
+      }
+      if (base) visit(base, style, widthAt(base));
+    }
+  }
+  // As splice(). Of a wide character that is cut in two the other half becomes blank.
   edit(from, gone, cells, cols = Infinity) {
-    // as splice; a wide character goes as a whole
     const row = this.open();
-    if (row.length < from) row.push(...blanks(from - row.length, ""));
+    if (row.length < from) row.push(...erasedCells(from - row.length, ""));
     for (const x of [from, from + gone]) {
       if (row[x]?.[0] === "") row[x] = row[x - 1] = [" ", row[x][1]];
     }
     row.splice(from, gone, ...cells);
-    if (row.length > cols) row.length = cols;
-  }
-  erase(from, to, style) {
-    // what is not there at the end need not be made, if it has no colour
-    const isEnd = !style && to >= this.open().length;
-    if (!isEnd || from < this.cells.length) {
-      this.edit(from, to - from, isEnd ? [] : blanks(to - from, style));
+    if (row.length > cols) {
+      row.length = cols;
+      if (widthOf(row[cols - 1][0] || " ") === 2) row[cols - 1] = [" ", row[cols - 1][1]];
     }
   }
-  toRuns() {
-    if (!this.cells) return this.runs;
-    const runs = [];
-    this.cells.forEach(([char, style], x) => {
-      const isWide = this.cells[x + 1]?.[0] === "";
-      if (isWide) runs.push(char, `${style || "-1,-1,0"},wide`);
-      else if (char && runs.length && runs.at(-1) === style) runs[runs.length - 2] += char;
-      else if (char) runs.push(char, style);
-    });
-    if (runs.at(-1) === "") runs[runs.length - 2] = runs.at(-2).trimEnd();
-    return runs;
+  // What is not there at the end need not be made, if it has no colour.
+  erase(from, to, style) {
+    const isEnd = !style && to >= this.open().length;
+    if (!isEnd || from < this.cells.length) {
+      this.edit(from, to - from, isEnd ? [] : erasedCells(to - from, style));
+    }
   }
-  pack() {
-    if (this.cells) [this.runs, this.size, this.cells] = [this.toRuns(), this.text.length, null];
-  }
+  // What was written, blanks at its end included.
   get text() {
-    return this.toRuns()
-      .filter((_, i) => i % 2 === 0)
+    const { cells } = this;
+    if (!cells) {
+      const text = this.others ? this.runs.map((run) => run[0]).join("") : this.head;
+      return this.hidden ? text.slice(0, -this.hidden) : text;
+    }
+    const end = cells.findLastIndex((cell) => !cell[2]) + 1;
+    return cells
+      .slice(0, end)
+      .map((cell) => cell[0])
       .join("");
   }
   get isEmpty() {
     return this.cells ? !this.cells.length : !this.size;
   }
 }
+// The text of lines, with a line end only where the program wrote one.
+function joinLines(lines) {
+  const ends = lines.map((line, i) => (line.next && line.next === lines[i + 1] ? "" : "\n"));
+  return lines.map((line, i) => line.text + ends[i]).join("");
+}
+
+// ── The terminal: what a program's output makes of a screen ──
+// A terminal task has cols x rows cells; lines that leave the top are kept above. Any other has a
+// "log", a screen of endless columns: so carriage returns, erasing and going up work there as well.
+// This is the table of what is known, by the names of ECMA-48 and of xterm's ctlseqs. Whatever is
+// not in it is read to its end and ignored. The 8-bit forms of C1 controls are ignored too, except
+// that U+009C (ST) ends a string: in logs they are mostly a trace of text that was decoded wrongly.
+//   C0      BS HT LF VT FF CR SO (LS1) SI (LS0); CAN and SUB end a sequence, ESC begins another
+//   ESC     7 DECSC, 8 DECRC, D IND, E NEL, H HTS, M RI, c RIS, # 8 DECALN, ( and ) SCS: B, 0
+//   CSI     @ ICH, A CUU, B CUD, C CUF, D CUB, E CNL, F CPL, G CHA, H CUP, I CHT, J ED, K EL, L IL,
+//           M DL, P DCH, S SU, T SD, X ECH, Z CBT, ` HPA, a HPR, b REP, c DA, d VPA, e VPR, f HVP,
+//           g TBC, h SM and l RM (4 IRM, 20 LNM), m SGR, n DSR (5, 6), r DECSTBM, s SCOSC, u SCORC,
+//           ! p DECSTR, SP q DECSCUSR
+//   CSI ?   h DECSET and l DECRST: 1 DECCKM, 5 DECSCNM, 6 DECOM, 7 DECAWM, 25 DECTCEM, 47 1047 1049
+//           alternate screen, 1048 cursor, 1000 1002 1003 mouse, 1004 focus, 1006 SGR coordinates,
+//           1007 alternate scroll, 2004 bracketed paste; J DECSED, K DECSEL
+//   CSI >   c secondary DA
+//   SGR     0 to 4, 4:0 to 4:5, 7 to 9, 21 to 24, 27 to 29, 30 to 49 and 90 to 107, with 38 and 48
+//           followed by 5;n, 2;r;g;b, 5:n, 2:r:g:b or 2::r:g:b; 58 is read and not shown
+//   OSC     0 and 2 title, 8 link; ended by BEL or ST
+const MAX_LINES = 100000;
+const MAX_LINE = 4000; // of a log, in UTF-16 units; what is longer goes on in a next one
+const MAX_STRING = 65536; // a string (OSC, DCS …) without an end is given up after so many
+const LOG_ROWS = 200;
+const CONTROL = /[\x00-\x1f\x7f-\x9f]/g;
+const FLAG_ON = [0, BOLD, DIM, ITALIC, UNDERLINE, 0, 0, INVERSE, HIDDEN, STRIKE]; // by SGR number
+const FLAG_OFF = { 22: BOLD | DIM, 23: ITALIC, 24: UNDERLINE, 27: INVERSE, 28: HIDDEN, 29: STRIKE };
+// DEC Special Graphics: line drawing
+const GRAPHICS = Object.fromEntries(
+  "`◆a▒b␉c␌d␍e␊f°g±h␤i␋j┘k┐l┌m└n┼o⎺p⎻q─r⎼s⎽t├u┤v┴w┬x│y≤z≥{π|≠}£~·"
+    .match(/../gu)
+    .map((pair) => [...pair]),
+);
+// The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
+// that cannot be right, STRING is OSC, DCS, SOS, PM or APC.
+const GROUND = 0;
+const ESCAPE = 1;
+const CSI_PART = 2;
+const IGNORE = 3;
+const STRING = 4;
+// What ESC 7 saves. isPending: the next character goes to a new line.
 const PEN = {
   x: 0,
   y: 0,
   fg: -1,
   bg: -1,
   flags: 0,
-  style: "",
   isPending: false,
   shift: 0,
   charsets: "BB",
-}; // what ESC 7 saves; isPending: the next character goes to a new line
+  isOrigin: false,
+};
 class Terminal {
   // cols 0 makes a log; dropped: lines gone from the front; reply answers a program's questions
   constructor(cols, rows) {
-    Object.assign(this, { isLog: !cols, cols: cols || Infinity, rows: rows || LOG_ROWS, time: 0 });
-    Object.assign(this, { dropped: 0, reply() {} });
+    this.isLog = !cols;
+    this.cols = cols || Infinity;
+    this.rows = rows || LOG_ROWS;
+    this.time = 0;
+    this.dropped = 0;
+    this.reply = () => {};
     this.reset();
   }
+  // RIS. The screen begins at lines[base]; main is what the alternate screen hides.
   reset() {
-    // the screen begins at lines[base]; main: what the alternate screen hides
     Object.assign(this, PEN, {
       lines: [new Line(this.time)],
       base: 0,
       main: null,
-      saved: PEN,
-      rest: "",
+      half: "", // of a character that a write ended within
+      state: GROUND,
+      string: "",
       last: " ",
-      top: 0,
-      bottom: this.rows - 1,
-      isInserting: false,
+      tabs: null, // the columns of tab stops, once they are not every 8
+      title: "",
     });
+    this.softReset();
     this.atEnd = this.isLog; // of a packed line: x is not known and not needed
-    this.modes = { 7: true, 25: true }; // by the numbers of DECSET: 7 wraps, 25 shows the cursor
   }
-  get blank() {
-    return this.bg < 0 || this.isLog ? "" : `-1,${this.bg},0`;
+  // DECSTR: all but the text and the place of the cursor.
+  softReset() {
+    const { x, y } = this;
+    this.modes = { 7: true, 25: true }; // by the numbers of DECSET: wrap, show the cursor
+    this.isInserting = false;
+    this.shape = 0; // of the cursor, as DECSCUSR numbers them
+    this.link = "";
+    Object.assign(this, PEN, { x, y, top: 0, bottom: this.rows - 1 });
+    this.saved = PEN;
+    this.setStyle();
+  }
+  get eraseStyle() {
+    return this.bg < 0 || this.isLog ? "" : `-1,${this.bg},0,`;
   }
   row(y = this.y) {
     while (this.lines.length <= this.base + y) this.lines.push(new Line(this.time));
     return this.lines[this.base + y];
   }
   write(more, time = this.time) {
-    const text = this.rest + more;
+    const isSplit = (more.charCodeAt(more.length - 1) & 0xfc00) === 0xd800;
+    const text = this.half + (isSplit ? more.slice(0, -1) : more);
+    this.half = isSplit ? more.slice(-1) : "";
     this.time = time;
-    this.rest = "";
-    for (let at = 0, match; at < text.length;) {
-      const code = text.charCodeAt(at),
-        isControl = code < 32 || (code > 126 && code < 160);
-      SEQUENCE.lastIndex = PARTIAL.lastIndex = CONTROL.lastIndex = at;
-      if (code === 27 && (match = SEQUENCE.exec(text))) {
-        this.escape(match);
-        at = SEQUENCE.lastIndex;
-      } else if (code === 27 && text.length - at < 65536 && PARTIAL.test(text)) {
-        this.rest = text.slice(at);
-        at = text.length;
-      } else if (isControl) {
-        if (this.isLog && text.startsWith("\r\n", at)) at++;
-        this.control(text.charCodeAt(at++));
-      } else {
-        const end = CONTROL.exec(text)?.index ?? text.length;
-        this.print(text.slice(at, end));
-        at = end;
+    for (let at = 0; at < text.length;) {
+      if (this.state !== GROUND) {
+        at += this.parse(text[at], text.charCodeAt(at));
+        continue;
       }
+      CONTROL.lastIndex = at;
+      const end = CONTROL.exec(text)?.index ?? text.length;
+      if (end > at) this.print(text.slice(at, end));
+      const isLineEnd = this.isLog && text.startsWith("\r\n", end);
+      if (end < text.length) this.control(isLineEnd ? 10 : text.charCodeAt(end));
+      at = end + (isLineEnd ? 2 : 1);
     }
   }
+  // Takes one character of a sequence; returns 0 where it is none, and is to be printed.
+  parse(char, code) {
+    if (code === 24 || code === 26) {
+      this.state = GROUND;
+      this.string = "";
+    } else if (code === 27) this.control(code);
+    else if (this.state === STRING) this.collectString(char, code);
+    else if (code < 32) this.control(code);
+    else if (code > 159) {
+      this.state = GROUND;
+      return 0;
+    } else if (code < 127) {
+      this.collect(char, code);
+    }
+    return 1;
+  }
+  collect(char, code) {
+    const isFinal = code > (this.state === ESCAPE ? 47 : 63);
+    if (this.state === ESCAPE && !this.between && "[]PX^_".includes(char)) this.begin(char);
+    else if (!isFinal && code < 48) this.between += char;
+    else if (!isFinal) {
+      const isWrong = this.between || (char >= "<" && (this.params || this.prefix));
+      if (isWrong) this.state = IGNORE;
+      else if (char >= "<") this.prefix = char;
+      else this.params += char;
+    } else {
+      const { state } = this;
+      this.state = GROUND;
+      if (state === ESCAPE) this.escape(this.between, char);
+      else if (state === CSI_PART) this.sequence(this.prefix + this.between + char);
+    }
+  }
+  begin(char) {
+    this.state = char === "[" ? CSI_PART : STRING;
+    this.isCommand = char === "]";
+    this.string = this.prefix = this.params = "";
+  }
+  collectString(char, code) {
+    const isLost = this.string.length > MAX_STRING;
+    if (code === 0x9c || isLost || (code === 7 && this.isCommand)) {
+      this.state = GROUND;
+      if (!isLost) this.command();
+      this.string = "";
+    } else if (code > 31) this.string += char;
+  }
   print(text) {
+    if (this.isLog && this.charsets[this.shift] === "0") {
+      text = text.replace(/[`-~]/g, (char) => GRAPHICS[char]);
+    }
     while (this.isLog && text) {
-      const line = this.row(),
-        room = MAX_LINE - (line.cells ? this.x : line.size);
+      const line = this.row();
+      let room = MAX_LINE - (line.cells ? this.x : line.size);
       if (room > 0 && !this.atEnd) break;
+      if (text.length > room && (text.charCodeAt(room - 1) & 0xfc00) === 0xd800) room--;
       if (room <= 0) {
-        line.isSoft = true;
-        this.newLine();
+        this.wrap();
         continue;
       }
       if (line.isEmpty) line.time = this.time;
-      line.append(text.slice(0, room), this.style);
+      line.append(text.length > room ? text.slice(0, room) : text, this.style);
       text = text.slice(room);
     }
+    if (!this.isLog) text = this.printPlain(text);
     for (const char of text) this.put(char);
+  }
+  // On a screen, too, what is only added to a line need not become cells; returns what is left.
+  printPlain(text) {
+    if (this.isInserting || !this.modes[7] || !isAscii(text) || this.charsets[this.shift] === "0") {
+      return text;
+    }
+    while (text) {
+      if (this.isPending) this.wrap();
+      const line = this.row();
+      if (line.cells || !line.isPlain || line.size !== this.x) break;
+      const part = text.slice(0, this.cols - this.x);
+      line.append(part, this.style);
+      this.last = part.at(-1);
+      this.isPending = line.size === this.cols;
+      this.x = line.size - this.isPending;
+      text = text.slice(part.length);
+    }
+    return text;
   }
   put(char) {
     if (this.charsets[this.shift] === "0") char = GRAPHICS[char] ?? char;
-    const isPlain = char < "\u0300",
-      { style, cols } = this;
-    if (!isPlain && IS_MARK.test(char)) return this.combine(char);
-    const cells =
-      !isPlain && IS_WIDE.test(char)
-        ? [
-            [char, style],
-            ["", style],
-          ]
-        : [[char, style]];
-    const width = cells.length;
-    if (this.isPending || (this.modes[7] && this.x + width > cols)) {
-      this.row().isSoft = true;
-      this.newLine();
-    }
+    const width = widthOf(char);
+    const { style, cols } = this;
+    if (!width) return this.combine(char);
+    if (this.isPending || (this.modes[7] && this.x + width > cols)) this.wrap();
     const x = clamp(this.x, 0, cols - width);
-    this.row().edit(x, this.isInserting ? 0 : width, cells, cols);
+    const cells = this.row().open();
+    const isSimple = width === 1 && x <= cells.length && cells[x]?.[0] !== "";
+    if (isSimple && cells[x + 1]?.[0] !== "" && !this.isInserting) cells[x] = [char, style];
+    else this.row().edit(x, this.isInserting ? 0 : width, cellsOf(char, style), cols);
     this.isPending = x + width >= cols && !!this.modes[7];
     this.x = Math.min(x + width, cols - 1);
     this.last = char;
@@ -9657,35 +9880,46 @@ class Terminal {
     if (cells[x]?.[0] === "") x--;
     if (cells[x]?.[0].length < 16) cells[x] = [cells[x][0] + mark, cells[x][1]];
   }
+  // Before anything but appending: the column becomes known.
   settle() {
-    // before anything but appending: the column becomes known
     if (this.atEnd) this.x = this.row().open().length;
     this.atEnd = false;
   }
+  wrap() {
+    const line = this.row();
+    this.newLine();
+    line.next = this.row();
+  }
   newLine() {
-    if (this.isLog && this.base + this.y === this.lines.length - 1) this.row().pack();
     this.x = 0;
     this.index();
     this.atEnd = this.isLog && this.row().isEmpty;
   }
   index() {
     this.isPending = false;
+    if (this.isLog && this.base + this.y === this.lines.length - 1) this.row().pack();
     if (this.y === this.bottom) this.scroll(1);
     else this.y = Math.min(this.y + 1, this.rows - 1);
   }
+  reverseIndex() {
+    if (this.y === this.top) this.scroll(-1);
+    else this.vertical(-1);
+  }
+  // Up; down where count is negative.
   scroll(count, top = this.top, keeps = top === 0 && !this.main) {
-    // up; down where it is negative
-    this.row(this.bottom);
-    for (let n = Math.min(Math.abs(count), this.bottom - top + 1); n > 0; n--) {
-      const line = new Line(this.time),
-        from = this.base + top,
-        end = this.base + this.bottom;
-      if (this.blank) line.edit(0, 0, blanks(this.cols, this.blank));
-      if (count > 0 && keeps) this.lines[this.base++].pack();
-      else this.lines.splice(count > 0 ? from : end, 1);
-      this.lines.splice(count < 0 ? from : keeps ? end + 1 : end, 0, line);
+    const { bottom, eraseStyle, lines } = this;
+    this.row(bottom);
+    for (let n = Math.min(Math.abs(count), bottom - top + 1); n > 0; n--) {
+      const line = new Line(this.time);
+      const from = this.base + top;
+      const end = this.base + bottom;
+      if (eraseStyle) line.edit(0, 0, erasedCells(this.cols, eraseStyle));
+      if (count > 0 && keeps) lines[this.base++].pack();
+      else lines.splice(count > 0 ? from : end, 1);
+      if (count > 0 && keeps && end + 1 === lines.length) lines.push(line);
+      else lines.splice(count < 0 ? from : keeps ? end + 1 : end, 0, line);
     }
-    if (this.base > MAX_LINES + 1000) this.drop(1000);
+    if (this.base > MAX_LINES + 5000) this.drop(5000);
   }
   drop(count) {
     this.dropped += this.lines.splice(0, count).length;
@@ -9696,62 +9930,115 @@ class Terminal {
     this.x = clamp(x, 0, Math.min(this.cols - 1, MAX_LINE));
     this.y = clamp(y, 0, this.rows - 1);
   }
+  // Stops at the margins of the region that it begins in.
   vertical(count, x = this.x) {
-    // stops at the margins of the region that it begins in
     const low = this.y < this.top ? 0 : this.top;
     const high = this.y > this.bottom ? this.rows - 1 : this.bottom;
     this.go(x, clamp(this.y + count, low, high));
   }
+  // To a row of the screen or, in origin mode, of the region.
+  goTo(x, y) {
+    if (this.isOrigin) this.go(x, clamp(this.top + y, this.top, this.bottom));
+    else this.go(x, y);
+  }
+  tab(count) {
+    const isStop = (x) => (this.tabs ? this.tabs.has(x) : x % 8 === 0);
+    const step = Math.sign(count);
+    const end = this.isLog ? MAX_LINE : this.cols - 1;
+    let { x } = this;
+    for (let n = Math.abs(count); n > 0; n--) {
+      do x += step;
+      while (x > 0 && x < end && !isStop(x));
+    }
+    this.go(x);
+  }
+  setTab(isOn) {
+    if (!this.tabs) this.tabs = new Set(Array.from({ length: 125 }, (_, i) => 8 * i));
+    this.tabs[isOn ? "add" : "delete"](this.x);
+  }
   control(code) {
     if (code === 9 && this.atEnd) return this.row().append("\t", this.style);
     if (code === 8 || code === 9 || code === 13) this.settle();
-    if (code === 8 || code === 13) this.go(code === 8 ? this.x - 1 : 0);
-    else if (code === 9) this.go(8 * Math.floor(this.x / 8) + 8);
+    if (code === 8) this.go(this.x - 1);
+    else if (code === 9) this.tab(1);
+    else if (code === 13) this.go(0);
     else if (code === 14 || code === 15) this.shift = 15 - code;
     else if (code > 9 && code < 13) this.isLog || this.modes[20] ? this.newLine() : this.index();
-  }
-  escape([, prefix, params, between, final, charset, letter]) {
-    if (charset === "(") this.charsets = letter + this.charsets[1];
-    else if (charset === ")") this.charsets = this.charsets[0] + letter;
-    else if (letter && !charset) ESCAPES[letter]?.(this);
-    else if (final === "m" && !prefix && !between) this.rendition(params.split(";"));
-    else if (final && !between) {
-      const numbers = params.split(";").map(Number);
-      this.settle();
-      CSI[prefix + final]?.(this, Math.min(numbers[0] || 1, 9999), numbers);
+    else if (code === 27) {
+      this.state = ESCAPE;
+      this.between = "";
     }
   }
+  escape(between, letter) {
+    if (between === "(") this.charsets = letter + this.charsets[1];
+    else if (between === ")") this.charsets = this.charsets[0] + letter;
+    else if (letter === "\\" && this.string) this.command();
+    else if (ESCAPES[between + letter]) {
+      this.settle();
+      ESCAPES[between + letter](this);
+    }
+    this.string = "";
+  }
+  sequence(name) {
+    const params = this.params.split(";");
+    if (name === "m") return this.rendition(params);
+    const numbers = params.map(Number);
+    if (!CSI[name]) return;
+    this.settle();
+    CSI[name](this, Math.min(numbers[0] || 1, 9999), numbers);
+  }
+  // OSC
+  command() {
+    const [, number, text] = /^(\d*);?(.*)/s.exec(this.isCommand ? this.string : "");
+    if (number === "0" || number === "2") this.title = text.slice(0, 200);
+    if (number !== "8") return;
+    const uri = text.slice(text.indexOf(";") + 1);
+    this.link = /^https?:\/\/[^\s]+$/i.test(uri) && uri.length < 2084 ? uri : "";
+    this.setStyle();
+  }
+  // SGR
   rendition(params) {
-    // SGR
     for (let i = 0; i < params.length; i++) {
-      const [code, ...sub] = params[i].split(":").map(Number),
-        tens = Math.floor(code / 10);
-      const unit = code % 10,
-        side = [3, 9].includes(tens) ? "fg" : "bg";
+      const [code, ...sub] = params[i].split(":").map(Number);
+      const tens = Math.floor(code / 10);
+      const unit = code % 10;
+      const side = tens === 3 || tens === 9 ? "fg" : "bg";
       if (code === 38 || code === 48 || code === 58) {
         const list = sub.length ? sub : params.slice(i + 1, i + 5).map(Number);
-        const [r, g, b] = sub.length ? sub.slice(-3) : list.slice(1),
-          rgb = (r << 16) | (g << 8) | b;
+        const [r, g, b] = sub.length ? sub.slice(-3) : list.slice(1);
+        const rgb = (r << 16) | (g << 8) | b;
         if (!sub.length) i += { 5: 2, 2: 4 }[list[0]] ?? 0;
         if (code !== 58) this[side] = list[0] === 5 ? list[1] & 255 : RGB | (rgb & 0xffffff);
       } else if (!code) Object.assign(this, { fg: -1, bg: -1, flags: 0 });
       else if (code < 10 && sub[0] === 0) this.flags &= ~FLAG_ON[code];
       else if (code < 10) this.flags |= FLAG_ON[code];
+      else if (code === 21) this.flags |= UNDERLINE;
       else if (FLAG_OFF[code]) this.flags &= ~FLAG_OFF[code];
       else if (tens === 3 || tens === 4) this[side] = unit === 9 ? -1 : unit;
       else if (tens === 9 || tens === 10) this[side] = 8 + unit;
     }
-    const { fg, bg, flags } = this,
-      isPlain = fg + bg + flags === -2;
-    this.style = isPlain ? "" : `${fg},${bg},${flags}`;
+    this.setStyle();
   }
+  setStyle() {
+    const { fg, bg, flags, link } = this;
+    this.style = fg + bg + flags === -2 && !link ? "" : `${fg},${bg},${flags},${link}`;
+  }
+  // Says that the line above does not go on in row y any more.
+  cutAbove(y) {
+    const above = this.lines[this.base + y - 1];
+    if (above) above.next = null;
+  }
+  // 0 to the end, 1 from the start, 2 all
   eraseLine(what, y = this.y) {
-    // 0 to the end, 1 from the start, 2 all
-    this.row(y).erase(what ? 0 : this.x, what === 1 ? this.x + 1 : this.cols, this.blank);
+    const line = this.row(y);
+    line.erase(what ? 0 : this.x, what === 1 ? this.x + 1 : this.cols, this.eraseStyle);
+    if (what !== 1) line.next = null;
+    if (what || !this.x) this.cutAbove(y);
+    this.isPending = false;
   }
+  // The same; 3 what is kept above it
   eraseScreen(what) {
-    // the same; 3 what is kept above it
-    const end = what === 1 ? this.y : this.blank ? this.rows : this.lines.length - this.base;
+    const end = what === 1 ? this.y : this.eraseStyle ? this.rows : this.lines.length - this.base;
     if (what === 3) return this.main || this.drop(this.base);
     if (what < 2) this.eraseLine(what);
     for (let y = what ? 0 : this.y + 1; y < end; y++) this.eraseLine(2, y);
@@ -9760,18 +10047,36 @@ class Terminal {
   save() {
     this.saved = Object.fromEntries(Object.keys(PEN).map((name) => [name, this[name]]));
   }
+  restore() {
+    Object.assign(this, this.saved);
+    this.go(this.x, this.y);
+    this.isPending = this.saved.isPending;
+    this.setStyle();
+  }
   setMode(number, isOn) {
-    const { lines, base, main } = this;
     this.modes[number] = isOn;
-    if (number === 6) this.go(0, isOn ? this.top : 0);
-    if (![47, 1047, 1049].includes(number) || this.isLog || isOn === !!main) return;
-    if (isOn) this.save();
-    if (isOn) Object.assign(this, { lines: [], base: 0, main: { lines, base, saved: this.saved } });
-    else Object.assign(this, main, { main: null }, number === 1049 ? main.saved : {});
+    if (number === 6) {
+      this.isOrigin = isOn;
+      this.goTo(0, 0);
+    }
+    if (number === 1048) isOn ? this.save() : this.restore();
+    const isAlternate = number === 47 || number === 1047 || number === 1049;
+    if (isAlternate && !this.isLog && isOn === !this.main) this.switchScreen(number, isOn);
+  }
+  switchScreen(number, isOn) {
+    const { lines, base, saved, main } = this;
+    if (isOn) {
+      if (number === 1049) this.save();
+      Object.assign(this, { lines: [], base: 0, main: { lines, base, saved: this.saved } });
+      if (number !== 1049) this.saved = saved;
+    } else {
+      Object.assign(this, main, { main: null });
+      if (number === 1049) this.restore();
+    }
     this.row();
   }
+  // The cursor stays where it is in the text.
   resize(cols, rows) {
-    // the cursor stays where it is in the text
     const move = Math.max(0, this.y - rows + 1);
     if (this.main) this.lines.splice(0, move);
     else this.base += move;
@@ -9781,10 +10086,15 @@ class Terminal {
     this.go(this.x, this.y - move);
   }
 }
-// What follows "ESC [", with "?" where that is a part of the name; n is the first number, else 1.
 const isInRegion = (t) => t.y >= t.top && t.y <= t.bottom;
+function reportStatus(t, n) {
+  const y = t.y - (t.isOrigin ? t.top : 0);
+  if (n === 5) t.reply("\x1b[0n");
+  if (n === 6) t.reply(`\x1b[${y + 1};${t.x + 1}R`);
+}
+// What follows "ESC [", intermediates and private prefix included; n is the first number, else 1.
 const CSI = {
-  "@": (t, n) => t.row().edit(t.x, 0, blanks(n, t.blank), t.cols),
+  "@": (t, n) => t.row().edit(t.x, 0, erasedCells(Math.min(n, 9999), t.eraseStyle), t.cols),
   A: (t, n) => t.vertical(-n),
   B: (t, n) => t.vertical(n),
   C: (t, n) => t.go(t.x + n),
@@ -9792,13 +10102,8 @@ const CSI = {
   E: (t, n) => t.vertical(n, 0),
   F: (t, n) => t.vertical(-n, 0),
   G: (t, n) => t.go(n - 1),
-  H: (t, n, [, column]) => {
-    t.x = (column || 1) - 1;
-    CSI.d(t, n);
-  },
-  d: (t, n) => t.go(t.x, t.modes[6] ? Math.min(t.top + n - 1, t.bottom) : n - 1),
-  f: (t, n, all) => CSI.H(t, n, all),
-  I: (t, n) => t.go(8 * (Math.floor(t.x / 8) + n)),
+  H: (t, n, [, column]) => t.goTo((column || 1) - 1, n - 1),
+  I: (t, n) => t.tab(n),
   J: (t, _, [what]) => t.eraseScreen(what),
   K: (t, _, [what]) => t.eraseLine(what),
   L: (t, n) => {
@@ -9815,50 +10120,64 @@ const CSI = {
   },
   P: (t, n) => {
     t.row().edit(t.x, n, []);
-    if (t.blank) t.row().edit(Math.max(t.x, t.cols - n), 0, blanks(n, t.blank), t.cols);
+    const from = Math.max(t.x, t.cols - n);
+    if (t.eraseStyle) t.row().edit(from, 0, erasedCells(n, t.eraseStyle), t.cols);
   },
   S: (t, n) => t.scroll(n),
   T: (t, n) => t.scroll(-n),
+  X: (t, n) => t.row().erase(t.x, Math.min(t.x + n, t.cols), t.eraseStyle),
+  Z: (t, n) => t.tab(-n),
+  a: (t, n) => t.go(t.x + n),
   b: (t, n) => t.print(t.last.repeat(n)),
-  X: (t, n) => t.row().erase(t.x, Math.min(t.x + n, t.cols), t.blank),
-  Z: (t, n) => t.go(8 * (Math.ceil(t.x / 8) - n)),
   c: (t) => t.reply("\x1b[?62;22c"),
-  n: (t, n) => t.reply(n === 6 ? `\x1b[${t.y + 1};${t.x + 1}R` : "\x1b[0n"),
-  h: (t, n, _, on = true) => {
-    if (n === 4) t.isInserting = on;
-    else t.modes[n] = on;
-  },
-  l: (t, n, all) => CSI.h(t, n, all, false),
-  "?h": (t, _, all) => all.forEach((number) => t.setMode(number, true)),
-  "?l": (t, _, all) => all.forEach((number) => t.setMode(number, false)),
+  d: (t, n) => t.goTo(t.x, n - 1),
+  e: (t, n) => t.vertical(n),
+  g: (t, _, [what]) => (what === 3 ? (t.tabs = new Set()) : t.setTab(false)),
+  h: (t, _, all) => setAnsiModes(t, all, true),
+  l: (t, _, all) => setAnsiModes(t, all, false),
+  n: reportStatus,
   r: (t, n, [, bottom]) => {
-    const end = Math.min(bottom || t.rows, t.rows),
-      isBad = t.isLog || n >= end;
-    if (!isBad) Object.assign(t, { top: n - 1, bottom: end - 1 }).go(0, t.modes[6] ? n - 1 : 0);
+    const end = Math.min(bottom || t.rows, t.rows);
+    if (t.isLog || n >= end) return;
+    Object.assign(t, { top: n - 1, bottom: end - 1 });
+    t.goTo(0, 0);
   },
   s: (t) => t.save(),
-  u: (t) => ESCAPES[8](t),
+  u: (t) => t.restore(),
+  "!p": (t) => t.softReset(),
+  " q": (t, _, [shape]) => (t.shape = shape),
+  ">c": (t) => t.reply("\x1b[>1;10;0c"),
+  "?h": (t, _, all) => all.forEach((number) => t.setMode(number, true)),
+  "?l": (t, _, all) => all.forEach((number) => t.setMode(number, false)),
 };
+CSI["`"] = CSI.G;
+CSI.f = CSI.H;
+CSI["?J"] = CSI.J;
+CSI["?K"] = CSI.K;
+function setAnsiModes(t, numbers, isOn) {
+  for (const number of numbers) {
+    if (number === 4) t.isInserting = isOn;
+    if (number === 20) t.modes[20] = isOn;
+  }
+}
+// What follows a lone ESC.
 const ESCAPES = {
-  // what follows a lone ESC
-  7: (t) => {
-    t.settle();
-    t.save();
-  },
-  8: (t) => {
-    t.settle();
-    Object.assign(t, t.saved);
-  },
+  7: (t) => t.save(),
+  8: (t) => t.restore(),
   D: (t) => t.index(),
   E: (t) => t.newLine(),
+  H: (t) => t.setTab(true),
+  M: (t) => t.reverseIndex(),
   c: (t) => t.reset(),
-  M: (t) => {
-    t.settle();
-    t.y === t.top ? t.scroll(-1) : t.vertical(-1);
+  "#8": (t) => {
+    for (let y = 0; y < (t.isLog ? 0 : t.rows); y++) {
+      t.row(y).edit(0, t.cols, cellsOf("E", "").concat(Array(t.cols - 1).fill(["E", ""])));
+    }
+    t.go(0, 0);
   },
 };
 
-// ── The view: of a terminal's lines only those in sight are in the document ──
+// ── The document ──
 const $ = (id) => document.getElementById(id),
   two = (n) => String(Math.floor(n)).padStart(2, "0");
 function make(tag, properties, ...children) {
@@ -9874,157 +10193,394 @@ function show(id, text) {
   say(id, text);
   $(id).hidden = !text;
 }
-function cssColor(number) {
-  // one of the 256, or RGB
-  const level = (step) => [0, 95, 135, 175, 215, 255][Math.floor((number - 16) / step) % 6];
-  if (number < 8) return number < 0 ? "" : `var(--c${number})`;
-  if (number < 16) return `color-mix(in oklab, var(--c${number - 8}) 65%, var(--text))`;
-  if (number >= RGB) return `#${(number & 0xffffff).toString(16).padStart(6, "0")}`;
-  return `rgb(${number > 231 ? Array(3).fill((number - 232) * 10 + 8) : [36, 6, 1].map(level)})`;
+
+// ── Colours: as the theme says, but always readable ──
+const MINIMUM_CONTRAST = 4.5; // WCAG 2.2, 1.4.3
+const WHITE = [255, 255, 255];
+const BLACK = [0, 0, 0];
+const theme = { text: BLACK, screen: WHITE, base: [], looks: new Map() };
+const mix = (from, to, share) => from.map((part, i) => Math.round(part + (to[i] - part) * share));
+const css = (rgb) => `rgb(${rgb.join(", ")})`;
+// Reads what the style sheet makes of its variables, in the light or dark that holds now.
+function readTheme() {
+  const probe = document.body.appendChild(make("i"));
+  const read = (name) => {
+    probe.style.color = `var(--${name})`;
+    return getComputedStyle(probe).color.match(/\d+/g).map(Number);
+  };
+  theme.text = read("text");
+  theme.screen = read("screen");
+  theme.base = Array.from({ length: 8 }, (_, n) => read(`c${n}`));
+  theme.looks.clear();
+  probe.remove();
 }
-function paint(span, style) {
-  const [fg, bg, flags, wide] = style.split(","),
-    isBright = flags & BOLD && fg >= 0 && fg < 8;
-  let color = cssColor(isBright ? +fg + 8 : +fg),
-    backgroundColor = cssColor(+bg);
-  const back = `color-mix(in oklab, ${backgroundColor} 80%, var(--screen))`; // softer behind text
-  if (bg >= 0 && bg < 16) backgroundColor = back;
-  if (flags & INVERSE)
-    [color, backgroundColor] = [backgroundColor || "var(--screen)", color || "var(--text)"];
-  if (bg >= 0 && ["0", "7", "15"].includes(fg)) color = fg === "0" ? "#000" : "#fff";
-  Object.assign(span.style, {
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((part) => {
+    const level = part / 255;
+    return level <= 0.04045 ? level / 12.92 : ((level + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function contrast(one, other) {
+  const levels = [luminance(one) + 0.05, luminance(other) + 0.05];
+  return Math.max(...levels) / Math.min(...levels);
+}
+// The ink, or as little nearer to black or white as it takes to be read on the paper.
+function makeReadable(ink, paper) {
+  const end = contrast(BLACK, paper) > contrast(WHITE, paper) ? BLACK : WHITE;
+  let color = ink;
+  for (let share = 0.05; contrast(color, paper) < MINIMUM_CONTRAST && share <= 1; share += 0.05) {
+    color = mix(ink, end, share);
+  }
+  return contrast(color, paper) < MINIMUM_CONTRAST ? end : color;
+}
+// One of the 256, or RGB.
+function rgbOf(number) {
+  const level = (step) => [0, 95, 135, 175, 215, 255][Math.floor((number - 16) / step) % 6];
+  if (number < 8) return theme.base[number];
+  if (number < 16) return mix(theme.base[number - 8], theme.text, 0.35);
+  if (number >= RGB) return [16, 8, 0].map((shift) => (number >> shift) & 255);
+  return number > 231 ? Array(3).fill((number - 232) * 10 + 8) : [36, 6, 1].map(level);
+}
+function readStyle(style) {
+  const [fg, bg, flags] = style ? style.split(",", 3).map(Number) : [-1, -1, 0];
+  const isBright = flags & BOLD && fg >= 0 && fg < 8;
+  let ink = fg < 0 ? theme.text : rgbOf(isBright ? fg + 8 : fg);
+  let paper = bg < 0 ? theme.screen : rgbOf(bg);
+  // Black and white are told from the theme's only where the paper is the program's as well.
+  if (bg >= 0 && [0, 7, 15].includes(fg)) ink = fg ? WHITE : BLACK;
+  if (flags & INVERSE) [ink, paper] = [paper, ink];
+  if (flags & DIM) ink = mix(ink, paper, 0.35);
+  return { ink, paper, flags, isPlain: bg < 0 && !(flags & INVERSE) };
+}
+// The declarations for a style. Pictures made of blocks keep their colours as they are.
+function lookOf(style, isPicture) {
+  const key = isPicture ? `picture ${style}` : style;
+  if (theme.looks.has(key)) return theme.looks.get(key);
+  const { ink, paper, flags, isPlain } = readStyle(style);
+  const color = css(isPicture ? ink : makeReadable(ink, paper));
+  const lines = [flags & UNDERLINE && "underline", flags & STRIKE && "line-through"];
+  const look = {
     color: flags & HIDDEN ? "transparent" : color,
-    backgroundColor,
+    backgroundColor: isPlain ? "" : css(paper),
     fontWeight: flags & BOLD ? "600" : "",
     fontStyle: flags & ITALIC ? "italic" : "",
-    textDecoration: [flags & UNDERLINE && "underline", flags & STRIKE && "line-through"]
-      .filter(Boolean)
-      .join(" "),
-    opacity: flags & DIM ? ".65" : "",
-  });
-  span.className = wide ?? "";
+    textDecoration: lines.filter(Boolean).join(" "),
+  };
+  if (theme.looks.size > 5000) theme.looks.clear();
+  theme.looks.set(key, look);
+  return look;
 }
-const LINK = /(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}])/,
-  ROW = 18; // a row's height in pixels
+
+// ── A line on the page: rows of pieces, each as wide as its cells ──
+const LINK = /https?:\/\/[^\s<>"'`]*[^\s<>"'`.,:;!?)\]}]/g;
+const RIGHT_TO_LEFT =
+  /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
+// Not drawn: they could lie about the order of what was written.
+const BIDI_CONTROLS = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+// What the browser draws as wide as its cells stands in plain text; anything else in a box of its
+// own, letters of one word together, since many scripts join them.
+const font = { pen: make("canvas").getContext("2d"), widths: new Map(), cell: 8, name: "" };
+function measureText(text, isBold) {
+  const key = isBold ? `bold ${text}` : text;
+  let width = font.widths.get(key);
+  if (width === undefined) {
+    font.pen.font = `${isBold ? 600 : 400} ${font.name}`;
+    width = font.pen.measureText(text).width;
+    if (font.widths.size > 10000) font.widths.clear();
+    font.widths.set(key, width);
+  }
+  return width;
+}
+function kindOf(char, width, style) {
+  if (char >= " " && char <= "~") return "text";
+  if (char === "\t") return "box";
+  const isBold = style && style.split(",", 3)[2] & BOLD;
+  const isFitting = Math.abs(measureText(char, isBold) - width * font.cell) < 0.05;
+  if (isFitting && char >= "\u2580" && char <= "\u259f") return "picture";
+  if (RIGHT_TO_LEFT.test(char)) return "letters";
+  if (isFitting) return "text";
+  return width === 1 && /^\p{L}/u.test(char) ? "letters" : "box";
+}
+// How many cells a character takes at column x; a tab ends at the end of the row.
+function cellsAt(x, char, width, cols) {
+  return char === "\t" ? Math.min(8 - (x % 8), cols - x) || 8 : width;
+}
+function countRows(line, cols) {
+  if (!line.cells && line.isPlain) {
+    return Math.max(1, Math.ceil(line.size / cols));
+  }
+  let x = 0;
+  let rows = 1;
+  line.forEachCell((char, _, width) => {
+    const cells = cellsAt(x, char, width, cols);
+    if (x + cells > cols) {
+      rows++;
+      x = 0;
+    }
+    x += cells;
+  });
+  return rows;
+}
+// Returns rows of pieces {text, style, kind, link, cells, at}; at: where it begins in line.text.
+function layOutLine(line, cols, cursor = -1) {
+  const links = line.text.includes("://") ? [...line.text.matchAll(LINK)] : [];
+  const linkAt = (at) =>
+    links.find((one) => at >= one.index && at < one.index + one[0].length)?.[0];
+  const rows = [[]];
+  let x = 0;
+  let at = 0;
+  const add = (char, style, width) => {
+    const cells = cellsAt(x, char, width, cols);
+    if (x + cells > cols) {
+      rows.push([]);
+      x = 0;
+    }
+    const pieces = rows.at(-1);
+    const last = pieces.at(-1);
+    const isCursor = cursor >= x && cursor < x + cells;
+    const link = style.split(",").slice(3).join(",") || linkAt(at);
+    let kind = cells ? kindOf(char, cells, style) : (last?.kind ?? "text");
+    if (char === " " && last?.isRightToLeft) kind = "letters";
+    const isSame = last && last.style === style && last.kind === kind && last.link === link;
+    if (isSame && !isCursor && !last.isClosed && (kind !== "box" || !cells)) {
+      last.text += char;
+      last.cells += cells;
+    } else {
+      pieces.push({ text: char, style, kind, link, cells, at, isCursor, isClosed: isCursor });
+    }
+    const piece = pieces.at(-1);
+    piece.isRightToLeft = kind === "letters" && (char === " " || RIGHT_TO_LEFT.test(char));
+    piece.isClosed ||= char.search(BIDI_CONTROLS) >= 0;
+    x += cells;
+    at += char.length;
+  };
+  line.forEachCell(add);
+  while (x <= cursor) add(" ", "", 1);
+  return rows;
+}
+function drawPiece({ text, style, kind, link, cells, at, isCursor }) {
+  const node = document.createTextNode(text.replace(BIDI_CONTROLS, ""));
+  Object.assign(node, { at, size: text.length });
+  if (!style && !link && kind === "text" && !isCursor) return node;
+  const rel = "noopener noreferrer";
+  const target = "_blank";
+  const properties = link ? { href: link, title: link, target, rel } : {};
+  const element = make(link ? "a" : "span", properties, node);
+  if (style) Object.assign(element.style, lookOf(style, kind === "picture"));
+  if (isCursor) {
+    const { ink, paper } = readStyle(style);
+    element.style.setProperty("--ink", css(makeReadable(ink, paper)));
+    element.style.setProperty("--paper", css(paper));
+  }
+  if (kind === "box" || kind === "letters") squeeze(element, text, cells, style);
+  element.classList.toggle("cursor", isCursor);
+  return element;
+}
+// Gives an element the width of its cells; what is wider is drawn narrower.
+function squeeze(element, text, cells, style) {
+  const width = cells * font.cell;
+  const natural = text === "\t" ? 0 : measureText(text, style && style.split(",", 3)[2] & BOLD);
+  element.classList.add("box");
+  element.style.width = `${Math.max(width, natural)}px`;
+  if (natural <= width) return;
+  element.style.marginRight = `${width - natural}px`;
+  element.style.transform = `scaleX(${width / natural})`;
+}
+
+// ── The view: of a terminal's lines only those in sight are in the document ──
+const FONT_SIZE = 13;
 const view = {
-  // sums[i]: rows on the page above line i; the first `known` stay as they are
-  sums: [0],
-  rows: new Map(),
+  sums: [0], // sums[i]: rows on the page above line i; the first `known` stay as they are
+  rows: new Map(), // from a line to its element
   dropped: 0,
+  look: 0, // rises when all lines have to be drawn again
   show(terminal) {
-    Object.assign(this, { terminal, follow: true, dropped: 0, known: 0, hits: [], hit: -1 });
+    Object.assign(this, { terminal, follow: true, dropped: 0, hits: [], hit: -1 });
     say("hits", "");
+    this.measure();
     this.draw();
   },
   draw() {
     if (!this.isDue) requestAnimationFrame(() => this.render());
     this.isDue = true;
   },
+  // The font is as large as makes a cell a whole number of the screen's pixels. Rows of a terminal
+  // touch, so that lines drawn by characters have no gaps; those of a log stand a bit apart.
   measure() {
-    const output = $("output"),
-      probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
-    this.char = probe.getBoundingClientRect().width / 100 || 7.8;
+    const output = $("output");
+    const probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
+    const measure = (size) => {
+      output.style.fontSize = `${size}px`;
+      return probe.getBoundingClientRect().width / 100 || 7.8;
+    };
+    const plain = measure(FONT_SIZE);
+    const size = (FONT_SIZE * Math.round(plain * devicePixelRatio)) / devicePixelRatio / plain;
+    font.cell = measure(size);
+    const height = probe.getBoundingClientRect().height || 16;
     probe.remove();
-    const width = Math.floor((output.clientWidth - 24) / this.char) - ($("times").checked ? 14 : 0);
-    const height = Math.floor((output.clientHeight - 14) / ROW);
-    Object.assign(this, { cols: clamp(width, 10, 500), fits: clamp(height, 4, 200), known: 0 });
+    const { isLog } = this.terminal ?? {};
+    this.char = font.cell;
+    this.row = isLog ? height + 2 : height;
+    font.name = `${size}px ${getComputedStyle(output).fontFamily}`;
+    font.widths.clear();
+    output.style.setProperty("--row", `${this.row}px`);
+    output.style.setProperty("--gap", isLog ? "1px" : "0px");
+    const cols = Math.floor((output.clientWidth - 24) / this.char) - ($("times").checked ? 14 : 0);
+    const fits = Math.floor((output.clientHeight - 14) / height);
+    Object.assign(this, { cols: clamp(cols, 10, 500), fits: clamp(fits, 4, 200), known: 0 });
+    readTheme();
+    this.look++;
+  },
+  recolor() {
+    if (!this.terminal) return;
+    readTheme();
+    this.look++;
+    this.draw();
+  },
+  get wrapAt() {
+    return this.terminal.isLog && $("wrap").checked ? this.cols : Infinity;
   },
   sum() {
-    const { lines, base, isLog, dropped } = this.terminal,
-      { sums } = this;
+    const { lines, base, isLog, dropped } = this.terminal;
+    const { sums, wrapAt } = this;
     const gone = dropped - this.dropped;
     if (gone) {
       // lines above have left: what is in sight shall stay there
-      if (!this.follow) $("output").scrollTop -= ((sums[gone] ?? sums.at(-1)) - sums[0]) * ROW;
+      const height = ((sums[gone] ?? sums.at(-1)) - sums[0]) * this.row;
+      if (!this.follow) $("output").scrollTop -= height;
       sums.splice(0, gone);
       this.known = Math.max(0, this.known - gone);
       this.dropped = dropped;
     }
     if (!this.known) sums.splice(0, Infinity, 0);
-    const wraps = isLog && $("wrap").checked;
     for (let i = this.known; i < lines.length; i++) {
-      const width = wraps ? (lines[i].cells?.length ?? lines[i].size) : 0;
-      sums[i + 1] = sums[i] + Math.max(1, Math.ceil(width / this.cols));
+      sums[i + 1] = sums[i] + (wrapAt < Infinity ? countRows(lines[i], wrapAt) : 1);
     }
     if (isLog && lines.length > 1 && lines.at(-1).isEmpty) sums[lines.length]--;
     sums.length = lines.length + 1;
     this.known = Math.min(base, lines.length - 1);
   },
+  // The line at a row of the page.
   at(row, low = 0, high = this.sums.length - 2) {
-    // the line at a row of the page
     if (low >= high) return low;
-    const middle = (low + high + 1) >> 1,
-      isBelow = this.sums[middle] - this.sums[0] <= row;
+    const middle = (low + high + 1) >> 1;
+    const isBelow = this.sums[middle] - this.sums[0] <= row;
     return isBelow ? this.at(row, middle, high) : this.at(row, low, middle - 1);
   },
   render() {
     this.isDue = false;
     this.sum();
-    const { terminal: t, sums, rows } = this,
-      output = $("output"),
-      box = $("lines");
-    $("sizer").style.height = `${(sums.at(-1) - sums[0]) * ROW}px`;
+    const { terminal: t, sums } = this;
+    const output = $("output");
+    $("sizer").style.height = `${(sums.at(-1) - sums[0]) * this.row}px`;
     if (this.follow) output.scrollTop = output.scrollHeight;
-    const seen = output.scrollTop / ROW,
-      from = Math.max(0, this.at(seen) - 10);
-    const wanted = t.lines.slice(from, this.at(seen + output.clientHeight / ROW) + 10);
-    const keep = new Set(wanted),
-      first = from + t.dropped;
+    const seen = output.scrollTop / this.row;
+    const last = this.at(seen + output.clientHeight / this.row);
+    // What is selected stays in the document, or else the selection would shrink.
+    const selected = this.selectedLines().map((line) => t.lines.indexOf(line));
+    const from = Math.max(0, Math.min(this.at(seen) - 10, ...selected));
+    this.place(t.lines.slice(from, Math.max(last, ...selected) + 10), from + t.dropped);
+    $("lines").style.transform = `translateY(${(sums[from] - sums[0]) * this.row}px)`;
+    $("lines").classList.toggle("reversed", !!t.modes[5]);
+    $("lines").dataset.shape = Math.ceil(t.shape / 2);
+    $("tail").hidden = this.follow;
+    if (this.follow) output.scrollTop = output.scrollHeight;
+    $("keys").style.transform = `translate(${t.x * this.char}px, ${(t.base + t.y) * this.row}px)`;
+    say("caption", t.title);
+  },
+  // Makes the document hold these lines; first is the number of the first one.
+  place(wanted, first) {
+    const { terminal: t, rows } = this;
+    const box = $("lines");
+    const keep = new Set(wanted);
+    const hasCursor = !t.isLog && t.modes[25] && stream?.task.state === "running";
     let next = box.firstChild;
-    for (const [line, row] of rows)
-      if (!keep.has(line)) {
-        if (row === next) next = row.nextSibling;
-        row.remove();
-        rows.delete(line);
-      }
+    for (const [line, row] of rows) {
+      if (keep.has(line)) continue;
+      if (row === next) next = row.nextSibling;
+      row.remove();
+      rows.delete(line);
+    }
     wanted.forEach((line, i) => {
       const row = rows.get(line) ?? make("div");
-      if (row.version !== line.version) this.fill(row, line);
+      const cursor = hasCursor && line === t.lines[t.base + t.y] ? t.x : -1;
+      const key = `${this.look} ${line.version} ${cursor}`;
+      if (row.key !== key) this.fill(row, line, cursor);
+      row.key = key;
       rows.set(line, row);
       row.classList.toggle("hit", i + first === this.hits[this.hit]);
       if (row === next) next = next.nextSibling;
       else box.insertBefore(row, next);
     });
-    box.style.transform = `translateY(${(sums[from] - sums[0]) * ROW}px)`;
-    $("tail").hidden = this.follow;
-    if (this.follow) output.scrollTop = output.scrollHeight;
-    $("cursor").hidden = t.isLog || !t.modes[25] || stream?.task.state !== "running";
-    const place = `translate(${t.x * this.char}px, ${(t.base + t.y) * ROW}px)`;
-    $("cursor").style.transform = $("keys").style.transform = place;
   },
-  fill(row, line) {
-    row.version = line.version;
+  fill(row, line, cursor) {
+    const drawn = layOutLine(line, this.wrapAt, cursor).map((pieces) => pieces.map(drawPiece));
+    row.line = line;
     row.className = line.isNote ? "note" : "";
-    row.replaceChildren();
     row.dataset.time = line.time && !line.isEmpty ? formatTime(line.time, 23) : "";
-    const runs = line.toRuns(),
-      rel = "noopener noreferrer",
-      target = "_blank";
-    for (let i = 0; i < runs.length; i += 2) {
-      const link = (href, n) => (n % 2 ? make("a", { href, target, rel }, href) : href);
-      const parts = runs[i].split(LINK).map(link);
-      const span = runs[i + 1] ? [make("span", {}, ...parts)] : parts;
-      if (runs[i + 1]) paint(span[0], runs[i + 1]);
-      row.append(...span);
-    }
+    row.replaceChildren(...drawn.map((nodes) => make("div", {}, ...nodes)));
   },
+  selectedLines() {
+    const { anchorNode, focusNode, isCollapsed } = getSelection();
+    if (isCollapsed) return [];
+    const lineOf = (node) =>
+      (node?.closest ? node : node?.parentNode)?.closest("#lines > div")?.line;
+    const isKnown = (line) => line && this.rows.has(line);
+    return [lineOf(anchorNode), lineOf(focusNode)].filter(isKnown);
+  },
+  // What is selected, as it was written; "" where nothing is.
+  selectedText() {
+    const selection = getSelection();
+    if (selection.isCollapsed || !selection.rangeCount) return "";
+    const range = selection.getRangeAt(0);
+    if (!$("output").contains(range.commonAncestorContainer)) return "";
+    let text = "";
+    let before = null;
+    for (const row of $("lines").children) {
+      if (!range.intersectsNode(row)) continue;
+      if (before && before.next !== row.line) text += "\n";
+      text += row.line.text.slice(...this.selectedPart(row, range));
+      before = row.line;
+    }
+    return text;
+  },
+  // From where to where a line is selected.
+  selectedPart(row, range) {
+    const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT);
+    let from = Infinity;
+    let to = 0;
+    while (walker.nextNode()) {
+      const node = walker.currentNode;
+      if (!range.intersectsNode(node)) continue;
+      const start = node === range.startContainer ? range.startOffset : 0;
+      const end = node === range.endContainer ? range.endOffset : node.length;
+      from = Math.min(from, node.at + start);
+      to = Math.max(to, node.at + (end === node.length ? node.size : end));
+    }
+    return [Math.min(from, to), to];
+  },
+  // Go to the next hit, or with 0 to the newest one.
   find(step) {
-    // go to the next hit, or with 0 to the newest one
-    const query = $("find").value.toLowerCase(),
-      old = this.hits[this.hit];
+    const query = $("find").value.toLowerCase();
+    const old = this.hits[this.hit];
     const { lines, dropped } = this.terminal;
     const isHit = (line) => query && line.text.toLowerCase().includes(query);
     this.hits = lines.flatMap((line, i) => (isHit(line) ? [i + dropped] : []));
-    const count = this.hits.length,
-      at = this.hits.indexOf(old);
+    const count = this.hits.length;
+    const at = this.hits.indexOf(old);
     this.hit = step && at >= 0 ? (at + step + count) % count : count - 1;
     say("hits", query ? `${this.hit + 1} of ${count}` : "");
     this.draw();
     if (!count) return;
     this.follow = false;
     this.sum();
-    const row = this.sums[this.hits[this.hit] - dropped] - this.sums[0];
-    $("output").scrollTop = Math.max(0, (row - this.fits / 2) * ROW);
+    const index = this.hits[this.hit] - dropped;
+    const offset = lines[index].text.toLowerCase().indexOf(query);
+    const rows = layOutLine(lines[index], this.wrapAt);
+    const inside = rows.findLastIndex((pieces) => pieces[0]?.at <= offset);
+    const row = this.sums[index] - this.sums[0] + Math.max(0, inside);
+    $("output").scrollTop = Math.max(0, (row - this.fits / 2) * this.row);
   },
 };
 
@@ -10133,8 +10689,11 @@ function retry(reason) {
   timer = setTimeout(connect, wait * (1 + Math.random() / 2));
   wait = Math.min(wait * 1.7, 15000);
 }
+// Returns whether there was a connection to send it by.
 function send(message) {
-  if (socket?.readyState === 1) socket.send(JSON.stringify(message));
+  const isOpen = socket?.readyState === 1;
+  if (isOpen) socket.send(JSON.stringify(message));
+  return isOpen;
 }
 setInterval(() => {
   // a connection that died in silence is ended here
@@ -10514,9 +11073,16 @@ async function stop() {
   }
 }
 async function copy() {
-  const lines = stream.terminal.lines.map((line) => line.text + (line.isSoft ? "" : "\n"));
-  const value = lines.join("").trimEnd() + "\n",
-    area = make("textarea", { value });
+  const { lines, isLog } = stream.terminal;
+  const text = joinLines(lines);
+  await writeClipboard(isLog ? text.slice(0, -1) : text.replace(/\n+$/, "\n"));
+  say("spoken", "Copied");
+  say("copy", "Copied");
+  setTimeout(say, 1500, "copy", "Copy");
+}
+async function writeClipboard(value) {
+  const area = make("textarea", { value });
+  const focused = document.activeElement;
   try {
     await navigator.clipboard.writeText(value);
   } catch {
@@ -10525,10 +11091,8 @@ async function copy() {
     area.select();
     document.execCommand("copy");
     area.remove();
+    focused.focus();
   }
-  say("spoken", "Copied");
-  say("copy", "Copied");
-  setTimeout(say, 1500, "copy", "Copy");
 }
 async function download() {
   const id = stream.task.task_id;
@@ -10569,42 +11133,192 @@ const TILDES = {
   F12: 24,
 };
 const PLAIN = { Enter: "\r", Tab: "\t", Backspace: "\x7f", Escape: "\x1b" };
+// What Ctrl makes of a digit or sign, as in xterm; with others it stays the browser's.
+const CONTROLS = {
+  " ": "\0",
+  "@": "\0",
+  2: "\0",
+  "[": "\x1b",
+  3: "\x1b",
+  "\\": "\x1c",
+  4: "\x1c",
+  "]": "\x1d",
+  5: "\x1d",
+  "^": "\x1e",
+  6: "\x1e",
+  _: "\x1f",
+  "/": "\x1f",
+  7: "\x1f",
+  "?": "\x7f",
+  8: "\x7f",
+  "\x7f": "\b",
+  "\r": "\r",
+  "\t": "\t",
+  "\x1b": "\x1b",
+};
+// What a US keyboard has at a position: without and with Shift.
+const POSITIONS = {
+  Minus: "-_",
+  Equal: "=+",
+  BracketLeft: "[{",
+  BracketRight: "]}",
+  Backslash: "\\|",
+  IntlBackslash: "<>",
+  Semicolon: ";:",
+  Quote: "'\"",
+  Comma: ",<",
+  Period: ".>",
+  Slash: "/?",
+  Backquote: "`~",
+  Space: "  ",
+};
 const held = { ctrl: false, alt: false }; // keys of the bar that wait for another
-function sequence(key, isCtrl, isAlt, isShift, modes) {
-  // null: comes as input, or is not ours
-  const modifier = 1 + isShift + 2 * isAlt + 4 * isCtrl,
-    mark = modifier > 1 ? `;${modifier}` : "";
+let layout; // from a position to its key without modifiers, where the browser tells
+navigator.keyboard?.getLayoutMap?.().then(
+  (map) => (layout = map),
+  () => {},
+);
+function keysAt(code = "") {
+  if (code.startsWith("Key")) return code[3].toLowerCase() + code[3];
+  if (code.startsWith("Digit")) return code[5] + ")!@#$%^&*("[code[5]];
+  return POSITIONS[code] ?? "";
+}
+// Whether Alt left the key what it is. Where it did not (Option on a Mac, Ctrl and Alt in place
+// of AltGr), the character is text.
+function isUnchanged(key, code) {
+  const isLetter = /^[a-z]$/i.test(key) && (!code || code.startsWith("Key"));
+  return isLetter || !code || keysAt(code).includes(key) || layout?.get(code) === key;
+}
+// What a key sends to the program; null: it comes as input, or is the browser's.
+function sequence({ key, code, isCtrl, isAlt, isShift }, modes) {
+  const modifier = 1 + isShift + 2 * isAlt + 4 * isCtrl;
+  const mark = modifier > 1 ? `;${modifier}` : "";
   if (ARROWS[key] && mark) return `\x1b[1${mark}${ARROWS[key]}`;
   if (ARROWS[key]) return (modes[1] || /^F\d/.test(key) ? "\x1bO" : "\x1b[") + ARROWS[key];
   if (TILDES[key]) return `\x1b[${TILDES[key]}${mark}~`;
   if (key === "Tab" && isShift) return "\x1b[Z";
   let text = PLAIN[key] ?? key;
   if (text.length > 1 || (!isCtrl && !isAlt && !PLAIN[key])) return null;
-  if (isCtrl)
-    text =
-      { " ": "\0", "/": "\x1f", "\x7f": "\b" }[text] ??
-      text.replace(/[@-~]/, (char) => String.fromCharCode(char.charCodeAt(0) & 31));
+  if (isCtrl && !isAlt && text > "~" && !PLAIN[key]) text = keysAt(code)[isShift ? 1 : 0] ?? text;
+  if (isAlt && !PLAIN[key] && !isUnchanged(text, code)) return text;
+  if (isCtrl) text = /^[a-z]$/i.test(text) ? toControl(text) : CONTROLS[text];
+  if (text === undefined) return null;
   return isAlt ? `\x1b${text}` : text;
 }
+const toControl = (letter) => String.fromCharCode(letter.charCodeAt(0) & 31);
+// Keys that the browser or this page keeps.
+function isOurs({ key, code, keyCode, isComposing, metaKey, ctrlKey, altKey, shiftKey }) {
+  if (isComposing || keyCode === 229 || metaKey) return false;
+  const letter = key.length === 1 && key > "~" ? keysAt(code)[0] : key.toLowerCase();
+  const isLetter = /^[a-z]$/.test(letter);
+  return !(ctrlKey && !altKey && isLetter && (shiftKey || letter === "v"));
+}
+function onKey(event) {
+  const { key, code, ctrlKey, altKey, shiftKey: isShift } = event;
+  if (!isOurs(event)) return;
+  if (key === "Escape" && isShift) return $("stop").focus();
+  if (event.getModifierState("AltGraph") && key.length === 1) return;
+  const keys = { key, code, isCtrl: ctrlKey || held.ctrl, isAlt: altKey || held.alt, isShift };
+  const data = sequence(keys, stream.terminal.modes);
+  if (data === null) return;
+  event.preventDefault();
+  if (data === "\x03" && view.selectedText()) {
+    // as in other terminals of today: the next one interrupts
+    writeClipboard(view.selectedText());
+    return getSelection().removeAllRanges();
+  }
+  type(data);
+}
+// Text that came from an input method, or from a phone's keyboard; the bar's Ctrl and Alt hold.
+function onText({ target, isComposing }) {
+  $("keys").classList.toggle("composing", isComposing);
+  if (isComposing) return showComposition();
+  const { value } = target;
+  target.value = "";
+  const keys = { key: value, isCtrl: held.ctrl, isAlt: held.alt, isShift: false };
+  const isKey = [...value].length === 1 && (held.ctrl || held.alt);
+  const data = isKey ? sequence(keys, stream.terminal.modes) : null;
+  if (value) type(data ?? value.replace(/\n/g, "\r"));
+}
+// While something is composed it is shown at the cursor, as wide as it is.
+function showComposition() {
+  const { style, value } = $("keys");
+  style.width = `${measureText(value, false) + font.cell}px`;
+}
+function sendInput(data) {
+  return send({ type: "task_input", task_id: stream.task.task_id, data });
+}
+// Sends what a person did; says so when it cannot.
 function type(data) {
   for (let at = 0; at < data.length; at += 8192) {
     // a message may have 64 KiB
-    send({ type: "task_input", task_id: stream.task.task_id, data: data.slice(at, at + 8192) });
+    if (!sendInput(data.slice(at, at + 8192))) notice("Offline: what you type is not sent.");
   }
   view.follow = true;
   held.ctrl = held.alt = false;
   for (const button of $("keybar").children) button.ariaPressed = "false";
 }
-function onKey(event) {
-  const { key, ctrlKey, altKey, shiftKey } = event,
-    isCtrl = ctrlKey || held.ctrl;
-  if (event.isComposing || event.metaKey || (ctrlKey && (shiftKey || key === "v"))) return;
-  if (key === "Escape" && shiftKey) return $("stop").focus();
-  const data = sequence(key, isCtrl, altKey || held.alt, shiftKey, stream.terminal.modes);
-  if (data !== null) {
-    event.preventDefault();
-    type(data);
-  }
+
+// ── The mouse in a terminal, as xterm's ctlseqs have it: 1000, 1002, 1003 with 1006 ──
+const mouse = { button: -1, place: "" }; // what is pressed, and where that was told last
+function isReporting({ shiftKey }) {
+  const { modes } = stream?.terminal ?? { modes: {} };
+  return !shiftKey && !$("keys").hidden && (modes[1000] || modes[1002] || modes[1003]);
+}
+// Tells the program; code is a button, 64 and 65 the wheel, 32 more while it moves.
+function reportMouse(event, code, isUp = false) {
+  const { terminal: t } = stream;
+  const { left, top } = $("sizer").getBoundingClientRect();
+  const x = Math.floor((event.clientX - left) / view.char);
+  const y = Math.floor((event.clientY - top) / view.row) - t.base;
+  const place = [x, y].map((at, i) => clamp(at, 0, (i ? t.rows : t.cols) - 1) + 1);
+  const keys = 8 * event.altKey + 16 * event.ctrlKey;
+  if (code & 32 && mouse.place === place.join()) return;
+  mouse.place = place.join();
+  if (t.modes[1006]) return type(`\x1b[<${code + keys};${place.join(";")}${isUp ? "m" : "M"}`);
+  // Without 1006 a place is one byte, and only those below 128 arrive as they are.
+  const bytes = [(isUp ? 3 : code) + keys, ...place].map((number) => number + 32);
+  if (Math.max(...bytes) < 128) type(`\x1b[M${String.fromCharCode(...bytes)}`);
+}
+function onMouseDown(event) {
+  if (!isReporting(event) || event.button > 2) return;
+  event.preventDefault(); // it would select text
+  $("keys").focus();
+  mouse.button = event.button;
+  reportMouse(event, event.button);
+}
+function onMouseUp(event) {
+  if (mouse.button < 0) return;
+  if (isReporting(event)) reportMouse(event, mouse.button, true);
+  mouse.button = -1;
+}
+function onMouseMove(event) {
+  const { modes } = stream?.terminal ?? { modes: {} };
+  if (!isReporting(event) || !(modes[1003] || (modes[1002] && mouse.button >= 0))) return;
+  reportMouse(event, 32 + (mouse.button < 0 ? 3 : mouse.button));
+}
+// The wheel goes to the program, as arrows on the alternate screen if it does not ask for more.
+function onWheel(event) {
+  if (!event.deltaY || event.ctrlKey || event.shiftKey || $("keys").hidden) return;
+  const { terminal: t } = stream;
+  const isDown = event.deltaY > 0;
+  const isArrows = t.main && t.modes[1007] !== false;
+  if (!isReporting(event) && !isArrows) return;
+  event.preventDefault();
+  if (isReporting(event)) return reportMouse(event, isDown ? 65 : 64);
+  const key = isDown ? "ArrowDown" : "ArrowUp";
+  type(sequence({ key, isCtrl: false, isAlt: false, isShift: false }, t.modes).repeat(3));
+}
+// The cursor is hollow without the focus, and a program that asked (1004) is told.
+function onFocus({ type: kind }) {
+  const isIn = kind === "focus";
+  $("frame").classList.toggle("typing", isIn);
+  if (stream?.terminal.modes[1004]) sendInput(isIn ? "\x1b[I" : "\x1b[O");
+}
+// Name: of a key of the bar.
+function pressBarKey(name) {
+  const keys = { key: name, isCtrl: held.ctrl, isAlt: held.alt, isShift: false };
+  type(sequence(keys, stream.terminal.modes) ?? name);
 }
 function layOut() {
   // to the size of the window; a terminal's programs are told
@@ -10630,6 +11344,7 @@ function setTheme(name) {
   say("theme", name);
   $("theme").ariaLabel = `Colours: ${name}`;
   localStorage.setItem(KEY + "theme", name);
+  view.recolor();
 }
 function setCommand(text) {
   $("command").value = text;
@@ -10711,7 +11426,7 @@ const HANDLERS = {
     if (key === "Enter") view.find(shiftKey ? -1 : 1);
   },
   "output scroll": ({ target: { scrollHeight, scrollTop, clientHeight } }) => {
-    view.follow = scrollHeight - scrollTop - clientHeight < ROW;
+    view.follow = scrollHeight - scrollTop - clientHeight < view.row;
     view.draw();
   },
   "output click": () => {
@@ -10725,15 +11440,14 @@ const HANDLERS = {
     view.draw();
   },
   "keys keydown": onKey,
-  "keys input": ({ isComposing, target }) => {
-    if (!isComposing) {
-      type(target.value.replace(/\n/g, "\r"));
-      target.value = "";
-    }
-  },
-  "keys compositionend": ({ target }) => {
-    type(target.value);
-    target.value = "";
+  "keys input": onText,
+  "keys compositionend": ({ target }) => onText({ target, isComposing: false }),
+  "keys focus": onFocus,
+  "keys blur": onFocus,
+  "output mousedown": onMouseDown,
+  "output mousemove": onMouseMove,
+  "output contextmenu": (event) => {
+    if (isReporting(event)) event.preventDefault();
   },
   "keys paste": (event) => {
     const text = event.clipboardData.getData("text").replace(/\r?\n/g, "\r").replaceAll("\x1b", "");
@@ -10751,7 +11465,7 @@ for (const button of $("keybar").children) {
   button.onpointerdown = (event) => event.preventDefault(); // so the phone's keyboard stays open
   button.onclick = () => {
     if (lower in held) button.ariaPressed = String((held[lower] = !held[lower]));
-    else type(sequence(name, held.ctrl, held.alt, false, stream.terminal.modes) ?? name);
+    else pressBarKey(name);
   };
 }
 setInterval(() => {
@@ -10759,6 +11473,16 @@ setInterval(() => {
   for (const task of tasks.values()) if (task.state === "running") update(task, {});
 }, 1000);
 addEventListener("resize", layOut);
+addEventListener("mouseup", onMouseUp);
+$("output").addEventListener("wheel", onWheel, { passive: false });
+// What is copied by a key or the menu is what was written, not what is on the page.
+addEventListener("copy", (event) => {
+  const text = view.selectedText();
+  if (!text) return;
+  event.preventDefault();
+  event.clipboardData.setData("text/plain", text);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => view.recolor());
 addEventListener("hashchange", () => {
   takeFragment();
   location.reload();
@@ -10778,6 +11502,11 @@ connect();
 """
 
 
+def strip_source(source: str) -> str:
+    """Return a constant of the page without indentation and whole lines of comment."""
+    return re.sub(r"^ *(?://.*|/\*.*\*/)?\n?", "", source, flags=re.MULTILINE)
+
+
 def hash_source(source: str) -> str:
     """Return what a policy calls an inline script or style (CSP 3, 2.3.1)."""
     digest = hashlib.sha256(source.encode("utf-8")).digest()
@@ -10790,8 +11519,8 @@ class Page:
     @functools.cached_property
     def body(self) -> bytes:
         """The page in UTF-8."""
-        page = HTML.lstrip().replace("<style>", "<style>" + CSS)
-        return page.replace("<script>", "<script>" + JS).encode("utf-8")
+        page = strip_source(HTML).replace("<style>", "<style>" + strip_source(CSS))
+        return page.replace("<script>", "<script>" + strip_source(JS)).encode("utf-8")
 
     @functools.cached_property
     def compressed(self) -> bytes:
@@ -10806,7 +11535,8 @@ class Page:
 
     @functools.cached_property
     def _sources(self) -> str:
-        return f"script-src {hash_source(JS)}; style-src {hash_source(CSS)}; img-src data:"
+        script, style = (hash_source(strip_source(source)) for source in (JS, CSS))
+        return f"script-src {script}; style-src {style}; img-src data:"
 
     def policy(self, host: str | None) -> str:
         """Return the Content-Security-Policy for a page that was asked for by this Host."""
