@@ -80,6 +80,7 @@ import functools
 import hashlib
 import http
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
         Awaitable,
         Callable,
         Collection,
+        Generator,
         Iterable,
         Mapping,
         MutableMapping,
@@ -669,24 +671,19 @@ class HttpParser:
 
     Call feed() with what arrived, then next_head() until it gives a head, then next_body() until
     it gives that request's body, and so on. Both give None when they need more bytes and raise
-    HttpError when no more can come of this connection.
+    HttpError when no more can come of this connection. Inside, each is a generator that stops
+    where bytes are missing: what is half read stays in its variables.
     """
 
     def __init__(self) -> None:
         # What was fed and not yet consumed.
         self._buffer = bytearray()
-        # Up to here the buffer holds no LF: a dripping line is not searched again.
-        self._scanned = 0
-        # The lines of the head that is being read, and their size.
-        self._lines: list[bytes] = []
-        self._head_bytes = 0
+        # What reads the head or body that is not whole yet.
+        self._reading: Generator[None, None, Any] | None = None
+        # The request line has come, the end of the head has not.
+        self._is_in_head = False
         # The head whose body is due.
         self.head: RequestHead | None = None
-        # The chunked body so far, and what is due next: a size, data, its CRLF, or trailers.
-        self._body = bytearray()
-        self._chunk_due = "size"
-        self._chunk_left = 0
-        self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -694,7 +691,7 @@ class HttpParser:
     @property
     def is_idle(self) -> bool:
         """True between two requests, when no byte of the next one has come."""
-        return not self._buffer and not self._lines and self.head is None
+        return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
         """Give what follows the head of an upgrade: it belongs to the other protocol."""
@@ -705,60 +702,8 @@ class HttpParser:
     def next_head(self) -> RequestHead | None:
         """Return the next head, or None. Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
         assert self.head is None, "the body of the request before was not read"
-        while True:
-            line = self._next_head_line()
-            if line is None:
-                return None
-            if line:
-                if not self._lines:
-                    parse_request_line(line)  # an HTTP/0.9 client sends nothing else
-                self._lines.append(line)
-            elif self._lines:
-                return self._finish_head()
-            # An empty line before the request line is skipped (RFC 9112, 2.2).
-
-    def _next_head_line(self) -> bytes | None:
-        if not self._lines:
-            # A TLS ClientHello, for one, must not wait for an LF that may never come.
-            if self._buffer and self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
-                raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
-            too_long = HttpError(414, "uri_too_long", "the request line is too long")
-            line = self._next_line(MAX_REQUEST_LINE_BYTES, too_long)
-        else:
-            too_long = HttpError(431, "field_too_large", "a header field is too long")
-            line = self._next_line(MAX_FIELD_BYTES, too_long)
-        if line is None:
-            return None
-        self._head_bytes += len(line) + 2
-        if self._head_bytes > MAX_HEAD_BYTES or len(self._lines) > MAX_FIELDS + (line == b""):
-            raise HttpError(431, "head_too_large", "there are too many header fields")
-        return line
-
-    def _finish_head(self) -> RequestHead:
-        lines, self._lines, self._head_bytes = self._lines, [], 0
-        method, authority, target, http_1_0 = parse_request_line(lines[0])
-        fields = tuple(parse_field(line) for line in lines[1:])
-        head = RequestHead(method, target, http_1_0, fields, authority=authority)
-        length, chunked = parse_body_framing(head)
-        self.head = dataclasses.replace(head, content_length=length, chunked=chunked)
+        self.head = self._read_on(self._read_head)
         return self.head
-
-    def _next_line(self, limit: int, too_long: HttpError) -> bytes | None:
-        """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
-        end = self._buffer.find(b"\n", self._scanned)
-        # The CR of the line end does not count, nor does it while its LF is still to come.
-        size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
-        if size > limit:
-            raise too_long
-        if end < 0:
-            self._scanned = len(self._buffer)
-            return None
-        if end == 0 or self._buffer[end - 1] != 0x0D:
-            raise HttpError(400, "bad_line", "a line does not end with CRLF")
-        line = bytes(self._buffer[: end - 1])
-        del self._buffer[: end + 1]
-        self._scanned = 0
-        return line
 
     def next_body(self) -> bytes | None:
         """Return the whole body of the last head, b"" if it has none, or None.
@@ -766,78 +711,109 @@ class HttpParser:
         Raises HttpError 400, 413 or 431.
         """
         assert self.head is not None, "next_head() comes first"
-        if self.head.chunked:
-            return self._next_chunked_body()
-        length = self.head.content_length or 0
-        if len(self._buffer) < length:
-            return None
-        body = bytes(self._buffer[:length])
-        del self._buffer[:length]
-        self.head = None
+        read = self._read_chunked_body if self.head.chunked else self._read_plain_body
+        body: bytes | None = self._read_on(read)
+        if body is not None:
+            self.head = None
         return body
 
-    def _next_chunked_body(self) -> bytes | None:
-        """RFC 9112, 7.1. Every step consumes bytes, or says that it needs more."""
-        steps = {
-            "size": self._take_chunk_size,
-            "data": self._take_chunk_data,
-            "crlf": self._take_chunk_end,
-            "trailers": self._take_trailer,
-        }
-        while self._chunk_due != "done":
-            if not steps[self._chunk_due]():
-                return None
-        body = bytes(self._body)
-        self._body.clear()
-        self.head, self._chunk_due, self._trailer_bytes = None, "size", 0
-        return body
+    def _read_on(self, read: Callable[[], Generator[None, None, Any]]) -> Any:
+        self._reading = self._reading or read()
+        try:
+            return next(self._reading)
+        except StopIteration as end:
+            self._reading = None
+            return end.value
 
-    def _take_chunk_size(self) -> bool:
-        bad_chunk = HttpError(400, "bad_chunk", "a chunk size is malformed")
-        line = self._next_line(16 + MAX_CHUNK_EXTENSION_BYTES, bad_chunk)
-        if line is None:
-            return False
-        match = CHUNK_SIZE.fullmatch(line)
-        if match is None or len(match.group(2) or b"") > MAX_CHUNK_EXTENSION_BYTES:
-            raise bad_chunk
-        self._chunk_left = int(match.group(1), 16)
-        if len(self._body) + self._chunk_left > MAX_BODY_BYTES:
-            raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
-        self._chunk_due = "data" if self._chunk_left else "trailers"
-        return True
+    def _read_head(self) -> Generator[None, None, RequestHead]:
+        lines: list[bytes] = []
+        size = 0
+        while not lines or lines[-1]:
+            line = yield from (self._read_field() if lines else self._read_request_line())
+            size += len(line) + 2
+            if size > MAX_HEAD_BYTES or len(lines) > MAX_FIELDS + (line == b""):
+                raise HttpError(431, "head_too_large", "there are too many header fields")
+            if line and not lines:
+                parse_request_line(line)  # an HTTP/0.9 client sends nothing else
+                self._is_in_head = True
+            if line or lines:  # an empty line before the request line is skipped (RFC 9112, 2.2)
+                lines.append(line)
+        self._is_in_head = False
+        method, authority, target, http_1_0 = parse_request_line(lines[0])
+        fields = tuple(parse_field(line) for line in lines[1:-1])
+        head = RequestHead(method, target, http_1_0, fields, authority=authority)
+        length, chunked = parse_body_framing(head)
+        return dataclasses.replace(head, content_length=length, chunked=chunked)
 
-    def _take_chunk_data(self) -> bool:
-        data = self._buffer[: self._chunk_left]
-        self._body += data
-        del self._buffer[: len(data)]
-        self._chunk_left -= len(data)
-        if self._chunk_left == 0:
-            self._chunk_due = "crlf"
-        return self._chunk_left == 0
+    def _read_request_line(self) -> Generator[None, None, bytes]:
+        while not self._buffer:
+            yield
+        # A TLS ClientHello, for one, must not wait for an LF that may never come.
+        if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
+            raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
+        too_long = HttpError(414, "uri_too_long", "the request line is too long")
+        return (yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long))
 
-    def _take_chunk_end(self) -> bool:
-        """Exactly CRLF must follow (h11 took any two bytes once: CVE-2025-43859)."""
-        if not b"\r\n".startswith(bytes(self._buffer[:2])):
-            raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
-        if len(self._buffer) < 2:
-            return False
-        del self._buffer[:2]
-        self._chunk_due = "size"
-        return True
+    def _read_field(self) -> Generator[None, None, bytes]:
+        too_long = HttpError(431, "field_too_large", "a header field is too long")
+        return (yield from self._read_line(MAX_FIELD_BYTES, too_long))
 
-    def _take_trailer(self) -> bool:
+    def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
+        """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
+        scanned = 0  # up to here there is no LF: a dripping line is not searched again
+        while True:
+            end = self._buffer.find(b"\n", scanned)
+            # The CR of the line end does not count, nor does it while its LF is still to come.
+            size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
+            if size > limit:
+                raise too_long
+            if end >= 0:
+                break
+            scanned = len(self._buffer)
+            yield
+        if end == 0 or self._buffer[end - 1] != 0x0D:
+            raise HttpError(400, "bad_line", "a line does not end with CRLF")
+        return (yield from self._read_bytes(end + 1))[:-2]
+
+    def _read_bytes(self, count: int) -> Generator[None, None, bytes]:
+        while len(self._buffer) < count:
+            yield
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    def _read_plain_body(self) -> Generator[None, None, bytes]:
+        assert self.head is not None
+        return (yield from self._read_bytes(self.head.content_length or 0))
+
+    def _read_chunked_body(self) -> Generator[None, None, bytes]:
+        """RFC 9112, 7.1."""
+        body = bytearray()
+        while True:
+            bad_chunk = HttpError(400, "bad_chunk", "a chunk size is malformed")
+            line = yield from self._read_line(16 + MAX_CHUNK_EXTENSION_BYTES, bad_chunk)
+            match = CHUNK_SIZE.fullmatch(line)
+            if match is None or len(match.group(2) or b"") > MAX_CHUNK_EXTENSION_BYTES:
+                raise bad_chunk
+            size = int(match.group(1), 16)
+            if len(body) + size > MAX_BODY_BYTES:
+                raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
+            if size == 0:
+                break
+            body += yield from self._read_bytes(size)
+            # Exactly CRLF must follow (h11 took any two bytes once: CVE-2025-43859).
+            if (yield from self._read_bytes(2)) != b"\r\n":
+                raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_long = HttpError(431, "trailers_too_large", "the trailers are too long")
-        line = self._next_line(MAX_TRAILER_BYTES, too_long)
-        if line is None:
-            return False
-        self._trailer_bytes += len(line) + 2
-        if self._trailer_bytes > MAX_TRAILER_BYTES:
-            raise too_long
-        if line:
+        left = MAX_TRAILER_BYTES
+        while True:
+            line = yield from self._read_line(MAX_TRAILER_BYTES, too_long)
+            left -= len(line) + 2
+            if left < 0:
+                raise too_long
+            if not line:
+                return bytes(body)
             parse_field(line)  # must be well-formed, and is of no use to us
-        else:
-            self._chunk_due = "done"
-        return True
 
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
@@ -1062,7 +1038,6 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
 
 
 def is_forwarded(head: RequestHead) -> bool:
-    """Whether a proxy says that it speaks for somebody else."""
     return any(
         name in FORWARDING_FIELDS or name.startswith("x-forwarded-") for name, _ in head.fields
     )
@@ -4210,7 +4185,6 @@ class Webhook:
 
     @property
     def pending(self) -> int:
-        """How many alerts are neither delivered nor given up."""
         return self._alerts.unfinished_tasks
 
     def send(self, event: dict[str, Any]) -> None:
@@ -4731,25 +4705,18 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, encode_json(value) + b"\n")
 
 
-async def iterate_json(start: bytes, pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
-    """Give a JSON object whose last field is a long text, piece by piece."""
-    yield start
+async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
-        yield escape_json_text(piece)
-    yield b'"}\n'
+        yield piece
 
 
 def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) -> Response:
     """Return JSON whose text field `name` may be long: then it is written piece by piece."""
     start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
+    parts = itertools.chain([start], map(escape_json_text, pieces), [b'"}\n'])
     if sum(map(len, pieces)) > BATCH_BYTES:
-        return Response(pieces=iterate_json(start, pieces))
-    return Response(body=start + escape_json_text(b"".join(pieces)) + b'"}\n')
-
-
-async def iterate_pieces(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
+        return Response(pieces=iterate_pieces(parts))
+    return Response(body=b"".join(parts))
 
 
 async def follow_output(
@@ -4960,24 +4927,18 @@ def find_task(server: Server, request: Request) -> Task:
 
 
 async def answer_tasks(server: Server, request: Request) -> Response:
-    """`GET /tasks`: all kept tasks, newest last, or the one with `id`."""
     if "id" in request.parameters:
         return json_response(find_task(server, request).describe())
     return json_response([task.describe() for task in server.tasks.list()])
 
 
-def parse_offset(parameters: Mapping[str, str]) -> int:
-    """Return `offset` in bytes, 0 when absent. Raises HttpError 400."""
-    offset = parameters.get("offset", "0")
-    if not DIGITS.fullmatch(offset):
-        raise HttpError(400, "bad_query", "offset must be a number of bytes")
-    return int(offset)
-
-
 async def answer_logs(server: Server, request: Request) -> Response:
     """`GET /logs`: the kept output of a task from `offset` on."""
     task = find_task(server, request)
-    offset = parse_offset(request.parameters)
+    text = request.parameters.get("offset", "0")
+    if not DIGITS.fullmatch(text):
+        raise HttpError(400, "bad_query", "offset must be a number of bytes")
+    offset = int(text)
     if offset > task.output.end:
         raise HttpError(400, "bad_offset", f"the output has {task.output.end} bytes so far")
     if parse_flag(request.parameters, "follow"):
@@ -4998,7 +4959,6 @@ async def answer_logs(server: Server, request: Request) -> Response:
 
 
 async def answer_kill(server: Server, request: Request) -> Response:
-    """`POST /kill`: stop a task and everything that it started."""
     task = find_task(server, request)
     name = request.parameters.get("signal", "TERM")
     server.stop_task(task, name, request.by)
@@ -5006,7 +4966,6 @@ async def answer_kill(server: Server, request: Request) -> Response:
 
 
 async def answer_stdin(server: Server, request: Request) -> Response:
-    """`POST /stdin`: the body goes to the task's standard input; `eof` ends it."""
     task = find_task(server, request)
     server.tasks.type(task, request.body, is_end=parse_flag(request.parameters, "eof"))
     return json_response({"task_id": task.task_id, "bytes": len(request.body)})
@@ -5138,7 +5097,6 @@ def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dic
 
 
 def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
-    """`task_kill`: no answer but the events it causes."""
     task = server.tasks.get(message.get("task_id"))
     server.stop_task(task, message.get("signal", "TERM"), viewer.by)
 
@@ -5165,7 +5123,6 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
 
 
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
-    """`task_resize`: sets the terminal's size to `cols` x `rows`."""
     server.check_exec()
     task = server.tasks.get(message.get("task_id"))
     cols, rows = (check_field(name, message.get(name), SIDE) for name in ("cols", "rows"))
@@ -5287,13 +5244,11 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._connection.take_transport(cast("asyncio.Transport", transport))
 
     def pause_writing(self) -> None:
-        """The transport has more than enough to write."""
         super().pause_writing()
         if self._connection is not None and self._connection.viewer is not None:
             self._connection.viewer.is_stalled = True
 
     def resume_writing(self) -> None:
-        """It has written nearly all of it."""
         super().resume_writing()
         if self._connection is not None and self._connection.viewer is not None:
             self._connection.viewer.is_stalled = False
@@ -5306,7 +5261,6 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone, whoever ended it."""
         # Why is no news to anybody, and an exception that nobody fetches would be logged.
         super().connection_lost(None)
         if self._connection is not None:
@@ -5410,7 +5364,6 @@ class Connection:
         self._begin_phase(Phase.READING, HEAD_SECONDS)
 
     def take_transport(self, transport: asyncio.Transport) -> None:
-        """The connection stands."""
         self.transport, self._socket = transport, None
         self.opened_at = time.monotonic()  # with TLS it could not speak before
 
@@ -5463,7 +5416,6 @@ class Connection:
             pass  # the peer has reset it
 
     def forget(self) -> None:
-        """The transport is gone."""
         self.server.connections.discard(self)
         self.server.forget_stranger(self)
         if self.viewer is not None:
@@ -6019,7 +5971,6 @@ class Listeners:
         return address is not None and address.is_unspecified
 
     def kinds(self) -> list[tuple[socket.socket, Listener]]:
-        """Return every listening socket with what it is bound to."""
         kinds = [
             (one, Listener.LOOPBACK if is_loopback(one.getsockname()[0]) else Listener.NETWORK)
             for one in self.sockets
@@ -6027,7 +5978,7 @@ class Listeners:
         return kinds + [(one, Listener.UNIX) for one in self.unix]
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and remove the Unix socket if it is still ours."""
         close_all(self.sockets)
         close_all(self.unix)
         self.unix.clear()
@@ -6240,7 +6191,6 @@ class Server:
         raise HttpError(429, "too_many_tokens", message, [("Retry-After", str(seconds))])
 
     def note_refusal(self, by: str, reason: str, request: str) -> None:
-        """Write down that somebody was refused."""
         self.refused[reason] += 1
         self.log.write_limited("warning", "refused", by=by, reason=reason, request=request)
         self.audit.write_refusal(by=by, reason=reason, request=request)
@@ -8264,7 +8214,6 @@ def count_cells(text: str) -> int:
 
 
 def fit_text(text: str, width: int) -> str:
-    """Return text cut or filled up to a width in cells."""
     if count_cells(text) > width:
         while count_cells(text) >= width:
             text = text[:-1]
@@ -8331,7 +8280,6 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    """Return (state, line) of the title, whose state is "", and of each server that is shown."""
     name_width = min(24, max(6, *(count_cells(watched.target.name) for watched in everybody)))
     titles = [f"{'SERVER':{name_width}}", *(f"{title:{place}}" for title, place, _ in COLUMNS)]
     lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
@@ -12236,15 +12184,18 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
     return "\n".join([*lines, format_totals(everybody, width)]) + "\n"
 
 
-def is_unclear(watched: Watched) -> bool:
-    return watched.state == "connecting" or (watched.state == "up" and not watched.stats)
-
-
 async def watch_once(monitor: Monitor) -> None:
+    """Let a monitor look until it has heard of every server, or for ONCE_SECONDS."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
-    while time.monotonic() < end and any(is_unclear(watched) for watched in monitor.all):
+    unclear = monitor.all
+    while unclear and time.monotonic() < end:
         await asyncio.sleep(0.02)
+        unclear = [
+            one
+            for one in monitor.all
+            if one.state == "connecting" or (one.state == "up" and not one.stats)
+        ]
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 
@@ -12491,17 +12442,14 @@ HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # by UNIT
 SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
 
 
-def escape_bytes(character: str) -> str:
-    """Return the bytes of a character in hexadecimal, also of what is no valid text."""
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
 def quote_unit_word(text: str) -> str:
     """Return one word as systemd reads it (systemd.syntax(7), QUOTING; specifiers too)."""
     if UNIT_WORD.fullmatch(text):
         return text
     escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%")
-    return '"' + "".join(c if c.isprintable() else escape_bytes(c) for c in escaped) + '"'
+    pairs = ((c, c.encode("utf-8", "surrogateescape")) for c in escaped)
+    shown = (c if c.isprintable() else "".join(f"\\x{one:02x}" for one in raw) for c, raw in pairs)
+    return f'"{"".join(shown)}"'
 
 
 def quote_command_word(text: str) -> str:
@@ -12548,11 +12496,6 @@ def find_account(name: str | None) -> pwd.struct_passwd | None:
         return None if name is None else pwd.getpwnam(name)
     except (KeyError, ValueError):
         raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
-
-
-def find_uid(account: pwd.struct_passwd | None) -> int:
-    """Return the number of an account; -1 for that of DynamicUser=, which owns no file."""
-    return -1 if account is None else account.pw_uid
 
 
 def is_hidden(path: str) -> bool:
@@ -12623,13 +12566,11 @@ def is_missing(path: str) -> bool:
         return True
 
 
-def find_doubts(config: Config, account: pwd.struct_passwd | None, script: str) -> list[str]:
+def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
     """Return what about the place of the file, and of others, will not work or is not safe."""
     doubts: list[str] = []
-    uid = find_uid(account)
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
-    is_sandboxed = account is None or config.no_exec
     is_bound = is_sandboxed and is_hidden(script)  # then folders do not count
     is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     if not is_enough:
@@ -12656,9 +12597,9 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     config = parse_config(["serve", *rest], {})  # not with the environment of who types this
     account, script = find_account(getattr(given, "user", None)), os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
-    python, reason = choose_python(is_sandboxed, find_uid(account))
-    is_root = account is not None and account.pw_name == "root"
-    words, lines = format_serve_options(rest, is_sandboxed or not is_root)
+    uid = -1 if account is None else account.pw_uid  # -1: that of DynamicUser= owns no file
+    python, reason = choose_python(is_sandboxed, uid)
+    words, lines = format_serve_options(rest, is_sandboxed or uid != 0)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
@@ -12668,7 +12609,7 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         account=format_account(config, account, script),
     )
     write_output(unit.encode("utf-8"))
-    for doubt in find_doubts(config, account, script):
+    for doubt in find_doubts(config, is_sandboxed, uid, script):
         write_note(f"warning: {doubt}")
     if os.isatty(2):
         write_without_waiting(2, UNIT_NEXT.encode("utf-8"))
