@@ -221,6 +221,13 @@ PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1
 PRESSURE_SECONDS = 0.002  # between two looks
 
+# What clients send is taken in pieces of this size. Who has been worked for this long waits for
+# another turn of the event loop, and so many of those who wait have theirs in one. So frames,
+# requests or chunks of a few bytes delay nobody, however many they are.
+INPUT_PIECE_BYTES = 512
+INPUT_TURN_SECONDS = 0.00025
+CLIENTS_PER_TURN = 2
+
 # Feed and tasks.
 KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
@@ -5268,11 +5275,65 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
             self._connection = None
 
 
+class Turns:
+    """A queue of clients that have had their share of this turn of the event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self) -> None:
+        """Go on in a later turn, after those who came before."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._wake)
+        mine = loop.create_future()
+        self._waiting.append(mine)
+        await mine
+
+    def _wake(self) -> None:
+        for _ in range(min(CLIENTS_PER_TURN, len(self._waiting))):
+            one = self._waiting.popleft()
+            if not one.done():  # its connection has gone
+                one.set_result(None)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._wake)
+
+
+class Inbox:
+    """What one client sends, in small pieces, so that its work can be stopped after each."""
+
+    __slots__ = ("_reader", "_turns", "_since", "_worked_seconds")
+
+    def __init__(self, reader: asyncio.StreamReader, turns: Turns) -> None:
+        self._reader = reader
+        self._turns = turns
+        # When it last went on, and the work that was done for it since it last waited.
+        self._since = time.perf_counter()
+        self._worked_seconds = 0.0
+
+    async def read(self) -> bytes:
+        """Return what there is, b"" at the end."""
+        await self.rest()
+        data = await self._reader.read(INPUT_PIECE_BYTES)
+        self._since = time.perf_counter()  # waiting for bytes is no work
+        return data
+
+    async def rest(self) -> None:
+        """Let others have their turn, once this client has had its share. Called after each
+        piece of work. What the client made us wait for counts as work too: that is harmless."""
+        now = time.perf_counter()
+        self._worked_seconds += now - self._since
+        if self._worked_seconds > INPUT_TURN_SECONDS:
+            await self._turns.wait()
+            self._worked_seconds, now = 0.0, time.perf_counter()
+        self._since = now
+
+
 class Connection:
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader writer transport peer address crowd role phase deadline viewer task "
+        "server reader inbox writer transport peer address crowd role phase deadline viewer task "
         "opened_at _socket _is_expired _written_bytes _taken_bytes _progress_at _is_extra"
     ).split()
 
@@ -5315,6 +5376,7 @@ class Connection:
         self._is_extra = len(server.connections) > server.max_clients
         loop = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
+        self.inbox = Inbox(self.reader, server.turns)
         self.writer: asyncio.StreamWriter
         self.task = loop.create_task(self.run())
 
@@ -5458,8 +5520,7 @@ class Connection:
         parser = HttpParser()
         try:
             while await self._serve_request(parser):
-                if not parser.is_idle:
-                    await asyncio.sleep(0)  # pipelined requests must not keep others waiting
+                await self.inbox.rest()
         except Exception as error:
             await self._refuse(parser.head, error)
         if self.viewer is not None:
@@ -5504,7 +5565,7 @@ class Connection:
     async def _read(self, parser: HttpParser) -> bytes:
         """Read what there is; b"" at the end. Raises HttpError 408 when time is up."""
         try:
-            data = await self.reader.read(READ_CHUNK_BYTES)
+            data = await self.inbox.read()
         except asyncio.CancelledError:
             if not self._is_expired or parser.is_idle:
                 raise
@@ -5701,9 +5762,13 @@ class Connection:
         while True:
             if data:
                 viewer.heard_at = time.monotonic()
-                for message in websocket.receive(data):
+                websocket.feed(data)
+                message = websocket.next_message()
+                while message is not None:
                     is_done = message.opcode is Opcode.CLOSE
                     self.server.handle_message(viewer, message)
+                    await self.inbox.rest()
+                    message = websocket.next_message()
                 self._write(websocket.take_outgoing())
             if websocket.state is not WebSocketState.OPEN:
                 self.server.viewers.leave(viewer)
@@ -5714,7 +5779,7 @@ class Connection:
                 if self.transport.can_write_eof() or not is_done:
                     await self._linger()
                 return
-            data = await self.reader.read(READ_CHUNK_BYTES)
+            data = await self.inbox.read()
             if not data:
                 return
 
@@ -6040,6 +6105,7 @@ class Server:
         self.boot_id = parts.boot_id
         self.started_now = time.monotonic()
         self.viewers = Viewers(self._loop)
+        self.turns = Turns()
         self.tasks = Tasks(
             config,
             parts.ids,

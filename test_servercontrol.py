@@ -2679,6 +2679,20 @@ class TestWebSocketRules:
                 peer.send(part)
             assert set(peer.receive(is_type("pong", "error"))[-1]) == {"type", "timestamp"}
 
+    @cases(
+        ("a violation", b"\xff\xff"), ("a bad text", make_frame(0x81, b"\xff")),
+        ("a close", make_frame(0x88, b"\x03\xe8")), ("more", make_frame(0x82) + b"\x88\x80mask"),
+    )  # fmt: skip
+    def test_nothing_after_a_binary_message_counts(
+        self, server: ServerProcess, later: bytes
+    ) -> None:
+        asked = make_frame(0x81, '{"type":"ping"}') + make_frame(0x89, b"x")
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0x82, b"x") + asked + later)
+            frames = list(peer.frames())
+            assert frames[-1] == (0x88, b"\x03\xebtext messages only")
+            assert not [one for one in frames[:-1] if one[0] == 0x8A or b'"pong"' in one[1]]
+
     def test_ping_between_fragments(self, server: ServerProcess) -> None:
         with RawPeer(server) as peer:
             peer.send(make_frame(0x01, '{"type":'), make_frame(0x89, b"now"))
@@ -6061,6 +6075,97 @@ class TestTimeouts:
                 assert stream.next().status == 200
                 server.request("POST", f"/kill?id={task_id}")
                 server.wait_for_end(task_id)
+
+
+class Pestering:
+    """Ten clients, each of which sends the same bytes for ever and reads what is answered."""
+
+    def __init__(self, make_socket: Callable[[], socket.socket], begin: bytes, data: bytes) -> None:
+        sockets = [make_socket() for _ in range(10)]
+        is_udp = sockets[0].type == socket.SOCK_DGRAM
+        self.data = memoryview(data * (1 if is_udp else 65536 // len(data) + 1))
+        self.sends_each = 50 if is_udp else 1
+        self.sent = dict.fromkeys(sockets, 0)
+        self.is_over = False
+        for one in sockets:
+            one.sendall(begin)
+            one.setblocking(False)
+        self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Pestering:
+        self.thread.start()
+        wait_until(lambda: min(self.sent.values()) > max(2000, len(self.data)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.is_over = True
+        self.thread.join()
+        for one in self.sent:
+            one.close()
+        assert len(self.sent) == 10, "the server has closed a connection"
+
+    def _run(self) -> None:
+        while not self.is_over:
+            time.sleep(0.001)  # the measurement needs the interpreter too
+            for one in list(self.sent):
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
+                    for _ in range(self.sends_each):
+                        at = self.sent[one] % len(self.data)
+                        self.sent[one] += one.send(self.data[at : at + 65536])
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                    if not one.recv(262144):
+                        self.sent.pop(one).close()
+
+
+def measure_health(server: ServerProcess) -> float:
+    """Return the median of the seconds in which a new client is answered."""
+    taken = []
+    for _ in range(9):
+        start = time.monotonic()
+        assert b" 200 OK" in server.exchange(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        taken.append(time.monotonic() - start)
+    return statistics.median(taken)
+
+
+# What is small, and there is much of it: what comes first, and then again and again.
+SMALL_PIECES = {
+    "messages": (UPGRADE_WS.encode(), make_frame(0x81, "x")),
+    "pings": (UPGRADE_WS.encode(), make_frame(0x89)),
+    "fragments": (
+        UPGRADE_WS.encode(),
+        make_frame(0x01) + make_frame(0x00) * 1000 + make_frame(0x80),
+    ),
+    "requests": (b"", b"GET /x HTTP/1.1\r\nHost:localhost\r\n\r\n"),
+    "chunks": (b"", post(CHUNKED, body=b"1\r\nx\r\n" * 99999 + b"0\r\n\r\n", line="POST /kill")),
+    "datagrams": (b"", b"DISCOVER_SERVE?"),
+}
+
+
+class TestSmallPieces:
+    """SPEC 9: what one client sends delays nobody, however small its pieces are."""
+
+    @pytest.mark.parametrize("kind, is_tls", [
+        *((kind, False) for kind in SMALL_PIECES), ("messages", True), ("chunks", True),
+    ])  # fmt: skip
+    def test_others_are_answered_in_time(
+        self, tmp_path: Path, certificates: list[Certificate], kind: str, is_tls: bool
+    ) -> None:
+        options = ("--loop=asyncio", "--interval=3600")
+        make: Any = functools.partial(TlsServer, tmp_path, certificates[0], *options)
+        with make() if is_tls else ServerProcess(tmp_path, *options) as server:
+            calm = measure_health(server)
+
+            def connect_udp() -> socket.socket:
+                udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                udp.connect(("127.0.0.1", server.discovery_port))
+                return udp
+
+            connect = connect_udp if kind == "datagrams" else server.connect
+            with Pestering(connect, *SMALL_PIECES[kind]):
+                busy = measure_health(server)
+            # 10 ms on a machine that has nothing else to do. Where each client is worked for until
+            # nothing is left, it is seconds.
+            assert busy < 0.5 + 10 * calm
 
 
 class TestLimits:
