@@ -9002,6 +9002,24 @@ nav h2 {
   padding: 0.5rem 0.8rem;
   border-bottom: 1px solid var(--edge);
 }
+#filters {
+  display: flex;
+  gap: 0.3rem;
+  padding: 0.35rem 0.5rem;
+  font-size: 0.85rem;
+  border-bottom: 1px solid var(--edge);
+}
+#filters > * {
+  padding: 0.1rem 0.45rem;
+}
+#filter {
+  flex: 1;
+  min-width: 3rem;
+}
+[aria-pressed="true"] {
+  background: var(--blue);
+  color: light-dark(#fff, #0d1117);
+}
 #tasks {
   list-style: none;
   padding: 0;
@@ -9074,8 +9092,67 @@ nav h2 {
 code {
   font: 13px var(--mono);
 }
-#back {
+#back,
+#unfold {
   display: none;
+}
+.pair {
+  display: flex;
+}
+#stop {
+  border-radius: 6px 0 0 6px;
+}
+#signals {
+  border-left: 0;
+  border-radius: 0 6px 6px 0;
+  padding: 0.2rem 0.4rem;
+}
+#signal-menu {
+  position: fixed;
+  inset: auto;
+  margin: 0;
+  padding: 0.3rem;
+  color: inherit;
+  background: var(--panel);
+  border: 1px solid var(--edge);
+  border-radius: 8px;
+  box-shadow: 0 8px 24px #0004;
+}
+#signal-menu button {
+  display: block;
+  width: 100%;
+  margin: 0.15rem 0;
+  text-align: left;
+}
+/* The output has the whole window */
+.whole.reading :is(header, #glance, #run, nav, #readonly, #facts) {
+  display: none;
+}
+.whole.reading main {
+  display: flex;
+  padding: 0;
+}
+.whole.reading #detail {
+  flex: 1;
+  display: grid;
+  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) auto;
+  border: 0;
+  border-radius: 0;
+}
+.whole.reading .tools {
+  flex-wrap: nowrap;
+  border-left: 1px solid var(--edge);
+}
+.whole.reading :is(#frame, #keybar) {
+  grid-column: 1 / -1;
+}
+.whole.reading #back {
+  display: block;
+}
+@media (max-width: 70rem) {
+  .whole.reading .tools {
+    display: none;
+  }
 }
 #frame {
   position: relative;
@@ -9204,9 +9281,6 @@ code {
   padding: 0.3rem;
   overflow-x: auto;
 }
-#keybar [aria-pressed="true"] {
-  background: var(--blue);
-}
 #tail {
   position: absolute;
   right: 1.2rem;
@@ -9277,9 +9351,26 @@ dialog [type="password"] {
   .head {
     flex-wrap: wrap;
   }
-  .reading #detail {
+  .reading main {
+    padding: 0;
+  }
+  .reading #detail,
+  .whole.reading #detail {
     display: flex;
-    height: calc(100dvh - 1rem);
+    height: var(--tall, 100dvh);
+    border: 0;
+    border-radius: 0;
+  }
+  /* the bars fold away while somebody types */
+  .reading:has(#keys:focus) :is(.head, .tools) {
+    display: none;
+  }
+  .reading:has(#keys:focus) #unfold {
+    display: block;
+    position: absolute;
+    top: 0.3rem;
+    right: 0.3rem;
+    opacity: 0.85;
   }
   #back {
     display: block;
@@ -9310,7 +9401,10 @@ dialog [type="password"] {
 HTML = r"""
 <!doctype html>
 <html lang="en">
-  <meta name="viewport" content="width=device-width, initial-scale=1" />
+  <meta
+    name="viewport"
+    content="width=device-width, initial-scale=1, interactive-widget=resizes-content"
+  />
   <title>ServerControl</title
   ><link rel="icon" id="icon" href="data:," />
   <style></style>
@@ -9325,13 +9419,14 @@ HTML = r"""
     <button id="theme"></button> <button id="logout" hidden>Log out</button>
   </header>
   <p id="banner" class="banner bad" role="alert" hidden></p>
+  <p id="trouble" class="banner bad" role="alert" hidden>
+    <span id="trouble-words"></span> <button id="trouble-again">Try now</button>
+  </p>
   <p id="notice" class="banner" role="status" hidden>
     <span id="words"></span> <button id="dismiss">OK</button>
   </p>
   <section id="alerts" class="panel" aria-label="Alerts" hidden>
-    <ol id="alert-list">
-      <li class="dim">No alert since this page was opened.</li>
-    </ol>
+    <ol id="alert-list"></ol>
     <button id="notify">Notify me on the desktop</button>
   </section>
   <main>
@@ -9415,19 +9510,52 @@ HTML = r"""
     <p id="readonly" class="panel dim" hidden></p>
     <nav class="panel" aria-label="Tasks">
       <h2>Tasks <span id="task-count" class="dim"></span></h2>
+      <div id="filters" role="group" aria-label="Which tasks are shown">
+        <input id="filter" type="search" aria-label="Filter tasks" placeholder="Filter" />
+        <button id="all">All</button><button id="running">Running</button
+        ><button id="failed">Failed</button>
+      </div>
       <ul id="tasks"></ul>
-      <p id="no-tasks" class="empty">No task yet. What anybody runs here shows up.</p>
+      <p id="no-tasks" class="empty"></p>
     </nav>
     <section id="detail" class="panel" aria-label="Output">
       <div class="head">
         <button id="back">‹ Tasks</button><code id="title"></code
         ><small id="caption" class="dim"></small>
         <span id="state" class="badge" role="status" hidden></span><span class="grow"></span>
-        <button id="stop" class="danger">Stop</button><button id="rerun">Run again</button>
-        <button id="copy">Copy</button><button id="download">Download</button>
+        <span class="pair"
+          ><button id="stop" class="danger">Stop</button
+          ><button
+            id="signals"
+            class="danger"
+            popovertarget="signal-menu"
+            aria-label="Stop by another signal"
+          >
+            ▾
+          </button></span
+        >
+        <div id="signal-menu" popover aria-label="Signals">
+          <button data-signal="INT">INT, like Ctrl-C</button>
+          <button data-signal="TERM">TERM, asks it to end</button>
+          <button data-signal="HUP">HUP, hangs up</button>
+          <button data-signal="KILL">KILL, at once</button>
+        </div>
+        <button id="rerun">Run again</button> <button id="copy">Copy</button>
+        <button id="download">Download</button>
+        <button
+          id="whole"
+          aria-label="Whole window"
+          aria-keyshortcuts="Control+Shift+Enter"
+          title="Whole window, and back (Ctrl-Shift-Enter)"
+        >
+          ⛶
+        </button>
       </div>
       <div class="tools">
         <span id="facts" class="dim grow"></span>
+        <button id="fit" title="Make the terminal as large as this window" hidden>
+          Fit to my window
+        </button>
         <label><input type="checkbox" id="times" /> Times</label>
         <label><input type="checkbox" id="wrap" checked /> Wrap</label>
         <span role="search"
@@ -9453,6 +9581,7 @@ HTML = r"""
         </div>
         <p id="no-output" class="empty">Pick a task to see its output, or run a command.</p>
         <button id="tail" hidden>↓ Follow</button>
+        <button id="unfold" aria-label="Show the bars again">☰</button>
       </div>
       <div id="keybar" role="toolbar" aria-label="Special keys" hidden>
         <button aria-label="Escape">Esc</button><button>Tab</button><button>Ctrl</button>
@@ -10598,47 +10727,122 @@ const view = {
   },
 };
 
-// ── The server: requests, and the stream of events ──
-const BASE = location.pathname.replace(/\/?$/, "/"),
-  KEY = `servercontrol ${BASE} `;
-const tasks = new Map(),
-  stores = [sessionStorage, localStorage];
-let token = stores.map((store) => store.getItem(KEY + "token")).find(Boolean) ?? "",
-  wanted = "";
-let info,
-  socket,
-  stream,
-  timer,
-  heard,
-  isBusy,
-  mayRun,
-  alerting,
-  seq = 0,
-  wait = 500,
-  skew = 0;
+// ── What this browser remembers ──
+// Storage may be forbidden (blocked cookies, private windows, sandboxed frames) or full. Then
+// nothing is remembered, and all else works.
+const BASE = location.pathname.replace(/\/?$/, "/");
+const KEY = `servercontrol ${BASE} `;
+const [tabStorage, browserStorage] = ["sessionStorage", "localStorage"].map((name) => {
+  try {
+    return window[name];
+  } catch {
+    return null;
+  }
+});
+function recall(name) {
+  for (const storage of [tabStorage, browserStorage]) {
+    try {
+      const value = storage.getItem(KEY + name);
+      if (value) return value;
+    } catch {
+      // forbidden
+    }
+  }
+  return "";
+}
+// Returns whether it will be remembered. An empty value is forgotten.
+function remember(name, value, storage = browserStorage) {
+  try {
+    if (value) storage.setItem(KEY + name, value);
+    else storage.removeItem(KEY + name);
+    return true;
+  } catch {
+    return false;
+  }
+}
+function recallList(name) {
+  try {
+    return [...JSON.parse(recall(name))];
+  } catch {
+    return [];
+  }
+}
+
+// ── The token, and the address of this page ──
+// "#task=5" opens a task. A token comes as "#token=…" and is moved out of the address at once.
+// Takes off what a chat or a line end has put around a token; returns it and what is wrong with it.
+function checkToken(given) {
+  const text = given.replace(/^[\s\p{C}]+|[\s\p{C}]+$/gu, "");
+  const odd = /[^\w.~-]/u.exec(text)?.[0];
+  if (!odd) return [text, text ? "" : "The token is empty."];
+  const code = odd.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  const problem = `No token has the character ${makeVisible(odd)} (U+${code}): copy it from its file.`;
+  return ["", problem];
+}
+function findInAddress(name) {
+  const value = new RegExp(`[#&]${name}=([^&]*)`).exec(location.hash)?.[1] ?? "";
+  try {
+    return decodeURIComponent(value);
+  } catch {
+    return value;
+  }
+}
+function addressOf(id) {
+  return location.pathname + location.search + (id ? `#task=${id}` : "");
+}
+function takeTokenFromAddress() {
+  const given = findInAddress("token");
+  if (!given) return false;
+  const [found, problem] = checkToken(given);
+  if (found) remember("token", (token = found), tabStorage);
+  show("login-error", problem);
+  history.replaceState(null, "", addressOf(findInAddress("task")));
+  return true;
+}
+function openAddress() {
+  const id = findInAddress("task");
+  if (!id) return closeTask();
+  if (tasks.has(id)) return select(tasks.get(id));
+  notice(`There is no task ${id} here: it is kept no more, or it is of another server.`);
+}
+
+// ── The connection: requests, and the stream of events ──
+const tasks = new Map();
+const started = new Map(); // of the tasks that this page started, what it called them: their ref
+let token = checkToken(recall("token"))[0];
+let wanted = findInAddress("task"); // the task to be opened as soon as the server tells of it
+let info;
+let socket;
+let stream;
+let timer;
+let isBusy;
+let mayRun;
+let alerting;
+let heard = 0; // when the server was last heard
+let asked = 0; // and when it was last asked to say something
+let seq = 0;
+let wait = 500;
+let failures = 0;
+let skew = 0; // how far the server's clock is ahead of this one
+const QUIET = ["task_start", "task_resize", "task_complete", "cpu_alert", "alert_resolved"];
 async function api(path, { body, method = body ? "POST" : "GET", form = "json" } = {}) {
   const headers = {
     ...(token && { Authorization: `Bearer ${token}` }),
     ...(body && { "Content-Type": "application/json" }),
   };
   const init = { method, headers, body: body && JSON.stringify(body) };
-  const response = await fetch(BASE + path, init);
+  const response = await fetch(BASE + path, init).catch(() => {
+    throw new Error("the server does not answer");
+  });
   if (response.ok) return form ? response[form]() : response;
-  const { message } = await response.json().catch(() => ({})),
-    { status } = response;
-  if (status === 401 || (status === 429 && !info)) {
-    // a token is needed, or another one
-    show("login-error", token ? message : "");
+  const { status } = response;
+  const { error, message } = await response.json().catch(() => ({}));
+  if (status === 401 || error === "too_many_tokens") {
+    if (token) show("login-error", message);
     if (!$("login").open) $("login").showModal();
   }
-  throw Object.assign(new Error(message ?? `the server answered ${status}`), { status });
-}
-function takeFragment() {
-  // a token in the address is moved out of it
-  const given = /^#token=(.+)$/.exec(location.hash)?.[1];
-  if (!given) return;
-  sessionStorage.setItem(KEY + "token", (token = decodeURIComponent(given)));
-  history.replaceState(null, "", location.pathname + location.search);
+  const pause = Number(response.headers.get("Retry-After"));
+  throw Object.assign(new Error(message ?? `the answer was ${status}`), { status, message, pause });
 }
 async function connect() {
   clearTimeout(timer);
@@ -10646,61 +10850,88 @@ async function connect() {
   isBusy = true;
   setLink("connecting", "busy");
   try {
-    const fresh = await api("info"),
-      isSame = info?.boot_id === fresh.boot_id;
+    const response = await api("info", { form: "" });
+    const fresh = await response.json();
+    const isSame = info?.boot_id === fresh.boot_id;
+    skew = Date.parse(response.headers.get("Date")) - Date.now() || 0;
     if (!isSame) await begin(fresh);
     listen(isSame ? seq : fresh.seq);
   } catch (error) {
-    if (error.status < 500) setLink(error.message, "bad");
-    else retry();
+    if ($("login").open) setLink("token needed", "bad");
+    else retry(error);
   } finally {
     isBusy = false;
   }
 }
+// Takes over a server, or a new start of one, that this page does not know.
 async function begin(fresh) {
-  // a server, or a start of it, that is new to us
-  const [{ samples }, list] = await Promise.all([api("stats?history"), api("tasks")]);
+  const requests = ["stats?history", "stats?alerts", "tasks"].map((path) => api(path));
+  const [{ samples }, { alerts }, list] = await Promise.all(requests);
   if (info) notice("The server was restarted. Its earlier tasks are gone.");
   if (stream?.task.state === "running") update(stream.task, { state: "lost" });
   for (const [id, task] of tasks) if (task !== stream?.task) dropTask(id);
   info = fresh;
   past.splice(0, Infinity, ...samples);
-  alerting = false;
-  show("banner", "");
   showServer();
   list.forEach(takeTask);
+  showAlerts(alerts);
   drawCharts();
-  info.alert && EVENTS.cpu_alert(info.alert);
+  if (wanted && !tasks.has(wanted)) openAddress();
 }
 function listen(since) {
   const origin = location.origin.replace("http", "ws"); // https becomes wss
-  const mine = (socket = new WebSocket(
+  const mine = new WebSocket(
     `${origin}${BASE}ws?since=${since}&boot=${info.boot_id}`,
     token ? ["servercontrol.v1", `bearer.${token}`] : [],
-  ));
+  );
+  let isCut = true; // by somebody who does not let WebSockets through
+  socket = mine;
   seq = since;
-  heard = Date.now();
+  heard = asked = Date.now();
   mine.onopen = () => {
+    isCut = false;
     wait = 500;
+    failures = 0;
+    show("trouble-words", "");
+    $("trouble").hidden = true;
     setLink("live", "good");
+    send({ type: "ping" });
   };
   mine.onclose = ({ reason }) => {
-    if (socket === mine) retry(reason);
+    if (socket === mine) retry({ reason, isCut });
   };
   mine.onmessage = ({ data }) => {
     const event = JSON.parse(data);
     heard = Date.now();
-    if (event.seq) {
-      seq = event.seq;
-      skew = event.timestamp - heard;
-    }
+    seq = event.seq ?? seq;
     EVENTS[event.type]?.(event);
   };
 }
-function retry(reason) {
+// Says what is the matter and what helps.
+function explain({ status, message, isCut }) {
+  if (isCut) {
+    return `The server answers, but no WebSocket comes about: a proxy in between has to pass on the
+      fields Upgrade and Connection (nginx: proxy_set_header).`;
+  }
+  if (!status) {
+    return `The server does not answer: start it again if it was stopped, else look at the network
+      or the tunnel to it.`;
+  }
+  if (status === 403) return `This page may not talk to the server: ${message ?? "403"}.`;
+  if (status === 429) return "Somebody sends too many requests from here: the page waits a while.";
+  if (message) return `The server cannot serve this page now: ${message}.`;
+  return `A proxy in between answers ${status}, not the server: is the server running behind it?`;
+}
+function retry(error) {
   socket = null;
-  setLink(`offline${reason ? ` (${reason})` : ""}, trying again`, "bad");
-  timer = setTimeout(connect, wait * (1 + Math.random() / 2));
+  failures++;
+  setLink(`offline${error.reason ? ` (${error.reason})` : ""}, trying again`, "bad");
+  if (failures > 1 || error.status === 403) {
+    say("trouble-words", explain(error).replace(/\s+/g, " "));
+    $("trouble").hidden = false;
+  }
+  const pause = Math.min(60, error.pause || 0) * 1000;
+  timer = setTimeout(connect, Math.max(pause, wait * (1 + Math.random() / 2)));
   wait = Math.min(wait * 1.7, 15000);
 }
 // Returns whether there was a connection to send it by.
@@ -10710,22 +10941,35 @@ function send(message) {
   return isOpen;
 }
 setInterval(() => {
-  // a connection that died in silence is ended here
-  if (socket && Date.now() - heard > 30000) {
+  // A connection that died in silence is ended here. In a hidden tab this comes once a minute.
+  if (socket && heard < asked && Date.now() - asked > 15000) {
     const dead = socket;
-    retry("silence");
+    retry({ reason: "silence" });
     dead.close();
-  }
-  send({ type: "ping" });
+  } else if (send({ type: "ping" })) asked = Date.now();
 }, 10000);
 const EVENTS = {
+  pong({ timestamp }) {
+    skew = timestamp - Date.now();
+  },
   stats_update(event) {
     past.push([event.timestamp, event.cpu, event.ram_used, event.net_recv, event.net_sent]);
     past.splice(0, past.length - 600);
-    showStats(event);
+    if (!document.hidden) showStats(event);
   },
   task_start({ timestamp, ...task }) {
     takeTask({ state: "running", ended: null, ...task, started: timestamp });
+  },
+  task_resize(event) {
+    const { task_id, cols, rows } = event;
+    const task = tasks.get(task_id);
+    if (!task) return;
+    // Was it asked for here? Else somebody else has the say now.
+    const at = task.sizes.indexOf(`${cols}x${rows}`);
+    task.isTypedHere = at >= 0;
+    task.sizes.splice(0, at + 1);
+    update(task, { cols, rows });
+    if (task === stream?.task) stream.take(event);
   },
   task_output(event) {
     if (event.task_id === stream?.task.task_id) stream.take(event);
@@ -10735,17 +10979,24 @@ const EVENTS = {
     if (!task) return;
     update(task, { ...event, ended: task.started + event.duration_ms });
     say("spoken", `Task ${task.task_id}: ${describe(task)[0]}`);
+    if (task === stream?.task && event.output_bytes > stream.next) stream.refill();
   },
   cpu_alert(event) {
-    takeAlert(event, `${event.message} (${event.cpu} %)`, true);
+    takeAlert(event);
+    tellAlert(event);
   },
   alert_resolved(event) {
-    takeAlert(event, `CPU is back at ${event.cpu} % after ${span(event.duration_ms)}`, false);
+    takeAlert(event);
+    tellAlert(event);
   },
   gap({ from, to }) {
     notice(`Events ${from} to ${to} were missed; tasks and output have been read again.`);
     api("tasks").then(
       (list) => list.forEach(takeTask),
+      () => {},
+    );
+    api("stats?alerts").then(
+      ({ alerts }) => showAlerts(alerts),
       () => {},
     );
     stream?.refill();
@@ -10761,32 +11012,39 @@ const MAX_QUEUE = 16e6,
   KEEP = { ignoreBOM: true }; // a byte order mark stays
 const encoder = new TextEncoder(),
   decoder = new TextDecoder("utf-8", KEEP);
+const ANSWER_MS = 5000; // older questions of programs are not answered: who asked has gone on
 class Stream {
-  // queue: [text, time], time -1 marks a note; waiting: events while /logs is read
+  // queue: what is to be shown, in order; waiting: events that came while /logs is read
   constructor(task) {
-    Object.assign(this, { task, next: 0, waiting: null, queue: [], queued: 0, isPumping: false });
-    this.terminal = task.tty ? new Terminal(view.cols, view.fits) : new Terminal(0, 0);
+    this.task = task;
+    this.next = 0; // offset of the output that is not here yet
+    this.waiting = null;
+    this.queue = [];
+    this.queued = 0;
+    this.isPumping = false;
+    this.terminal = task.tty ? new Terminal(task.cols, task.rows) : new Terminal(0, 0);
     view.show(this.terminal);
   }
   async refill() {
     // piece by piece: there may be megabytes
     if (this.waiting) return;
     const waiting = (this.waiting = []);
+    // All output of a task that was started just now is new, in whatever way it is read.
+    const isNew = isRecent(this.task.started);
     try {
       const path = `logs?id=${this.task.task_id}&offset=${this.next}&raw`;
-      const { body, headers } = await api(path, { form: "" }),
-        start = +headers.get("X-Offset");
-      const reader = body.pipeThrough(new TextDecoderStream("utf-8", KEEP)).getReader();
+      const { body, headers } = await api(path, { form: "" });
+      const start = Number(headers.get("X-Offset"));
       const lost = start - this.next;
       this.next = start;
-      if (lost) this.add(`${bytes(lost)} of output before this are no longer kept`, -1);
+      if (lost) this.note(`${bytes(lost)} of output before this are no longer kept`);
+      const reader = body.pipeThrough(new TextDecoderStream("utf-8", KEEP)).getReader();
       for (let part; stream === this && !(part = await reader.read()).done;) {
-        this.add(part.value, 0);
-        this.next += encoder.encode(part.value).length;
+        this.add(part.value, 0, isNew);
       }
       reader.cancel();
     } catch (error) {
-      this.add(`Not read: ${error.message}`, -1);
+      this.note(`Not read: ${error.message}`);
       this.next = Math.max(this.next, waiting[0]?.offset ?? 0);
     }
     this.waiting = null;
@@ -10799,54 +11057,83 @@ class Stream {
       if (this.waiting.push(event) > 256) this.waiting.shift();
       return;
     }
-    const data = encoder.encode(event.output),
-      end = event.offset + data.length;
-    const isNew = event.offset === this.next,
-      rest = data.subarray(this.next - event.offset);
-    if (end > this.next) this.add(isNew ? event.output : decoder.decode(rest), event.timestamp);
-    this.next = Math.max(this.next, end);
+    if (event.type === "task_resize") return this.push({ size: [event.cols, event.rows] });
+    const data = encoder.encode(event.output);
+    if (event.offset + data.length <= this.next) return;
+    const known = this.next - event.offset;
+    const text = known ? decoder.decode(data.subarray(known)) : event.output;
+    this.add(text, event.timestamp, isRecent(event.timestamp));
   }
-  add(text, time) {
-    this.queue.push([text, time]);
-    this.queued += text.length;
+  // Output that goes on at this.next. Time is 0 where it is not known.
+  add(text, time, isNew) {
+    const { task } = this;
+    const isLive = isNew && this.next >= task.read; // else it was here before, and was answered
+    this.next += encoder.encode(text).length;
+    task.read = Math.max(task.read, this.next);
+    this.push({ text, time, isLive });
+  }
+  note(text) {
+    this.push({ text, isNote: true });
+  }
+  push(item) {
+    this.queue.push(item);
+    this.queued += item.text?.length ?? 0;
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
-      this.queued -= this.queue.shift()[0].length;
+      this.queued -= this.queue.shift().text?.length ?? 0;
       this.isHasty = true;
     }
     this.pump();
   }
   pump() {
-    // some milliseconds at a time, so that the page stays alive
-    if (this.isPumping || !this.queue.length) return;
+    // some milliseconds at a time, so that the page stays alive; nothing while nobody looks
+    if (this.isPumping || !this.queue.length || document.hidden) return;
     this.isPumping = true;
-    (document.hidden ? setTimeout : requestAnimationFrame)(() => {
+    requestAnimationFrame(() => {
       this.isPumping = false;
       if (stream !== this) return;
       const end = performance.now() + 12;
       while (this.queue.length && performance.now() < end) this.step();
       view.render();
       this.pump();
-    }, 50);
+    });
   }
   step() {
-    const [text, time] = this.queue[0],
-      part = time < 0 ? text : text.slice(0, SLICE);
-    this.terminal.reply = time > 0 && mayRun && document.hasFocus() ? type : () => {};
-    if (this.isHasty) this.note("Some output was too fast to show here; Download has it");
+    const item = this.queue[0];
+    const { text = "", time, size, isLive, isNote } = item;
+    const { terminal, task } = this;
+    if (this.isHasty) this.print("Some output was too fast to show here; Download has it");
     this.isHasty = false;
+    if (size) terminal.resize(...size);
+    if (isNote || size) {
+      if (isNote) this.print(text);
+      this.queued -= text.length;
+      this.queue.shift();
+      return;
+    }
+    const part = text.slice(0, SLICE);
+    terminal.reply = isLive ? (data) => answer(task, data) : () => {};
+    terminal.write(part, time);
     this.queued -= part.length;
-    if (time < 0) this.note(text);
-    else this.terminal.write(part, time);
-    if (part.length < text.length) this.queue[0][0] = text.slice(SLICE);
+    if (part.length < text.length) item.text = text.slice(SLICE);
     else this.queue.shift();
   }
-  note(text) {
-    const t = this.terminal;
-    if (!t.row().isEmpty) t.newLine();
-    t.row().isNote = true;
-    t.print(text);
-    t.newLine();
+  print(note) {
+    const { terminal } = this;
+    if (!terminal.row().isEmpty) terminal.newLine();
+    terminal.row().isNote = true;
+    terminal.print(note);
+    terminal.newLine();
   }
+}
+function isRecent(timestamp) {
+  return Date.now() + skew - timestamp < ANSWER_MS;
+}
+// What a terminal answers by itself. Every page that shows it does so, and the server passes on
+// one answer: of who typed last, or else of who started the task, whom the ref tells.
+function answer(task, data) {
+  if (task.state !== "running" || !mayRun) return;
+  const { task_id } = task;
+  send({ type: "task_input", task_id, data, automatic: true, ref: started.get(task_id) });
 }
 
 // ── At a glance ──
@@ -10868,6 +11155,12 @@ function formatTime(timestamp, end = 19) {
   // local; with 23 to the millisecond
   const zone = new Date(timestamp).getTimezoneOffset() * 60000;
   return new Date(timestamp - zone).toISOString().slice(11, end);
+}
+// With the day where that is not today.
+function formatMoment(timestamp) {
+  const day = new Date(timestamp).toDateString().slice(4, 10);
+  const isToday = day === new Date(Date.now() + skew).toDateString().slice(4, 10);
+  return isToday ? formatTime(timestamp) : `${day} ${formatTime(timestamp)}`;
 }
 function showStats(event) {
   const of = (used, total) => (total ? `${bytes(used * MIB)} of ${bytes(total * MIB)}` : "none");
@@ -10935,22 +11228,42 @@ function setLink(text, look) {
   $("icon").href = canvas.toDataURL();
   document.title = `${mark}${info?.hostname ?? "ServerControl"}`;
 }
-function takeAlert(event, text, isOn) {
-  const list = $("alert-list"),
-    count = $("alert-count"),
-    className = isOn ? "bad" : "good";
-  const time = make("time", { className: "dim" }, formatTime(event.timestamp));
+function describeAlert({ type, message, cpu, duration_ms }) {
+  if (type === "cpu_alert") return `${message} (${cpu} %)`;
+  return `CPU is back at ${cpu} % after ${span(duration_ms)}`;
+}
+// The newest alerts as the server keeps them, each with its end.
+function showAlerts(alerts) {
+  alerting = false;
+  show("banner", "");
+  say("alert-count", "0");
+  $("alert-list").replaceChildren(
+    make("li", { className: "dim" }, "No alert since the server was started."),
+  );
+  for (const alert of alerts) {
+    takeAlert(alert);
+    if (alert.resolved) takeAlert(alert.resolved);
+  }
+}
+function takeAlert(event) {
+  const list = $("alert-list");
+  const count = $("alert-count");
+  const text = describeAlert(event);
+  alerting = event.type === "cpu_alert";
+  const className = alerting ? "bad" : "good";
+  const time = make("time", { className: "dim" }, formatMoment(event.timestamp));
   if (!list.querySelector("time")) list.replaceChildren();
   list.prepend(make("li", {}, time, make("span", { className }, ` ${text}`)));
   if (list.children.length > 200) list.lastChild.remove();
-  alerting = isOn;
-  show("banner", isOn ? `${event.hostname}: ${text}` : "");
-  count.textContent = Number(count.textContent) + isOn;
-  count.classList.toggle("bad", isOn);
-  setLink("live", "good");
+  show("banner", alerting ? `${event.hostname}: ${text}` : "");
+  count.textContent = Number(count.textContent) + alerting;
+  count.classList.toggle("bad", alerting);
+  setLink($("link").textContent, $("link").className.slice("badge ".length));
+}
+function tellAlert(event) {
   if (window.Notification?.permission !== "granted") return;
   try {
-    new Notification(event.hostname, { body: text });
+    new Notification(event.hostname, { body: describeAlert(event) });
   } catch {
     /* phones cannot do that */
   }
@@ -10967,7 +11280,17 @@ function showServer() {
   say("host", info.hostname);
   $("logout").hidden = !token;
   $("run").hidden = !mayRun;
-  if (info.warning) notice(`Warning: ${info.warning}`);
+  const isOff = Math.abs(skew) > 120000;
+  const warnings = [
+    info.warning && `Warning: ${info.warning}.`,
+    isOff &&
+      `The clock of this device is ${span(Math.abs(skew))} ${skew > 0 ? "behind" : "ahead of"} the
+      server's, whose times are shown: set the clock.`,
+    !remember("probe", "1") &&
+      `This browser keeps nothing for this page, so token and history are lost at a reload: allow
+      it to store site data.`,
+  ].filter(Boolean);
+  if (warnings.length) notice(warnings.join(" ").replace(/\s+/g, " "));
   showDetail();
 }
 
@@ -10985,11 +11308,12 @@ function lasted({ started, ended }) {
   return span((ended ?? Date.now() + skew) - started);
 }
 function takeTask(fields) {
-  const known = tasks.get(fields.task_id),
-    parts = ["code", "span", "small", "small"];
+  const known = tasks.get(fields.task_id);
   if (known) return update(known, fields);
-  const button = make("button", { type: "button" }, ...parts.map((tag) => make(tag)));
-  const task = { ...fields, row: make("li", {}, button) };
+  const parts = ["code", "span", "small", "small"].map((tag) => make(tag));
+  const button = make("button", { type: "button" }, ...parts);
+  // read: output up to here was shown; sizes: of its terminal, that this page has asked for
+  const task = { ...fields, row: make("li", {}, button), read: 0, sizes: [] };
   button.onclick = () => select(task);
   tasks.set(task.task_id, task);
   $("tasks").prepend(task.row);
@@ -10997,87 +11321,158 @@ function takeTask(fields) {
     if (state !== "running" && id !== stream?.task.task_id) dropTask(id);
   }
   update(task, {});
-  if (task.task_id === wanted) select(task, true);
+  if (task.task_id === wanted) select(task);
 }
 function dropTask(id) {
   tasks.get(id).row.remove();
   tasks.delete(id);
 }
+// What is read is what was run: shows characters that are invisible or turn the direction of
+// text. Joiners stay where they join, in emoji and scripts that need them.
+function makeVisible(text) {
+  const joiner = "((?<=[^\\0-\\x7f])[\\u200c\\u200d](?=[^\\0-\\x7f]))";
+  const odd = new RegExp(`${joiner}|[\\p{Cc}\\p{Cf}\\p{Cs}\\u2028\\u2029]`, "gu");
+  return text
+    .replaceAll("\n", " ⏎ ")
+    .replaceAll("\t", " ")
+    .replace(odd, (char, kept) => kept ?? `\\u{${char.codePointAt(0).toString(16)}}`);
+}
 function update(task, fields) {
   Object.assign(task, fields);
-  const [code, state, by, time] = task.row.firstChild.children,
-    [words, look] = describe(task);
-  code.textContent = task.name ?? task.command;
+  const [code, state, by, time] = task.row.firstChild.children;
+  const [words, look] = describe(task);
+  code.textContent = makeVisible(task.name ?? task.command);
   time.textContent = lasted(task);
   state.textContent = words;
   state.className = `badge ${look}`;
-  by.textContent = `#${task.task_id} · ${task.tty ? "terminal · " : ""}${task.by}`;
-  const running = [...tasks.values()].filter((one) => one.state === "running").length;
-  say("task-count", `${running} running, ${tasks.size} in all`);
-  $("no-tasks").hidden = tasks.size > 0;
+  const kind = task.tty ? " · terminal" : "";
+  by.textContent = `#${task.task_id} · ${formatMoment(task.started)}${kind} · ${task.by}`;
+  task.row.hidden = !isWanted(task);
+  countTasks();
   if (task === stream?.task) showDetail();
 }
-function select(task, isMine) {
+// ── Finding a task ──
+const KINDS = {
+  all: () => true,
+  running: (task) => task.state === "running",
+  failed: (task) => describe(task)[1] === "bad" || task.state === "lost",
+};
+let [kindShown = "all", textShown = ""] = recallList("filter");
+function isWanted(task) {
+  const { task_id, command, name, by } = task;
+  const text = `#${task_id} ${name ?? ""} ${command} ${by}`.toLowerCase();
+  return KINDS[kindShown](task) && text.includes(textShown.toLowerCase());
+}
+function countTasks() {
+  const all = [...tasks.values()];
+  const [running, failed] = [KINDS.running, KINDS.failed].map((is) => all.filter(is).length);
+  say("task-count", `${running} running, ${all.length} in all`);
+  say("failed", failed ? `Failed ${failed}` : "Failed");
+  const isEmpty = !all.some((task) => !task.row.hidden);
+  const why = all.length
+    ? "No task is like that."
+    : "No task yet. What anybody runs here shows up.";
+  show("no-tasks", isEmpty ? why : "");
+}
+function filterTasks(kind, text) {
+  kindShown = kind in KINDS ? kind : "all";
+  textShown = text;
+  for (const name of Object.keys(KINDS)) $(name).ariaPressed = String(name === kindShown);
+  for (const task of tasks.values()) task.row.hidden = !isWanted(task);
+  $("filter").value = text;
+  remember("filter", JSON.stringify([kindShown, textShown]));
+  countTasks();
+}
+
+// ── The task that is shown ──
+function select(task) {
+  const isMine = wanted === task.task_id && started.has(wanted);
   wanted = "";
+  if (task === stream?.task) return;
+  const { task_id } = task;
+  if (findInAddress("task") !== task_id) history.pushState(null, "", addressOf(task_id));
   stream?.task.row.firstChild.removeAttribute("aria-current");
   task.row.firstChild.setAttribute("aria-current", "true");
   document.body.classList.add("reading");
-  view.measure();
   stream = new Stream(task);
-  stream.refill();
   showDetail();
   layOut();
-  if (isMine && task.tty) $("keys").focus();
+  stream.refill();
+  if (!isMine || !task.tty) return;
+  takeSize();
+  $("keys").focus();
+}
+function closeTask() {
+  stream?.task.row.firstChild.removeAttribute("aria-current");
+  stream = null;
+  document.body.classList.remove("reading");
+  view.show(new Terminal(0, 0));
+  showDetail();
 }
 function showDetail() {
-  const task = stream?.task,
-    isOn = task?.state === "running";
+  const task = stream?.task;
+  const isOn = task?.state === "running";
   const [words, look] = task ? describe(task) : [""];
-  say(
-    "facts",
-    task
-      ? [
-          `#${task.task_id}`,
-          `pid ${task.pid}`,
-          task.by,
-          `started ${formatTime(task.started)}`,
-          lasted(task),
-          task.killed_by && `stopped by ${task.killed_by}`,
-        ]
-          .filter(Boolean)
-          .join(" · ")
-      : "",
-  );
-  say("title", task?.command ?? "Output");
-  $("title").title = task?.command ?? "";
+  const facts = task && [
+    `#${task.task_id}`,
+    `pid ${task.pid}`,
+    task.by,
+    `started ${formatMoment(task.started)}`,
+    lasted(task),
+    task.tty && `${task.cols} × ${task.rows}`,
+    task.killed_by && `stopped by ${task.killed_by}`,
+  ];
+  const command = makeVisible(task?.command ?? "");
+  say("facts", facts?.filter(Boolean).join(" · ") ?? "");
+  say("title", command || "Output");
+  $("title").title = command;
   show("state", words);
   $("state").className = `badge ${look}`;
   $("no-output").hidden = !!task;
-  $("stop").disabled = !isOn || !mayRun;
+  $("stop").disabled = $("signals").disabled = !isOn || !mayRun;
   say("stop", isOn && task.stopping ? "Kill now" : "Stop");
   $("rerun").disabled = !task || !mayRun;
-  $("copy").disabled = $("download").disabled = !task;
+  $("copy").disabled = $("download").disabled = $("whole").disabled = !task;
   const isPhone = matchMedia("(pointer: coarse), (max-width: 52rem)").matches;
+  const isLeft = document.activeElement === $("keys");
   $("keys").hidden = !task?.tty || !isOn || !mayRun;
   $("keybar").hidden = $("keys").hidden || !isPhone;
+  $("fit").hidden = $("keys").hidden || (task.cols === view.cols && task.rows === view.fits);
+  // A terminal that has ended takes no keys: they go on in the command line, if that is there.
+  const isThere = (id) => $(id).getClientRects().length;
+  if (isLeft && $("keys").hidden) $(["command", "output"].find(isThere) ?? "back").focus();
 }
-async function run(fields) {
-  // returns what went wrong
-  const body = Object.fromEntries(Object.entries(fields).filter(([, value]) => value));
-  view.measure();
-  if (body.tty) Object.assign(body, { cols: view.cols, rows: view.fits });
+// Starts a task, which is opened once the server tells of it. Returns what went wrong.
+async function start(path, ref, body) {
   try {
-    wanted = (await api("exec", { body })).task_id;
-    if (tasks.has(wanted)) select(tasks.get(wanted), true);
+    const { task_id, not_repeated } = await api(path, { body });
+    started.set(task_id, ref);
+    wanted = task_id;
+    if (tasks.has(wanted)) select(tasks.get(wanted));
+    if (not_repeated) notice("What was typed into the task before is not typed again.");
     return "";
   } catch (error) {
     return error.message;
   }
 }
-async function stop() {
-  const { task } = stream,
-    name = task.stopping ? "KILL" : "TERM";
-  update(task, { stopping: name === "TERM" ? "stopping…" : "killing…" });
+function makeRef() {
+  return crypto.getRandomValues(new Uint32Array(4)).join("-");
+}
+function run(fields) {
+  const ref = makeRef();
+  const body = { ...Object.fromEntries(Object.entries(fields).filter(([, value]) => value)), ref };
+  view.measure();
+  if (body.tty) Object.assign(body, { cols: view.cols, rows: view.fits });
+  return start("exec", ref, body);
+}
+async function runAgain() {
+  const ref = makeRef();
+  const problem = await start(`exec?again=${stream.task.task_id}&ref=${ref}`, ref, {});
+  if (problem) notice(`It could not be run again: ${problem}`);
+}
+async function stop(name) {
+  const { task } = stream;
+  update(task, { stopping: name === "KILL" ? "killing…" : "stopping…" });
   try {
     await api(`kill?id=${task.task_id}&signal=${name}`, { method: "POST" });
   } catch (error) {
@@ -11264,6 +11659,7 @@ function sendInput(data) {
 }
 // Sends what a person did; says so when it cannot.
 function type(data) {
+  if (document.activeElement === $("keys")) takeSize();
   for (let at = 0; at < data.length; at += 8192) {
     // a message may have 64 KiB
     if (!sendInput(data.slice(at, at + 8192))) notice("Offline: what you type is not sent.");
@@ -11327,37 +11723,52 @@ function onWheel(event) {
 function onFocus({ type: kind }) {
   const isIn = kind === "focus";
   $("frame").classList.toggle("typing", isIn);
-  if (stream?.terminal.modes[1004]) sendInput(isIn ? "\x1b[I" : "\x1b[O");
+  if (stream?.terminal.modes[1004]) answer(stream.task, isIn ? "\x1b[I" : "\x1b[O");
 }
 // Name: of a key of the bar.
 function pressBarKey(name) {
   const keys = { key: name, isCtrl: held.ctrl, isAlt: held.alt, isShift: false };
   type(sequence(keys, stream.terminal.modes) ?? name);
 }
+// To the size of the window.
 function layOut() {
-  // to the size of the window; a terminal's programs are told
-  const { terminal, task } = stream ?? {};
+  const { task } = stream ?? {};
   $("frame").classList.toggle("wrapped", $("wrap").checked && !task?.tty);
   $("frame").classList.toggle("timed", $("times").checked);
   view.measure();
   view.draw();
-  const { cols, fits: rows } = view,
-    size = `${cols}x${rows}`;
-  if (!task?.tty || task.state !== "running" || !mayRun || task.size === size) return;
-  task.size = size;
-  terminal.resize(cols, rows);
-  send({ type: "task_resize", task_id: task.task_id, cols, rows });
+  if (task?.isTypedHere) takeSize();
+  showDetail();
+}
+// Gives a terminal the size of this window: when somebody types here, or asks for it. Who only
+// looks changes nothing, and sees it as large as it is.
+function takeSize() {
+  const { task } = stream;
+  const { cols, fits: rows } = view;
+  if (!task.tty || task.state !== "running" || !mayRun) return;
+  task.isTypedHere = true;
+  const size = `${cols}x${rows}`;
+  if (size === (task.sizes.at(-1) ?? `${task.cols}x${task.rows}`)) return;
+  const isSent = send({ type: "task_resize", task_id: task.task_id, cols, rows });
+  if (isSent) task.sizes.push(size);
+}
+// The output has the whole window, or not; that is remembered.
+function setWhole(isWhole) {
+  document.body.classList.toggle("whole", isWhole);
+  $("whole").ariaPressed = String(isWhole);
+  remember("whole", isWhole ? "1" : "");
 }
 
 // ── What people do ──
-const runs = JSON.parse(localStorage.getItem(KEY + "history") ?? "[]");
+const runs = recallList("history");
+const drafts = {}; // by place in runs: what was changed there, or is being typed, and not run yet
 const THEMES = { Auto: "Dark", Dark: "Light", Light: "Auto" };
 let runAt = runs.length;
 function setTheme(name) {
   document.documentElement.dataset.theme = name.toLowerCase();
   say("theme", name);
   $("theme").ariaLabel = `Colours: ${name}`;
-  localStorage.setItem(KEY + "theme", name);
+  remember("theme", name);
   view.recolor();
 }
 function setCommand(text) {
@@ -11368,9 +11779,9 @@ function fitCommand() {
   $("command").rows = Math.min(10, $("command").value.split("\n").length);
 }
 async function submit() {
-  const cmd = $("command").value,
-    tty = $("tty").checked,
-    cwd = $("cwd").value.trim();
+  const cmd = $("command").value;
+  const tty = $("tty").checked;
+  const cwd = $("cwd").value.trim();
   if (!cmd.trim()) return $("command").focus();
   const problem = await run({ cmd, tty, cwd, timeout: Number($("timeout").value) });
   show("run-error", problem);
@@ -11378,20 +11789,45 @@ async function submit() {
   if (runs.at(-1) !== cmd) runs.push(cmd);
   runs.splice(0, runs.length - 200);
   runAt = runs.length;
-  localStorage.setItem(KEY + "history", JSON.stringify(runs));
+  for (const at of Object.keys(drafts)) delete drafts[at];
   setCommand("");
+  remember("history", JSON.stringify(runs));
 }
 function onCommandKey(event) {
-  const { key, target, ctrlKey } = event,
-    isSingle = !target.value.includes("\n");
-  const step = { ArrowUp: -1, ArrowDown: 1 }[key],
-    isOld = isSingle || runs[runAt] === target.value;
-  const isRun = key === "Enter" && !event.isComposing && !event.shiftKey && (isSingle || ctrlKey);
-  if (!isRun && !(step && isOld)) return;
+  const { key, target, ctrlKey, shiftKey, isComposing, keyCode } = event;
+  const old = drafts[runAt] ?? runs[runAt];
+  const isSingle = !target.value.includes("\n");
+  const step = { ArrowUp: -1, ArrowDown: 1 }[key];
+  const isStep = step && (isSingle || old === target.value);
+  const isEnter = key === "Enter" && !isComposing && keyCode !== 229; // which confirms a candidate
+  const isRun = isEnter && !shiftKey && (isSingle || ctrlKey);
+  if (!isRun && !isStep) return;
   event.preventDefault();
   if (isRun) return submit();
+  drafts[runAt] = target.value;
   runAt = clamp(runAt + step, 0, runs.length);
-  setCommand(runs[runAt] ?? "");
+  setCommand(drafts[runAt] ?? runs[runAt] ?? "");
+}
+async function askForNotifications() {
+  const { Notification: told, isSecureContext } = window;
+  const answer = isSecureContext ? await told?.requestPermission() : "insecure";
+  const words = {
+    granted: "Desktop notifications are on",
+    insecure: "Browsers notify only for https and localhost",
+    denied: "Notifications are blocked: allow them in this site's settings",
+  };
+  say("notify", words[answer] ?? "This browser cannot notify");
+}
+function logIn(event) {
+  event.preventDefault();
+  const [found, problem] = checkToken($("token").value);
+  show("login-error", problem);
+  if (problem) return;
+  token = found;
+  remember("token", token, $("keep").checked ? browserStorage : tabStorage);
+  $("token").value = "";
+  $("login").close();
+  connect();
 }
 const HANDLERS = {
   "run submit": (event) => {
@@ -11403,34 +11839,44 @@ const HANDLERS = {
   "bell click": () => {
     $("bell").ariaExpanded = !($("alerts").hidden = !$("alerts").hidden);
   },
-  "notify click": async () => {
-    const isOn = (await window.Notification?.requestPermission()) === "granted";
-    say("notify", isOn ? "Desktop notifications are on" : "The browser does not allow that");
-  },
+  "notify click": askForNotifications,
   "theme click": () => setTheme(THEMES[$("theme").textContent]),
   "logout click": () => {
-    for (const store of stores) store.removeItem(KEY + "token");
+    for (const storage of [tabStorage, browserStorage]) remember("token", "", storage);
     location.reload();
   },
   "login cancel": (event) => event.preventDefault(),
   "dismiss click": () => notice(""),
-  "login-form submit": (event) => {
-    event.preventDefault();
-    token = $("token").value.trim();
-    stores[Number($("keep").checked)].setItem(KEY + "token", token);
-    $("token").value = "";
-    $("login").close();
+  "login-form submit": logIn,
+  "trouble-again click": () => {
+    wait = 500;
     connect();
   },
-  "stop click": stop,
+  "filter input": ({ target }) => filterTasks(kindShown, target.value),
+  "all click": () => filterTasks("all", textShown),
+  "running click": () => filterTasks("running", textShown),
+  "failed click": () => filterTasks("failed", textShown),
+  "stop click": () => stop(stream.task.stopping ? "KILL" : "TERM"),
+  "signal-menu beforetoggle": () => {
+    const { left, bottom } = $("stop").getBoundingClientRect();
+    Object.assign($("signal-menu").style, { left: `${left}px`, top: `${bottom + 4}px` });
+  },
+  "signal-menu click": ({ target }) => {
+    if (target.dataset.signal) stop(target.dataset.signal);
+    $("signal-menu").hidePopover();
+  },
+  "whole click": () => setWhole(!document.body.classList.contains("whole")),
+  "fit click": () => {
+    takeSize();
+    $("keys").focus();
+  },
   "copy click": copy,
   "download click": download,
-  "back click": () => document.body.classList.remove("reading"),
-  "rerun click": async () => {
-    const { command: cmd, tty, cwd } = stream.task,
-      problem = await run({ cmd, tty, cwd });
-    if (problem) notice(`It could not be run: ${problem}`);
+  "back click": () => {
+    history.pushState(null, "", addressOf(""));
+    closeTask();
   },
+  "rerun click": runAgain,
   "times change": layOut,
   "wrap change": layOut,
   "find input": () => view.find(0),
@@ -11484,9 +11930,9 @@ for (const button of $("keybar").children) {
 }
 setInterval(() => {
   // running tasks get older
+  if (document.hidden) return;
   for (const task of tasks.values()) if (task.state === "running") update(task, {});
 }, 1000);
-addEventListener("resize", layOut);
 addEventListener("mouseup", onMouseUp);
 $("output").addEventListener("wheel", onWheel, { passive: false });
 // What is copied by a key or the menu is what was written, not what is on the page.
@@ -11497,9 +11943,25 @@ addEventListener("copy", (event) => {
   event.clipboardData.setData("text/plain", text);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => view.recolor());
-addEventListener("hashchange", () => {
-  takeFragment();
-  location.reload();
+new ResizeObserver(layOut).observe($("frame"));
+// What a phone's keyboard leaves of the window, where the page is not told otherwise (iOS).
+visualViewport?.addEventListener("resize", () => {
+  const { scale, height } = visualViewport;
+  if (scale === 1) document.body.style.setProperty("--tall", `${height}px`);
+});
+addEventListener(
+  "keydown",
+  (event) => {
+    if (event.key !== "Enter" || !event.ctrlKey || !event.shiftKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    $("whole").click();
+  },
+  true,
+);
+addEventListener("popstate", () => {
+  if (takeTokenFromAddress()) location.reload();
+  else openAddress();
 });
 for (const kind of ["online", "visibilitychange"]) {
   // back on the network, or from sleep
@@ -11507,8 +11969,19 @@ for (const kind of ["online", "visibilitychange"]) {
     if (info && !document.hidden) connect();
   });
 }
-setTheme(localStorage.getItem(KEY + "theme") ?? "Auto");
-takeFragment();
+document.addEventListener("visibilitychange", onVisible);
+// Nothing is drawn while nobody looks: it is made up for.
+async function onVisible() {
+  if (document.hidden || !info) return;
+  stream?.pump();
+  const { samples } = await api("stats?history").catch(() => ({ samples: past }));
+  past.splice(0, Infinity, ...samples);
+  drawCharts();
+}
+setTheme(recall("theme") || "Auto");
+setWhole(!!recall("whole"));
+takeTokenFromAddress();
+filterTasks(kindShown, textShown);
 view.measure();
 view.show(new Terminal(0, 0));
 showDetail();

@@ -13980,9 +13980,7 @@ class Visit:
         self.page.set_checked("#tty", tty)
         self.page.fill("#command", command)
         self.page.press("#command", "Enter")
-        self.wait_until_true(
-            f"document.getElementById('title').textContent === {json.dumps(command)}"
-        )
+        self.wait_until_true(f"stream?.task.command === {json.dumps(command)}")
 
     def find_barriers(self) -> list[str]:
         """Return what axe-core finds serious or critical for people with disabilities."""
@@ -14322,7 +14320,7 @@ class TestPage:
             """evil => { showStats({ hostname: evil, cpu: 1, cpus: 1, load_avg: [1, 1, 1], ram_used: 1,
               ram_total: 2, disk_used: 1, disk_total: 2, swap_used: 0, swap_total: 0, uptime: 1,
               net_recv: 1, net_sent: 1 });
-            takeAlert({ hostname: evil, timestamp: 1 }, evil, true); notice(evil);
+            takeAlert({ hostname: evil, timestamp: 1, type: "cpu_alert", message: evil }); notice(evil);
             return ["host", "banner"].map((id) => document.getElementById(id).textContent); }""",
             evil,
         )
@@ -14631,8 +14629,8 @@ class TestPage:
             visit.wait_for("#state", "failed")
             visit.wait_for("#lines", "example")
             visit.page.evaluate(
-                """() => { notice("Words"); takeAlert({ hostname: "h", timestamp: 1 }, "hot", true);
-                  takeAlert({ hostname: "h", timestamp: 2 }, "hot again", true); }"""
+                """() => { notice("Words"); for (const message of ["hot", "hot again"])
+                    takeAlert({ hostname: "h", timestamp: 1, type: "cpu_alert", cpu: 99, message }); }"""
             )
             visit.page.fill("#find", "word")
             visit.wait_for("#hits", "of")
@@ -14642,7 +14640,7 @@ class TestPage:
             visit.page.click("#bell")
             assert visit.find_barriers() == []
             visit.run("cat", tty=True)
-            visit.wait_for("#state", "running")
+            visit.wait_until_true("!document.getElementById('keys').hidden")
             assert visit.find_barriers() == []
             visit.page.evaluate("document.getElementById('login').showModal()")
             assert visit.find_barriers() == []
