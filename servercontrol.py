@@ -10776,8 +10776,7 @@ function checkToken(given) {
   const odd = /[^\w.~-]/u.exec(text)?.[0];
   if (!odd) return [text, text ? "" : "The token is empty."];
   const code = odd.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-  const problem = `No token has the character ${makeVisible(odd)} (U+${code}): copy it from its file.`;
-  return ["", problem];
+  return ["", `No token has the character ${makeVisible(odd)} (U+${code}): copy it from its file.`];
 }
 function findInAddress(name) {
   const value = new RegExp(`[#&]${name}=([^&]*)`).exec(location.hash)?.[1] ?? "";
