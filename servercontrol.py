@@ -235,6 +235,8 @@ KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
 READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity; escaped it stays under 1 MiB, which is the
 # largest message that common WebSocket clients take by default
 OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
+MAX_KINDS = 10000  # of events, mostly tasks, whose seqs are indexed
+MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up for each batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
 MAX_REFS = 10000  # remembered, so that a request which is sent again starts nothing twice
@@ -645,10 +647,11 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
     return length, False
 
 
-def parse_query(query: str) -> dict[str, str]:
+def parse_query(query: str, repeatable: str = "") -> dict[str, str]:
     """Return the parameters of a query; a name without "=" has the value "".
 
-    Raises HttpError 400 for a name that stands twice and for broken UTF-8.
+    repeatable: a name that may stand more than once; its values are joined with commas.
+    Raises HttpError 400 for another name that stands twice and for broken UTF-8.
     """
     parameters: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
@@ -659,9 +662,9 @@ def parse_query(query: str) -> dict[str, str]:
             )
         except UnicodeDecodeError:
             raise HttpError(400, "bad_query", "the query is not UTF-8") from None
-        if name in parameters:
+        if name in parameters and name != repeatable:
             raise HttpError(400, "bad_query", "a parameter stands twice in the query")
-        parameters[name] = value
+        parameters[name] = f"{parameters[name]},{value}" if name in parameters else value
     return parameters
 
 
@@ -1859,19 +1862,59 @@ class AlertRule:
 # the same bytes from a cursor of its own, which is just the seq it wants next. So a viewer costs
 # an integer, replay and lag are normal delivery from another cursor, and what no longer is there
 # is a gap that can be named. (Kafka's consumers and the kernel's /dev/kmsg work like this.)
+# A viewer may choose what it hears. The feed keeps the seqs of each kind of event in a list of
+# their own, so whatever a viewer did not choose is skipped without being looked at.
 # OutputLog is the same idea for the output of one task, in bytes instead of events.
+
+EVENT_TYPES = (
+    "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
+).split()
+OUTPUT_TYPE = "task_output"
+
+
+class Choice(NamedTuple):
+    """What a viewer wants to hear: event types, and the tasks whose output it wants (by id).
+
+    None is all of them.
+    """
+
+    only: frozenset[str] | None = None
+    tasks: frozenset[str] | None = None
+
+    @property
+    def kinds(self) -> frozenset[str] | None:
+        """The kinds of events that it covers, as the Feed counts them, or None for everything.
+
+        Choices that mean the same have the same kinds, however they were written.
+        """
+        kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
+        if OUTPUT_TYPE in kinds and self.tasks is not None:
+            kinds = kinds - {OUTPUT_TYPE} | self.tasks
+        return None if kinds == frozenset(EVENT_TYPES) else kinds
+
+    def describe(self) -> dict[str, list[str] | None]:
+        """Return it as JSON has it."""
+        only = None if self.only is None else [one for one in EVENT_TYPES if one in self.only]
+        return {"only": only, "tasks": None if self.tasks is None else sorted(self.tasks, key=int)}
 
 
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
-    encode: makes the wire frame of an event.
+    encode: makes the wire frame of an event. compress: makes of such a frame one for viewers whose
+    compression window has so many bits; where it does not pay, it returns the frame as it is.
+
+    Each event is of one or two kinds: its type and, if it is output, the id of its task.
     """
 
     def __init__(
-        self, encode: Callable[[dict[str, Any]], bytes], capacity_bytes: int = KEEP_EVENTS_BYTES
+        self,
+        encode: Callable[[dict[str, Any]], bytes],
+        capacity_bytes: int = KEEP_EVENTS_BYTES,
+        compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame,
     ) -> None:
         self._encode = encode
+        self._compress = compress
         self._capacity_bytes = capacity_bytes
         # Events, or their frames once encoded; the first _dropped entries are gone already and
         # are cut off in bulk, which keeps both append and access by seq at constant cost.
@@ -1880,6 +1923,14 @@ class Feed:
         self._bytes = 0
         # seq of _entries[0].
         self._base = 1
+        # By window bits and seq: compressed frames, each made when the first viewer needs it.
+        self._compressed: dict[int, dict[int, bytes]] = {}
+        # By kind: the seqs of its kept events, after the newest one that was dropped (it tells
+        # which viewers have missed something).
+        self._seqs: dict[str, list[int]] = {}
+        # The newest dropped seq of tasks whose list was given up: what else those have lost is
+        # unknown.
+        self._forgotten = 0
 
     @property
     def first(self) -> int:
@@ -1904,51 +1955,108 @@ class Feed:
         text = entry.get("output") or entry.get("command") or ""
         return len(text) + 2 * EVENT_OVERHEAD_BYTES
 
-    def append(self, event: dict[str, Any]) -> int:
-        """Add an event, set its `seq`, drop the oldest beyond the capacity. Return the seq."""
+    def append(self, event: dict[str, Any]) -> tuple[str, ...]:
+        """Add an event, set its `seq`, drop the oldest beyond the capacity. Return its kinds."""
         seq = event["seq"] = self.next
+        kind = event["type"]
+        kinds = (kind, event["task_id"]) if kind == OUTPUT_TYPE else (kind,)
+        for one in kinds:
+            self._seqs.setdefault(one, []).append(seq)
         self._entries.append(event)
         self._bytes += self._size(event)
         self._trim()
-        return seq
+        return kinds
 
     def _trim(self) -> None:
         while self._bytes > self._capacity_bytes and self._dropped < len(self._entries) - 1:
             self._bytes -= self._size(self._entries[self._dropped])
+            for frames in self._compressed.values():
+                frame = frames.pop(self.first, None)
+                self._bytes -= len(frame or b"")
             self._entries[self._dropped] = None
             self._dropped += 1
         if self._dropped > 1024 and self._dropped * 2 > len(self._entries):
             del self._entries[: self._dropped]
             self._base += self._dropped
             self._dropped = 0
+            self._trim_seqs()
 
-    def read_batch(self, cursor: int, max_bytes: int = BATCH_BYTES) -> tuple[bytes, int]:
-        """Return (frames from the cursor on, the cursor after them).
+    def _trim_seqs(self) -> None:
+        for seqs in self._seqs.values():
+            del seqs[: max(0, bisect.bisect_left(seqs, self.first) - 1)]
+        if len(self._seqs) > MAX_KINDS:
+            for kind in [one for one, seqs in self._seqs.items() if seqs[-1] < self.first]:
+                if kind not in EVENT_TYPES:
+                    self._forgotten = max(self._forgotten, *self._seqs.pop(kind))
 
-        At least one frame, then as many as begin before max_bytes; b"" at the end of the feed.
-        The cursor must not lie before `first`.
+    def read_batch(
+        self,
+        cursor: int,
+        kinds: frozenset[str] | None = None,
+        bits: int = 0,
+        max_bytes: int = BATCH_BYTES,
+    ) -> tuple[bytes, int]:
+        """Return (frames of these kinds from the cursor on, the cursor after them).
+
+        kinds: None is all of them; bits: of the viewers' compression window, 0 for none. As many
+        frames as begin before max_bytes; b"" when no more are there. The cursor must not lie
+        before `first`.
         """
         assert cursor >= self.first
         frames: list[bytes] = []
         size = 0
-        for index in range(cursor - self._base, len(self._entries)):
-            frame = self._frame_at(index)
+        for seq in self._select(cursor, kinds):
+            frame = self._read_frame(seq, bits)
             frames.append(frame)
             size += len(frame)
             if size >= max_bytes:
-                break
-        return frames[0] if len(frames) == 1 else b"".join(frames), cursor + len(frames)
+                return frames[0] if len(frames) == 1 else b"".join(frames), seq + 1
+        return frames[0] if len(frames) == 1 else b"".join(frames), self.next
 
-    def _frame_at(self, index: int) -> bytes:
+    def _select(self, cursor: int, kinds: frozenset[str] | None) -> Iterable[int]:
+        """Return the seqs from the cursor on that are of one of these kinds, in order."""
+        if kinds is None:
+            return range(cursor, self.next)
+        found = [self._seqs[one] for one in kinds if one in self._seqs]
+        parts = [seqs[bisect.bisect_left(seqs, cursor) :] for seqs in found if seqs[-1] >= cursor]
+        return parts[0] if len(parts) == 1 else sorted(itertools.chain.from_iterable(parts))
+
+    def _read_frame(self, seq: int, bits: int) -> bytes:
+        index = seq - self._base
         entry = self._entries[index]
-        if isinstance(entry, bytes):
-            return entry
-        frame = self._encode(entry)
-        self._bytes += self._size(frame) - self._size(entry)
-        self._entries[index] = frame
-        return frame
+        if not isinstance(entry, bytes):
+            frame = self._encode(entry)
+            self._bytes += self._size(frame) - self._size(entry)
+            self._entries[index] = entry = frame
+        return self._read_compressed(seq, entry, bits) if bits else entry
 
-    def find_cursor(self, since: int, same_boot: bool) -> tuple[int, tuple[int, int] | None]:
+    def _read_compressed(self, seq: int, frame: bytes, bits: int) -> bytes:
+        frames = self._compressed.setdefault(bits, {})
+        if seq not in frames:
+            frames[seq] = self._compress(frame, bits)
+            self._bytes += len(frames[seq])
+        return frames[seq]
+
+    def find_next(self, cursor: int, kinds: frozenset[str] | None) -> int:
+        """Return the seq of the first event of these kinds from the cursor on, or else `next`."""
+        if kinds is None:
+            return cursor
+        found = self.next
+        for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
+            if seqs[-1] >= cursor:
+                found = min(found, seqs[bisect.bisect_left(seqs, cursor)])
+        return found
+
+    def has_dropped(self, cursor: int, kinds: frozenset[str] | None) -> bool:
+        """Whether an event of these kinds from the cursor on is no longer kept."""
+        if cursor >= self.first or kinds is None:
+            return cursor < self.first
+        is_unsure = cursor <= self._forgotten and not kinds <= set(EVENT_TYPES)
+        return is_unsure or self.find_next(cursor, kinds) < self.first
+
+    def find_cursor(
+        self, since: int, same_boot: bool, kinds: frozenset[str] | None = None
+    ) -> tuple[int, tuple[int, int] | None]:
         """Return (where a viewer that has seen `since` goes on, the gap before it or None).
 
         A gap is (from, to), both missing. Of another boot nothing can be known but that events
@@ -1956,9 +2064,9 @@ class Feed:
         """
         if not same_boot or since >= self.next:
             return self.first, (0, self.first - 1)
-        if since + 1 < self.first:
+        if self.has_dropped(since + 1, kinds):
             return self.first, (since + 1, self.first - 1)
-        return since + 1, None
+        return max(since + 1, self.first), None
 
 
 def find_character(data: bytes, start: int) -> int:
@@ -2035,9 +2143,6 @@ class OutputLog:
 # And what goes to others: metrics as text for Prometheus, the request that carries an alert.
 
 REPLACEMENT = "\ufffd".encode()  # for what is no UTF-8
-EVENT_TYPES = (
-    "stats_update task_start task_resize task_output task_complete cpu_alert alert_resolved"
-).split()
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
 NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
@@ -2241,6 +2346,42 @@ def parse_task_id(value: Any) -> str:
     return value
 
 
+def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozenset[str] | None:
+    """Return what a field of `watch` lists; None, JSON's null, is everything."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) > MAX_CHOSEN_TASKS:
+        raise CommandError("bad_field", f"{name} must be null or a list, not too long")
+    unfit = [one for one in value if not isinstance(one, str) or not is_fit(one)]
+    if unfit:
+        known = f"event types: {', '.join(EVENT_TYPES)}" if name == "only" else "task ids"
+        raise CommandError("bad_field", f"{name} must list {known}")
+    return frozenset(value)
+
+
+def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
+    """Return what a viewer wants to hear; a field that is absent is as before.
+
+    Raises CommandError `bad_field`.
+    """
+    only, tasks = fields.get("only", before.only), fields.get("tasks", before.tasks)
+    if only is not before.only:
+        only = check_choice("only", only, EVENT_TYPES.__contains__)
+    if tasks is not before.tasks:
+        tasks = check_choice("tasks", tasks, DIGITS.fullmatch)
+    return Choice(only, tasks)
+
+
+def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
+    """Return what `only` and `task` in a query ask for. Raises CommandError `bad_field`."""
+    fields: dict[str, Any] = {}
+    if "only" in parameters:
+        fields["only"] = parameters["only"].split(",")
+    if "task" in parameters:
+        fields["tasks"] = parameters["task"].split(",") if parameters["task"] != "none" else []
+    return parse_choice(fields, Choice())
+
+
 SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # of CHLD and CLD the former
 
 
@@ -2300,6 +2441,7 @@ METRICS = {
     "task_output_bytes_total": ("counter", "", "Output of all tasks."),
     "viewers": ("gauge", "", "WebSocket clients that are connected."),
     "events_total": ("counter", "type", "Events broadcast to viewers."),
+    "viewer_bytes_total": ("counter", "", "Bytes written to WebSocket clients, before TLS."),
     "viewer_gaps_total": ("counter", "", "Times that a viewer was told that it missed events."),
     "refused_total": ("counter", "reason", "Requests and messages refused, by error code."),
     "audit_errors_total": ("counter", "", "Audit records that could not be written."),
@@ -3899,18 +4041,26 @@ class Viewer:
     """One WebSocket client."""
 
     __slots__ = (
-        "transport websocket role by cursor is_stalled pong_due written_bytes largest_reply "
-        "taken_at patience_seconds heard_at ping_at"
+        "transport websocket role by choice audience cursor is_stalled pong_due written_bytes "
+        "largest_reply taken_at patience_seconds heard_at ping_at"
     ).split()
 
     def __init__(
-        self, transport: asyncio.Transport, websocket: WebSocketConnection, role: Role, by: str
+        self,
+        transport: asyncio.Transport,
+        websocket: WebSocketConnection,
+        role: Role,
+        by: str,
+        choice: Choice,
     ) -> None:
         self.transport = transport
         self.websocket = websocket
         self.role = role
         self.by = by
-        # The seq this viewer gets next.
+        self.choice = choice
+        # Those who hear the same, once it has joined them.
+        self.audience: Audience
+        # The seq this viewer gets next, if it is one that it wants to hear.
         self.cursor = 0
         # The transport has more than enough to write.
         self.is_stalled = False
@@ -3977,6 +4127,19 @@ class Viewer:
             self.transport.write(data)
 
 
+class Audience:
+    """Viewers who hear the same: those at one cursor share every batch."""
+
+    __slots__ = ("bits", "kinds", "viewers")
+
+    def __init__(self, kinds: frozenset[str] | None, bits: int) -> None:
+        # The kinds of events, as Feed has them, and the bits of the compression window (0: none).
+        self.kinds = kinds
+        self.bits = bits
+        # A set that keeps its order.
+        self.viewers: dict[Viewer, None] = {}
+
+
 class Viewers:
     """All viewers, and the feed they read."""
 
@@ -3984,40 +4147,81 @@ class Viewers:
         self._loop = loop
         self.feed = Feed(encode_event)
         self.all: set[Viewer] = set()
-        # For /metrics: events by type, gaps that viewers were told of.
+        # By what they hear: kinds and window bits.
+        self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
+        # For /metrics: events by type, gaps that viewers were told of, bytes to those who left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = 0
-        # Who is to be served, in this order, and whether that is everybody anew.
+        self._left_bytes = 0
+        # Who is to be served, in this order, and the kinds of events that came since the last look
+        # at who wants them.
         self._queue: dict[Viewer, None] = {}
-        self._is_dirty = False
+        self._news: set[str] = set()
         self._is_scheduled = False
         # What is_pressed() found, and when it last looked.
         self._was_pressed = False
         self._looked_at = 0.0
 
+    @property
+    def written_bytes(self) -> int:
+        """All that was ever written to viewers."""
+        return self._left_bytes + sum(viewer.written_bytes for viewer in self.all)
+
     def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Broadcast an event and return it, with its timestamp and seq."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
-        self.feed.append(event)
+        self._news.update(self.feed.append(event))
         self.published[kind] += 1
-        self._is_dirty = True
         self._schedule()
         return event
 
     def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
         """Add a viewer: from now on, or from what it has seen before."""
+        self.all.add(viewer)
+        self._enter_audience(viewer)
         viewer.cursor = self.feed.next
         if since is not None:
-            viewer.cursor, gap = self.feed.find_cursor(since, same_boot)
+            kinds = viewer.audience.kinds
+            viewer.cursor, gap = self.feed.find_cursor(since, same_boot, kinds)
             if gap is not None:
                 self._send_gap(viewer, *gap)
-        self.all.add(viewer)
         self.serve(viewer)
 
     def leave(self, viewer: Viewer) -> None:
         """Send nothing more to a viewer."""
-        self.all.discard(viewer)
+        if viewer in self.all:
+            self.all.remove(viewer)
+            self._leave_audience(viewer)
+            self._left_bytes += viewer.written_bytes
         self._queue.pop(viewer, None)
+
+    def _enter_audience(self, viewer: Viewer) -> None:
+        key = viewer.choice.kinds, viewer.websocket.deflate_bits
+        viewer.audience = self._audiences.setdefault(key, Audience(*key))
+        viewer.audience.viewers[viewer] = None
+
+    def _leave_audience(self, viewer: Viewer) -> None:
+        audience = viewer.audience
+        del audience.viewers[viewer]
+        if not audience.viewers:
+            del self._audiences[audience.kinds, audience.bits]
+
+    def choose(self, viewer: Viewer, choice: Choice) -> int:
+        """Let a viewer hear something else after the seq that is returned.
+
+        It has been sent everything up to there. What still waits for it is chosen anew: so a slow
+        client is rid at once of a flood that it no longer wants.
+        """
+        viewer.cursor = self.find_seen(viewer) + 1
+        self._leave_audience(viewer)
+        viewer.choice = choice
+        self._enter_audience(viewer)
+        self.serve(viewer)
+        return viewer.cursor - 1
+
+    def find_seen(self, viewer: Viewer) -> int:
+        """Return the seq up to which a viewer has been sent everything that it wants to hear."""
+        return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def serve(self, viewer: Viewer) -> None:
         """Go on with a viewer that has drained or has just joined."""
@@ -4039,6 +4243,7 @@ class Viewers:
             middle = self.feed.next if self._was_pressed else self.feed.middle
             elapsed = min(elapsed, 2 * PRESSURE_SECONDS)
             behind = [viewer for viewer in self.all if viewer.cursor < middle]
+            behind = [viewer for viewer in behind if self.find_seen(viewer) + 1 < middle]
             worth = [viewer.is_worth_waiting(now, elapsed) for viewer in behind]  # asks them all
             self._was_pressed = any(worth)
         return self._was_pressed
@@ -4048,13 +4253,19 @@ class Viewers:
             self._is_scheduled = True
             self._loop.call_soon(self.flush)
 
+    def _spread_news(self) -> None:
+        """Queue those who want to hear what is new."""
+        for audience in self._audiences.values():
+            if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
+                self._queue.update(audience.viewers)
+        self._news.clear()
+
     def flush(self) -> None:
         """Serve the queue, for a limited time; what is left goes on in the next turn."""
         self._is_scheduled = False
-        if self._is_dirty:
-            self._is_dirty = False
-            self._queue.update(dict.fromkeys(self.all))
-        batches: dict[int, tuple[bytes, int]] = {}
+        if self._news:
+            self._spread_news()
+        batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
         end = time.perf_counter() + FLUSH_TURN_SECONDS
         while self._queue:
             viewer = next(iter(self._queue))
@@ -4071,19 +4282,26 @@ class Viewers:
         while self._queue:
             self.flush()
 
-    def _send(self, viewer: Viewer, batches: dict[int, tuple[bytes, int]]) -> None:
+    def _send(self, viewer: Viewer, batches: dict[tuple[Audience, int], tuple[bytes, int]]) -> None:
         """Write everything from the viewer's cursor on, until it is stalled."""
+        audience = viewer.audience
         while viewer.cursor < self.feed.next and not viewer.is_stalled and viewer.is_open:
-            if viewer.cursor < self.feed.first:
-                self._send_gap(viewer, viewer.cursor, self.feed.first - 1)
-                viewer.cursor = self.feed.first
-            batch = batches.get(viewer.cursor)
+            batch = batches.get((audience, viewer.cursor))
             if batch is None:
-                batch = batches[viewer.cursor] = self.feed.read_batch(viewer.cursor)
+                batch = self._read_batch(viewer)
+                batches[audience, viewer.cursor] = batch
             viewer.cursor = batch[1]
             viewer.write(batch[0])
         if viewer.cursor == self.feed.next:
             viewer.patience_seconds = PATIENCE_SECONDS
+
+    def _read_batch(self, viewer: Viewer) -> tuple[bytes, int]:
+        """Read on for a viewer; if it has missed something, tell it."""
+        kinds, first = viewer.audience.kinds, self.feed.first
+        if self.feed.has_dropped(viewer.cursor, kinds):
+            self._send_gap(viewer, viewer.cursor, first - 1)
+        viewer.cursor = max(viewer.cursor, first)
+        return self.feed.read_batch(viewer.cursor, kinds, viewer.audience.bits)
 
     def _send_gap(self, viewer: Viewer, first: int, last: int) -> None:
         self.gaps += 1
@@ -5057,6 +5275,7 @@ def collect_metrics(server: Server) -> dict[str, Any]:
         "task_output_bytes_total": tasks.output_bytes,
         "viewers": len(viewers.all),
         "events_total": viewers.published,
+        "viewer_bytes_total": viewers.written_bytes,
         "viewer_gaps_total": viewers.gaps,
         "refused_total": server.refused,
         "audit_errors_total": server.audit.errors,
@@ -5094,7 +5313,15 @@ ROUTES = {
 
 
 def answer_ping(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "pong", "timestamp": int(time.time() * 1000)}
+    seen = server.viewers.find_seen(viewer)
+    return {"type": "pong", "timestamp": int(time.time() * 1000), "seq": seen}
+
+
+def answer_watch(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+    """`watch` -> `watching`: what the client hears from the event after `seq` on."""
+    choice = parse_choice(message, viewer.choice)
+    seq = server.viewers.choose(viewer, choice)
+    return {"type": "watching", **choice.describe(), "seq": seq}
 
 
 def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
@@ -5147,6 +5374,7 @@ def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> 
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
     "hello": (Role.VIEW, answer_hello),
+    "watch": (Role.VIEW, answer_watch),
     "task_input": (Role.RUN, answer_task_input),
     "task_resize": (Role.RUN, answer_task_resize),
     "task_kill": (Role.RUN, answer_task_kill),
@@ -5198,9 +5426,8 @@ def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
     return parameters
 
 
-def parse_since(query: str, boot_id: str) -> tuple[int | None, bool]:
+def parse_since(parameters: Mapping[str, str], boot_id: str) -> tuple[int | None, bool]:
     """Return (the seq to replay after or None, whether it is of this boot)."""
-    parameters = parse_query(query)
     since = parameters.get("since")
     if since is None:
         return None, True
@@ -5745,13 +5972,15 @@ class Connection:
         key = check_upgrade(head)
         if role is None:  # the gate lets no upgrade pass without one; this must not rest on it
             raise HttpError(401, "unauthorized", "watching needs a role")
-        since, same_boot = parse_since(head.query, self.server.boot_id)
+        parameters = parse_query(head.query, repeatable="task")
+        since, same_boot = parse_since(parameters, self.server.boot_id)
+        choice = parse_choice_query(parameters)
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
         self._write(encode_upgrade_response(head, key))
         self._begin_phase(Phase.WEBSOCKET, None)
         by = self._name_client()
-        self.viewer = Viewer(self.transport, WebSocketConnection(), role, by)
+        self.viewer = Viewer(self.transport, WebSocketConnection(), role, by, choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = count_waiting_bytes(self.transport) > HIGH_WATER_BYTES
         self.server.viewers.join(self.viewer, since, same_boot)

@@ -1880,7 +1880,8 @@ def make_feed(count: int, capacity: int, **fields: Any) -> tuple[sc.Feed, list[i
 
     feed = sc.Feed(encode, capacity)
     for number in range(count):
-        assert feed.append({"type": "x", "seq": 0, **fields}) == number + 1
+        feed.append({"type": "x", "seq": 0, **fields})
+        assert feed.next == number + 2
     return feed, encoded
 
 
@@ -1906,7 +1907,7 @@ class TestFeed:
         ("all", 99, b"<1><2><3><4>", 5),
     )
     def test_batch_size(self, max_bytes: int, frames: bytes, cursor: int) -> None:
-        assert make_feed(4, sc.MIB)[0].read_batch(1, max_bytes) == (frames, cursor)
+        assert make_feed(4, sc.MIB)[0].read_batch(1, max_bytes=max_bytes) == (frames, cursor)
 
     @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
     @pytest.mark.parametrize("output", [None, b"x" * 3000], ids=["small", "output"])
@@ -1916,14 +1917,14 @@ class TestFeed:
         capacity, cost = 100_000, 2 * sc.EVENT_OVERHEAD_BYTES + len(output or b"")
         feed, _ = make_feed(0, capacity)
         for seq in range(1, 6001):
-            feed.append({"seq": 0, "output": output})
+            feed.append({"type": "x", "seq": 0, "output": output})
             if is_read:
                 feed.read_batch(seq)
             assert feed.next == seq + 1 and feed.first <= seq
         room, cost = cost, len(b"<6000>") + sc.EVENT_OVERHEAD_BYTES if is_read else cost
         assert capacity - room - cost <= (6001 - feed.first) * cost <= capacity
         expected = b"".join(b"<%d>" % seq for seq in range(feed.first, 6001))
-        assert feed.read_batch(feed.first, 10**9) == (expected, 6001)
+        assert feed.read_batch(feed.first, max_bytes=10**9) == (expected, 6001)
         assert len(feed._entries) < 4 * (6001 - feed.first) + 2048, "dropped entries are freed"
 
     def test_newest_event_is_kept_however_large(self) -> None:
@@ -1946,6 +1947,63 @@ class TestFeed:
         feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
         assert (feed.first, feed.next) == (91, 101)
         assert feed.find_cursor(since, same_boot) == (cursor, gap)
+
+    @cases(
+        ("everything", sc.Choice(), None),
+        ("every type", sc.Choice(frozenset(sc.EVENT_TYPES)), None),
+        ("one", sc.Choice(frozenset({"cpu_alert"})), {"cpu_alert"}),
+        ("no output", sc.Choice(tasks=frozenset()), {*sc.EVENT_TYPES} - {"task_output"}),
+        ("of one task", sc.Choice(frozenset({"task_output"}), frozenset("7")), {"7"}),
+        ("tasks without output", sc.Choice(frozenset({"cpu_alert"}), frozenset("7")), {"cpu_alert"}),
+        ("nothing", sc.Choice(frozenset()), set()),
+    )  # fmt: skip
+    def test_kinds_of_a_choice(self, choice: sc.Choice, kinds: set[str] | None) -> None:
+        assert choice.kinds == (None if kinds is None else frozenset(kinds))
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_chosen_events_beside_a_plain_list(self, seed: int, monkeypatch: Any) -> None:
+        """Readers of any choice, at any pace: each gets what it chose, once, or a true gap."""
+        monkeypatch.setattr(sc, "MAX_KINDS", 12)
+        chance, encoded = random.Random(seed), set()
+
+        def encode(event: dict[str, Any]) -> bytes:
+            assert event["seq"] not in encoded
+            encoded.add(event["seq"])
+            return b"<%d>" % event["seq"]
+
+        pool = [None, {"stats_update"}, {"3"}, {"task_output", "cpu_alert"}, {"2", "task_start"}, {"40"}, set()]  # fmt: skip
+        feed, kinds_of = sc.Feed(encode, 30_000, lambda frame, bits: frame + b"%d" % bits), [set()]
+        cursors = {(number, bits): 1 for number in range(len(pool)) for bits in (0, 9, 15)}
+        for _ in range(12_000):
+            kind = chance.choice(["stats_update", "task_start", "cpu_alert", *["task_output"] * 9])
+            task_id = str(int(chance.paretovariate(0.7)) % 50)
+            kinds = feed.append({"type": kind, "seq": 0, "task_id": task_id, "output": b"x" * chance.randrange(2000)})  # fmt: skip
+            kinds_of.append(set(kinds))
+            assert kinds == ((kind, task_id) if kind == "task_output" else (kind,))
+            if chance.random() < 0.95:
+                continue
+            number, bits = chance.choice(list(cursors))
+            chosen = pool[number] if pool[number] is None else frozenset(pool[number])
+
+            def wanted(start: int, end: int, chosen: Any = chosen) -> list[int]:
+                return [n for n in range(start, end) if chosen is None or kinds_of[n] & chosen]
+
+            cursor = cursors[number, bits]
+            lost = wanted(cursor, feed.first)
+            is_unsure = cursor <= feed._forgotten and bool({"2", "3", "40"} & (chosen or set()))
+            assert feed.has_dropped(cursor, chosen) is bool(lost) or is_unsure
+            assert feed.find_cursor(cursor - 1, True, chosen)[0] == max(cursor, feed.first)
+            data, after = feed.read_batch(max(cursor, feed.first), chosen, bits, 40)
+            rest = wanted(max(cursor, feed.first), feed.next)
+            assert lost or feed.find_next(cursor, chosen) == (rest or [feed.next])[0]
+            got = [n for n in rest if n < after]
+            end = b">%d" % bits if bits else b">"
+            assert data == b"".join(b"<%d" % n + end for n in got)
+            assert after == feed.next or got and after == got[-1] + 1
+            cursors[number, bits] = after
+        assert len(feed._seqs) < 60 and feed._bytes == sum(
+            feed._size(one) for one in feed._entries[feed._dropped :]
+        ) + sum(len(frame) for frames in feed._compressed.values() for frame in frames.values())
 
 
 class TestOutputLog:
@@ -2205,6 +2263,7 @@ SPEC_METRICS = {
     **dict.fromkeys(
         "network_receive_bytes_total network_transmit_bytes_total tasks_started_total "
         "tasks_completed_total task_output_bytes_total events_total viewer_gaps_total "
+        "viewer_bytes_total "
         "refused_total audit_errors_total alerts_total process_cpu_seconds_total".split(),
         "counter"),
     "task_duration_seconds": "histogram",
@@ -2944,7 +3003,7 @@ class TestEvents:
         with RawPeer(server) as peer:
             peer.send(make_frame(0x81, text), make_frame(0x81, '{"type":"ping"}'))
             error, pong = [
-                message for message in peer.receive(is_type("pong")) if "seq" not in message
+                one for one in peer.receive(is_type("pong")) if one["type"] in ("pong", "error")
             ]
             assert error.pop("message") and error == {"type": "error", "code": code}
 
@@ -2982,6 +3041,115 @@ class TestEvents:
             peer.say(type="task_kill", task_id="1")
             code = peer.receive(is_type("error"))[-1]["code"]
             assert code in ("exec_disabled", "unknown_task")
+
+
+class TestChoice:
+    """SPEC 2: a client hears what it asks for."""
+
+    @staticmethod
+    def watch(peer: RawPeer, **fields: Any) -> dict[str, Any]:
+        """Send `watch` and return its answer."""
+        peer.say(type="watch", **fields)
+        return peer.receive(is_type("watching", "error"))[-1]
+
+    def test_each_hears_what_it_chose(self, server: ServerProcess) -> None:
+        ids = [server.start("read -r go; echo a; echo b; exit 3", stdin=True) for _ in range(2)]
+        choices: dict[str, Callable[[dict[str, Any]], bool]] = {
+            "only=task_start,task_complete": is_type("task_start", "task_complete"),
+            "only=task_complete,task_output&task=none": is_type("task_complete"),
+            f"task={ids[0]}": lambda e: e["type"] != "task_output" or e["task_id"] == ids[0],
+            f"task={ids[0]}&only=task_output,task_complete&task={ids[1]}": lambda e: e["type"] in ("task_output", "task_complete"),
+            "task=9": lambda e: e["type"] != "task_output",
+        }  # fmt: skip
+        seq, boot = (server.get("/info")[name] for name in ("seq", "boot_id"))
+        with contextlib.ExitStack() as stack:
+            paths = ["/", *(f"/ws?{query}" for query in choices)]
+            peers = [stack.enter_context(RawPeer(server, path)) for path in paths]
+            server.run("true")
+            for task_id in ids:
+                assert server.request("POST", f"/stdin?id={task_id}", b"\n").status == 200
+                server.wait_for_end(task_id)
+            everything, *streams = (peer.receive(is_complete(ids[1])) for peer in peers)
+            everything = [event for event in everything if event["seq"] > seq]
+            for wants, stream in zip(choices.values(), streams):
+                expected = [event for event in everything if wants(event)]
+                assert [event for event in stream if event["seq"] > seq] == expected != []
+            peers[1].say(type="ping")
+            pong = peers[1].receive(is_type("pong"))[-1]
+            assert pong["seq"] >= everything[-1]["seq"], "nothing else was asked for"
+            for (query, wants), since in itertools.product(choices.items(), (seq, seq + 1)):
+                path = f"/?{query}&since={since}&boot={boot}"
+                again = stack.enter_context(RawPeer(server, path)).receive(is_complete(ids[1]))
+                assert again == [e for e in everything if wants(e) and e["seq"] > since]
+
+    def test_watch_changes_it_from_the_next_event_on(self, server: ServerProcess) -> None:
+        with RawPeer(server, "/?only=task_complete") as peer, RawPeer(server) as other:
+            for fields, now in (
+                ({}, {"only": ["task_complete"], "tasks": None}),
+                ({"tasks": ["12", "3"]}, {"only": ["task_complete"], "tasks": ["3", "12"]}),
+                ({"only": None}, {"only": None, "tasks": ["3", "12"]}),
+                ({"only": [], "ref": 5}, {"only": [], "tasks": ["3", "12"], "ref": 5}),
+                ({"only": ["task_output", "task_complete"], "tasks": []}, {"only": ["task_output", "task_complete"], "tasks": []}),
+                ({"tasks": None}, {"only": ["task_output", "task_complete"], "tasks": None}),
+            ):  # fmt: skip
+                watching = self.watch(peer, **fields)
+                seq = watching.pop("seq")
+                assert watching == {"type": "watching", **now}
+            task_id = server.run("echo x")["task_id"]
+            events = peer.receive(is_complete(task_id))
+            expected = [
+                event
+                for event in other.receive(is_complete(task_id))
+                if event["seq"] > seq and event["type"] in ("task_output", "task_complete")
+            ]
+            assert events == expected and len(events) == 2
+            for wrong in ({"only": "stats_update"}, {"only": ["exec"]}, {"tasks": [1]}, {"tasks": ["x"]}, {"only": None, "tasks": 5}):  # fmt: skip
+                assert self.watch(peer, **wrong)["code"] == "bad_field"
+            assert self.watch(peer)["only"] == ["task_output", "task_complete"]
+
+    @pytest.mark.parametrize(
+        "query", ["only=", "only=exec", "only=stats_update,", "task=", "task=x", "task=none&task=1", "only=a&only=b"]
+    )  # fmt: skip
+    def test_malformed_choice_is_refused(self, server: ServerProcess, query: str) -> None:
+        with pytest.raises(AssertionError, match="400"):
+            RawPeer(server, f"/?{query}").__enter__()
+
+    def test_flood_is_no_news_to_who_did_not_ask(self, server: ServerProcess) -> None:
+        """Nor is it lag: a viewer far behind in it has missed nothing, and takes nothing."""
+        boot = server.get("/info")["boot_id"]
+        quiet = server.start("read -r go; echo done", stdin=True)
+        with RawPeer(server, f"/?only=task_output,task_complete&task={quiet}") as peer:
+            seq = server.get("/info")["seq"]
+            flood = server.start("head -c 40000000 /dev/zero | tr '\\0' x")
+            server.wait_for_end(flood)
+            assert server.request("POST", f"/stdin?id={quiet}", b"\n").status == 200
+            events = peer.receive(is_complete(quiet))
+            told = [(e["type"], e["task_id"]) for e in events if e["seq"] > seq]
+            assert told == [
+                ("task_complete", flood),
+                ("task_output", quiet),
+                ("task_complete", quiet),
+            ]
+        path = f"/?only=task_output,task_complete&task={quiet}&boot={boot}&since={seq}"
+        with RawPeer(server, path) as peer:
+            assert peer.receive(is_complete(quiet)) == events[-3:], "no gap"
+        with RawPeer(server, f"/?only=task_output&task={flood}&boot={boot}&since={seq}") as peer:
+            assert peer.receive(is_type("gap", "task_output"))[0]["from"] == seq + 1
+
+    def test_slow_viewer_is_rid_of_what_it_no_longer_wants(self, server: ServerProcess) -> None:
+        with RawPeer(server, receive_bytes=4096) as slow:
+            flood = server.start("head -c 8000000 /dev/zero | tr '\\0' x")
+            server.wait_for_end(flood)
+            slow.say(type="watch", tasks=[])
+            task_id = server.run("echo x")["task_id"]
+            events = slow.receive(is_complete(task_id))
+            watching = next(event for event in events if event["type"] == "watching")
+            seqs = [event["seq"] for event in events if event["type"] not in ("watching",)]
+            until = [seq for seq in seqs if seq <= watching["seq"]]
+            assert until == list(range(until[0], watching["seq"] + 1)), "all of what it had chosen"
+            later = [event for event in events if event["seq"] > watching["seq"]]
+            assert "task_output" not in {event["type"] for event in later}
+            assert sum(len(event.get("output", "")) for event in events) < 6_000_000
 
 
 class TestReplay:
@@ -3059,7 +3227,7 @@ class TestSlowViewers:
             while not viewers.feed.middle:
                 viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
             feed = viewers.feed
-            viewer = mock.Mock(cursor=feed.middle)
+            viewer = mock.Mock(cursor=feed.middle, audience=sc.Audience(None, 0))
             viewers.all = {viewer}
             for cursor, is_pressed in (
                 (feed.middle, False),
@@ -16541,7 +16709,7 @@ def fuzz_check_feed(case: Any, outcome: Outcome) -> None:
         missed = (since + 1, first - 1) if since + 1 < first else None
         missed = (0, first - 1) if since >= len(sizes) else missed
         assert (cursor, gap) == (first if missed else since + 1, missed)
-        data, after = feed.read_batch(cursor, 500)
+        data, after = feed.read_batch(cursor, max_bytes=500)
         frames = read_frames_of(data)
         read = [parse_strict_json(payload.decode("utf-8")) for _, payload in frames]
         assert [one["seq"] for one in read] == list(range(cursor, after))
