@@ -3211,6 +3211,26 @@ class TaskState(enum.Enum):
     TIMEOUT = "timeout"
 
 
+class TaskPhase(enum.Enum):
+    """How far the processes of a task are on the way to its end."""
+
+    RUNNING = "running"
+    STOPPING = "stopping"  # it was sent a signal; KILL follows after the grace time
+    DRAINING = "draining"  # in that time the shell has ended; others of its session run still
+    KILLING = "killing"  # all of them were sent KILL, and the shell has not ended yet
+    ENDED = "ended"
+
+
+# Phase -> what happens -> the next phase. What is not here changes nothing.
+TASK_PHASES = {
+    TaskPhase.RUNNING: {"stop": TaskPhase.STOPPING, "shell ended": TaskPhase.ENDED},
+    TaskPhase.STOPPING: {"shell ended": TaskPhase.DRAINING, "kill": TaskPhase.KILLING},
+    TaskPhase.DRAINING: {"session ended": TaskPhase.ENDED, "kill": TaskPhase.ENDED},
+    TaskPhase.KILLING: {"shell ended": TaskPhase.ENDED},
+    TaskPhase.ENDED: {},
+}
+
+
 def set_terminal_size(fd: int, cols: int, rows: int) -> None:
     """Set the size of a terminal (ioctl_tty(2))."""
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
@@ -3290,7 +3310,8 @@ class Task:
         # The shell; also the id of its session and first process group.
         self.pid = 0
         self.cwd = ""
-        self.state = TaskState.RUNNING
+        # Set by Tasks._advance() alone.
+        self.phase = TaskPhase.RUNNING
         # Wall clock in ms, for people; durations are measured on the monotonic clock.
         self.started_timestamp = 0
         self.ended_timestamp: int | None = None
@@ -3314,16 +3335,24 @@ class Task:
         # The WebSocket client that typed last. Programs ask terminals questions, and this client
         # answers them; before anybody has typed it is the one who started the task.
         self.typist: object = None
-        # The shell has ended, but is not reaped yet.
-        self.is_shell_gone = False
-        # What the state will be once it has ended, when it is being stopped; and who killed it.
-        self.verdict: TaskState | None = None
+        # What the state will be once it has ended; and who killed it.
+        self.verdict = TaskState.DONE
         self.killed_by: str | None = None
         self.timers: dict[str, asyncio.TimerHandle] = {}
         # Done when the task is complete.
         self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Set for a moment whenever there is more output, and at the end.
         self.news = asyncio.Event()
+
+    @property
+    def state(self) -> TaskState:
+        """What clients are told: a task runs until all of it has ended."""
+        return self.verdict if self.phase is TaskPhase.ENDED else TaskState.RUNNING
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its output is not read for a while: see Tasks._pause()."""
+        return "read" in self.timers
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /tasks` says."""
@@ -3738,22 +3767,25 @@ class Tasks:
         while self._queue and time.perf_counter() < self._turn_end:
             task = next(iter(self._queue))
             del self._queue[task]
-            if task.fd >= 0 and "read" not in task.timers:
+            if task.fd >= 0 and not task.is_paused:
                 self._read_now(task)
 
     def _read_now(self, task: Task) -> None:
-        if self._is_pressed():
-            asyncio.get_running_loop().remove_reader(task.fd)
-            task.set_timer("read", PRESSURE_SECONDS, self._resume_read)
-            return
         room = task.room
-        if not room:
-            asyncio.get_running_loop().remove_reader(task.fd)
-            task.set_timer("read", WINDOW_SECONDS, self._lift_window)
-            return
-        chunk = self._read_chunk(task, room)
-        if chunk:
-            self._take_output(task, chunk)
+        if self._is_pressed():
+            self._pause(task, PRESSURE_SECONDS, self._resume_read)
+        elif not room:
+            self._pause(task, WINDOW_SECONDS, self._lift_window)
+        else:
+            chunk = self._read_chunk(task, room)
+            if chunk:
+                self._take_output(task, chunk)
+
+    def _pause(self, task: Task, seconds: float, go_on: Callable[[Task], None]) -> None:
+        """Read no output of a task: viewers cannot follow, its readers have taken too little of
+        its window, or nobody has its terminal open."""
+        asyncio.get_running_loop().remove_reader(task.fd)
+        task.set_timer("read", seconds, go_on)
 
     def _resume_read(self, task: Task) -> None:
         # Also one that has fired: _begin_turn() passes over who has one.
@@ -3764,11 +3796,11 @@ class Tasks:
         """A `?follow` reader of a task with a window is here now; the slowest of them counts."""
         task.readers[reader] = offset
         task.taken = min(task.readers.values())
-        if task.fd >= 0 and "read" in task.timers:
+        if task.fd >= 0 and task.is_paused:
             if task.room:
                 self._resume_read(task)
             else:
-                task.set_timer("read", WINDOW_SECONDS, self._lift_window)
+                self._pause(task, WINDOW_SECONDS, self._lift_window)
 
     def _lift_window(self, task: Task) -> None:
         """Nobody seems to be there: a task outlives who asked for it."""
@@ -3785,11 +3817,11 @@ class Tasks:
             chunk = b""
         if chunk:
             return chunk
-        asyncio.get_running_loop().remove_reader(task.fd)
-        if task.request.tty and not task.is_shell_gone:
+        if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
             # Somebody may open it again, as /dev/tty.
-            task.set_timer("read", TERMINAL_LOOK_SECONDS, self._resume_read)
+            self._pause(task, TERMINAL_LOOK_SECONDS, self._resume_read)
         else:
+            asyncio.get_running_loop().remove_reader(task.fd)
             os.close(task.fd)
             task.fd = -1
         return b""
@@ -3873,14 +3905,14 @@ class Tasks:
         by: who wants it; None is its time limit. Raises CommandError `task_ended`; then no signal
         was sent.
         """
-        if task.state is not TaskState.RUNNING:
+        if task.phase is TaskPhase.ENDED:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
-        if task.verdict is None:
+        if task.phase is TaskPhase.RUNNING:
             task.verdict = TaskState.KILLED if by else TaskState.TIMEOUT
             task.killed_by = by
-            task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
+            self._advance(task, "stop")
         if number == signal.SIGKILL:
-            self._kill(task)
+            self._advance(task, "kill")
             return
         signal_session(task.pid, number)
         if task.request.tty and number == signal.SIGTERM:
@@ -3888,12 +3920,6 @@ class Tasks:
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
             # A stopped process takes a signal only when it goes on.
             signal_session(task.pid, signal.SIGCONT)
-
-    def _kill(self, task: Task) -> None:
-        task.cancel_timer("kill")
-        signal_session(task.pid, signal.SIGKILL)
-        if task.is_shell_gone:
-            self._finish(task)
 
     def stop_all(self) -> None:
         """Begin to stop every task, because the server stops."""
@@ -3911,21 +3937,37 @@ class Tasks:
     def reap(self) -> None:
         """Look which shells have ended. Called for every SIGCHLD, which may stand for many."""
         for task in list(self.running.values()):
-            if not task.is_shell_gone and has_exited(task.pid):
-                task.is_shell_gone = True
-                self._finish_when_session_is_gone(task)
+            if task.phase is not TaskPhase.DRAINING and has_exited(task.pid):
+                self._advance(task, "shell ended")
         if os.getpid() == 1:
             reap_orphans({task.pid for task in self.running.values()})
 
-    def _finish_when_session_is_gone(self, task: Task, delay: float = 0.01) -> None:
-        """A task that is being stopped ends with the last of its processes, or with the KILL."""
-        if task.verdict and "kill" not in task.timers:
-            signal_session(task.pid, signal.SIGKILL)  # again, for what was forked meanwhile
-        if "kill" not in task.timers or self._is_session_gone(task):
-            self._finish(task)
+    def _advance(self, task: Task, event: str) -> None:
+        """Move a task on, and do what its new phase asks for. Nothing else sets a phase.
+
+        A task that nobody stops ends with its shell. One that is being stopped ends with the last
+        process of its session, or with the KILL.
+        """
+        before, task.phase = task.phase, TASK_PHASES[task.phase].get(event, task.phase)
+        if event == "kill" or before is TaskPhase.KILLING:
+            task.cancel_timer("kill")
+            # Once more when the shell has ended, for what was forked meanwhile.
+            signal_session(task.pid, signal.SIGKILL)
+        if task.phase is before:
             return
-        again = self._finish_when_session_is_gone
-        task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
+        if task.phase is TaskPhase.STOPPING:
+            task.set_timer("kill", KILL_GRACE_SECONDS, lambda task: self._advance(task, "kill"))
+        elif task.phase is TaskPhase.DRAINING:
+            self._look_for_others(task)
+        elif task.phase is TaskPhase.ENDED:
+            self._finish(task)
+
+    def _look_for_others(self, task: Task, delay: float = 0.01) -> None:
+        if self._is_session_gone(task):
+            self._advance(task, "session ended")
+        else:
+            again = self._look_for_others
+            task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
 
     @staticmethod
     def _is_session_gone(task: Task) -> bool:
@@ -3938,7 +3980,11 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         """Read what the shell left in the pipe, reap it, publish the end."""
-        left = self._count_left(task)
+        # How much may have been written before the end and is not read yet. Part of a terminal's
+        # output is on its way inside the kernel, and only read() awaits it.
+        left = 0
+        if task.fd >= 0:
+            left = TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
         while left > 0:
             chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
             if not chunk:
@@ -3964,14 +4010,6 @@ class Tasks:
         task.wake()
 
     @staticmethod
-    def _count_left(task: Task) -> int:
-        """How much may have been written before the end and is not read yet."""
-        if task.fd < 0:
-            return 0
-        # Part of a terminal's output is on its way inside the kernel, and only read() awaits it.
-        return TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
-
-    @staticmethod
     def _wait(task: Task) -> tuple[float, int]:
         """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
         try:
@@ -3988,7 +4026,6 @@ class Tasks:
         return round(usage.ru_utime + usage.ru_stime, 6), rss
 
     def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
-        task.state = task.verdict or TaskState.DONE
         duration = time.monotonic() - task.started_now
         self.completed[task.state.value] += 1
         self.durations.add(duration)
