@@ -55,13 +55,16 @@ anything but what `POST /exec` names, and writes down who asked for it (section 
 What it does not do: no scheduler, no file manager, no plug-ins, no stored metrics, no Windows.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
 # The standard library, and two optional packages that are each used in one place: psutil as a
 # source of statistics (section 15), uvloop as the event loop (section 19).
 import signal
+import sys
 
+if sys.version_info < (3, 9):  # noqa: UP036 (before 3.7, the line above says it)
+    sys.exit("servercontrol.py: Python 3.9 or newer is needed; this is " + sys.version.split()[0])
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us without a trace of the imports
 
@@ -93,7 +96,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -873,6 +875,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
 BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
 OPAQUE_ORIGINS = ("null", "file://")  # of any file and sandboxed frame: no origin to trust
+# Where a token is, in words: an answer never names the server's own files.
+USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
+TOKEN_PLACES = (
+    f"{USUAL_TOKEN_FILE} of the account that started the server, or, if that is a service, in "
+    "/var/lib/servercontrol/token"
+)
 BEARER_PROTOCOL = "bearer."  # before a token among the subprotocols, for browsers
 
 
@@ -1126,6 +1134,21 @@ def is_preflight(head: RequestHead) -> bool:
     return head.method == "OPTIONS" and bool(head.values("access-control-request-method"))
 
 
+def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
+    """Return why a request without a token is refused, and what helps."""
+    reason = "a token is needed"
+    if peer.listener is not Listener.NETWORK and not policy.require_token:
+        if is_forwarded(head):
+            reason = "a request that a proxy forwards needs a token"
+        elif peer.uid is None:
+            reason = "the kernel does not say which account you are, so a token is needed"
+        else:
+            reason = "this server was started by another account, so a token is needed"
+    if not policy.tokens:
+        return f"{reason}, and there is none: this server has no state folder, as its log says"
+    return f"{reason}; send Authorization: Bearer TOKEN. It is in {TOKEN_PLACES}"
+
+
 def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | None:
     """The gate: return the role of a request, None where it passes without one (rule 5).
 
@@ -1141,7 +1164,9 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
     is_local = peer.listener is not Listener.NETWORK
     if (policy.no_auth or is_local) and not is_trusted_host(policy, host):
-        raise HttpError(403, "bad_host", "this Host is not served; --allow-host lists more")
+        name = parse_host(host)[0] if host else "NAME"
+        message = f"this Host is not served; start the server with --allow-host {name}"
+        raise HttpError(403, "bad_host", message)
     if policy.no_auth:
         return Role.RUN
     if is_trusted_process(policy, peer) and not is_forwarded(head):
@@ -1152,11 +1177,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return None
     if is_preflight(head) and head.value("origin") in policy.allow_origins:
         return None
-    if is_local and not policy.require_token:
-        message = "without token only the server's own account gets in, and not by a proxy"
-    else:
-        message = "a token is needed"
-    raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
+    raise unauthorized("unauthorized", explain_refusal(policy, peer, head))
 
 
 def find_host_key(address: str) -> str:
@@ -2320,6 +2341,20 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
     return ExecRequest(check_command(commands[0]), **checked)
 
 
+def check_form_body(body: bytes) -> None:
+    """Refuse what `curl -d` cannot have been meant to send. Raises CommandError `form_body`."""
+    field = re.match(rb"(cmd|command)=", body)
+    if field:
+        command = shlex.quote(
+            urllib.parse.unquote_plus(body[field.end() :][:200].decode("latin-1"))
+        )
+        message = "a form would change + and & in the command: send it as the body itself"
+        raise CommandError("form_body", f"{message}, curl -d {command} http://…/exec")
+    if body.startswith(b"#!") and b"\n" not in body:
+        message = "a script whose line ends are gone, as curl -d @FILE removes them"
+        raise CommandError("form_body", f"{message}: use curl --data-binary @FILE")
+
+
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     """Return what the body of `POST /exec` asks for. Raises CommandError.
 
@@ -2330,9 +2365,8 @@ def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
         raise CommandError("unsupported_media_type", message)
     if media_type == "application/json" or (media_type != "text/plain" and body[:1] == b"{"):
         return parse_exec_fields(parse_json_object(body))
-    if media_type == "application/x-www-form-urlencoded" and re.match(rb"(cmd|command)=", body):
-        message = "a form would change + and & in the command: send it as the body itself"
-        raise CommandError("form_body", message)
+    if media_type == "application/x-www-form-urlencoded":
+        check_form_body(body)
     try:
         return ExecRequest(check_command(body.decode("utf-8")))
     except UnicodeDecodeError:
@@ -2677,8 +2711,9 @@ def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all instances of this account.
 
-    Numbers are reserved in blocks, so most ids cost no I/O and a crash skips a few. Without a
-    usable folder ids begin at the wall clock's milliseconds, which rises across restarts too.
+    Numbers are reserved in blocks, so most ids cost no I/O and a crash skips a few; at an orderly
+    stop the rest of the block is given back. Without a usable folder ids begin at the wall clock's
+    milliseconds, which rises across restarts too.
     """
 
     def __init__(self, folder: str | None, log: Log) -> None:
@@ -2705,9 +2740,18 @@ class TaskIds:
             last = max(self._next - 1, int(time.time() * 1000))
         self._next, self._end = last + 1, last + 1 + TASK_ID_BLOCK
 
+    def close(self) -> None:
+        """Give back what is left of the block, unless another instance has reserved one since."""
+        if self._path is not None and self._next < self._end:
+            with contextlib.suppress(OSError):
+                self._reserve_in_file(self._path, self._end - 1, self._next - 1 - (self._end - 1))
+
     @staticmethod
-    def _reserve_in_file(path: str) -> int:
-        """Add a block to the number in the file, under its lock; return the number before."""
+    def _reserve_in_file(path: str, expected: int = -1, count: int = TASK_ID_BLOCK) -> int:
+        """Add a count to the number in the file, under its lock; return the number before.
+
+        expected: what the number must be, or the file stays as it is; -1 is any.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             lock_file(fd)
@@ -2715,8 +2759,8 @@ class TaskIds:
             # After damage go on above anything that counting from 1 can have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = int(time.time() * 1000) if damaged else int(text or 0)
-            # Fixed width: one write replaces the number whole.
-            os.pwrite(fd, b"%18d\n" % (last + TASK_ID_BLOCK), 0)
+            if expected in (-1, last):  # fixed width: one write replaces the number whole
+                os.pwrite(fd, b"%18d\n" % (last + count), 0)
             return last
         finally:
             os.close(fd)
@@ -2729,18 +2773,24 @@ def find_state_folder(environ: Mapping[str, str]) -> str:
     return os.path.join(base, "servercontrol")
 
 
-def open_state_folder(environ: Mapping[str, str], log: Log) -> str | None:
-    """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
+def open_state_folder(environ: Mapping[str, str], log: Log, lost: Sequence[str] = ()) -> str | None:
+    """Make the state folder (0700) and return it, or None, with a warning, if that fails.
+
+    lost: what there is not without it, for the warning.
+    """
     folder = find_state_folder(environ)
     try:
         if not os.path.isabs(folder):  # no home
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if os.stat(folder).st_uid != os.geteuid():  # root could chmod it, and not own it
-            raise PermissionError(errno.EPERM, "it belongs to another account")
+            raise PermissionError(errno.EPERM, "belongs to another account")
         os.chmod(folder, 0o700)
     except OSError as error:
-        log.write("warning", "no_state_folder", folder=folder, error=error.strerror or "")
+        reason = error.strerror or ""
+        message = f"without a state folder there is {' and '.join(lost)}" if lost else reason
+        message += "; set HOME or XDG_STATE_HOME to a folder of this account, or chown this one"
+        log.write("warning", "no_state_folder", folder=folder, error=reason, message=message)
         return None
     return folder
 
@@ -2764,23 +2814,29 @@ def make_token_file(path: str) -> None:
         os.unlink(temporary)
 
 
-def read_token_file(path: str, is_credential: bool = False) -> str:
+def read_token_file(path: str, is_credential: bool = False, is_client: bool = False) -> str:
     """Return the token in a file that nobody else can read or replace. Raises OSError.
 
-    is_credential: it is in the folder that systemd made for us alone. There a file may be root's,
-    with an access list for our account, which shows as the group's right to read.
+    is_credential: it is in the folder that systemd made for this service alone. There a file may be
+    root's, with an access list for the service's account, which shows as the group's right to read.
+    is_client: the token is to be shown to a server, and opens nothing here. So the file may be of
+    any account (root may use a service's), a link, or a pipe, as of `<(…)`.
     """
+    follow = 0 if is_client else os.O_NOFOLLOW
     # Without O_NONBLOCK the open of a pipe would wait for a writer.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
+        if not is_client and not stat.S_ISREG(status.st_mode):
             raise PermissionError(errno.EPERM, "not a regular file")
-        if status.st_uid not in ((os.geteuid(), 0) if is_credential else (os.geteuid(),)):
+        owners = (os.geteuid(), 0) if is_credential else (os.geteuid(),)
+        if not is_client and status.st_uid not in owners:
             raise PermissionError(errno.EPERM, "belongs to another account")
         if status.st_mode & (0o037 if is_credential else 0o077):
             raise PermissionError(errno.EPERM, "other accounts may use it (chmod 600 mends that)")
-        return os.read(fd, 4096).decode("ascii", "replace").strip()
+        os.set_blocking(fd, True)  # the writer of a pipe may need a moment
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(4096).decode("ascii", "replace").strip()
     finally:
         os.close(fd)
 
@@ -2793,13 +2849,15 @@ def check_token(source: str, token: str) -> str:
     return token
 
 
-def load_token_file(source: str, path: str, credentials: str = "") -> str:
+def load_token_file(source: str, path: str, credentials: str = "", is_client: bool = False) -> str:
     """Return the token in a file. source: for the error message. Raises ConfigError.
 
-    credentials: systemd's folder of them ($CREDENTIALS_DIRECTORY), "" for none.
+    credentials: systemd's folder of them ($CREDENTIALS_DIRECTORY), "" for none. is_client: see
+    read_token_file().
     """
+    is_credential = bool(credentials) and os.path.dirname(path) == credentials
     try:
-        token = read_token_file(path, bool(credentials) and os.path.dirname(path) == credentials)
+        token = read_token_file(path, is_credential, is_client)
     except OSError as error:
         raise ConfigError(f"{source}: {path}: {error.strerror}") from None
     return check_token(f"{source}: {path}", token)
@@ -3094,9 +3152,9 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
     return crashed
 
 
-def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, str]:
-    """Return task id -> boot id of the tasks of these runs that began and did not end."""
-    open_tasks: dict[str, str] = {}
+def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Return task id -> (boot id, pid) of the tasks of these runs that began and did not end."""
+    open_tasks: dict[str, tuple[str, int]] = {}
     pattern = re.compile("|".join(boot_ids).encode("ascii"))
     with open(path, "rb") as file:
         for line in file:
@@ -3108,14 +3166,32 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, str]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             if record["event"] == "task_start" and boot_id in boot_ids:
-                open_tasks[task_id] = boot_id
+                open_tasks[task_id] = boot_id, int(record["pid"])
             elif record["event"] == "task_complete":
                 open_tasks.pop(task_id, None)
     return open_tasks
 
 
-def complete_crashed_runs(folder: str | None, audit: AuditLog, log: Log) -> None:
-    """Write `interrupted` for the tasks that a crash of the server left open."""
+def find_survivors(task_id: str, session: Iterable[int]) -> list[int]:
+    """Return the processes of a session, if it is really that of a task: pids are used again."""
+    mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
+    for pid in session:
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                is_ours = is_ours or mark in file.read().split(b"\0")
+            alive.append(pid)
+        except OSError:
+            pass  # it has ended, or is of another account now
+    return alive if is_ours else []
+
+
+def complete_crashed_runs(
+    folder: str | None, audit: AuditLog, log: Log, find_members: Callable[[int], list[int]]
+) -> None:
+    """Write `interrupted` for the tasks that a crash of the server left open.
+
+    find_members: returns the processes of a session.
+    """
     if folder is None or audit.path in ("-", "none"):
         return
     try:
@@ -3128,7 +3204,13 @@ def complete_crashed_runs(folder: str | None, audit: AuditLog, log: Log) -> None
     except OSError as error:
         log.write("warning", "crash_not_completed", error=error.strerror or "")
         return
-    for task_id, boot_id in open_tasks.items():
+    pids: list[int] = []
+    for task_id, (boot_id, pid) in open_tasks.items():
+        try:
+            alive = find_survivors(task_id, find_members(pid))
+        except OSError:  # no /proc
+            alive = []
+        pids += alive
         audit.write(
             "task_complete",
             boot_id,
@@ -3137,8 +3219,12 @@ def complete_crashed_runs(folder: str | None, audit: AuditLog, log: Log) -> None
             signal=None,
             state="interrupted",
             reason="the server ended without stopping this task",
+            pids=alive,
         )
-    message = "the server ended without stopping its tasks; the audit log has them as interrupted"
+    message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
+    if pids:
+        some = " ".join(map(str, pids[:20])) + " ..." * (len(pids) > 20)
+        message += f". They may still run; to end them: kill {some}"
     log.write(
         "warning", "crash_completed", runs=len(crashed), tasks=len(open_tasks), message=message
     )
@@ -3576,7 +3662,7 @@ class Tasks:
         descriptor_limit: tuple[int, int],
     ) -> None:
         self._config = config
-        self._ids = ids
+        self.ids = ids
         self._publish = publish
         # Whether reading should pause for the viewers.
         self._is_pressed = is_pressed
@@ -3632,7 +3718,7 @@ class Tasks:
         if len(self.running) >= self._config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
-        task = Task(self._ids.take(), request, by, config.keep_output)
+        task = Task(self.ids.take(), request, by, config.keep_output)
         # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
@@ -5026,24 +5112,62 @@ class Route:
 PLAIN_TEXT = "text/plain; charset=utf-8"
 METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 HTML_TEXT = "text/html; charset=utf-8"
+# For who speaks plain HTTP to a port with TLS.
+SPEAK_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Content-Length: 47\r\n\r\nThis port speaks https: use https:// or wss://\n"
+)
 NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 HELP = """\
 ServerControl: run commands on this server and watch them live.
 
-This address in a browser is a page that does all of it. Without a browser, run a command, and
-see its output as it comes:
+A browser shows this address as a page that does all of it. With curl:
 
-    curl -d 'uptime' http://HOST:PORT/exec
-    curl -N -d 'make' 'http://HOST:PORT/exec?follow'
+    curl -d 'uptime' {url}/exec                 start a command
+    curl -N -d 'make' '{url}/exec?follow'       see its output as it comes
+    curl -d 'df -h' '{url}/exec?wait'           wait; output and exit code as JSON
+    curl --data-binary @job.sh '{url}/exec?wait'    run a script
 
-Watch everything (tasks, output, CPU, memory) with any WebSocket client at /ws:
+Without a token only the account that started the server gets in, on its own
+machine, and not on a server that listens on a network. All others add
 
-    const socket = new WebSocket("ws://HOST:PORT/ws");
+    -H 'Authorization: Bearer TOKEN'
+
+The token is in ~/.local/state/servercontrol/token of that account, or, if the
+server is a service, in /var/lib/servercontrol/token.
+
+    POST /exec            run the body; or JSON {"cmd": ...} with cwd, env, timeout,
+                          name, stdin, tty, cols, rows; ?wait, ?follow as above
+    GET  /tasks           all tasks; ?id=1: one. State, exit code, times, who asked
+    GET  /logs?id=1       its output; &raw: as text, &follow: to its end,
+                          &offset=B: from there on
+    POST /stdin?id=1      the body goes to its standard input; &eof ends that
+    POST /kill?id=1       stop it: TERM, after 3 s KILL; &signal=NAME: another first
+    GET  /stats           CPU, memory, disk, network; ?history: newest 600 samples
+    GET  /info, /health   about the server; whether it answers
+    GET  /metrics         all figures, for Prometheus
+
+Errors are {"error": CODE, "message": TEXT}. WebSocket clients get every event:
+
+    const socket = new WebSocket("{ws}/ws");
     socket.onmessage = (message) => console.log(JSON.parse(message.data));
 
-More: /tasks, /logs?id=1, /stats, /info, /metrics; POST /kill?id=1 stops a task.
+    task_start     task_id, command, pid, by
+    task_output    task_id, output, offset
+    task_complete  task_id, exit_code, signal, state
+    stats_update   cpu, ram_used, ram_total, ...
+    cpu_alert      cpu, hostname, message
+
+A token is the second argument: ["servercontrol.v1", "bearer." + token]. With
+?since=SEQ&boot=BOOT_ID all events after SEQ come first.
+On the server: python3 servercontrol.py --help
 """
+
+
+def find_url(head: RequestHead, scheme: str) -> str:
+    """Return the server's address as the client named it."""
+    return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
 def accepts_gzip(head: RequestHead) -> bool:
@@ -5067,7 +5191,9 @@ async def answer_page(server: Server, request: Request) -> Response:
     fields = [("Vary", "Accept, Accept-Encoding"), ("Referrer-Policy", "no-referrer")]
     if not any(one.startswith("text/html") for one in head.tokens("accept")):
         fields.append(("Content-Security-Policy", f"default-src 'none'; {NO_FRAMES}"))
-        return Response(body=HELP.encode("utf-8"), media_type=PLAIN_TEXT, fields=fields)
+        url = find_url(head, "https" if server.config.has_tls else "http")
+        text = HELP.replace("{url}", url).replace("{ws}", "ws" + url.removeprefix("http"))
+        return Response(body=text.encode("utf-8"), media_type=PLAIN_TEXT, fields=fields)
     is_small = zlib is not None and accepts_gzip(head)
     tag = f'"{page.tag}-gzip"' if is_small else f'"{page.tag}"'
     fields += [("ETag", tag), ("Content-Security-Policy", page.policy(head.value("host")))]
@@ -5436,7 +5562,7 @@ def find_command(message: dict[str, Any], role: Role) -> Command:
 # Finding the way
 
 
-def find_route(head: RequestHead, role: Role | None) -> Route:
+def find_route(head: RequestHead, role: Role | None, scheme: str = "http") -> Route:
     """Return the route of a request. Raises HttpError 403, 404, 405 or 426."""
     route = ROUTES.get(head.path)
     if route is None:
@@ -5448,7 +5574,10 @@ def find_route(head: RequestHead, role: Role | None) -> Route:
     allowed = ("GET", "HEAD") if route.method == "GET" else (route.method,)
     if head.method not in allowed:
         allow = ", ".join(allowed)
-        raise HttpError(405, "bad_method", f"this path takes {allow}", [("Allow", allow)])
+        message = f"this path takes {allow}"
+        if head.path == "/exec":
+            message += f": curl -d 'ls' {find_url(head, scheme)}/exec"
+        raise HttpError(405, "bad_method", message, [("Allow", allow)])
     if route.role is Role.RUN and role is not Role.RUN:
         raise HttpError(403, "forbidden", "this needs the role run")
     return route
@@ -5677,12 +5806,21 @@ class Connection:
             options["ssl"] = self.server.tls.context
             options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
         protocol = ConnectionProtocol(self)
+        plain = None
         try:
+            plain = connection.dup() if options else None  # asyncio closes its own after a failure
             await loop.connect_accepted_socket(lambda: protocol, connection, **options)
         except OSError as error:
             reason = error.strerror or str(error)
+            if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
+                reason = "the client spoke plain HTTP, not https"
+                with contextlib.suppress(OSError):
+                    plain.send(SPEAK_TLS)
             self.server.log.write_limited("info", "tls_failed", by=self.address, error=reason)
             raise ConnectionAbortedError from None
+        finally:
+            if plain:
+                plain.close()
         if self._socket is not None:  # the peer has gone in the same moment
             raise ConnectionAbortedError
         self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
@@ -5875,7 +6013,7 @@ class Connection:
         if is_upgrade(head) and ours:
             self._upgrade(head, role)
             return None
-        route = find_route(head, role)
+        route = find_route(head, role, self.peer.scheme)
         if route.role is Role.RUN:
             self.server.check_exec()
         parameters = check_parameters(route, head)
@@ -6439,7 +6577,7 @@ class Server:
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
         # Before anybody can do anything.
-        complete_crashed_runs(self._folder, self.audit, self.log)
+        complete_crashed_runs(self._folder, self.audit, self.log, find_session)
         self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds():
@@ -6661,6 +6799,7 @@ class Server:
             self.tasks.kill_all()
         self.audit.write("stop", reason=reason)
         self._mark.remove()
+        self.tasks.ids.close()
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
         while (self.connections or self._count_unsent()) and time.monotonic() < end:
@@ -6702,7 +6841,6 @@ class Server:
 # servers or who answers a probe, is shown without control characters.
 
 
-USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
 Result = TypeVar("Result")
 
 
@@ -6712,6 +6850,7 @@ class Target:
 
     token: sent with each request, None for none; token_file: where to read it each time, so that
     a file that is mended or renewed is taken at once, and one that is missing concerns nobody else.
+    line: where it is listed, for messages; "" if it is not.
     """
 
     name: str
@@ -6722,16 +6861,17 @@ class Target:
     unix: str = ""
     token: str | None = None
     token_file: str = ""
+    line: str = ""
 
     def read_token(self) -> str | None:
         """Return what is sent. Raises UnreachableError as if the server had refused (401)."""
         if not self.token_file:
             return self.token
         try:
-            return load_token_file("its token", self.token_file)
+            return load_token_file("its token", self.token_file, is_client=True)
         except ConfigError as error:
             is_there = os.path.lexists(self.token_file)
-            hint = "" if is_there else f"; it is a copy of the server's {USUAL_TOKEN_FILE}"
+            hint = "" if is_there else f"; copy the server's {USUAL_TOKEN_FILE} to there"
             raise UnreachableError(f"{error}{hint}", 401) from None
 
     @property
@@ -6811,6 +6951,7 @@ def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
         except ConfigError as error:
             raise ConfigError(f"{source}: line {number}: {error}") from None
         lines[words[0]] = number
+        target = dataclasses.replace(target, line=f"line {number} of {source}")
         listed[words[0]] = (target, words[2].strip() if len(words) > 2 else "")
     return listed
 
@@ -6864,10 +7005,12 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
     if status == 401 and target.token_file:
         message += f" (the one in {target.token_file})"
     elif status == 401 and target.token is None:
-        message = (
-            f"it needs a token: list it with a copy of its {USUAL_TOKEN_FILE}, or name that by "
-            "--token-file"
-        )
+        remedy = "name a file with it by --token-file, or set SERVERCONTROL_TOKEN"
+        if target.line:
+            remedy = (
+                f"put a copy of it into a file, and the file's name at the end of {target.line}"
+            )
+        message = f"it needs a token: {remedy}. The token is in {TOKEN_PLACES}"
     return UnreachableError(f"{status}: {message}", status)
 
 
@@ -8918,9 +9061,13 @@ def format_hosts(
 
 def format_found(found: Sequence[dict[str, Any]]) -> str:
     """Return a table for people."""
-    rows = [("SERVER", "URL", "VERSION", "TOKEN", "RUNS COMMANDS")]
+    rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS")]
     for one in found:
-        token, runs = ("needed" if one["auth"] else "NO"), ("yes" if one["exec"] else "no")
+        needed = "yes" if is_token_needed(one) else "not by its own account"
+        token, runs = (
+            (needed if one["auth"] else "NO: OPEN TO ALL"),
+            ("yes" if one["exec"] else "no"),
+        )
         rows.append((one["hostname"], one["url"], one["version"], token, runs))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     padded = [[f"{cell:{width}}" for cell, width in zip(row, widths)] + [row[4]] for row in rows]
@@ -12377,13 +12524,29 @@ def parse_webhook_option(text: str) -> str:
     return text
 
 
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return the known words that are meant, most likely, as the end of an error message."""
+    import difflib  # takes 5 ms, and is needed for mistakes alone
+
+    if DIGITS.fullmatch(word):
+        return f"; did you mean --port {word}?"
+    start = word if word.startswith("--") else "-" + word
+    near = [one for one in known if one.startswith(start)][:3]
+    near = near or difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names the option."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
         message = message.replace("argument ", "", 1)
-        message += "; see --help" if message.startswith("unrecognized") else ""
+        if message.startswith("unrecognized"):
+            word = message.split(": ", 1)[1].split()[0]
+            message += (
+                suggest(word.partition("=")[0], self._option_string_actions) + " (see --help)"
+            )
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
@@ -12400,7 +12563,7 @@ OPTIONS: Options = {
         "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
         "--discovery-port": (parse_port, "N", "UDP port for discovery"),
         "--no-discovery": (None, "", "answer no discovery probes"),
-        "--unix": (str, "PATH", "listen on this Unix socket too, for our own account"),
+        "--unix": (str, "PATH", "listen on this Unix socket too, for this account"),
         "--tls-cert": (str, "FILE", "https and wss with this certificate chain (PEM)"),
         "--tls-key": (str, "FILE", "its private key, if that is not in the same file"),
     },
@@ -12423,7 +12586,7 @@ OPTIONS: Options = {
     "tasks": {
         "--shell": (str, "PATH", "runs commands as PATH -c COMMAND"),
         "--max-tasks": (parse_count, "N", "running at once"),
-        "--keep-output": (parse_size, "SIZE", "bytes of output kept per task, such as 8MiB"),
+        "--keep-output": (parse_size, "SIZE", "output kept per task"),
         "--keep-tasks": (parse_count, "N", "finished tasks kept"),
     },
     "running": {
@@ -12435,15 +12598,16 @@ OPTIONS: Options = {
     },
 }
 SERVERS_HELP = """\
-A server is host, host:port, a URL, the path of a Unix socket, or a name from the list
-~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another file), with lines such as
+A server is host, host:port, a URL, the path of a Unix socket, or a name in the
+list ~/.config/servercontrol/hosts (SERVERCONTROL_HOSTS names another):
 
   web1   http://10.0.0.11:8080    web1.token
   db1    https://db1.example.org
 
-The third word is the file of its token, beside the list or with a path: a copy of the server's
-~/.local/state/servercontrol/token (on the server itself: --token-file with that path). A token
-goes to its own server and nowhere else.
+The third word names a file with the server's token, beside the list or by its
+path. For servers without one, --token-file or SERVERCONTROL_TOKEN. The server
+keeps its token in ~/.local/state/servercontrol/token, as a service in
+/var/lib/servercontrol/token. A token goes to its own server and nowhere else.
 """
 SERVERS: dict[str, tuple[Any, ...]] = {
     "server": (str, "SERVER", "(default: localhost; monitor: all that are listed)", ()),
@@ -12455,23 +12619,27 @@ SERVERS: dict[str, tuple[Any, ...]] = {
 # Command -> (usage, what it does, the end of its --help, its options).
 SYNTAX: dict[str, tuple[str, str, str, Options]] = {
     "serve": (
-        "[serve] [options]",
-        "Run commands on this server over HTTP and watch them live over WebSocket.",
+        "[COMMAND] [options]",
         """\
-Every option but --no-auth has an environment twin: --ws-port is SERVERCONTROL_WS_PORT, with
-several values separated by spaces. The option wins.
+Runs commands on this server over HTTP and shows them live over WebSocket.
 
-  python3 servercontrol.py                     serve, for this account on this machine
-  curl -d 'uptime' localhost:8080/exec         run a command
-  python3 servercontrol.py --host 0.0.0.0      serve the network too, to who has the token
+  python3 servercontrol.py                  serve this account on this machine
+  curl -d 'uptime' localhost:8080/exec      run a command there
+  python3 servercontrol.py --host 0.0.0.0   serve a network, by token
 
-Other commands, each with a --help of its own:
+Commands; `help COMMAND` tells more of each:
 
-  discover       find servers on the network
+  serve          what runs when no command is named; its options are below
   exec           run a command on one server or many
   monitor        watch many servers on one screen
+  discover       find servers on the network
   unit           print a systemd unit
   verify-audit   check that no line of the audit log was changed
+  help           this text
+""",
+        """\
+Every option but --no-auth has an environment twin: --ws-port is
+SERVERCONTROL_WS_PORT; several values are separated by spaces. The option wins.
 """,
         OPTIONS,
     ),
@@ -12479,12 +12647,13 @@ Other commands, each with a --help of its own:
         "discover [options]",
         "Find the servers of this machine and of the networks it is on.",
         """
-Servers that listen on loopback only, as they do by default, answer only on their own machine.
-A probe asks for nothing secret and carries no token. Exit status: 0 if a server answered, else 1.
+Servers that listen on loopback only, as they do by default, answer only on
+their own machine. A probe asks for nothing secret and carries no token.
+Exit status: 0 if a server answered, else 1.
 
-  discover --hosts >> ~/.config/servercontrol/hosts      list those that are new
-  discover --prometheus > servers.json                   for file_sd_configs
-  discover --ansible > servers.yml                       for ansible -i servers.yml
+  discover --hosts >> ~/.config/servercontrol/hosts   list those that are new
+  discover --prometheus > servers.json                for file_sd_configs
+  discover --ansible > servers.yml                    for ansible -i servers.yml
 """,
         {
             "": {
@@ -12505,24 +12674,26 @@ A probe asks for nothing secret and carries no token. Exit status: 0 if a server
         "Run a command on one server, or on many at once.",
         SERVERS_HELP
         + """
-One word is a command line for the server's shell; several words are taken as they are:
+One word is a command line for the server's shell; several words are passed on
+as they are:
 
   exec web1 -- uptime
   exec web1 web2 db1 -- 'grep -c error /var/log/*.log | sort'
   exec --all --fold -- uname -r
   exec web1 --tty -- top                  Ctrl-] lets go of it
 
-Exit status: the command's; of several the highest. 125: a server could not be reached, refused,
-was stopped meanwhile, or lost part of the output; 143 or 137: --timeout has ended it; 0 after
-Ctrl-], though the command goes on. Ctrl-C stops the command, a second one leaves it running, as
-does closing the terminal; the server's page shows it and can stop it. Output is text: send binary
-files by base64.
+Exit status: the command's; of several the highest. 125: a server could not be
+reached, refused, was stopped meanwhile, or lost part of the output. 143 or 137:
+--timeout has ended the command. 0 after Ctrl-], and the command goes on.
+Ctrl-C stops the command. A second one leaves it running, as does closing the
+terminal; the server's page shows it and can stop it.
+Output is text: send binary files by base64.
 """,
         {
             "": {
                 **SERVERS,
-                "--tty": (None, "", "in a terminal, with our keyboard"),
-                "--stdin": (None, "", "our standard input is the command's"),
+                "--tty": (None, "", "in a terminal, with your keyboard"),
+                "--stdin": (None, "", "send your standard input to the command"),
                 "--timeout": (parse_timeout, "SECONDS", "then it is stopped; 0 is never", 0.0),
                 "--fold": (None, "", "show equal outputs once, at the end"),
                 "--parallel": (parse_count, "N", "servers at a time", MAX_PARALLEL),
@@ -12534,9 +12705,15 @@ files by base64.
         "Watch servers: a live screen on a terminal, otherwise a line for each event.",
         SERVERS_HELP
         + """
-Without a server: the listed ones, or this machine if none is listed. A server that is not heard of
-for 5 seconds is called silent. With --log every task of every server is written down, once; what
-could not be seen is named as a gap. Started again with the same file it goes on where it was.
+Without a server: the listed ones, or this machine if none is listed.
+
+  monitor
+  monitor web1 db1 --log tasks.jsonl
+  monitor --all --once || echo 'not all servers are up'
+
+A server that is not heard of for 5 seconds is called silent. --log writes every
+task of every server down, once; what could not be seen is named as a gap.
+Started again with the same file, monitor goes on where it was.
 
 Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
 Exit status: 0; of --once 1 if a server is not up.
@@ -12554,21 +12731,26 @@ Exit status: 0; of --once 1 if a server is not up.
     "unit": (
         "unit [--user NAME] [options of serve]",
         """\
-Prints a unit for systemd, which then runs this file, where it lies, as a service that starts with
-the machine. To install it:
+Prints a unit for systemd, which then runs this file, where it lies, as a
+service that starts with the machine. To install it:
 
-  python3 servercontrol.py unit | sudo tee /etc/systemd/system/servercontrol.service
+  python3 servercontrol.py unit |
+    sudo tee /etc/systemd/system/servercontrol.service
   sudo systemctl daemon-reload
   sudo systemctl enable --now servercontrol
 """,
         """\
-All options of `serve` may be given too, and are what the service is started with. Without --user
-commands run in a sandbox, under an account that can change no files of this machine but the
-service's own. The unit says what each of its lines is for. Afterwards:
+All options of `serve` may be given too: the service is started with them.
+Without --user commands run in a sandbox, under an account that can change no
+files of this machine but the service's own. The unit says what each of its
+lines is for. Afterwards:
 
-  journalctl -u servercontrol                  what it says
-  sudo cat /var/lib/servercontrol/token        the token that it has made (with --user: in the home
-                                               of that account, .local/state/servercontrol/token)
+  journalctl -u servercontrol              its log
+  sudo cat /var/lib/servercontrol/token    its token
+  sudo python3 servercontrol.py exec \\
+    --token-file /var/lib/servercontrol/token -- date
+
+With --user the token is in ~/.local/state/servercontrol of that account.
 """,
         {"": {"--user": (str, "NAME", "run as this account, without a sandbox", None)}},
     ),
@@ -12576,7 +12758,16 @@ service's own. The unit says what each of its lines is for. Afterwards:
         "verify-audit [FILE...]",
         "Say whether the chain of hashes in an audit log holds, and where it breaks.",
         "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-        {"": {"file": (str, "FILE", "the log, rotated ones before it (default: our own)", ())}},
+        {
+            "": {
+                "file": (
+                    str,
+                    "FILE",
+                    "the log, rotated ones before it (default: of this account)",
+                    (),
+                )
+            }
+        },
     ),
 }
 
@@ -12596,6 +12787,8 @@ def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
     if not option.startswith("-"):
         return {"nargs": "*", "metavar": metavar, "help": text}
     shown = f"{default:g}" if isinstance(default, float) else default
+    if check is parse_size:
+        shown = f"{default // MIB}MiB"
     kind: dict[str, Any] = (
         {"choices": check} if isinstance(check, tuple) else {"type": check, "metavar": metavar}
     )
@@ -12612,7 +12805,7 @@ def build_parser(command: str) -> OneLineParser:
         usage=f"python3 servercontrol.py {usage}",
         description=text,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -12659,11 +12852,21 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
     return arguments
 
 
+def find_program(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program as the kernel and PATH would find it, None if it is none."""
+    folders = [""] if os.sep in name else os.get_exec_path(environ)
+    paths = [os.path.join(folder, name) for folder in folders]
+    return next((one for one in paths if os.path.isfile(one) and os.access(one, os.X_OK)), None)
+
+
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Return the options of `serve`. Raises ConfigError."""
     argv = list(argv)
-    if argv and not argv[0].startswith("-") and argv.pop(0) != "serve":
-        raise ConfigError(f"unknown command; there are: {', '.join(SYNTAX)}")
+    if argv and not argv[0].startswith("-") and argv[0] != "serve":
+        start = "; did you mean serve?" if argv[0] in ("start", "run") else ""
+        hint = start or suggest(argv[0], [*SYNTAX, "help"])
+        raise ConfigError(f"{argv[0]!r} is no command{hint} (see --help)")
+    argv = argv[argv[:1] == ["serve"] :]
     given = parse_given("serve", argv)
     try:
         twins = parse_given("serve", read_environment(environ))
@@ -12674,6 +12877,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
+    if not config.no_exec and find_program(config.shell, environ) is None:
+        raise ConfigError(f"--shell: {config.shell!r} is no program that can be run")
     if config.no_auth and (config.token_file or config.view_token_file or config.require_token):
         raise ConfigError(NO_AUTH_AND_TOKENS)
     return config
@@ -12690,6 +12895,16 @@ def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
     )
 
 
+def explain_tls_files(cert: str, key: str) -> str:
+    """Return why OpenSSL takes no certificate or key from files that it can read."""
+    with open(cert, "rb") as cert_file, open(key or cert, "rb") as key_file:
+        if b"BEGIN CERTIFICATE" not in cert_file.read():
+            return "there is no certificate in it (PEM)"
+        if b"PRIVATE KEY" in key_file.read():
+            return "the certificate or the private key is damaged"
+    return "there is no private key in it" + ("" if key else ": name the key's file by --tls-key")
+
+
 def load_tls(config: Config, log: Log) -> TlsFiles | None:
     """Return the TLS context, None without TLS. Raises ConfigError."""
     if not config.has_tls:
@@ -12704,6 +12919,8 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
     except (OSError, ValueError) as error:
         names = f"{config.tls_cert} {config.tls_key}".strip()
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "library", "") == "SSL":  # OpenSSL found no PEM, or not all of it
+            reason = explain_tls_files(config.tls_cert, config.tls_key)
         raise ConfigError(f"--tls-cert: {names}: {reason}") from None
 
 
@@ -12732,11 +12949,12 @@ def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Lo
         )
 
 
-def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
+def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_path: str) -> None:
     """Tell a person at a terminal what to do next. The token is shown here and nowhere else."""
     host = read_hostname() if listeners.is_wildcard else ""
     http, ws = listeners.url("http", host), listeners.url("ws", host)
-    who = "processes of this account on this machine; others need the token"
+    who = "processes of this account on this machine"
+    who += "; others need the token" if tokens.run else ", nobody else: there is no token"
     page, option = "", ""
     if config.no_auth:
         who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
@@ -12750,6 +12968,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
     print(f"  open to  {who}")
     if tokens.run_file is not None:
         print(f"  token    {tokens.run_file}")
+    if audit_path == "none":
+        print("  audit    none is kept")
     if not listeners.is_loopback and not config.has_tls:
         print(f"  safer    listen on loopback; {advise_tunnel(listeners)}")
     print("  stop     Ctrl-C", flush=True)
@@ -12812,7 +13032,11 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
         log.write("warning", "unknown_variable", name=name)
     os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # a secret, often; no task needs it
     tls = load_tls(config, log)
-    folder = open_state_folder(os.environ, log)
+    kept = (
+        ("no token, so only processes of this account get in", config.token_file or config.no_auth),
+        ("no audit log", config.audit_log),
+    )
+    folder = open_state_folder(os.environ, log, [name for name, given in kept if not given])
     tokens = load_tokens(config, os.environ, folder, log)
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
@@ -12850,7 +13074,7 @@ async def serve(config: Config, log: Log) -> None:
     supervisor.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
     supervisor.beat()
     if os.isatty(1):
-        print_banner(config, server.listeners, server.tokens)
+        print_banner(config, server.listeners, server.tokens, server.audit.path)
     await stopped
     supervisor.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
@@ -12916,7 +13140,8 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError.
 
-    --token-file is for servers that are named; a listed one's own token is for it alone.
+    --token-file, or else SERVERCONTROL_TOKEN, is for servers that are named, or this machine's; the
+    token of a listed server is for it alone.
     """
     listed, hosts = read_hosts(environ), find_hosts_file(environ)
     if given.all:
@@ -12928,7 +13153,11 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
                 f"{hosts} (discover --hosts prints some)"
             )
         return listed
-    token = load_token_file("--token-file", given.token_file) if given.token_file else None
+    token = environ.get("SERVERCONTROL_TOKEN") or None
+    if given.token_file:
+        token = load_token_file("--token-file", given.token_file, is_client=True)
+    elif token is not None:
+        check_token("SERVERCONTROL_TOKEN", token)
     targets: dict[str, Target] = {}
     for name in given.server or ["localhost"]:
         own = [one for one in listed if one.name == name and given.server]
@@ -13075,7 +13304,8 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
     if any(is_token_needed(one) for one in new):
-        write_note(f"the third word is the file for a copy of each server's {USUAL_TOKEN_FILE}")
+        folder = os.path.dirname(find_hosts_file(environ))
+        write_note(f"next: copy each server's {USUAL_TOKEN_FILE} to {folder}/NAME.token")
     try:
         kept = os.listdir(os.path.dirname(find_hosts_file(environ)) or ".")
     except OSError:
@@ -13450,6 +13680,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_standard_descriptors()
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv and argv[0] == "help":
+            command = argv[1] if argv[1:2] and argv[1] in SYNTAX else "serve"
+            build_parser(command).print_help()
+            return 0
         if argv and argv[0] in COMMAND_LINES:
             return run_command_line(argv)
         config = parse_config(argv, os.environ)
