@@ -391,6 +391,14 @@ def loops() -> list[str]:
     return ["asyncio"] + (["uvloop"] if sc.uvloop is not None else [])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hear_signals() -> None:
+    """What runs in the background (`make test &`, nohup) ignores these, and so do its children."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="class", params=loops())
 def server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]:
     """A server with default options, shared by the tests of a class; once per event loop."""
