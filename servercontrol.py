@@ -1043,11 +1043,12 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
     listed = len(origins) == 1 and origins[0] in policy.allow_origins
     own = len(origins) == 1 and is_own_origin(origins[0], scheme, host)
     if origins and not listed and not own:
-        message = "this web page may not use this server; --allow-origin lists those that may"
+        origin = origins[0] if re.fullmatch(r"[!-~]{1,200}", origins[0]) else "ORIGIN"
+        message = f"this web page may not use this server, unless it has --allow-origin {origin}"
         raise HttpError(403, "bad_origin", message)
     site = head.value("sec-fetch-site")
     if site in ("cross-site", "same-site") and not listed and not is_top_level_visit(head):
-        message = "another site's page may not use this server, unless --allow-origin lists it"
+        message = "another site's page may not use this server, unless --allow-origin names it"
         raise HttpError(403, "bad_origin", message)
     from_browser = bool(origins) or any(name.startswith("sec-fetch-") for name, _ in head.fields)
     form = head.has_body and head.media_type != "application/json"
@@ -5186,10 +5187,11 @@ def matches_tag(head: RequestHead, tag: str) -> bool:
 
 
 async def answer_page(server: Server, request: Request) -> Response:
-    """`GET /`: the dashboard, or for `curl` what this is and how to connect. Holds no data."""
+    """`GET /`: the dashboard, or for `curl` and `?text` the API at a glance. Holds no data."""
     head, page = request.head, server.page
     fields = [("Vary", "Accept, Accept-Encoding"), ("Referrer-Policy", "no-referrer")]
-    if not any(one.startswith("text/html") for one in head.tokens("accept")):
+    is_browser = any(one.startswith("text/html") for one in head.tokens("accept"))
+    if "text" in request.parameters or not is_browser:
         fields.append(("Content-Security-Policy", f"default-src 'none'; {NO_FRAMES}"))
         url = find_url(head, "https" if server.config.has_tls else "http")
         text = HELP.replace("{url}", url).replace("{ws}", "ws" + url.removeprefix("http"))
@@ -5457,7 +5459,7 @@ EXEC_PARAMETERS = frozenset({"wait", "follow", "again", "ref", *EXEC_FLAGS})
 ROUTES = {
     route.path: route
     for route in (
-        Route("/", "GET", None, frozenset(), answer_page),
+        Route("/", "GET", None, frozenset({"text"}), answer_page),
         Route("/health", "GET", None, frozenset(), answer_health),
         Route("/exec", "POST", Role.RUN, EXEC_PARAMETERS, answer_exec),
         Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
@@ -9826,6 +9828,7 @@ HTML = r"""
     <span id="link" class="badge" role="status">connecting</span>
     <span id="role" class="badge plain" hidden></span>
     <span id="uptime" class="dim grow"></span>
+    <a href="?text" target="_blank" title="What can be done without this page">curl, API</a>
     <button id="bell" aria-expanded="false" aria-controls="alerts">
       Alerts <span id="alert-count" class="badge plain">0</span>
     </button>
@@ -9906,6 +9909,7 @@ HTML = r"""
         placeholder="Type a command"
         aria-describedby="run-hint"
         autocapitalize="off"
+        autofocus
       ></textarea>
       <button class="primary">Run</button>
       <div class="options">
