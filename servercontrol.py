@@ -455,7 +455,8 @@ COMMAND_STATUS = {
 class Config:
     """All options of `serve`, under the names that the command line gives them."""
 
-    host: tuple[str, ...] = ("127.0.0.1",)
+    # `localhost` is ::1 first on most machines, and many clients do not try its second address.
+    host: tuple[str, ...] = ("127.0.0.1", "::1")
     port: int = 8080
     ws_port: int = 8082
     discovery_port: int = 8081
@@ -6400,17 +6401,19 @@ class Listeners:
         self.unix_path, self._unix_file = path, os.stat(path)
 
     def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
-        """Bind the first free port from `port` on. Raises OSError."""
+        """Bind the first port from `port` on that is free at all hosts. Raises OSError."""
         addresses = resolve_hosts(hosts)
-        last = min(port + PORT_TRIES - 1, 65535) if port else 0
+        if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
+            addresses = [[pair for pairs in addresses for pair in pairs]]
+        last = min(port + PORT_TRIES - 1, 65535)
         for candidate in range(port, last + 1):
-            try:
-                sockets = bind_all(addresses, candidate)
+            try:  # a port that the kernel chooses is free at the first address alone
+                sockets = bind_all(addresses, candidate if port else 0)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or candidate == last:
                     raise
                 continue
-            if candidate != port:
+            if port and candidate != port:
                 self._log.write("warning", "port_busy", port=port, used=candidate, listener=name)
             self.sockets += sockets
             return int(sockets[0].getsockname()[1])

@@ -6602,11 +6602,8 @@ def upgrade(host: str, port: int) -> bytes:
 
 def bind(port: int = 0, address: str = "127.0.0.1") -> socket.socket:
     """Listen on a port as any server does it."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen()
-    return listener
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family)
 
 
 def listening_ports(pid: int) -> list[int]:
@@ -8542,6 +8539,17 @@ class TestCommandLine:
             assert server.request("GET", "/info", Host="evil.test").status == 403
 
 
+def has_ipv6() -> bool:
+    try:
+        bind(address="::1").close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+
+
 class TestPorts:
     """SPEC 1: ports are allocated; every address is served, or none."""
 
@@ -8565,18 +8573,24 @@ class TestPorts:
                 assert b" 101 " in upgrade("127.0.0.1", port)
                 assert ask_host("127.0.0.1", port) == {"ok": True}
 
-    @pytest.mark.parametrize("other", ["127.0.0.1", "127.0.0.2"])
-    def test_busy_port_gives_the_next_free_one(self, tmp_path: Path, other: str) -> None:
-        """CASES 80; the same one at all addresses."""
+    @pytest.mark.parametrize("other, hosts", [
+        ("127.0.0.1", ["127.0.0.1", "127.0.0.2"]), ("127.0.0.2", ["127.0.0.1", "127.0.0.2"]),
+        pytest.param("::1", [], marks=needs_ipv6), pytest.param("127.0.0.1", [], marks=needs_ipv6),
+    ])  # fmt: skip
+    def test_busy_port_gives_the_next_free_one(
+        self, tmp_path: Path, other: str, hosts: list[str]
+    ) -> None:
+        """CASES 80; the same one at all addresses, by default of both families."""
         with bind(address=other) as holder:
             busy = holder.getsockname()[1]
-            options = (f"--port={busy}", "--host=127.0.0.1", "--host=127.0.0.2")
+            options = (f"--port={busy}", *(f"--host={host}" for host in hosts))
             with ServerProcess(tmp_path, *options) as server:
                 record = server.wait_for_log("port_busy")
                 assert (record["level"], record["port"]) == ("warning", busy)
                 assert record["used"] == server.port and busy < server.port < busy + 100
-                for address in ("127.0.0.1", "127.0.0.2"):
+                for address in hosts or ("127.0.0.1", "::1"):
                     assert ask_host(address, server.port) == {"ok": True}
+                assert server.log("listening")[0]["http"] == f"http://127.0.0.1:{server.port}"
 
     def test_equal_ports_are_one_listener(self, tmp_path: Path) -> None:
         with bind() as holder:
@@ -8616,7 +8630,56 @@ class TestPorts:
             with pytest.raises(ConnectionRefusedError):
                 ask_host("127.0.0.2", server.port)
 
-    @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+    @needs_ipv6
+    def test_both_loopbacks_are_the_default(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path) as server:
+            for address, port in itertools.product(
+                ("127.0.0.1", "::1", "localhost"), (server.port, server.ws_port)
+            ):
+                assert b" 101 " in upgrade(address, port)
+                assert ask_host(address, port, "/exec?wait", "echo six")["output"] == "six\n"
+            by = {task["by"].rpartition(":")[0] for task in server.get("/tasks")}
+            assert by == {"127.0.0.1", "[::1]"}
+            with socket.create_connection(("::1", server.port), PATIENCE_SECONDS) as connection:
+                connection.sendall(http_message("GET / HTTP/1.1", "Host: evil.test"))
+                assert AnswerStream(connection).next().status == 403
+            with Prober(server.discovery_port) as prober:
+                (reply,) = prober.ask()
+            assert (reply["port"], reply["ws_port"]) == (server.port, server.ws_port)
+
+    @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+    def test_a_machine_without_ipv6_is_served_all_the_same(
+        self, tmp_path: Path, number: int
+    ) -> None:
+        code = (
+            "make = sc.socket.create_server\n"
+            "def refuse(address, **options):\n"
+            f"    if address[0] == '::1': raise OSError({number}, 'no IPv6')\n"
+            "    return make(address, **options)\n"
+            "sc.socket.create_server = refuse"
+        )
+        with ServerProcess(tmp_path, script=write_launcher(tmp_path, code)) as server:
+            assert server.get("/health") == {"ok": True}
+            with pytest.raises(ConnectionRefusedError):
+                ask_host("::1", server.port)
+            assert not [one for one in server.records if one["level"] == "warning"]
+
+    def test_any_port_is_free_at_both(self) -> None:
+        """The kernel chooses one that is free at the first address; at the second it may not be."""
+        busy, tried = [True, True, False, False], []
+
+        def bind_or_fail(hosts: Any, port: int) -> list[socket.socket]:
+            tried.append(port)
+            if busy.pop(0):
+                raise OSError(errno.EADDRINUSE, "busy")
+            return [bind()]
+
+        log = mock.Mock()
+        with mock.patch.object(sc, "bind_all", bind_or_fail):
+            sc.Listeners(sc.Config(port=0, ws_port=0), log).close()
+        assert tried == [0, 0, 0, 0] and not log.write.called
+
+    @needs_ipv6
     def test_ipv6_loopback(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--host=::1") as server:
             assert server.log("listening")[0]["http"] == f"http://[::1]:{server.port}"
@@ -8627,7 +8690,7 @@ class TestPorts:
             with pytest.raises(ConnectionRefusedError):
                 ask_host("127.0.0.1", server.port)
 
-    @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+    @needs_ipv6
     @pytest.mark.parametrize("hosts", ["::", ":: 0.0.0.0", "0.0.0.0 ::", "localhost"])
     def test_both_families(self, tmp_path: Path, hosts: str) -> None:
         options = [f"--host={host}" for host in hosts.split()]
