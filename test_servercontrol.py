@@ -2744,7 +2744,7 @@ class TestWebSocketRules:
             peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for part in parts:
                 peer.send(part)
-            assert set(peer.receive(is_type("pong", "error"))[-1]) == {"type", "timestamp"}
+            assert set(peer.receive(is_type("pong", "error"))[-1]) == {"type", "timestamp", "seq"}
 
     @cases(
         ("a violation", b"\xff\xff"), ("a bad text", make_frame(0x81, b"\xff")),
