@@ -26,25 +26,25 @@ The way of the data:
 
 Map (search for the number and a dot):
 
-    1. Imports and version
-    2. Constants
-    3. Errors
-    4. Configuration
-    5. HTTP messages
-    6. Access
-    7. WebSocket handshake and frames
-    8. WebSocket connection
-    9. Statistics and alerts
-    10. Feed and kept output
-    11. Messages and datagrams
-    12. Log, state folder and audit log
-    13. Tasks
-    14. Viewers
-    15. Background loops
-    16. Server
-    17. Client
-    18. Dashboard
-    19. Command line
+    1. Imports and version: the two optional packages, names for annotations
+    2. Constants: every limit, time-out and protocol number
+    3. Errors: what others may do wrong, COMMAND_STATUS
+    4. Configuration: Config, the options of `serve`
+    5. HTTP messages: HttpParser, RequestHead, query, answers' heads and chunks
+    6. Access: check_access, tokens, owners of sockets, RateLimit
+    7. WebSocket handshake and frames: upgrade, Opcode, close codes, frames, deflate
+    8. WebSocket connection: messages from frames, the closing handshake
+    9. Statistics and alerts: parsers of /proc, rates, AlertRule
+    10. Feed and kept output: the log of events, its cursors; output kept per task
+    11. Messages and datagrams: JSON, events, request fields, METRICS, discovery, webhook
+    12. Log, state folder and audit log: stderr, task ids, tokens, records in a chain
+    13. Tasks: start, terminal, reading and its pauses, stopping, the end
+    14. Viewers: publish, flush, viewers that are slow, pings
+    15. Background loops: sampling, webhook, answers to probes, systemd
+    16. Server: routes, HTTP and WebSocket answers, error bodies, sockets, deadlines, stop
+    17. Client: names of servers, Link, exec, monitor with log and screen, discover
+    18. Dashboard: CSS, HTML, JavaScript of the page, its policy
+    19. Command line: options, banner, signals, verify-audit, systemd unit, main
 
 Security stance: whoever may use this server owns the account it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -190,7 +190,7 @@ WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
-MAX_FRAGMENTS = 1024  # also to our client: a proxy may split 16 MiB into pieces of 16 KiB
+MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692. A shorter message gains next to nothing; up to FINE_BYTES the best
 # compression takes below 0.03 ms; beyond, the fastest one takes 0.3 to 1.3 ms for 64 KiB.
@@ -301,14 +301,15 @@ STRANGER_GRACE_SECONDS = 3.0
 MAX_BURST = 512  # but not more than this
 SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
-STOP_SECONDS = 7.0  # from the first signal to the end, if a child cannot be reaped
+STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
 # Client.
 CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
 ANSWER_SECONDS = 15.0  # for a piece of an answer
 CLIENT_BUFFER_BYTES = 256 * KIB
-MAX_EVENT_BYTES = 16 * MIB  # a server keeps no more
+MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
+MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
 # What may come before the `hello` of another run: all that it keeps, and what happens meanwhile.
 MAX_EARLY_BYTES = 2 * KEEP_EVENTS_BYTES
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks, which `hello` lists in one event
@@ -332,6 +333,7 @@ ENDED_STATUS = 410  # of an UnreachableError: the command is known to have ended
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
+LOG_ERROR_SECONDS = 60.0  # between two complaints about a log of the monitor
 MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond it a gap is named
 MAX_WAITING_BYTES = 64 * MIB  # of them: a command may be long, and each event has them tried again
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
@@ -3066,7 +3068,11 @@ class AuditLog:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _lock(self) -> os.stat_result:
-        """Lock the file that the path names now, opening it anew after a rotation."""
+        """Lock the file that the path names now.
+
+        A rotation may rename the file before or after we have opened and locked it. So the path is
+        looked at under the lock, and opened again until it names the file that we hold.
+        """
         while True:
             if self._fd < 0:
                 self._fd = open_audit_file(self.path)
@@ -3320,7 +3326,6 @@ TASK_PHASES = {
 
 
 def set_terminal_size(fd: int, cols: int, rows: int) -> None:
-    """Set the size of a terminal (ioctl_tty(2))."""
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
@@ -3476,7 +3481,6 @@ class Task:
         return int(room) if 2 * room >= min(READ_CHUNK_BYTES, self.window) else 0
 
     def wake(self) -> None:
-        """Let everyone go on who waits for more output or the end."""
         self.news.set()
         self.news.clear()
 
@@ -3487,14 +3491,12 @@ class Task:
         self.timers[name] = loop.call_later(seconds, callback, self)
 
     def cancel_timer(self, name: str) -> None:
-        """Forget a timer, if it is set."""
         timer = self.timers.pop(name, None)
         if timer is not None:
             timer.cancel()
 
 
 def list_pids() -> list[int]:
-    """Return all process ids of this pid namespace. Raises OSError."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
@@ -3567,7 +3569,6 @@ def reap_orphans(shells: set[int]) -> None:
 
 
 def count_pipe_bytes(fd: int) -> int:
-    """Return how many bytes can be read at once."""
     (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
     return int(count)
 
@@ -3706,7 +3707,6 @@ class Tasks:
         return task
 
     def list(self) -> Iterable[Task]:
-        """Return all kept tasks, newest last."""
         return self._tasks.values()
 
     # Starting
@@ -3835,7 +3835,11 @@ class Tasks:
     # Output
 
     def _read(self, task: Task) -> None:
-        """Output has come: read it now, or when it is this task's turn."""
+        """Output has come: read it now, or when it is this task's turn.
+
+        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. What comes
+        after that waits in a queue, which goes first in the next turn.
+        """
         now = time.perf_counter()
         if not self._turn_end:
             self._turn_end = now + READ_TURN_SECONDS
@@ -4010,13 +4014,11 @@ class Tasks:
             signal_session(task.pid, signal.SIGCONT)
 
     def stop_all(self) -> None:
-        """Begin to stop every task, because the server stops."""
         self.is_stopping = True
         for task in list(self.running.values()):
             self.stop(task, by=SERVER_STOP)
 
     def kill_all(self) -> None:
-        """KILL every task at once, without waiting for anything."""
         for task in self.running.values():
             signal_session(task.pid, signal.SIGKILL)
 
@@ -4222,7 +4224,6 @@ class Viewer:
             self.write(self.websocket.encode(Opcode.PONG, payload))
 
     def close(self, code: int, reason: str) -> None:
-        """Begin the closing handshake."""
         self.write(self.websocket.close(code, reason))
 
     def is_worth_waiting(self, now: float, elapsed_seconds: float) -> bool:
@@ -4313,7 +4314,6 @@ class Viewers:
         self.serve(viewer)
 
     def leave(self, viewer: Viewer) -> None:
-        """Send nothing more to a viewer."""
         if viewer in self.all:
             self.all.remove(viewer)
             self._leave_audience(viewer)
@@ -4359,7 +4359,11 @@ class Viewers:
             self._schedule()
 
     def is_pressed(self) -> bool:
-        """Whether tasks should pause, lest a viewer that reads its share should lose events."""
+        """Whether tasks should pause, so that viewers who read lose no events.
+
+        They pause while a viewer is half the feed behind, and until it has caught up. A viewer that
+        has stopped reading delays them by PATIENCE_SECONDS in all.
+        """
         now = time.monotonic()
         elapsed = now - self._looked_at
         if elapsed >= PRESSURE_SECONDS:
@@ -5623,14 +5627,23 @@ def is_refusal(error: HttpError | CommandError) -> bool:
 class Phase(enum.Enum):
     """What a connection is doing; it decides what its deadline means."""
 
-    OPENING = "opening"  # the TLS handshake, which has a deadline of its own
+    OPENING = "opening"  # no transport yet: the TLS handshake, which has a deadline of its own
     IDLE = "idle"
     READING = "reading"
+    EXPIRED = "expired"  # reading took too long, and 408 is to be answered
     ANSWERING = "answering"
     WAITING = "waiting"  # for a task: given up when the client goes away
     WEBSOCKET = "websocket"
     CLOSING = "closing"
     ENDING = "ending"  # nothing more is to be said; a TLS peer may say goodbye
+
+
+class End(enum.Enum):
+    """How a connection ends."""
+
+    WRITTEN = "written"  # after what is still to be written
+    NOW = "now"  # what the kernel has taken it may still deliver
+    RESET = "reset"  # the kernel is to forget what the peer does not take, too
 
 
 class ConnectionProtocol(asyncio.StreamReaderProtocol):
@@ -5644,7 +5657,7 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
         """The connection stands; with TLS, the handshake is over."""
         super().connection_made(transport)
         if self._connection is not None:
-            self._connection.take_transport(cast("asyncio.Transport", transport))
+            self._connection.take_transport(cast("asyncio.Transport", transport), self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -5730,15 +5743,14 @@ class Connection:
 
     __slots__ = (
         "server reader inbox writer transport peer address crowd role phase deadline viewer task "
-        "opened_at _socket _is_expired _written_bytes _taken_bytes _progress_at _is_extra"
+        "opened_at _socket _written_bytes _taken_bytes _progress_at"
     ).split()
 
     def __init__(
         self, server: Server, connection: socket.socket, listener: Listener, address: Any
     ) -> None:
         self.server = server
-        # None as soon as there is a transport.
-        self._socket: socket.socket | None = connection
+        self._socket = connection
         scheme = "https" if server.tls and listener is not Listener.UNIX else "http"
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.may_scan
@@ -5759,8 +5771,6 @@ class Connection:
         # Monotonic time when the present phase must be over, or None.
         self.deadline: float | None = None
         self.viewer: Viewer | None = None
-        # The deadline has passed while a request was being read.
-        self._is_expired = False
         # What was written, how much of it the kernel had taken at the last sweep, and when that
         # last grew.
         self._written_bytes = 0
@@ -5769,20 +5779,20 @@ class Connection:
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
             server.take_stranger(self)
-        self._is_extra = len(server.connections) > server.max_clients
+        is_extra = len(server.connections) > server.max_clients
         loop = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
         self.inbox = Inbox(self.reader, server.turns)
         self.writer: asyncio.StreamWriter
-        self.task = loop.create_task(self.run())
+        self.task = loop.create_task(self._run(is_extra))
 
     # Life
 
-    async def run(self) -> None:
-        """Serve the connection until either side ends it."""
+    async def _run(self, is_extra: bool) -> None:
+        """Serve the connection until either side ends it. is_extra: there are too many."""
         try:
-            await self._open()
-            if self._is_extra:
+            await self._open(is_extra)
+            if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
                 self._write(self._encode_head(None, response, keep_alive=False) + response.body)
@@ -5795,24 +5805,24 @@ class Connection:
                 "error", "connection_failed", trace=traceback.format_exc()
             )
         finally:
-            self.close()
+            self.end(End.WRITTEN)
 
-    async def _open(self) -> None:
+    async def _open(self, is_extra: bool) -> None:
         """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
-        assert self._socket is not None
-        loop, connection = asyncio.get_running_loop(), self._socket
+        loop = asyncio.get_running_loop()
         options: dict[str, Any] = {}
         if self.peer.scheme == "https" and self.server.tls:
-            if self._is_extra:  # a handshake would be too much of an answer
-                connection.close()
+            if is_extra:  # a handshake would be too much of an answer
+                self._socket.close()
                 raise ConnectionAbortedError
             options["ssl"] = self.server.tls.context
             options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
         protocol = ConnectionProtocol(self)
         plain = None
         try:
-            plain = connection.dup() if options else None  # asyncio closes its own after a failure
-            await loop.connect_accepted_socket(lambda: protocol, connection, **options)
+            # asyncio closes its own after a failure
+            plain = self._socket.dup() if options else None
+            await loop.connect_accepted_socket(lambda: protocol, self._socket, **options)
         except OSError as error:
             reason = error.strerror or str(error)
             if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
@@ -5824,31 +5834,52 @@ class Connection:
         finally:
             if plain:
                 plain.close()
-        if self._socket is not None:  # the peer has gone in the same moment
+        if self.phase is Phase.OPENING:  # the peer has gone in the same moment
             raise ConnectionAbortedError
-        self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        self.writer = asyncio.StreamWriter(self.transport, protocol, self.reader, loop)
+
+    def take_transport(
+        self, transport: asyncio.Transport, protocol: asyncio.StreamReaderProtocol
+    ) -> None:
+        """The connection stands: with TLS it could not speak before."""
+        self.transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        loop = asyncio.get_running_loop()
+        self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
+        self.opened_at = time.monotonic()
         self._begin_phase(Phase.READING, HEAD_SECONDS)
 
-    def take_transport(self, transport: asyncio.Transport) -> None:
-        self.transport, self._socket = transport, None
-        self.opened_at = time.monotonic()  # with TLS it could not speak before
+    def end(self, how: End) -> None:
+        """End the connection; nothing else does. forget() follows when the transport is gone.
 
-    def close(self) -> None:
-        """Close after what is still to be written; a client that does not take it is swept."""
-        if self.viewer is not None:
-            self.server.viewers.leave(self.viewer)
-        self.phase = Phase.CLOSING
-        if self._socket is None:
+        A client that does not take what is still to be written is ended by sweep().
+        """
+        if self.phase is Phase.OPENING:
+            try:  # the event loop has the descriptor, and closes it when the handshake ends
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the peer has reset it
+            if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
+                self.forget()
+            return
+        if how is End.WRITTEN:
+            if self.viewer is not None:
+                self.server.viewers.leave(self.viewer)
+            self.phase = Phase.CLOSING
             # asyncio has closed it already when the client did, and takes a second close of a TLS
             # transport ill: a look at its buffer fails after that.
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
                 self._end_tls()
-        else:  # the handshake has failed
-            self.abort()
-            self.forget()
+            return
+        if how is End.RESET and count_waiting_bytes(self.transport):
+            # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
+            try:
+                reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            except OSError:
+                pass  # it is closed already
+        self.transport.abort()
 
     def _end_tls(self) -> None:
         """Do not wait for the peer's goodbye (RFC 8446, 6.1), as asyncio before 3.11 does."""
@@ -5859,28 +5890,6 @@ class Connection:
             return
         self.phase = Phase.ENDING
         asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
-
-    def abort(self) -> None:
-        """Close at once. Where the peer does not take what waits, the kernel is to forget it too:
-        else that would stay in its memory for minutes, and the peer's writes would hang."""
-        if self._socket is None and count_waiting_bytes(self.transport):
-            reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
-            connection = self.transport.get_extra_info("socket")
-            try:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            except OSError:
-                pass  # it is closed already
-        self.drop()
-
-    def drop(self) -> None:
-        """Close at once; what the kernel has taken it may still deliver."""
-        if self._socket is None:
-            self.transport.abort()
-            return
-        try:  # the event loop has the descriptor, and closes it when the handshake ends
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer has reset it
 
     def forget(self) -> None:
         self.server.connections.discard(self)
@@ -5901,7 +5910,7 @@ class Connection:
         self._taken_bytes = written - waiting
         is_dead = self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now)
         if is_dead or now - self._progress_at >= WRITE_STALL_SECONDS:
-            self.abort()
+            self.end(End.RESET)
         elif self.deadline is not None and now >= self.deadline:
             self.deadline = None
             self._expire()
@@ -5911,12 +5920,12 @@ class Connection:
         self.writer.write(data)
 
     def _expire(self) -> None:
-        if self.phase in (Phase.IDLE, Phase.READING):
-            # Waiting for bytes is interrupted, so that 408 can be answered.
-            self._is_expired = self.phase is Phase.READING
+        if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
+            self.phase = Phase.EXPIRED
+        if self.phase in (Phase.IDLE, Phase.EXPIRED):
             self.task.cancel()
         else:
-            self.abort()
+            self.end(End.RESET)
 
     # HTTP
 
@@ -5972,9 +5981,8 @@ class Connection:
         try:
             data = await self.inbox.read()
         except asyncio.CancelledError:
-            if not self._is_expired or parser.is_idle:
+            if self.phase is not Phase.EXPIRED or parser.is_idle:
                 raise
-            self._is_expired = False
             raise HttpError(408, "timeout", "the request took too long to arrive") from None
         parser.feed(data)
         return data
@@ -6686,11 +6694,11 @@ class Server:
                 del self._crowds[stranger.crowd]
 
     def _make_room(self) -> None:
-        """Keep strangers few: of the largest crowd the oldest gives way, so that nobody takes all
-        places from the others.
+        """Keep connections few that have not passed the gate.
 
-        A burst of clients that come back together may be more for a moment, until each has had
-        the chance to speak, unless it is a flood or takes more than half of all places.
+        Above the limit the source with most of them loses its oldest. In a burst, of clients that
+        come back together, that one first has STRANGER_GRACE_SECONDS to speak, unless there are
+        more than MAX_BURST, or half of all places are taken.
         """
         while len(self._strangers) > self._max_strangers:
             largest = max(self._crowds.values())
@@ -6707,7 +6715,7 @@ class Server:
             # At once, and not when the loop says that it is gone: many may come in one turn.
             self.forget_stranger(loser)
             self.connections.discard(loser)
-            loser.abort()
+            loser.end(End.RESET)
 
     def _make_room_later(self) -> None:
         self._is_room_due = False
@@ -6812,7 +6820,7 @@ class Server:
         if self._count_unsent():
             self.log.write("warning", "webhook_dropped", alerts=self._count_unsent())
         for connection in list(self.connections):
-            connection.drop()
+            connection.end(End.NOW)
         await self._end_background()
 
     def _count_unsent(self) -> int:
@@ -6824,7 +6832,7 @@ class Server:
             if connection.viewer is not None:
                 connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
             elif connection.phase is Phase.OPENING:
-                connection.abort()
+                connection.end(End.NOW)
             elif connection.phase in (Phase.IDLE, Phase.READING):
                 connection.task.cancel()
 
@@ -7324,7 +7332,9 @@ class Link:
         timer = None
         try:
             await wait_within(seconds, self._upgrade(reader, writer))
-            self._websocket = WebSocketConnection(lambda: os.urandom(4), MAX_EVENT_BYTES)
+            self._websocket = WebSocketConnection(
+                lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS
+            )
             self._early = None
             self._writer, self.heard_now = writer, time.monotonic()
             self.send({"type": "hello"})
@@ -8243,16 +8253,17 @@ class Watched:
 class MonitorLog:
     """Every task of every server as JSON lines; and, from an older run, where to go on.
 
-    Opened for each record, so that it can be rotated, by rename or copytruncate: a new file begins
-    with a `position` of each server, so that it is enough to go on from. For the same reason one is
-    written now and then: only the end of a long file is read. path "": there is none.
+    The log is the monitor's memory: each record names a server's run and its seq there, and at the
+    start the newest part of the file is read. So that this part is always enough, a `position` of
+    each server stands at the beginning of a file (it may be rotated, by rename or copytruncate) and
+    is repeated every few MiB. path "": there is no log.
     """
 
     TASK = ("task_id", "command", "cwd", "by", "started")
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._complained_now = -AUDIT_ERROR_SECONDS
+        self._complained_now = -LOG_ERROR_SECONDS
         # Records that are not written yet, and whether the file ends in the middle of one.
         self._waiting: list[bytes] = []
         self._is_cut = False
@@ -8367,7 +8378,7 @@ class MonitorLog:
                 self.problem = ""
         except OSError as error:
             self.problem = f"--log: {self._path}: {error.strerror}"
-            if time.monotonic() - self._complained_now >= AUDIT_ERROR_SECONDS:
+            if time.monotonic() - self._complained_now >= LOG_ERROR_SECONDS:
                 self._complained_now = time.monotonic()
                 write_without_waiting(2, encode_note(self.problem))
 
