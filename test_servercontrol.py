@@ -7566,11 +7566,15 @@ class TestTaskLimits:
             dropped = [server.get(f"/logs?id={i}&offset=30000000")["dropped"] for i in ids]
             assert dropped == [90000000 - 64 * sc.MIB, 0, 0]
 
-    @pytest.mark.parametrize("shell", ["/nonexistent/sh", "/dev/null", "/"])
-    def test_missing_shell_fails_that_task_only(self, tmp_path: Path, shell: str) -> None:
-        """CASES 62."""
+    @pytest.mark.parametrize("becomes", ["/nonexistent/sh", "/dev/null", "/"])
+    def test_missing_shell_fails_that_task_only(self, tmp_path: Path, becomes: str) -> None:
+        """CASES 62. The shell is there when the server starts, and is gone later."""
+        shell = tmp_path / "shell"
+        shell.symlink_to("/bin/sh")
         with ServerProcess(tmp_path, f"--shell={shell}") as server:
             server.get("/health")
+            shell.unlink()
+            shell.symlink_to(becomes)
             before = server.descriptors()
             for cwd in ({}, {"cwd": str(tmp_path)}):
                 answer = server.request("POST", "/exec", json.dumps({"cmd": "echo", **cwd}))
