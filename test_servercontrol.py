@@ -8093,7 +8093,7 @@ class TestAuditLog:
         "start": {"pid", "version", "http", "ws", "discovery", "unix"},
         "task_start": {"task_id", "command", "cwd", "by", "pid"},
         "task_complete": {
-            *("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
+            *("task_id", "exit_code", "signal", "state", "killed_by", "duration_ms", "output_bytes")
         },
         "task_kill": {"task_id", "signal", "by"},
         "refused": {"by", "reason", "request"},
