@@ -2,7 +2,7 @@
 """ServerControl: run commands on a server and watch them live, from anywhere.
 
     python3 servercontrol.py                       start, on this machine only
-    curl -d 'uptime' localhost:8080/exec           run a command
+    curl -d 'date' localhost:8080/exec             run a command
     curl -d 'make' 'localhost:8080/exec?follow'    run it and watch it
     http://localhost:8080/                         all of that on a page, in a browser
     ws://localhost:8082/                           every event of every task, live, as JSON
@@ -5130,7 +5130,7 @@ ServerControl: run commands on this server and watch them live.
 
 A browser shows this address as a page that does all of it. With curl:
 
-    curl -d 'uptime' {url}/exec                 start a command
+    curl -d 'date' {url}/exec                   start a command
     curl -N -d 'make' '{url}/exec?follow'       see its output as it comes
     curl -d 'df -h' '{url}/exec?wait'           wait; output and exit code as JSON
     curl --data-binary @job.sh '{url}/exec?wait'    run a script
@@ -5144,7 +5144,9 @@ The token is in ~/.local/state/servercontrol/token of that account, or, if the
 server is a service, in /var/lib/servercontrol/token.
 
     POST /exec            run the body; or JSON {"cmd": ...} with cwd, env, timeout,
-                          name, stdin, tty, cols, rows; ?wait, ?follow as above
+                          name, stdin, tty, cols, rows; ?wait, ?follow as above;
+                          ?wait&raw: the output as text; &fail: status 500 if it
+                          fails; &tie: stop it when this client goes away
     GET  /tasks           all tasks; ?id=1: one. State, exit code, times, who asked
     GET  /logs?id=1       its output; &raw: as text, &follow: to its end,
                           &offset=B: from there on
@@ -5166,7 +5168,8 @@ Errors are {"error": CODE, "message": TEXT}. WebSocket clients get every event:
     cpu_alert      cpu, hostname, message
 
 A token is the second argument: ["servercontrol.v1", "bearer." + token]. With
-?since=SEQ&boot=BOOT_ID all events after SEQ come first.
+?since=SEQ&boot=BOOT_ID all events after SEQ come first; with
+?only=task_start,task_complete come only these.
 On the server: python3 servercontrol.py --help
 """
 
@@ -12642,7 +12645,7 @@ SYNTAX: dict[str, tuple[str, str, str, Options]] = {
 Runs commands on this server over HTTP and shows them live over WebSocket.
 
   python3 servercontrol.py                  serve this account on this machine
-  curl -d 'uptime' localhost:8080/exec      run a command there
+  curl -d 'date' localhost:8080/exec        run a command there
   python3 servercontrol.py --host 0.0.0.0   serve a network, by token
 
 Commands; `help COMMAND` tells more of each:
@@ -12695,7 +12698,7 @@ Exit status: 0 if a server answered, else 1.
 One word is a command line for the server's shell; several words are passed on
 as they are:
 
-  exec web1 -- uptime
+  exec web1 -- date
   exec web1 web2 db1 -- 'grep -c error /var/log/*.log | sort'
   exec --all --fold -- uname -r
   exec web1 --tty -- top                  Ctrl-] lets go of it
@@ -12981,7 +12984,7 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
         option = f"-H 'Authorization: Bearer {tokens.run}' "
     print(f"ServerControl {__version__}")
     print(f"  page     {http}/{page}")
-    print(f"  run      curl {option}-d 'uptime' {http}/exec")
+    print(f"  run      curl {option}-d 'date' -N '{http}/exec?follow'")
     print(f"  watch    {ws}/")
     print(f"  open to  {who}")
     if tokens.run_file is not None:
@@ -13202,11 +13205,11 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`exec`: run a command elsewhere, return the exit status."""
     argv = list(argv)
     if "--" not in argv and not {"-h", "--help"} & set(argv):
-        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- uptime")
+        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- date")
     place = argv.index("--") if "--" in argv else len(argv)
     given, words = parse_arguments("exec", argv[:place]), argv[place + 1 :]
     if not words:
-        raise ConfigError("exec: no command behind --, as in: exec web1 -- uptime")
+        raise ConfigError("exec: no command behind --, as in: exec web1 -- date")
     targets = choose_targets(given, environ)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")

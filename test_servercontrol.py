@@ -9115,7 +9115,7 @@ class TestUnit:
     @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
     def test_score_is_what_the_readme_says(self, tmp_path: Path, options: tuple[str, ...]) -> None:
         name = options[0].replace("root", "NAME") if options else ""
-        row = re.search(rf"^\| `unit ?{name}` \| ([0-9.]+) \|", README.read_text(), re.MULTILINE)
+        row = re.search(rf"^\| `unit ?{name}` \| ([0-9.]+) \|", read_docs(), re.MULTILINE)
         assert row
         unit = tmp_path / "servercontrol.service"
         unit.write_text(print_unit(*options)[0], encoding="utf-8")
@@ -9612,12 +9612,17 @@ class TestCredentials:
 # Real runs ───────────────────────────────────────────────────────────────────────────────────
 
 README = HERE / "README.md"
+DOCS = [README, *sorted((HERE / ".github" / "docs").glob("*.md"))]
+
+
+def read_docs() -> str:
+    return "\n".join(path.read_text() for path in DOCS)
 
 
 def read_example(name: str) -> str:
-    """Return a program that stands in the README below its `example` comment."""
+    """Return a program that stands in the README or a document below its `example` comment."""
     match = re.search(
-        rf"<!-- example: {re.escape(name)} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL
+        rf"<!-- example: {re.escape(name)} -->\n```\w+\n(.*?)```", read_docs(), re.DOTALL
     )
     assert match, name
     return match.group(1)
@@ -10327,7 +10332,7 @@ class TestExec:
         [
             (["exec", "web1", "uptime"], "exec: the command stands behind --, as in: exec web1 "),
             (["exec", "--all", "uname", "-r"], "exec: the command stands behind --, as in: exec "),
-            (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- uptime"),
+            (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- date"),
             (["exec", "web1,web2", "--", "x"], "'web1,web2' is no server: say host"),
             (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
             (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
@@ -12887,9 +12892,14 @@ class TestReadme:
         assert re.search(r"\[\d+\] exit code 7", printed)
 
     def run_example(self, server: ServerProcess, command: list[str], name: str, folder: Path):
+        """It prints what it should; without a server, or with a wrong token, it says so."""
         (folder / name).write_text(read_example(name))
-        url = f"ws://127.0.0.1:{server.ws_port}/"
-        self.check(self.watch(server, [*command, str(folder / name), url]))
+        url, program = f"ws://127.0.0.1:{server.ws_port}/", [*command, str(folder / name)]
+        self.check(self.watch(server, [*program, url]))
+        env = {**os.environ, "SERVERCONTROL_TOKEN": "not-the-token-of-this-server"}
+        for place in (url, "ws://127.0.0.1:1/"):
+            failed = subprocess.run([*program, place], env=env, capture_output=True, timeout=60)
+            assert failed.returncode == 1 and failed.stderr
 
     def test_python_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
         self.run_example(server, [sys.executable], "client.py", tmp_path)
@@ -12900,8 +12910,16 @@ class TestReadme:
             pytest.skip("no Node with a WebSocket client here")
         self.run_example(server, [*node, "--no-warnings"], "client.js", tmp_path)
 
+    def test_documents_are_short_and_their_links_lead_somewhere(self):
+        assert len(README.read_text().splitlines()) <= 300 and len(DOCS) == 8
+        for path in DOCS:
+            text = path.read_text()
+            assert len(text.splitlines()) <= (300 if path == README else 200), path
+            for link in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text):
+                assert (path.parent / link).exists(), (path, link)
+
     def test_options_are_all_in_the_table(self):
-        documented = set(re.findall(r"`(--[a-z-]+)`", README.read_text()))
+        documented = set(re.findall(r"`(--[a-z-]+)`", read_docs()))
         assert {option for group in sc.OPTIONS.values() for option in group} <= documented
 
 
@@ -13907,7 +13925,7 @@ class TestFromElsewhere:
         options = ("--require-token", "--allow-host=localhost", "--allow-origin=https://localhost")
         with ServerProcess(tmp_path / "state", *options, env=TOKENS) as server:
             port = find_fixed_port()
-            config = re.search(r"```nginx\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+            config = re.search(r"```nginx\n(.*?)```", read_docs(), re.DOTALL).group(1)
             changes = {
                 "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
                 "sc.example.org": "localhost",
