@@ -199,6 +199,7 @@ FINE_BYTES = 4 * KIB
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake
 PONG_SECONDS = 20.0  # silence after a ping: the peer is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
+STOP_ASK_SECONDS = 0.3  # who has followed a task asks how it ended
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes under one second
 
 # Sending: a viewer is handed about this much a write. It bounds what one stalled viewer costs
@@ -319,16 +320,15 @@ MAX_RETRY_SECONDS = 1.5  # so that a server is seen within 5 s of its return
 REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
 START_RETRY_SECONDS = (0.2, 1.0, 3.0)
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
-EXEC_SILENCE_SECONDS = 20.0
+BEAT_SECONDS = 5.0  # `exec` asks how its task stands
 EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
 # Output that may be on its way to us, from one server (64 tasks with such windows are all that a
 # server keeps) and from all of them.
 EXEC_WINDOW_BYTES = 1 * MIB
 EXEC_WINDOWS_BYTES = 16 * MIB
-ACK_SECONDS = 10.0  # for what is waited for, before a task is told that we are there
-MAX_AHEAD_BYTES = 64 * MIB  # received and not written, from a server that does not wait for us
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # for what is not written yet when we go
+SAME_STATUS = 208  # of an UnreachableError: another name of this server runs it
 ENDED_STATUS = 410  # of an UnreachableError: the command is known to have ended
 UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
 MAX_PARALLEL = 100
@@ -5081,8 +5081,7 @@ async def follow_output(
     move: told how much the kernel has taken for the client. A client that falls off the kept output
     is cut off in the middle of the body, which it notices; a hole in the output it would not.
     """
-    skipped = max(0, task.output.start - offset)
-    while True:
+    while task.output.start <= offset:
         # A few blocks at a time: those that wait for the client are kept alive by it alone.
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
@@ -5091,14 +5090,12 @@ async def follow_output(
             yield piece
             offset += len(piece)
             move(offset)
-        if task.output.start > offset:
-            raise ConnectionAbortedError("the client reads too slowly")
         if offset == task.output.end:
             if task.completed.done():
-                break
+                trailers["X-Exit-Code"] = str(task.exit_code)
+                return
             await task.news.wait()
-    trailers["X-Exit-Code"] = str(task.exit_code)
-    trailers["X-Dropped-Bytes"] = str(skipped)
+    raise ConnectionAbortedError("the client reads too slowly")
 
 
 @dataclass(frozen=True)
@@ -5231,8 +5228,11 @@ async def answer_preflight(server: Server, request: Request) -> Response:
 def follow_response(server: Server, request: Request, task: Task, offset: int) -> Response:
     """Return the output as it comes, with the exit code in the trailers."""
     response = Response(media_type=PLAIN_TEXT)
+    start = max(offset, task.output.start)
+    response.trailers["X-Dropped-Bytes"] = str(start - offset)
     response.fields = [
         ("X-Task-Id", task.task_id),
+        ("X-Offset", str(start)),
         ("Trailer", "X-Exit-Code, X-Dropped-Bytes"),
         ("X-Accel-Buffering", "no"),  # for nginx, which would keep it until there is more
     ]
@@ -5243,7 +5243,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         move = functools.partial(server.tasks.move_reader, task, reader)
         move(offset)
         request.ends.append(lambda: task.readers.pop(reader))
-    response.pieces = follow_output(task, offset, response.trailers, move)
+    response.pieces = follow_output(task, start, response.trailers, move)
     return response
 
 
@@ -5536,13 +5536,6 @@ def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) 
     server.tasks.resize(task, cols, rows)
 
 
-def answer_task_ack(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
-    """`task_ack`: output was taken up to `offset`, by who has asked for a window."""
-    task = server.tasks.get(message.get("task_id"))
-    offset = check_field("offset", message.get("offset"), BYTES)
-    server.tasks.move_reader(task, None, offset)
-
-
 # The role that each message needs, and what carries it out.
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
@@ -5551,7 +5544,6 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
     "task_input": (Role.RUN, answer_task_input),
     "task_resize": (Role.RUN, answer_task_resize),
     "task_kill": (Role.RUN, answer_task_kill),
-    "task_ack": (Role.RUN, answer_task_ack),
 }
 
 
@@ -6813,6 +6805,7 @@ class Server:
         if completions:
             await asyncio.wait(completions, timeout=STOP_SECONDS - STOP_CLOSE_SECONDS)
             self.tasks.kill_all()
+            await asyncio.sleep(STOP_ASK_SECONDS)
         self.audit.write("stop", reason=reason)
         self._mark.remove()
         self.tasks.ids.close()
@@ -6848,9 +6841,10 @@ class Server:
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
-# The same file at the other end: `discover`, `exec` and `monitor`. A Link keeps one WebSocket
-# connection to a server, and takes it up again with `since` where it was left, so that no event
-# is lost or doubled, or the gap is named.
+# The same file at the other end: `discover`, `exec` and `monitor`. `exec` uses HTTP alone: output
+# comes by `?follow`, which is taken up again where it broke off; a Control sends the rest.
+# `monitor` has a Link to each server: one WebSocket connection, taken up again with `since` where
+# it was left. So nothing is lost or doubled, or the gap is named.
 #
 # A token goes only where its owner said: to a server that is listed with it, or that is named
 # beside --token-file; never to what merely answered a probe. Whatever others say of themselves,
@@ -7122,6 +7116,9 @@ async def connect_socket(host: str, port: int) -> socket.socket:
         try:
             connection.setblocking(False)
             await asyncio.get_running_loop().sock_connect(connection, address)
+            keep_alive(connection)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
             return connection
         except BaseException as error:
             connection.close()
@@ -7184,30 +7181,8 @@ async def read_rest(reader: asyncio.StreamReader) -> bytes:
         raise UnreachableError("disconnected in the middle of its answer") from None
 
 
-async def fetch(
-    target: Target, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
-) -> tuple[dict[str, str], bytes]:
-    """Return (fields, body) of a 200 answer. Raises UnreachableError for any other."""
-    reader, writer = await open_target(target, CONNECT_SECONDS)
-    try:
-        fields = [("Content-Type", media_type)] if body else []
-        writer.write(encode_request(target, method, path, fields, body))
-        status, answer_fields = await read_response_head(reader, is_tls=target.tls)
-        answer = await read_rest(reader)
-    finally:
-        writer.transport.abort()
-    if status != 200:
-        raise refused_error(target, status, answer)
-    if answer_fields.get("content-length", str(len(answer))) != str(len(answer)):
-        raise UnreachableError("disconnected in the middle of its answer")
-    return answer_fields, answer
-
-
-async def fetch_json(
-    target: Target, method: str, path: str, body: bytes = b"", kind: type = dict
-) -> Any:
-    """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
-    _, answer = await fetch(target, method, path, body)
+def parse_answer(answer: bytes, kind: type) -> Any:
+    """Return the JSON of an answer, which must be of a kind. Raises UnreachableError."""
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
@@ -7215,6 +7190,39 @@ async def fetch_json(
     if not isinstance(value, kind):
         raise foreign_error()
     return value
+
+
+async def open_stream(
+    target: Target, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return the fields of a 200 answer, and where its body comes, until the connection ends.
+
+    Raises UnreachableError, for any other answer too.
+    """
+    fields = [("Content-Type", media_type)] if body else []
+    request = encode_request(target, method, path, fields, body)
+    reader, writer = await open_target(target, CONNECT_SECONDS)
+    try:
+        writer.write(request)
+        status, answer_fields = await read_response_head(reader, is_tls=target.tls)
+        if status != 200:
+            raise refused_error(target, status, await read_rest(reader))
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return answer_fields, reader, writer
+
+
+async def fetch_json(target: Target, method: str, path: str, kind: type = dict) -> Any:
+    """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
+    fields, reader, writer = await open_stream(target, method, path)
+    try:
+        answer = await read_rest(reader)
+    finally:
+        writer.transport.abort()
+    if fields.get("content-length", str(len(answer))) != str(len(answer)):
+        raise UnreachableError("disconnected in the middle of its answer")
+    return parse_answer(answer, kind)
 
 
 # What reading JSON, and what is in it, raises where it is not what was agreed.
@@ -7241,7 +7249,6 @@ class Link:
     Besides it gets `hello` once on each connection, `lost` (reason, status) when one ends,
     `restarted` when the server is another process than before, and each `gap`. Should it raise
     UnreachableError, the event comes again.
-    give_up_seconds: without a connection; None is never.
     """
 
     def __init__(
@@ -7249,14 +7256,12 @@ class Link:
         target: Target,
         take: Callable[[dict[str, Any]], Awaitable[None]],
         silence_seconds: float,
-        give_up_seconds: float | None = None,
     ) -> None:
         self.target = target
         self._take = take
         self._silence_seconds = silence_seconds
         # Short of the silence allowed, so that a server is found soon after its return.
         self._connect_seconds = min(CONNECT_SECONDS, silence_seconds * 0.6)
-        self._give_up_seconds = give_up_seconds
         # Which run of the server we follow, and its newest event that was taken.
         self.boot_id = ""
         self.seq = 0
@@ -7269,7 +7274,6 @@ class Link:
         self._websocket = WebSocketConnection()
         self._early: list[bytes] | None = None
         self._early_bytes = 0
-        self._is_stopped = False
 
     async def learn(self) -> dict[str, Any]:
         """Ask where the server stands, and begin there. Raises UnreachableError."""
@@ -7284,41 +7288,24 @@ class Link:
             raise foreign_error() from None
         return info
 
-    def stop(self) -> None:
-        """End run() after the event at hand."""
-        self._is_stopped = True
-
     async def run(self) -> None:
-        """Take events until stop(). Raises UnreachableError when there is no use in going on."""
+        """Take events for ever."""
         delay = 0.0
-        while not self._is_stopped:
+        while True:
             connected_now = self._good_now
             try:
                 if not self.boot_id:
                     await self.learn()
                 await self._follow()
             except UnreachableError as error:
-                self._give_up(error)
                 await self._take({"type": "lost", "reason": str(error), "status": error.status})
                 delay = RETRY_SECONDS if self._good_now > connected_now else delay * 2
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
                 if is_client_error(error):
                     delay = REFUSED_RETRY_SECONDS
-            else:
-                return
             # Not in the clause above: the error keeps alive what could not be understood. And not
             # all at the same moment, after a switch was restarted.
             await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
-
-    def _give_up(self, error: UnreachableError) -> None:
-        if self._give_up_seconds is None:
-            return
-        if is_client_error(error) or time.monotonic() - self._good_now > self._give_up_seconds:
-            raise error
-
-    @property
-    def is_open(self) -> bool:
-        return self._writer is not None
 
     def send(self, message: dict[str, Any]) -> None:
         self._write(Opcode.TEXT, encode_json(message))
@@ -7342,9 +7329,8 @@ class Link:
             self._writer, self.heard_now = writer, time.monotonic()
             self.send({"type": "hello"})
             timer = asyncio.get_running_loop().create_task(self._watch(writer))
-            while not self._is_stopped:
+            while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
-            writer.write(self._websocket.close(CloseCode.NORMAL))
         except (OSError, EOFError, asyncio.TimeoutError) as error:
             raise UnreachableError(explain_failure(error)) from None
         except NONSENSE as error:
@@ -7391,7 +7377,7 @@ class Link:
         messages = self._websocket.receive(data)
         self._answer_pings([one.data for one in messages if one.opcode is Opcode.PING])
         for message in messages:
-            if message.opcode is Opcode.TEXT and not self._is_stopped:
+            if message.opcode is Opcode.TEXT:
                 await self._take_message(message.data)
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
@@ -7438,9 +7424,7 @@ class Link:
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         kind, newest = event["type"], event.get("seq", event.get("to"))
-        if kind == "error":
-            await self._take(event)
-        if newest is None:  # that, or a pong
+        if newest is None:  # a pong
             return
         seq = check_seq(newest)
         if kind == "gap" or (kind in EVENT_TYPES and seq > self.seq):
@@ -7448,14 +7432,95 @@ class Link:
         self.seq = max(self.seq, seq)
 
 
+class Control:
+    """One kept connection to a server for short requests, each sent without waiting for the last.
+
+    Their answers come in the same order (RFC 9112, 9.3.2).
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        # Held while a request is sent, so that none overtakes another while it is connected.
+        self._sending = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Future[None] | None = None
+        # Who waits for an answer, in order.
+        self._waiting: deque[asyncio.Future[tuple[int, bytes]]] = deque()
+
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    ) -> Any:
+        """Return the JSON object of a 200 answer. Raises UnreachableError for any other."""
+        fields = [("Content-Type", media_type)] if body else []
+        request = encode_request(self._target, method, path, fields, body, version="1.1")
+        async with self._sending:
+            if self._writer is None:
+                reader, self._writer = await open_target(self._target, CONNECT_SECONDS)
+                self._reading = asyncio.ensure_future(self._read_answers(reader, self._writer))
+            answer = asyncio.get_running_loop().create_future()
+            self._waiting.append(answer)
+            self._writer.write(request)
+        try:
+            status, data = await wait_within(ANSWER_SECONDS, answer)
+        except asyncio.TimeoutError:
+            self.close()
+            raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
+        if status != 200:
+            raise refused_error(self._target, status, data)
+        return parse_answer(data, dict)
+
+    def close(self) -> None:
+        """Give the connection up; the next request makes another."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _read_answers(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        error = UnreachableError("disconnected")
+        try:
+            while True:
+                answer = await self._read_answer(reader)
+                if not self._waiting:
+                    return
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_result(answer)
+        except UnreachableError as reason:
+            error = reason
+        finally:
+            writer.transport.abort()
+            self._writer = None
+            while self._waiting:
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_exception(error)
+
+    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
+        """ask() says how long that may take: an idle connection is kept."""
+        hint = "" if self._target.tls else " (is it https?)"
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            status, fields = parse_response_head(head[:-4])
+            length = fields.get("content-length")
+            if length is None:
+                return status, await read_rest(reader)
+            if not DIGITS.fullmatch(length) or int(length) > MAX_EVENT_BYTES:
+                raise foreign_error()
+            hint = ""
+            return status, await reader.readexactly(int(length))
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            raise UnreachableError(f"disconnected before it answered{hint}") from None
+
+
 class RemoteTask:
-    """A command on a server, from its start to its exit code.
+    """A command on a server, from its start to its exit code: `curl …/exec?follow` with a memory.
 
     fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until that is
-    written; tell: a line for people. connected: called whenever messages can be sent (anew).
-    With a `window` the server waits for us as a pipe does, and keeps what we have not got: so
-    nothing is lost, however slow we are, or the network, or who reads our output, unless we are
-    gone for a minute.
+    written; tell: a line for people; claim: asked whether to run it on the server with a boot_id;
+    connected: called whenever its output can come (anew). With a `window` the server waits for us
+    as a pipe does: so nothing is lost, however slow we are, or the network, or who reads our
+    output, unless we are gone for a minute.
     """
 
     def __init__(
@@ -7465,6 +7530,7 @@ class RemoteTask:
         write: Callable[[bytes], None],
         drain: Callable[[], Awaitable[None]],
         tell: Callable[[str], None],
+        claim: Callable[[str], None] = lambda boot_id: None,
     ) -> None:
         self.target = target
         # With the same `ref` a request that is sent again starts nothing twice.
@@ -7472,7 +7538,10 @@ class RemoteTask:
         self._write = write
         self._drain = drain
         self._tell = tell
-        self.link = Link(target, self._take, EXEC_SILENCE_SECONDS, EXEC_GIVE_UP_SECONDS)
+        self._claim = claim
+        self.control = Control(target)
+        # Which run of the server has the task.
+        self._boot_id = ""
         # Whether the server was asked to start it.
         self.is_asked = False
         # Whether it is we who stop it, and whether the server was not there to be told.
@@ -7481,144 +7550,190 @@ class RemoteTask:
         # None before the start, and before the end.
         self.task_id: str | None = None
         self.exit_code: int | None = None
-        # Of the output, in bytes: how much has come, is lost, is written, and was acknowledged.
+        # Where its output comes, and when something last came there (monotonic seconds).
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._good_now = time.monotonic()
+        # Of the output, in bytes: how much has come, and how much is lost.
         self._position = 0
         self.lost_bytes = 0
-        self._written = 0
-        self._acked = 0
-        # How far the output may be ahead of that: what we ask for, or what the server grants.
-        self._window = fields.get("window", 0)
-        # Set when there may be something to acknowledge; whether a line of output has begun.
-        self._news = asyncio.Event()
+        # Whether a line of output has begun.
         self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
-        # What was told of a connection that is lost, and the code of the server's newest error.
-        self._trouble = ""
-        self._error = ""
 
     @property
     def is_running(self) -> bool:
         """Whether it may have been started, and is not known to have ended."""
         return self.is_asked and self.exit_code is None
 
+    @property
+    def is_connected(self) -> bool:
+        return self._stream is not None
+
+    # Starting
+
     async def start(self) -> None:
         """Start the command. Raises UnreachableError, also when it is stopped before that."""
-        await self.link.learn()
+        info = await self.control.ask("GET", "/info")
+        self._boot_id = info.get("boot_id", "")
+        if not self._boot_id or not isinstance(self._boot_id, str):
+            raise foreign_error()
+        if info.get("role") == "run":
+            self._claim(self._boot_id)
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (*START_RETRY_SECONDS, None):
             try:
-                answer = await self._ask()
-                break
+                await self._ask()
+                return
             except UnreachableError as error:
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-        task_id, self._window = str(answer.get("task_id")), answer.get("window", self._window)
-        if not re.fullmatch("[0-9]+", task_id) or not isinstance(self._window, int):
-            raise foreign_error()
-        self.task_id = task_id
 
-    async def _ask(self) -> dict[str, Any]:
+    async def _ask(self) -> None:
         """Ask the server to start it, or again: but another run of it may have started it, too."""
         if self.is_asked:
-            info = await fetch_json(self.target, "GET", "/info")
-            if info.get("boot_id") != self.link.boot_id:
-                raise UnreachableError("it was restarted", 404)
+            await self._check_run()
         was_asked, self.is_asked = self.is_asked, True
         try:
-            body = encode_json(self._fields)
-            answer: dict[str, Any] = await fetch_json(self.target, "POST", "/exec", body)
+            await self._open("POST", "/exec?follow", encode_json(self._fields))
         except UnreachableError as error:
             self.is_asked = was_asked or not error.status
             raise
-        return answer
+
+    async def _check_run(self) -> None:
+        info = await self.control.ask("GET", "/info")
+        if info.get("boot_id") != self._boot_id:
+            raise UnreachableError("it was restarted", 404)
+
+    async def _open(self, method: str, path: str, body: bytes = b"") -> None:
+        """Let the output come, from its start or from where we are."""
+        fields, reader, writer = await open_stream(self.target, method, path, body)
+        task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
+        if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
+            writer.transport.abort()
+            raise foreign_error()
+        self.task_id, self._stream = task_id, (reader, writer)
+        self._good_now = time.monotonic()
+        self._note_lost(int(offset) - self._position)
+        self.connected()
+        if self._is_stop_owed:
+            await self.stop()
+
+    # Following
 
     async def follow(self) -> int:
         """Write the output as it comes; return the exit code.
 
         Raises UnreachableError, and what `drain` raises.
         """
+        trouble, delay = "", RETRY_SECONDS
+        while self.exit_code is None:
+            good_now = self._good_now
+            try:
+                if self._stream is None:
+                    await self._resume()
+                await self._read_stream()
+                await self._look()
+                trouble = ""
+            except UnreachableError as error:
+                idle_seconds = time.monotonic() - self._good_now
+                if is_client_error(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
+                    raise
+                if str(error) != trouble:
+                    trouble = str(error)
+                    self._tell(f"connection lost ({clean_text(trouble)}), trying again")
+                delay = RETRY_SECONDS if self._good_now > good_now else delay * 2
+            else:
+                continue
+            await asyncio.sleep(
+                min(delay, MAX_RETRY_SECONDS) * (0.75 + secrets.randbelow(500) / 1000)
+            )
+        return self.exit_code
+
+    async def _resume(self) -> None:
+        await self._check_run()
+        path = f"/logs?id={self.task_id}&offset={self._position}&follow"
+        try:
+            await self._open("GET", path)
+        except UnreachableError as error:
+            if error.status != 404:
+                raise
+            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
+
+    async def _read_stream(self) -> None:
+        """Write what comes, until that ends, or stands still although there is more."""
+        assert self._stream is not None
+        reader, writer = self._stream
         halves = [
-            asyncio.ensure_future(self.link.run()),
-            asyncio.ensure_future(self._acknowledge()),
+            asyncio.ensure_future(self._take_output(reader)),
+            asyncio.ensure_future(self._notice_standstill()),
         ]
         try:
             done, _ = await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
             for half in done:
                 half.result()
         finally:
+            self._stream = None
+            writer.transport.abort()
             for half in halves:
                 half.cancel()
             await asyncio.gather(*halves, return_exceptions=True)
-        assert self.exit_code is not None
-        return self.exit_code
 
-    async def _acknowledge(self) -> None:
-        """Tell the server how much is written, and twice a minute at least that we are there."""
-        step = self._window // 4
+    async def _take_output(self, reader: asyncio.StreamReader) -> None:
         while True:
-            is_due = not await self._wait(self._news.wait())
-            self._news.clear()
-            position = self._position
-            if await self._wait(self._drain()):
-                self._written = position
-            if is_due or self._written - self._acked >= step:
-                self._acked = self._written
-                fields = {"task_id": self.task_id, "offset": self._acked}
-                self.link.send({"type": "task_ack", **fields})
+            await self._drain()  # so what we cannot write we do not read, and the task waits
+            try:
+                data = await reader.read(READ_CHUNK_BYTES)
+            except OSError:  # how much is missing, _look() finds out
+                return
+            if not data:
+                return
+            self._good_now = time.monotonic()
+            self._position += len(data)
+            self._is_in_line = not data.endswith(b"\n")
+            self._write(data)
 
-    @staticmethod
-    async def _wait(something: Awaitable[Any]) -> bool:
-        """Wait at most until it is time for an acknowledgement; return whether it has happened."""
+    async def _notice_standstill(self) -> None:
+        """End when for some time nothing has come of what there is.
+
+        Then the connection is dead, though no end says so: a proxy or firewall has forgotten it. Or
+        our reader pauses: coming again, we say that we are there, and the task goes on waiting.
+        """
+        stood_at = -1
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            task = await self._ask_task()
+            self._good_now = time.monotonic()
+            has_more = task["state"] != "running" or task["output_bytes"] > self._position
+            if has_more and stood_at == self._position:
+                return
+            stood_at = self._position if has_more else -1
+
+    async def _ask_task(self) -> dict[str, Any]:
         try:
-            await wait_within(ACK_SECONDS, something)
-        except asyncio.TimeoutError:
-            return False
-        return True
+            task: dict[str, Any] = await self.control.ask("GET", f"/tasks?id={self.task_id}")
+        except UnreachableError as error:
+            if error.status != 404:
+                raise
+            await self._check_run()
+            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
+        if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
+            raise foreign_error()
+        return task
 
-    async def _take(self, event: dict[str, Any]) -> None:
-        kind = event["type"]
-        trouble, self._trouble = self._trouble, event["reason"] if kind == "lost" else ""
-        if kind == "lost":
-            if self._trouble != trouble:
-                self._tell(f"connection lost ({clean_text(self._trouble)}), trying again")
-        elif kind == "hello":
-            self.connected()
-            self._acked = -sys.maxsize  # an acknowledgement may have been lost
-            self._news.set()
-            if self._is_stop_owed:
-                await self.stop()
-        elif kind == "restarted":
-            raise UnreachableError("it was restarted", 404)
-        elif kind == "gap":
-            await self._catch_up()
-        elif kind == "error":
-            self._take_error(event)
-        elif event.get("task_id") != self.task_id:
-            return
-        elif kind == "task_output":
-            if event["offset"] > self._position:
-                await self._fetch_output()
-            await self._write_at(event["offset"], event["output"].encode("utf-8"))
-        elif kind == "task_complete":
-            if event["output_bytes"] > self._position:
-                await self._fetch_output()
-            await self._end(event)
-
-    def _take_error(self, event: dict[str, Any]) -> None:
-        """Tell once that input was refused: of a long paste every piece is."""
-        if event["code"] == "input_full" != self._error:
-            self._tell("what was typed is not all taken: the task does not read it")
-        self._error = event["code"]
+    async def _look(self) -> None:
+        """The output has come to an end: that of the task, if nothing is missing."""
+        task = await self._ask_task()
+        if task["state"] != "running" and task["output_bytes"] <= self._position:
+            await self._end(task)
 
     async def _end(self, task: Mapping[str, Any]) -> None:
-        await self._write_out()  # what is told stands behind the output
-        exit_code, killed_by = task["exit_code"], task.get("killed_by")
+        await self._drain()  # what is told stands behind the output
+        exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
-            raise ValueError("exit_code")
+            raise foreign_error()
         self.exit_code = exit_code
-        self.link.stop()
         if killed_by == SERVER_STOP:
             raise UnreachableError("it was stopped, which ended the command", ENDED_STATUS)
         if task["state"] == "timeout":
@@ -7628,46 +7743,15 @@ class RemoteTask:
         if task.get("replaced") and not self._fields.get("tty"):
             self._tell("part of the output is no UTF-8 and was replaced: send that by base64")
 
-    async def _catch_up(self) -> None:
-        """After a gap the server's list and kept output say what was missed."""
-        try:
-            state = await fetch_json(self.target, "GET", f"/tasks?id={self.task_id}")
-        except UnreachableError as error:
-            if error.status != 404:
-                raise
-            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
-        await self._fetch_output()
-        if state["state"] != "running":
-            await self._end(state)
-
-    async def _fetch_output(self) -> None:
-        path = f"/logs?id={self.task_id}&offset={self._position}&raw"
-        fields, output = await fetch(self.target, "GET", path)
-        start, end = int(fields["x-offset"]), int(fields["x-next-offset"])
-        if end - start != len(output):
-            raise UnreachableError("disconnected in the middle of its answer")
-        await self._write_at(start, output)
-
-    async def _write_at(self, offset: int, data: bytes) -> None:
-        if offset > self._position:
-            lost = offset - self._position
+    def _note_lost(self, lost: int) -> None:
+        if lost > 0:
+            self._position += lost
             self.lost_bytes += lost
             self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
             if self._is_in_line:  # its end is lost, and what comes is of another one
                 self._write(b"\n")
-        new = data[max(0, self._position - offset) :]
-        self._position = max(self._position, offset + len(data))
-        if new:
-            self._is_in_line = not new.endswith(b"\n")
-            self._write(new)
-            self._news.set()
-        if self._position - self._written > MAX_AHEAD_BYTES:
-            await self._write_out()
 
-    async def _write_out(self) -> None:
-        """Wait until everything is written; meanwhile it is not the server that is silent."""
-        while not await self._wait(self._drain()):
-            self.link.heard_now = time.monotonic()
+    # What the one who waits for it wants
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
@@ -7675,7 +7759,7 @@ class RemoteTask:
         if self.task_id is None:  # who starts it stops it then
             return
         try:
-            await fetch(self.target, "POST", f"/kill?id={self.task_id}&signal=INT")
+            await self.control.ask("POST", f"/kill?id={self.task_id}&signal=INT")
             self._is_stop_owed = False
         except UnreachableError as error:
             self._is_stop_owed = not error.status
@@ -7684,11 +7768,15 @@ class RemoteTask:
                 self._tell(f"could not be stopped ({error}){again}")
 
     async def type(self, data: bytes, is_end: bool = False) -> None:
-        """Send standard input; wait while the task does not read. Raises UnreachableError."""
+        """Send standard input. Raises UnreachableError: 429 while the task does not read."""
         path = f"/stdin?id={self.task_id}" + ("&eof" if is_end else "")
+        await self.control.ask("POST", path, data, "application/octet-stream")
+
+    async def type_all(self, data: bytes, is_end: bool = False) -> None:
+        """Send standard input; wait while the task does not read. Raises UnreachableError."""
         while True:
             try:
-                await fetch(self.target, "POST", path, data, "application/octet-stream")
+                await self.type(data, is_end)
                 return
             except UnreachableError as error:
                 if error.status == 409:  # it has ended, or closed its input
@@ -7696,6 +7784,10 @@ class RemoteTask:
                 if error.status != 429:
                     raise
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Set the size of its terminal. Raises UnreachableError."""
+        await self.control.ask("POST", f"/resize?id={self.task_id}&cols={cols}&rows={rows}")
 
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
@@ -7729,19 +7821,26 @@ class Keyboard:
     is there is meant for us.
     """
 
-    LEAVE = "\x1d"
-    INTERRUPT = "\x03"
+    LEAVE = b"\x1d"
+    INTERRUPT = b"\x03"
 
     def __init__(
-        self, task: RemoteTask, leave: Callable[[], None], interrupt: Callable[[], None]
+        self,
+        task: RemoteTask,
+        leave: Callable[[], None],
+        interrupt: Callable[[], None],
+        tell: Callable[[str], None],
     ) -> None:
         self._task = task
         self._leave = leave
         self._interrupt = interrupt
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tell = tell
         self._before: list[Any] = []
-        # Pieces of what was typed and is not sent.
-        self._waiting: list[str] = []
+        # What was typed and is not sent, and the requests that are on their way.
+        self._waiting = b""
+        self._sending: set[asyncio.Future[None]] = set()
+        # Whether it was told that the task does not read.
+        self._is_full = False
 
     def __enter__(self) -> Keyboard:
         self._before = termios.tcgetattr(0)
@@ -7756,6 +7855,8 @@ class Keyboard:
         loop = asyncio.get_running_loop()
         loop.remove_reader(0)
         loop.remove_signal_handler(signal.SIGWINCH)
+        for one in self._sending:
+            one.cancel()
         try:
             termios.tcsetattr(0, termios.TCSADRAIN, self._before)
         except termios.error:  # the terminal is gone
@@ -7766,27 +7867,40 @@ class Keyboard:
             data = os.read(0, 4096)
         except OSError:  # the terminal is gone
             data = b""
-        keys = self._decoder.decode(data)
-        if not data or self.LEAVE in keys:
+        if not data or self.LEAVE in data:
             asyncio.get_running_loop().remove_reader(0)
             self._leave()
             return
-        if self.INTERRUPT in keys and self._task.task_id is None:
+        if self.INTERRUPT in data and self._task.task_id is None:
             self._interrupt()
             return
-        self._waiting.append(keys)
+        self._waiting += data
         self._send_keys()
 
     def _send_keys(self) -> None:
-        while self._waiting and self._task.link.is_open:
-            fields = {"task_id": self._task.task_id, "data": self._waiting.pop(0)}
-            self._task.link.send({"type": "task_input", **fields})
+        while self._waiting and self._task.is_connected:
+            keys, self._waiting = self._waiting[:READ_CHUNK_BYTES], self._waiting[READ_CHUNK_BYTES:]
+            self._send(self._task.type(keys))
+
+    def _send(self, request: Awaitable[None]) -> None:
+        """Do not wait for the answer: over a slow network the next key would wait as well."""
+
+        async def send() -> None:
+            try:
+                await request
+            except UnreachableError as error:
+                if error.status == 429 and not self._is_full:  # of a long paste every piece is
+                    self._is_full = True
+                    self._tell("what was typed is not all taken: the task does not read it")
+
+        sending = asyncio.ensure_future(send())
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
 
     def _resize(self) -> None:
-        cols, rows = read_terminal_size(0)
-        fields = {"task_id": self._task.task_id, "cols": cols, "rows": rows}
-        self._task.link.send({"type": "task_resize", **fields})
-        self._send_keys()
+        if self._task.is_connected:
+            self._send(self._task.resize(*read_terminal_size(0)))
+            self._send_keys()
 
 
 class LineWriter:
@@ -7924,54 +8038,153 @@ def wants_colours() -> bool:
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+class Report:
+    """What `exec` shows: outputs as they come, or at the end, and how each command has ended.
+
+    fold: output of several is kept, and equal outputs are shown once.
+    """
+
+    def __init__(self, targets: Sequence[Target], fold: bool) -> None:
+        self.output, self._notes = Output(1), Output(2)
+        # What is kept for --fold, else half lines, where there are several servers.
+        self._outputs: dict[str, list[bytes]] = {}
+        self._lines: dict[str, LineWriter] = {}
+        self._is_coloured = wants_colours()
+        width = max(len(target.name) for target in targets)
+        for number, target in enumerate(targets if len(targets) > 1 or fold else ()):
+            name = target.name
+            if fold:
+                self._outputs[name] = []
+                continue
+            colour = COLOURS[number % len(COLOURS)] if self._is_coloured else ""
+            prefix = f"{colour}{name:{width}} |{PLAIN if colour else ''} "
+            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self.output.put)
+        # By server: exit codes, what kept one from giving any, and how its command has ended.
+        self.codes: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
+        self._is_shown = False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Take output of a server."""
+        if name in self._outputs:
+            self._outputs[name].append(data)
+        elif name in self._lines:
+            self._lines[name].write(data)
+        else:
+            self.output.put(data)
+
+    def note(self, text: str) -> None:
+        """Tell a person something."""
+        self._notes.put(encode_note(text))
+
+    def end(self, name: str) -> None:
+        """Nothing more comes of a server."""
+        if name in self._lines:
+            self._lines[name].end()
+
+    async def drain(self) -> None:
+        """Wait until everything is written. Raises OutputError."""
+        await self.output.drain()
+        with contextlib.suppress(OutputError):  # nobody is there to be told
+            await self._notes.drain()
+
+    def finish(self) -> None:
+        """We go: write what can be written in a moment."""
+        for output in (self.output, self._notes):
+            output.finish(FINISH_SECONDS)
+
+    def show(self) -> None:
+        """Show what was kept until now, once."""
+        if self._is_shown:
+            return
+        self._is_shown = True
+        for name in self._lines:
+            self.end(name)
+        self._write_folded()
+
+    def _write_folded(self) -> None:
+        groups: dict[tuple[str, bytes], list[str]] = {}
+        for name, pieces in self._outputs.items():
+            code, output = self.codes.get(name), b"".join(pieces)
+            result = "it has not ended" if code is None else f"exit code {code}"
+            result = self.reasons.get(name, result)
+            if output or result.startswith("exit"):
+                groups.setdefault((result, output), []).append(name)
+        for (result, output), names in groups.items():
+            bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
+            count = f"{len(names)} servers, " if len(names) > 1 else ""
+            title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
+            end = b"" if output.endswith(b"\n") or not output else b"\n"
+            self.output.put(title.encode("utf-8", "replace") + output + end)
+
+    def _name_end(self, task: RemoteTask) -> tuple[int, str]:
+        name = task.target.name
+        code = self.codes.get(name)
+        if name in self.reasons and code is None:
+            return 255, "listed twice"
+        if code is None:
+            return 256, "not ended"
+        if name not in self.reasons:
+            return code, f"exit code {code}"
+        if not task.is_asked:
+            return code, "not started"
+        return code, "lost after the start" if task.exit_code is None else "not complete"
+
+    def summarize(self, tasks: Sequence[RemoteTask]) -> None:
+        """Tell how many have ended how, if there are several."""
+        if len(tasks) == 1:
+            return
+        groups: dict[tuple[int, str], list[str]] = {}
+        for task in tasks:
+            groups.setdefault(self._name_end(task), []).append(task.target.name)
+        parts = []
+        for (code, what), names in sorted(groups.items()):
+            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
+            parts.append(f"{len(names)} {what}{shown}")
+        self.note(f"{len(tasks)} servers: {'; '.join(parts)}")
+
+
 class Execution:
     """One command on one or several servers, with Ctrl-C.
 
-    fold: output of several is kept, and equal outputs are shown once; parallel: servers at a time.
+    fold: output of several is kept, and equal outputs are shown once; parallel: servers at a time;
+    once: two names of one server do not run it twice.
     """
 
     def __init__(
-        self, targets: Sequence[Target], fields: dict[str, Any], fold: bool, parallel: int
+        self,
+        targets: Sequence[Target],
+        fields: dict[str, Any],
+        fold: bool,
+        parallel: int,
+        once: bool = False,
     ) -> None:
         window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // min(len(targets), parallel))
         self._fields = {**fields, "window": window}
-        self._fold = fold
         self._places = asyncio.Semaphore(parallel)
-        self._is_single = len(targets) == 1 and not fold
-        self._output, self._notes = Output(1), Output(2)
-        # What is kept for --fold.
-        self._outputs: dict[str, list[bytes]] = {target.name: [] for target in targets}
-        self._width = max(len(target.name) for target in targets)
-        self._is_coloured = wants_colours()
-        self._lines: dict[str, LineWriter] = {}
+        self._has_same_input = len(targets) > 1 or fold
+        self._report = Report(targets, fold)
+        # Which name runs it on which server, by boot_id; None: whatever they are.
+        self._claims: dict[str, str] | None = {} if once else None
         self._tasks = [self._make_task(target) for target in targets]
-        # Exit codes, and what kept a server from giving one.
-        self._codes: dict[str, int] = {}
-        self._reasons: dict[str, str] = {}
         # Set when we go, whatever the commands do; Ctrl-C came once.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._is_stopping = False
-        # Whether what was kept is shown already; whether nobody takes our output any more.
-        self._is_shown = False
+        # Whether nobody takes our output any more.
         self._is_unread = False
 
     def _make_task(self, target: Target) -> RemoteTask:
-        name = target.name
-        write: Callable[[bytes], None] = self._output.put
-        if self._fold:
-            write = self._outputs[name].append
-        elif not self._is_single:
-            colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
-            prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
-            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self._output.put)
-            write = self._lines[name].write
-        drain = self._output.drain
-        return RemoteTask(
-            target, self._fields, write, drain, lambda text: self._note(f"{name}: {text}")
-        )
+        report, name = self._report, target.name
 
-    def _note(self, text: str) -> None:
-        self._notes.put(encode_note(text))
+        def tell(text: str) -> None:
+            report.note(f"{name}: {text}")
+
+        def claim(boot_id: str) -> None:
+            if self._claims is not None and self._claims.setdefault(boot_id, name) != name:
+                raise UnreachableError(f"the same server as {self._claims[boot_id]}", SAME_STATUS)
+
+        write = functools.partial(report.write, name)
+        return RemoteTask(target, self._fields, write, report.output.drain, tell, claim)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -8000,26 +8213,23 @@ class Execution:
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
-            for output in (self._output, self._notes):
-                output.finish(FINISH_SECONDS)
+            self._report.finish()
 
     async def _run_all(self) -> int:
-        pieces = None if self._is_single else await self._read_all_input()
+        pieces = await self._read_all_input() if self._has_same_input else None
         await asyncio.gather(*(self._run_one(task, pieces) for task in self._tasks))
-        self._show_kept()
-        if len(self._tasks) > 1:
-            self._note(self._summarize())
-        await self._output.drain()
-        with contextlib.suppress(OutputError):  # nobody is there to be told
-            await self._notes.drain()
-        return max(self._codes.values())
+        self._report.show()
+        self._report.summarize(self._tasks)
+        await self._report.drain()
+        return max(self._report.codes.values())
 
     def _has_keyboard(self) -> bool:
         return bool(self._fields.get("tty")) and os.isatty(0)
 
     def _open_keyboard(self) -> contextlib.AbstractContextManager[Any]:
         if self._has_keyboard():
-            return Keyboard(self._tasks[0], lambda: self._leave(0), self._interrupt)
+            task, note = self._tasks[0], self._report.note
+            return Keyboard(task, lambda: self._leave(0), self._interrupt, note)
         return contextlib.nullcontext()
 
     async def _read_all_input(self) -> list[bytes]:
@@ -8033,7 +8243,7 @@ class Execution:
         return pieces[:-1]
 
     async def _run_one(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
-        name = task.target.name
+        name, report = task.target.name, self._report
         feeding = None
         async with self._places:
             try:
@@ -8047,17 +8257,19 @@ class Execution:
                 code = await task.follow()
                 if task.lost_bytes:
                     raise UnreachableError(f"its output is not complete (exit code {code})")
-                self._codes[name] = code
+                report.codes[name] = code
             except UnreachableError as error:
-                self._codes[name], self._reasons[name] = UNREACHABLE_STATUS, str(error)
+                report.reasons[name] = str(error)
+                if error.status != SAME_STATUS:
+                    report.codes[name] = UNREACHABLE_STATUS
                 where = "" if name == task.target.url else f" ({task.target.url})"
                 if task.is_asked or not self._is_unread:
-                    self._note(f"{name}{where}: {error}{self._find_hint(task, error)}")
+                    report.note(f"{name}{where}: {error}{self._find_hint(task, error)}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
-        if name in self._lines:
-            self._lines[name].end()
+        task.control.close()
+        report.end(name)
 
     # What to do about why a server was not reached.
     HINTS = {
@@ -8078,16 +8290,17 @@ class Execution:
     async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
         try:
             for piece in pieces or []:
-                await task.type(piece)
+                await task.type_all(piece)
             while pieces is None:
                 piece = await read_input()
                 if not piece:
                     break
-                await task.type(piece)
-            await task.type(b"", is_end=True)
+                await task.type_all(piece)
+            await task.type_all(b"", is_end=True)
         except (UnreachableError, OSError) as error:
             reason = explain_failure(error)
-            self._note(f"{task.target.name}: its input is not complete ({reason}); stopping it")
+            name = task.target.name
+            self._report.note(f"{name}: its input is not complete ({reason}); stopping it")
             await task.stop()
 
     def _interrupt(self) -> None:
@@ -8102,13 +8315,13 @@ class Execution:
             f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
         )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
-        self._note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
+        self._report.note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
         # Kept, since an event loop does not keep its tasks alive.
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     def _find_running(self) -> list[RemoteTask]:
         everybody = (task for task in self._tasks if task.is_running)
-        return [task for task in everybody if task.target.name not in self._codes]
+        return [task for task in everybody if task.target.name not in self._report.codes]
 
     async def _stop_unread(self) -> None:
         """Stop everything, as long as that takes no longer than an answer may, or a Ctrl-C."""
@@ -8138,65 +8351,18 @@ class Execution:
 
     def _tell_left(self) -> None:
         """Show what there is, and say what runs on."""
-        self._show_kept()
+        self._report.show()
         for task in self._find_running():
             what = "its command may have been started"
             if task.task_id is not None:
                 url = f"{task.target.url}/logs?id={task.task_id}"
                 what = f"task {task.task_id} is left running: {url}"
-            self._note(f"{task.target.name}: {what}")
-        if len(self._tasks) > 1:
-            self._note(self._summarize())
+            self._report.note(f"{task.target.name}: {what}")
+        self._report.summarize(self._tasks)
 
     def _leave(self, status: int) -> None:
         if not self._left.done():
             self._left.set_result(status)
-
-    def _show_kept(self) -> None:
-        """Show what was kept until now, once."""
-        if self._is_shown:
-            return
-        self._is_shown = True
-        for lines in self._lines.values():
-            lines.end()
-        if self._fold:
-            self._write_folded()
-
-    def _write_folded(self) -> None:
-        groups: dict[tuple[str, bytes], list[str]] = {}
-        for name, pieces in self._outputs.items():
-            code, output = self._codes.get(name), b"".join(pieces)
-            result = "it has not ended" if code is None else f"exit code {code}"
-            result = self._reasons.get(name, result)
-            if output or result.startswith("exit"):
-                groups.setdefault((result, output), []).append(name)
-        for (result, output), names in groups.items():
-            bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
-            count = f"{len(names)} servers, " if len(names) > 1 else ""
-            title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
-            end = b"" if output.endswith(b"\n") or not output else b"\n"
-            self._output.put(title.encode("utf-8", "replace") + output + end)
-
-    def _name_end(self, task: RemoteTask) -> tuple[int, str]:
-        name = task.target.name
-        code = self._codes.get(name)
-        if code is None:
-            return 256, "not ended"
-        if name not in self._reasons:
-            return code, f"exit code {code}"
-        if not task.is_asked:
-            return code, "not started"
-        return code, "lost after the start" if task.exit_code is None else "not complete"
-
-    def _summarize(self) -> str:
-        groups: dict[tuple[int, str], list[str]] = {}
-        for task in self._tasks:
-            groups.setdefault(self._name_end(task), []).append(task.target.name)
-        parts = []
-        for (code, what), names in sorted(groups.items()):
-            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
-            parts.append(f"{len(names)} {what}{shown}")
-        return f"{len(self._tasks)} servers: {'; '.join(parts)}"
 
 
 class Watched:
@@ -13225,7 +13391,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         fields["stdin"] = True
 
     async def run() -> int:
-        return await Execution(targets, fields, given.fold, given.parallel).run()
+        return await Execution(targets, fields, given.fold, given.parallel, given.all).run()
 
     return asyncio.run(end_quietly(run()))
 

@@ -46,6 +46,7 @@ import os
 import platform
 import pty
 import pwd
+import queue
 import py_compile
 import random
 import re
@@ -9715,12 +9716,18 @@ class Cutter:
 
     choose: gives for connection number N how many bytes of the server's answer go through before
     it is cut, None for all of them. stalls: then it is not cut, but stands still until `resumed`.
+    delay_seconds: how long each byte is on its way.
     """
 
     def __init__(
-        self, port: int, choose: Callable[[int], int | None], stalls: bool = False
+        self,
+        port: int,
+        choose: Callable[[int], int | None],
+        stalls: bool = False,
+        delay_seconds: float = 0.0,
     ) -> None:
         self.target = port
+        self.delay_seconds = delay_seconds
         self.choose = choose
         self.stalls = stalls
         self.resumed = threading.Event()
@@ -9765,7 +9772,8 @@ class Cutter:
             limit = self.choose(self.count)
             self.count += 1
             for pair in ((client, server, None), (server, client, limit)):
-                threading.Thread(target=self._pump, args=pair, daemon=True).start()
+                pump = self._pump_late if self.delay_seconds else self._pump
+                threading.Thread(target=pump, args=pair, daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         with contextlib.suppress(OSError):
@@ -9787,6 +9795,28 @@ class Cutter:
                 one.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ValueError):
             self.open.remove(source)
+        source.close()
+
+    def _pump_late(self, source: socket.socket, sink: socket.socket, _: int | None) -> None:
+        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        late: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+
+        def send() -> None:
+            data = b"x"
+            while data:
+                due, data = late.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                with contextlib.suppress(OSError):
+                    sink.sendall(data) if data else sink.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=send, daemon=True).start()
+        data = b"x"
+        while data:
+            try:
+                data = source.recv(65536)
+            except OSError:
+                data = b""
+            late.put((time.monotonic() + self.delay_seconds, data))
         source.close()
 
 
@@ -9818,16 +9848,18 @@ class Impostor:
 
 
 class Player(Impostor):
-    """Speaks the protocol well enough to be followed, and then says what it is told to.
+    """Speaks the protocol well enough to be followed: path -> answer, or the JSON of one."""
 
-    answers: path -> answer, or the JSON of one; events: what comes on the WebSocket connection.
-    """
-
-    def __init__(self, answers: dict[str, Any], *events: Any) -> None:
+    def __init__(self, answers: dict[str, Any]) -> None:
         super().__init__(b"")
-        info = {"boot_id": "b", "seq": 1, "hostname": "player"}
-        self.answers = {"/info": info, "/exec": {"task_id": "1"}, "/logs": OK, **answers}
-        self.events = ({"type": "hello", "boot_id": "b", "tasks": []}, *events)
+        info, running = {"boot_id": "b"}, {"state": "running", "output_bytes": 3}
+        self.answers = {
+            "/info": info,
+            "/exec": STREAM,
+            "/logs": STREAM,
+            "/tasks": running,
+            **answers,
+        }
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -9842,51 +9874,33 @@ class Player(Impostor):
             if not request:  # it was cancelled as soon as it was connected
                 return
             self.received.append(request)
-            path = re.split(rb"[ ?]", request)[1].decode()
-            key = re.search(rb"Sec-WebSocket-Key: (\S+)", request)
-            if key is None:
-                answer = self.answers.get(path, b"")
-                head = b"" if isinstance(answer, bytes) else b"HTTP/1.0 200 OK\r\n\r\n"
-                connection.sendall(head + self._encode(answer))
-                return
-            fields = [("Sec-WebSocket-Accept", sc.compute_accept(key.group(1).decode()))]
-            connection.sendall(sc.encode_response_head(101, fields))
-            for event in self.events:
-                connection.sendall(sc.encode_frame(sc.Opcode.TEXT, self._encode(event)))
-            while connection.recv(65536):
-                pass
-
-    @staticmethod
-    def _encode(value: Any) -> bytes:
-        return value if isinstance(value, bytes) else json.dumps(value).encode()
+            answer = self.answers.get(re.split(rb"[ ?]", request)[1].decode(), b"")
+            is_json = not isinstance(answer, bytes)
+            connection.sendall(OK + json.dumps(answer).encode() if is_json else answer)
 
 
 OK = b"HTTP/1.0 200 OK\r\n\r\n"
-FIRST_OUTPUT = {"type": "task_output", "seq": 2, "task_id": "1", "offset": 0, "output": "hi\n"}
-FIRST_END = {"type": "task_complete", "seq": 3, "task_id": "1", "exit_code": 0, "output_bytes": 3}
-NONSENSE: dict[str, tuple[Any, ...]] = {
-    # what: (what Player answers, events)
-    "a length that is none": ({"/info": b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\n{}"},),
-    "a list": ({"/info": []},),
-    "deep JSON": ({"/info": OK + b"[" * 100_000},),
-    "a huge seq": ({"/info": OK + b'{"boot_id":"b","seq":' + b"9" * 5000 + b"}"},),
-    "an infinite seq": ({"/info": OK + b'{"boot_id":"b","seq":1e999}'},),
-    "a seq of no server": ({"/info": OK + b'{"boot_id":"b","seq":1' + b"0" * 18 + b"}"},),
-    "an event of no server": ({}, {**FIRST_OUTPUT, "seq": 10**18}),
-    "no task": ({"/exec": {}},),
-    "a task in a list": ({"/exec": [1]},),
-    "a window of text": ({"/exec": {"task_id": "1", "window": "1"}},),
-    "a task id for a request": ({"/exec": {"task_id": "1 HTTP/1.1\r\nX: y"}},),
-    "a message for a terminal": ({"/exec": b'HTTP/1.0 403 No\r\n\r\n{"message":"\\u001b[2J"}'},),
-    "an exit code of 300": ({}, {**FIRST_END, "exit_code": 300}),
-    "an exit code of text": ({}, FIRST_OUTPUT, {**FIRST_END, "exit_code": "\x1b[2J"}),
-    "no exit code": ({}, FIRST_OUTPUT, {**FIRST_END, "exit_code": None}),
-    "no length": ({}, FIRST_OUTPUT, {**FIRST_END, "output_bytes": None}),
-    "an infinite offset": ({}, b'{"type":"task_output","seq":2,"task_id":"1","offset":1e999}'),
-    "output that is no text": ({}, {**FIRST_OUTPUT, "output": 5}),
-    "kept output that is none": ({"/logs": OK + b"x"}, {**FIRST_OUTPUT, "offset": 9}),
-    "a gap of nothing": ({"/tasks": {}}, {"type": "gap", "from": 2, "to": 3}),
-    "an event that is none": ({}, b"[]"),
+STREAM = b"HTTP/1.0 200 OK\r\nX-Task-Id: 1\r\nX-Offset: 0\r\n\r\nhi\n"
+ENDED = {"state": "done", "exit_code": 0, "output_bytes": 3}
+NONSENSE: dict[str, dict[str, Any]] = {
+    # what: what Player answers
+    "a length that is none": {"/info": b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\n{}"},
+    "a length of no server": {"/info": OK[:-2] + b"Content-Length: 99999999999\r\n\r\n{}"},
+    "a list": {"/info": []},
+    "deep JSON": {"/info": OK + b"[" * 100_000},
+    "a huge number": {"/info": OK + b'{"boot_id":' + b"9" * 5000 + b"}"},
+    "no run": {"/info": {}},
+    "no task": {"/exec": OK},
+    "a task id for a request": {"/exec": STREAM.replace(b": 1", b": 1 HTTP/1.1")},
+    "an infinite offset": {"/exec": STREAM.replace(b": 0", b": 1e999")},
+    "a message for a terminal": {"/exec": b'HTTP/1.0 403 No\r\n\r\n{"message":"\\u001b[2J"}'},
+    "an exit code of 300": {"/tasks": {**ENDED, "exit_code": 300}},
+    "an exit code of text": {"/tasks": {**ENDED, "exit_code": "\x1b[2J"}},
+    "no exit code": {"/tasks": {**ENDED, "exit_code": None}},
+    "no length": {"/tasks": {**ENDED, "output_bytes": None}},
+    "an infinite length": {"/tasks": OK + b'{"state":"done","output_bytes":1e999}'},
+    "no state": {"/tasks": {**ENDED, "state": None}},
+    "kept output that is none": {"/tasks": {**ENDED, "output_bytes": 4}, "/logs": OK},
 }
 
 
@@ -10186,6 +10200,28 @@ class TestExec:
         summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not started (127.0.0.1:1)"
         assert summary in finished.stderr.decode()
 
+    def test_runs_once_on_a_server_that_is_listed_twice(
+        self, plain_server: ServerProcess, tmp_path: Path
+    ) -> None:
+        port, before = plain_server.port, len(plain_server.get("/tasks"))
+        lines = (f"web1 127.0.0.1:{port}", f"web2 localhost:{port}", f"web3 127.0.0.1:{port}")
+        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
+        finished = run_client("exec", "--all", "--", "echo hi; exit 3", **env)
+        assert finished.returncode == 3
+        assert re.fullmatch(rb"web[123] \| hi\n", finished.stdout)
+        assert finished.stderr.count(b"): the same server as web") == 2
+        assert re.search(rb"3 servers: 1 exit code 3 \(.*\); 2 listed twice", finished.stderr)
+        assert len(plain_server.get("/tasks")) == before + 1
+
+    def test_receives_its_own_output_alone(self, plain_server: ServerProcess) -> None:
+        floods = [plain_server.start("yes") for _ in range(8)]
+        with Cutter(plain_server.port, lambda _: 3000) as cutter:  # of each connection
+            finished = run_client("exec", f"127.0.0.1:{cutter.port}", "--", "sleep 0.5; echo hi")
+            assert (finished.stdout, cutter.cut, cutter.count) == (b"hi\n", 0, 2)
+        for task_id in floods:
+            kill_task(plain_server, task_id)
+            plain_server.wait_for_end(task_id)
+
     def test_runs_so_many_at_a_time(self, tmp_path: Path) -> None:
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(ServerProcess(tmp_path / str(n))) for n in range(3)]
@@ -10207,38 +10243,12 @@ class TestExec:
 
     @pytest.mark.parametrize("what", NONSENSE)
     def test_takes_no_nonsense(self, what: str) -> None:
-        with Player(*NONSENSE[what]) as player:
+        with Player(NONSENSE[what]) as player:
             finished = run_client("exec", f"127.0.0.1:{player.port}", "--", "true")
         assert finished.returncode == 125
         assert finished.stdout in (b"", b"hi\n")
         assert finished.stderr.count(b"\n") == 1 and b"\x1b" not in finished.stderr
         assert finished.stderr.startswith(b"servercontrol: 127.0.0.1:")
-
-    def test_takes_no_event_that_is_of_its_own_making(self) -> None:
-        """A server cannot say that it was lost, or that it was restarted."""
-        ours = [
-            {"type": "lost", "seq": 2, "reason": "\x1b]0;evil\x07", "status": 0},
-            {"type": "restarted", "seq": 3, "boot_id": "Q"},
-            {**FIRST_OUTPUT, "type": "of a newer server", "seq": 4},
-        ]
-        end = {**FIRST_END, "seq": 6, "state": "done"}
-        with Player({}, *ours, {**FIRST_OUTPUT, "seq": 5}, end) as player:
-            finished = run_client("exec", f"127.0.0.1:{player.port}", "--", "true")
-        assert (finished.returncode, finished.stdout, finished.stderr) == (0, b"hi\n", b"")
-
-    def test_tells_a_reason_without_control_characters(self) -> None:
-        told: list[str] = []
-
-        async def drain() -> None:
-            pass
-
-        async def run() -> None:
-            target = sc.parse_target("web1", "web1")
-            task = sc.RemoteTask(target, {}, bytearray().extend, drain, told.append)
-            await task._take({"type": "lost", "reason": "\x1b]0;evil\x07", "status": 0})
-
-        asyncio.run(run())
-        assert told == ["connection lost (?]0;evil?), trying again"]
 
     def test_ends_an_answer_without_end(self) -> None:
         """Such a one must not fill our memory."""
@@ -10487,7 +10497,9 @@ class TestExec:
     def test_starts_nothing_behind_a_closed_pipe(self, plain_server: ServerProcess) -> None:
         """The second server tells where it stands while the first one is told to stop."""
         before, port = len(plain_server.get("/tasks")), plain_server.port
-        first = Cutter(port, lambda number: 1 if number == 3 else None, stalls=True)
+        told = plain_server.exchange(make_request("GET /info", "Connection: close"))
+        limit = len(told) + 50  # in the answer to /kill, which comes next
+        first = Cutter(port, lambda number: None if number else limit, stalls=True)
         second = Cutter(port, lambda number: None if number else 1, stalls=True)
         with first, second:
             words = (f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}", "--", "yes")
@@ -10631,7 +10643,7 @@ class TestExec:
             words = ("exec", place, other, "--fold", "--", f"echo result {number:d}")
             with running_client(*words) as process:
                 assert process.stdout is not None and process.stderr is not None
-                wait_until(lambda: cutter.count == 3 and not cutter.open)  # /info, /exec, events
+                wait_until(lambda: cutter.count == 2 and not cutter.open)  # /info, /exec
                 process.send_signal(number)
                 assert process.wait(PATIENCE_SECONDS) == 128 + number
                 shown = process.stdout.read()
@@ -10903,7 +10915,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
     def test_loses_and_doubles_nothing(
         self, place: str, plain_server: ServerProcess, tmp_path: Path, seed: int
     ) -> None:
-        """Connections are cut anywhere: in the answer to /exec, in the upgrade, in events."""
+        """Connections are cut anywhere: in the answer to /exec, in its head, in later ones."""
         chance = random.Random(seed)
 
         def choose(number: int) -> int | None:
@@ -10936,7 +10948,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         pause: how long its first piece of output takes to be written.
         """
         for name, value in seconds.items():
-            monkeypatch.setattr(sc, f"EXEC_{name}_SECONDS", value)
+            monkeypatch.setattr(sc, f"{name}_SECONDS", value)
         output, told = bytearray(), []
         pauses = [pause]
 
@@ -10961,10 +10973,10 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
     ) -> None:
         """Such as through a firewall that forgot it: it is open, and nothing comes."""
         command = "seq 300000; sleep 0.1; exit 4"
-        with Cutter(plain_server.port, lambda n: limit if n == 2 else None, stalls=True) as cutter:
-            found = self.follow(cutter.port, command, monkeypatch, SILENCE=1.0)
-            assert cutter.count > 3
-        assert found[2] == 4 and len(found[1]) == 1
+        with Cutter(plain_server.port, lambda n: limit if n == 1 else None, stalls=True) as cutter:
+            found = self.follow(cutter.port, command, monkeypatch, BEAT=0.3, ANSWER=1.0)
+            assert cutter.count == 3
+        assert found[1:] == ([], 4)
         assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
 
     def test_writes_beside_somebody_else(self, monkeypatch: Any) -> None:
@@ -10993,31 +11005,10 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         self, plain_server: ServerProcess, monkeypatch: Any
     ) -> None:
         command = "echo hi; sleep 1; exit 4"  # its end comes after the silence allowed
-        found = self.follow(plain_server.port, command, monkeypatch, 2.0, SILENCE=0.5, GIVE_UP=1.0)
+        found = self.follow(
+            plain_server.port, command, monkeypatch, 2.0, BEAT=0.2, EXEC_GIVE_UP=1.0
+        )
         assert found == (b"hi\n", [], 4)
-
-    def test_takes_no_more_from_a_server_than_it_can_write(
-        self, plain_server: ServerProcess, monkeypatch: Any
-    ) -> None:
-        """From one that does not wait for us either."""
-        monkeypatch.setattr(sc, "MAX_AHEAD_BYTES", 100_000)
-        output, told = bytearray(), []
-
-        async def run() -> int:
-            written = asyncio.Event()
-            target = sc.parse_target("it", f"127.0.0.1:{plain_server.port}")
-            fields = {"cmd": "yes 0123456 | head -c 5000000"}
-            task = sc.RemoteTask(target, fields, output.extend, written.wait, told.append)
-            await task.start()
-            following = asyncio.ensure_future(task.follow())
-            while len(output) < 100_000:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.3)
-            assert len(output) < 300_000
-            written.set()
-            return await following
-
-        assert (asyncio.run(run()), len(output), told) == (0, 5_000_000, [])
 
     def test_takes_up_a_connection_that_was_long(
         self, plain_server: ServerProcess, tmp_path: Path, monkeypatch: Any
@@ -11038,14 +11029,14 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
                 (tmp_path / "go").touch()
 
             threading.Thread(target=end).start()
-            found = self.follow(cutter.port, command, monkeypatch, GIVE_UP=1.0)
+            found = self.follow(cutter.port, command, monkeypatch, EXEC_GIVE_UP=1.0)
         assert (cut, found[2]) == ([True], 4)
 
     def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
         with ServerProcess(tmp_path) as server:
             server.check = False
             command = f"echo hi; sleep 0.5; kill -9 {server.pid}; sleep 1"
-            output, told, error = self.follow(server.port, command, monkeypatch, GIVE_UP=3.0)
+            output, told, error = self.follow(server.port, command, monkeypatch, EXEC_GIVE_UP=3.0)
         assert str(error) == "connection refused"
         assert output in (b"", b"hi\n")
         assert told[-1:] == ["connection lost (connection refused), trying again"]
@@ -11263,6 +11254,27 @@ class TestExecTerminal:
             person.read_until(r"303\s+244\s+360\s+237\s+230\s+200")
             assert person.process.poll() is None
             assert termios.tcgetattr(person.slave) != person.before
+
+    def test_keys_do_not_wait_for_one_another(self, plain_server: ServerProcess) -> None:
+        """Over 50 ms to and fro: each echo is there in one round trip, in the order typed."""
+        with Cutter(plain_server.port, lambda _: None, delay_seconds=0.025) as cutter:
+            words = ("exec", f"127.0.0.1:{cutter.port}", "--tty", "--", "echo ready; exec cat")
+            with Person(*words) as person:
+                person.read_until("ready")
+                typed, times = "", []
+                for key in "abcdefghijklmnopqrstuvwxyz0123456789":
+                    typed += key
+                    start = time.monotonic()
+                    person.type(key)
+                    person.read_until(typed)
+                    times.append(time.monotonic() - start)
+                assert statistics.median(times) < 0.1, times  # 0.06 on a quiet machine
+                text = "".join(f"{n}-" for n in range(800))
+                for start in range(0, len(text), 3):
+                    person.type(text[start : start + 3])
+                person.read_until(text)
+                person.type("\x1d")
+                assert person.wait() == 0
 
     def test_ctrl_c_is_for_the_program_there(self, place: str) -> None:
         command = (
