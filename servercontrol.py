@@ -6650,6 +6650,7 @@ class Server:
             "tls": self.config.has_tls,
             "auth": not self.config.no_auth,
             "exec": not self.config.no_exec,
+            "id": self.boot_id,
         }
 
     # Running
@@ -9093,6 +9094,8 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
         return None
     texts = {name: clean_text(facts.get(name, ""), 64) for name in ("hostname", "version")}
     flags = {name: facts.get(name) is True for name in ("tls", "auth", "exec")}
+    run = facts.get("id")
+    is_run = isinstance(run, str) and re.fullmatch("[0-9a-f]{16}", run)
     url = f"{'https' if flags['tls'] else 'http'}://{address}:{ports['port']}"
     return {
         "hostname": texts["hostname"],
@@ -9101,6 +9104,7 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
         "url": url,
         **texts,
         **flags,
+        "id": run if is_run else "",
     }
 
 
@@ -9119,37 +9123,25 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
             pass
 
 
-def is_own_address(address: str) -> bool:
-    """Whether an address is this machine's: then it is also the source on the way there."""
-    return find_source(address) == address
+def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the servers in order, each once with all its addresses: replies of one id are of one.
 
-
-def is_taken_everywhere(port: int) -> bool:
-    """Whether a server on this machine listens on a port of all addresses, or may do so."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind(("127.255.255.254", port))  # where nobody listens alone
-            return False
-    except OSError:
-        return True
-
-
-def drop_doubles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the servers in order, without loopback's answer of one that our address shows too.
-
-    Not by name: many machines have the name that their image came with. Nor by port alone: one on
-    loopback and one on another address may have the same.
+    Loopback's address comes last, since it means nothing to other machines.
     """
-    ours = {address for address in {one["address"] for one in found} if is_own_address(address)}
-    ports = {one["port"] for one in found if one["address"] in ours - {"127.0.0.1"}}
-    shown = {port for port in ports if is_taken_everywhere(port)}
-    kept = [one for one in found if not is_loopback(one["address"]) or one["port"] not in shown]
-    return sorted(kept, key=lambda one: (one["hostname"], one["address"], one["port"]))
+    servers: dict[Any, list[dict[str, Any]]] = {}
+    for one in replies:
+        key = (one["id"], one["port"]) if one["id"] else (one["address"], one["port"])
+        servers.setdefault(key, []).append(one)
+    merged = []
+    for same in servers.values():
+        same.sort(key=lambda one: (is_loopback(one["address"]), one["address"]))
+        merged.append({**same[0], "urls": [one["url"] for one in same]})
+    return sorted(merged, key=lambda one: (one["hostname"], one["address"], one["port"]))
 
 
 def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[dict[str, Any]]:
     """Ask who is there, and return what answered within `seconds`, each server once."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
     # Replies of each address: one that makes up thousands must not keep the others out.
     counts: Counter[str] = Counter()
     start = time.monotonic()
@@ -9172,8 +9164,8 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
             reply = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
             if reply is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
-                found.setdefault((reply["address"], reply["port"]), reply)
-    return drop_doubles(list(found.values()))
+                found.setdefault((reply["address"], reply["port"], reply["id"]), reply)
+    return merge_replies(found.values())
 
 
 def name_hosts(
@@ -9246,17 +9238,15 @@ def format_hosts(
 
 def format_found(found: Sequence[dict[str, Any]]) -> str:
     """Return a table for people."""
-    rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS")]
+    rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
         needed = "yes" if is_token_needed(one) else "not by its own account"
-        token, runs = (
-            (needed if one["auth"] else "NO: OPEN TO ALL"),
-            ("yes" if one["exec"] else "no"),
-        )
-        rows.append((one["hostname"], one["url"], one["version"], token, runs))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    padded = [[f"{cell:{width}}" for cell, width in zip(row, widths)] + [row[4]] for row in rows]
-    return "".join("  ".join(cells) + "\n" for cells in padded)
+        token = needed if one["auth"] else "NO: OPEN TO ALL"
+        runs, more = ("yes" if one["exec"] else "no"), " ".join(one["urls"][1:])
+        rows.append((one["hostname"], one["url"], one["version"], token, runs, more))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    padded = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in rows)
+    return "".join(line.rstrip() + "\n" for line in padded)
 
 
 # 18. Dashboard ──────────────────────────────────────────────────────────────────────────────
@@ -13487,7 +13477,7 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
     """Return lines for those that are not listed; tell what else is to do. Raises ConfigError."""
     listed = read_hosts(environ)
     urls = {target.url for target in listed}
-    new = [one for one in found if one["url"] not in urls]
+    new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
     if any(is_token_needed(one) for one in new):

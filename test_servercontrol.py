@@ -46,8 +46,8 @@ import os
 import platform
 import pty
 import pwd
-import queue
 import py_compile
+import queue
 import random
 import re
 import resource
@@ -2191,7 +2191,8 @@ class TestMessages:
     )  # fmt: skip
     def test_discovery_reply_fits(self, hostname: str, expected: str | None) -> None:
         facts = {"hostname": hostname, "port": 65535, "ws_port": 65535, "discovery_port": 65535,
-                 "version": "10.10.10", "tls": False, "auth": False, "exec": False}  # fmt: skip
+                 "version": "10.10.10", "tls": False, "auth": False, "exec": False,
+                 "id": "f" * 16}  # fmt: skip
         reply = sc.encode_discovery_reply(facts)
         parsed = parse_strict_json(reply.decode("utf-8"))
         assert len(reply) <= 256 and parsed.pop("type") == "SERVER_RESPONSE"
@@ -3494,7 +3495,9 @@ class TestDiscovery:
                     "type": "SERVER_RESPONSE", "hostname": socket.gethostname(), "port": server.port,
                     "ws_port": server.ws_port, "discovery_port": server.discovery_port,
                     "version": sc.__version__, "tls": False, "auth": True, "exec": True,
+                    "id": server.get("/info")["boot_id"],
                 }  # fmt: skip
+                assert re.fullmatch("[0-9a-f]{16}", reply["id"])
             assert prober.ttls == {1}
 
     def test_silence_for_anything_else(self, server: ServerProcess) -> None:
@@ -10027,7 +10030,7 @@ class TestTargets:
                 taken += 1
                 assert found["hostname"].isprintable() and found["version"].isprintable()
                 assert re.fullmatch(r"https?://10\.0\.0\.1:\d+", found["url"]), found
-                assert sc.format_found([found]).count("\n") == 2
+                assert sc.format_found(sc.merge_replies([found])).count("\n") == 2
                 sc.format_hosts([found]).encode("ascii")
         assert taken > 300
         assert sc.parse_discovery_reply(b'{"a":' + b"[" * 2000, "10.0.0.1") is None
@@ -10089,23 +10092,25 @@ class TestTargets:
             (target,) = sc.choose_targets(given, {"SERVERCONTROL_HOSTS": hosts})
             assert target.url == url
 
-    def test_shows_a_server_of_ours_once(self) -> None:
-        places = (("127.0.0.1", 1), ("10.0.0.1", 1), ("127.0.0.1", 2), ("10.0.0.2", 2))
-        places += (("127.0.0.1", 3), ("10.0.0.1", 3))  # two servers
-        found = [{"hostname": "a", "address": place, "port": port} for place, port in places]
-        ours = ("127.0.0.1", "10.0.0.1")
-        with (
-            mock.patch.object(sc, "is_own_address", ours.__contains__),
-            mock.patch.object(sc, "is_taken_everywhere", (1, 2).__contains__),
-        ):
-            kept = [(one["address"], one["port"]) for one in sc.drop_doubles(found)]
-        loopback = [("127.0.0.1", 2), ("127.0.0.1", 3)]
-        assert kept == [("10.0.0.1", 1), ("10.0.0.1", 3), ("10.0.0.2", 2), *loopback]
-
-    def test_knows_a_port_of_all_addresses(self) -> None:
-        for address, is_taken in (("127.0.0.1", False), ("0.0.0.0", True)):
-            with socket.create_server((address, 0)) as listener:
-                assert sc.is_taken_everywhere(listener.getsockname()[1]) is is_taken
+    def test_shows_a_server_once_with_all_its_addresses(self) -> None:
+        reply = {"type": "SERVER_RESPONSE", "hostname": "a", "ws_port": 9, "tls": True}
+        one, two = "0123456789abcdef", "fedcba9876543210"
+        places = [("127.0.0.1", 1, one), ("10.0.0.2", 1, one), ("10.0.0.1", 1, one)]
+        places += [("127.0.0.1", 2, two), ("10.0.0.1", 2, one), ("10.0.0.1", 3, two)]
+        places += [("127.0.0.1", 3, ""), ("10.0.0.1", 3, "X" * 16), ("10.0.0.9", 3, 5)]
+        replies = []
+        for address, port, run in places:
+            data = json.dumps({**reply, "port": port, "id": run}).encode()
+            replies.append(sc.parse_discovery_reply(data, address))
+        found = sc.merge_replies(replies)
+        assert [[url.partition("://")[2] for url in one["urls"]] for one in found] == [
+            ["10.0.0.1:1", "10.0.0.2:1", "127.0.0.1:1"], ["10.0.0.1:2"], ["10.0.0.1:3"],
+            ["10.0.0.1:3"], ["10.0.0.9:3"], ["127.0.0.1:2"], ["127.0.0.1:3"],
+        ]  # fmt: skip
+        assert all(one["url"] == one["urls"][0] for one in found)
+        table = sc.format_found(found).splitlines()
+        assert table[1].endswith("  https://10.0.0.2:1 https://127.0.0.1:1")
+        assert all(line.endswith(" no") for line in table[2:])
 
 
 @pytest.fixture(scope="class")
@@ -11427,6 +11432,7 @@ class TestDiscover:
             for n, place in enumerate(places, 1)
         ]
         found = [{**one, "url": f"http://{one['address']}:80"} for one in found]
+        found = [{**one, "urls": [one["url"]]} for one in found]
         env = {"SERVERCONTROL_HOSTS": str(tmp_path / "list" / "hosts")}
         rest = "web3 http://127.0.0.1:80\nweb4 http://10.0.0.4:80\n"
         assert sc.list_new(found, env) == (
