@@ -3938,15 +3938,20 @@ class Tasks:
         task.wake()
 
     def _drop_output(self) -> None:
-        """Keep the output of all tasks in bounds: finished tasks give way first, oldest first."""
+        """Keep the output of all tasks in bounds: finished tasks give way first, oldest first.
+
+        What a task's window says may be on its way to a reader stays, if anything else can go.
+        """
         running = sorted(self.running.values(), key=lambda task: -task.output.kept_bytes)
-        for task in [*self._finished, *running]:
-            excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
-            if excess <= 0:
-                return
-            kept = task.output.kept_bytes
-            task.output.drop_to(max(0, kept - excess))
-            self._kept_bytes += task.output.kept_bytes - kept
+        for is_last in (False, True):
+            for task in [*self._finished, *running]:
+                excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
+                if excess <= 0:
+                    return
+                kept = task.output.kept_bytes
+                least = 0 if is_last else min(kept, task.window)
+                task.output.drop_to(max(least, kept - excess))
+                self._kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
         """Read what a background child writes after the end, slowly, and forget it."""
