@@ -9642,7 +9642,8 @@ nav h2 {
   box-shadow: inset 3px 0 var(--blue);
 }
 #tasks :is(code, small),
-#title {
+#title,
+#caption {
   overflow: hidden;
   text-overflow: ellipsis;
   white-space: nowrap;
@@ -9681,6 +9682,10 @@ nav h2 {
 }
 #title {
   font-weight: 600;
+}
+#caption {
+  flex-shrink: 9;
+  unicode-bidi: isolate;
 }
 code {
   font: 13px var(--mono);
@@ -9797,7 +9802,7 @@ code {
 /* a background fills its row */
 #lines span,
 #lines a {
-  padding-block: var(--gap);
+  padding-block: var(--above) var(--below);
 }
 #lines .box {
   display: inline-block;
@@ -9808,6 +9813,11 @@ code {
   vertical-align: top;
   transform-origin: left;
   unicode-bidi: isolate;
+}
+/* lines drawn by characters reach the next row */
+#lines .tall {
+  transform: scaleY(var(--stretch));
+  overflow: visible;
 }
 #lines.reversed {
   filter: invert(1);
@@ -11035,7 +11045,8 @@ function kindOf(char, width, style) {
   if (char === "\t") return "box";
   const isBold = style && style.split(",", 3)[2] & BOLD;
   const isFitting = Math.abs(measureText(char, isBold) - width * font.cell) < 0.05;
-  if (isFitting && char >= "\u2580" && char <= "\u259f") return "picture";
+  if (isFitting && char >= "\u2500" && char <= "\u259f")
+    return char < "\u2580" ? "frame" : "picture";
   if (RIGHT_TO_LEFT.test(char)) return "letters";
   if (isFitting) return "text";
   return width === 1 && /^\p{L}/u.test(char) ? "letters" : "box";
@@ -11111,6 +11122,7 @@ function drawPiece({ text, style, kind, link, cells, at, isCursor }) {
     element.style.setProperty("--ink", css(makeReadable(ink, paper)));
     element.style.setProperty("--paper", css(paper));
   }
+  if (kind === "frame" || kind === "picture") element.classList.add("box", "tall");
   if (kind === "box" || kind === "letters") squeeze(element, text, cells, style);
   element.classList.toggle("cursor", isCursor);
   return element;
@@ -11148,24 +11160,34 @@ const view = {
   measure() {
     const output = $("output");
     const probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
+    probe.style.padding = 0;
     const measure = (size) => {
       output.style.fontSize = `${size}px`;
       return probe.getBoundingClientRect().width / 100 || 7.8;
     };
     const plain = measure(FONT_SIZE);
-    const size = (FONT_SIZE * Math.round(plain * devicePixelRatio)) / devicePixelRatio / plain;
-    font.cell = measure(size);
+    const aim = Math.round(plain * devicePixelRatio) / devicePixelRatio;
+    let size = (FONT_SIZE * aim) / plain;
+    size *= aim / measure(size); // advances do not grow evenly with the size
+    const cell = measure(size);
     const height = probe.getBoundingClientRect().height || 16;
     probe.remove();
-    const { isLog } = this.terminal ?? {};
-    this.char = font.cell;
-    this.row = isLog ? height + 2 : height;
+    font.cell = this.char = cell;
     font.name = `${size}px ${getComputedStyle(output).fontFamily}`;
     font.widths.clear();
+    // An underscore may lie below what the browser takes for the height of the font.
+    font.pen.font = font.name;
+    const { fontBoundingBoxAscent, actualBoundingBoxDescent } = font.pen.measureText("_");
+    const low = Math.max(height, fontBoundingBoxAscent + actualBoundingBoxDescent);
+    const screenRow = Math.ceil(low * devicePixelRatio) / devicePixelRatio;
+    this.row = screenRow + (this.terminal?.isLog ? 2 : 0);
+    const above = Math.floor(((this.row - height) / 2) * devicePixelRatio) / devicePixelRatio;
     output.style.setProperty("--row", `${this.row}px`);
-    output.style.setProperty("--gap", isLog ? "1px" : "0px");
+    output.style.setProperty("--above", `${above}px`);
+    output.style.setProperty("--stretch", (this.row + 1) / height);
+    output.style.setProperty("--below", `${this.row - height - above}px`);
     const cols = Math.floor((output.clientWidth - 24) / this.char) - ($("times").checked ? 14 : 0);
-    const fits = Math.floor((output.clientHeight - 14) / height);
+    const fits = Math.floor((output.clientHeight - 14) / screenRow);
     Object.assign(this, { cols: clamp(cols, 10, 500), fits: clamp(fits, 4, 200), known: 0 });
     readTheme();
     this.look++;
