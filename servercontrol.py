@@ -10414,8 +10414,9 @@ function joinLines(lines) {
 // A terminal task has cols x rows cells; lines that leave the top are kept above. Any other has a
 // "log", a screen of endless columns: so carriage returns, erasing and going up work there as well.
 // This is the table of what is known, by the names of ECMA-48 and of xterm's ctlseqs. Whatever is
-// not in it is read to its end and ignored. The 8-bit forms of C1 controls are ignored too, except
-// that U+009C (ST) ends a string: in logs they are mostly a trace of text that was decoded wrongly.
+// not in it is read to its end and ignored. The 8-bit forms of C1 controls (U+009B for ESC [) are
+// known on a screen; in a log, where they are mostly a trace of text that was decoded wrongly, only
+// U+009C (ST) is, at the end of a string.
 //   C0      BS HT LF VT FF CR SO (LS1) SI (LS0); CAN and SUB end a sequence, ESC begins another
 //   ESC     7 DECSC, 8 DECRC, D IND, E NEL, H HTS, M RI, c RIS, # 8 DECALN, ( and ) SCS: B, 0
 //   CSI     @ ICH, A CUU, B CUD, C CUF, D CUB, E CNL, F CPL, G CHA, H CUP, I CHT, J ED, K EL, L IL,
@@ -10712,9 +10713,10 @@ class Terminal {
     else if (code === 13) this.go(0);
     else if (code === 14 || code === 15) this.shift = 15 - code;
     else if (code > 9 && code < 13) this.isLog || this.modes[20] ? this.newLine() : this.index();
-    else if (code === 27) {
+    else if (code === 27 || (code > 127 && !this.isLog)) {
       this.state = ESCAPE;
       this.between = "";
+      if (code > 127) this.collect(String.fromCharCode(code - 64), code - 64);
     }
   }
   escape(between, letter) {
