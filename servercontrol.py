@@ -9683,8 +9683,8 @@ nav h2 {
 #title {
   font-weight: 600;
 }
-#caption {
-  flex-shrink: 9;
+#caption:not(:empty) {
+  min-width: 6rem;
   unicode-bidi: isolate;
 }
 code {
@@ -11235,9 +11235,11 @@ const view = {
     this.sum();
     const { terminal: t, sums } = this;
     const output = $("output");
-    $("sizer").style.height = `${(sums.at(-1) - sums[0]) * this.row}px`;
-    if (this.follow) output.scrollTop = output.scrollHeight;
-    const seen = output.scrollTop / this.row;
+    const height = (sums.at(-1) - sums[0]) * this.row;
+    $("sizer").style.height = `${height}px`;
+    // Not from scrollHeight: the rows that are still in the document may reach further down.
+    const end = Math.max(0, height - output.clientHeight);
+    const seen = (this.follow ? end : Math.min(end, output.scrollTop)) / this.row;
     const last = this.at(seen + output.clientHeight / this.row);
     // What is selected stays in the document, or else the selection would shrink.
     const selected = this.selectedLines().map((line) => t.lines.indexOf(line));
@@ -12249,28 +12251,24 @@ function onKey(event) {
   const data = sequence(keys, stream.terminal.modes);
   if (data === null) return;
   event.preventDefault();
-  if (data === "\x03" && view.selectedText()) {
-    // as in other terminals of today: the next one interrupts
-    writeClipboard(view.selectedText());
-    return getSelection().removeAllRanges();
-  }
   type(data);
 }
 // Text that came from an input method, or from a phone's keyboard; the bar's Ctrl and Alt hold.
 function onText({ target, isComposing }) {
-  $("keys").classList.toggle("composing", isComposing);
-  if (isComposing) return showComposition();
   const { value } = target;
-  target.value = "";
-  const keys = { key: value, isCtrl: held.ctrl, isAlt: held.alt, isShift: false };
   const isKey = [...value].length === 1 && (held.ctrl || held.alt);
-  const data = isKey ? sequence(keys, stream.terminal.modes) : null;
-  if (value) type(data ?? value.replace(/\n/g, "\r"));
+  const isOpen = isComposing && !isKey;
+  $("keys").classList.toggle("composing", isOpen);
+  if (isOpen) return showComposition();
+  target.value = "";
+  if (isKey) pressBarKey(value);
+  else if (value) type(value.replace(/\n/g, "\r"));
 }
 // While something is composed it is shown at the cursor, as wide as it is.
 function showComposition() {
   const { style, value } = $("keys");
-  style.width = `${measureText(value, false) + font.cell}px`;
+  const cells = [...value].reduce((sum, char) => sum + widthOf(char), 1);
+  style.width = `${Math.max(measureText(value, false), cells * font.cell)}px`;
 }
 function sendInput(data) {
   return send({ type: "task_input", task_id: stream.task.task_id, data });

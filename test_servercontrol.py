@@ -14475,7 +14475,7 @@ SEQUENCES = [
     ("DEL in a sequence", "a\x1b[3\x7f1mb", "ab"), ("text in a sequence", "a\x1b[3\u00e9b", "a\u00e9b"),
 ]  # fmt: skip
 # Names of the page's table whose effect is no text: other tests have them, or they group others.
-SEQUENCES_ELSEWHERE = "CSI DA DSR DECSCUSR DECCKM DECSCNM DECTCEM SGR ESC C1 URI".split() + [
+SEQUENCES_ELSEWHERE = "CSI SP DA DSR DECSCUSR DECCKM DECSCNM DECTCEM SGR ESC C1 URI".split() + [
     "C0",
     "OSC",
 ]
@@ -14864,6 +14864,268 @@ class TestPage:
             if our != their and (is_same or unicodedata.category(chr(code)) != "Cn")
         ]
         assert wrong == [], "run .ci/widths --write"
+
+    def test_strings_questions_and_shapes_are_taken(self, visit: Visit):
+        script = """data => { const t = new Terminal(20, 6), said = []; t.reply = (text) => said.push(text);
+          t.write(data); const { title, shape, modes, link } = t; return [said.join(""), title, shape, link, modes]; }"""
+        for data, expected in {
+            "\x1b[c\x1b[>c\x1b[5n\x1b[2;3H\x1b[6n": ("\x1b[?62;22c\x1b[>1;10;0c\x1b[0n\x1b[2;3R", "", 0, ""),
+            "\x1b[3;5r\x1b[?6h\x1b[2;2H\x1b[6n": ("\x1b[2;2R", "", 0, ""),
+            "\x1b]0;one\x07\x1b]1;icon\x07": ("", "one", 0, ""), "\x1b]2;a;b\x1b\\": ("", "a;b", 0, ""),
+            "\x1b]2;lost\x18\x1b\\": ("", "", 0, ""), "\x1b]2;lost\x1b[m\x1b\\": ("", "", 0, ""), "\x1b[4 q": ("", "", 4, ""),
+            "\x1b]8;id=1;https://a.b/;c\x1b\\": ("", "", 0, "https://a.b/;c"), "\x1b]8;;javascript:alert(1)\x07": ("", "", 0, ""),
+            "\x1b]8;;http://a\x07\x1b]8;;\x07": ("", "", 0, ""), "\x1bP$q q\x1b\\\x1b[?1$p\x1b[>q\x1b]10;?\x07": ("", "", 0, ""),
+        }.items():  # fmt: skip
+            assert tuple(visit.page.evaluate(script, data)[:4]) == expected, data
+        modes = visit.page.evaluate(
+            script, "\x1b[?1;5;1000;1002;1003;1004;1006;1007;2004h\x1b[?25l"
+        )[4]
+        on = ["1", "5", "7", "1000", "1002", "1003", "1004", "1006", "1007", "2004"]
+        assert sorted((key for key in modes if modes[key]), key=int) == on
+
+    def test_any_colours_can_be_read(self, visit: Visit):
+        script = """() => { const bad = [];
+          for (const name of ["Dark", "Light"]) { setTheme(name); readTheme();
+            for (let fg = -1; fg < 256; fg++) for (let bg = -1; bg < 256; bg += bg < 16 ? 1 : 7)
+              for (const flags of [0, 1, 2, 16, 18]) {
+                const { ink, paper } = readStyle(`${fg},${bg},${flags},`);
+                const shown = lookOf(`${fg},${bg},${flags},`).color.match(/\\d+/g).map(Number);
+                if (contrast(shown, paper) < 4.5) bad.push([name, fg, bg, flags, ink, shown]);
+          } } return bad.slice(0, 9); }"""
+        assert visit.page.evaluate(script) == []
+        assert abs(visit.page.evaluate("contrast([255, 255, 255], [118, 118, 118])") - 4.54) < 0.01
+
+    def test_backgrounds_fill_rows_and_lines_have_no_gaps(self, visit: Visit):
+        visit.run(r"printf '\033[?25l\033[44m\033[2J\033[m'; printf '│█│\n'; sleep 60", tty=True)
+        visit.run(
+            r"printf '\033[?25l\033[44m\033[J\033[m'; for i in 1 2 3 4 5 6 7 8; do printf '│\n'; done; sleep 60",
+            tty=True,
+        )
+        visit.wait_until_true("stream.terminal.y === 8")
+        visit.page.wait_for_timeout(200)
+        box, (cell, row) = (
+            visit.page.locator("#lines").bounding_box(),
+            visit.page.evaluate("[view.char, view.row]"),
+        )
+        script = """async encoded => { const image = make("img", { src: "data:image/png;base64," + encoded });
+          await image.decode(); const { width, height } = image, pen = make("canvas", { width, height }).getContext("2d");
+          pen.drawImage(image, 0, 0); const { data } = pen.getImageData(0, 0, width, height);
+          return Array.from({ length: height }, (_, y) => [...new Set(Array.from({ length: width }, (_, x) =>
+            String(data.slice(4 * (y * width + x), 4 * (y * width + x) + 3))))]); }"""
+
+        def read_colors(x: float, width: float) -> Any:
+            clip = {"x": box["x"] + x, "y": box["y"] + row, "width": width, "height": 6 * row}
+            return visit.page.evaluate(
+                script, base64.b64encode(visit.page.screenshot(clip=clip)).decode()
+            )
+
+        assert len({color for colors in read_colors(10 * cell, 9 * cell) for color in colors}) == 1
+        assert min(map(len, read_colors(0, cell))) > 1  # each row of pixels has some of the line
+
+    def test_row_never_shifts(self, visit: Visit):
+        odd = "\u2764\ufe0f \u26a0\ufe0f \u23fa \u2460 \u280b \u6f22\u5b57 \u1112\u1161\u11ab \U0001f469\u200d\U0001f4bb e\u0301 \ufdfa \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31 Z\u0351\u036b\u0343".split()
+        visit.run("printf '%s|\\n' " + " ".join(odd) + "; sleep 60", tty=True)
+        visit.wait_until_true(f"stream.terminal.y === {len(odd)}")
+        visit.page.wait_for_timeout(100)
+        script = """() => { const { left, top } = document.getElementById("lines").getBoundingClientRect();
+          return [...document.querySelectorAll("#lines > div")].slice(0, -1).map((row, i) => {
+            const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT), range = document.createRange();
+            let node; while (walker.nextNode()) if (walker.currentNode.data.endsWith("|")) node = walker.currentNode;
+            range.setStart(node, node.length - 1); range.setEnd(node, node.length);
+            const place = range.getBoundingClientRect(), box = row.getBoundingClientRect();
+            return [(place.left - left) / view.char, (box.top - top) / view.row, box.height / view.row, stream.terminal.row(i).open().length - 1]; }); }"""
+        for number, (text, (x, y, height, cells)) in enumerate(
+            zip(odd, visit.page.evaluate(script))
+        ):
+            assert abs(x - cells) < 0.1 and abs(y - number) < 0.01 and abs(height - 1) < 0.01, text
+
+    def test_nothing_is_blank_and_hits_are_seen_in_any_script(self, visit: Visit):
+        letters = [
+            "x",
+            "\u6f22",
+            "Vi\u1ec7t ",
+            "Vie\u0323\u0302t ",
+            "\u0645\u0631\u062d\u0628\u0627 ",
+            "\U0001f600",
+            "a\u0301\u0302\u0303",
+            "\u0e2a\u0e27\u0e31",
+            "\t",
+            "\u1112\u1161\u11ab",
+            "\u2764\ufe0f",
+        ]
+        script = """async ([piece, columns]) => { const t = new Terminal(0, 0), output = document.getElementById("output");
+          const line = piece.repeat(130).slice(0, 130 * piece.length);
+          for (let i = 0; i < 400; i++) t.write(`${i} ${[...line].slice(0, 130).join("")}${i === 200 ? " needle" : ""}\\n`);
+          view.show(t); output.style.width = `${112.5 * view.char + 24}px`; view.measure();
+          const covered = () => { view.render(); const { top, bottom } = output.getBoundingClientRect(); let sum = 0;
+            for (const row of document.querySelectorAll("#lines > div > div")) { const box = row.getBoundingClientRect();
+              sum += Math.max(0, Math.min(box.bottom, bottom) - Math.max(box.top, top)); }
+            return sum / (bottom - top); };
+          const end = covered(), rows = document.querySelectorAll("#lines > div:nth-last-child(2) > div").length;
+          document.getElementById("find").value = "needle"; view.find(0); const middle = covered();
+          const hit = [...document.querySelectorAll("#lines .hit div")].at(-1).getBoundingClientRect();
+          const box = output.getBoundingClientRect();
+          return [view.cols, end, middle, hit.top >= box.top && hit.bottom <= box.bottom, view.sums.at(-1)]; }"""
+        for piece in letters:
+            cols, end, middle, is_seen, _ = visit.page.evaluate(script, [piece, 112])
+            assert cols == 112 and end > 0.9 and middle > 0.97 and is_seen, (
+                piece,
+                cols,
+                end,
+                middle,
+            )
+
+    def test_copy_is_what_was_written(self, visit: Visit):
+        visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+
+        def wait_for_clipboard(text: str) -> None:
+            visit.wait_until_true(
+                f"navigator.clipboard.readText().then((text) => text === {json.dumps(text)})"
+            )
+
+        words = "word " * 50 + "end  "
+        clear = r"printf 'alphaalphaalphaalphaalphaalpha%90s|\n' x; printf '\033[H\033[2J\033[3J'"
+        visit.run(f"{clear}; printf 'beta\\r\\ngamma\\r\\n{words}\\r\\nlast '; sleep 60", tty=True)
+        visit.wait_for("#lines", "last")
+        visit.page.click("#copy")
+        wait_for_clipboard(f"beta\ngamma\n{words}\nlast \n")
+        select = """() => { const rows = document.querySelectorAll("#lines > div"), range = document.createRange();
+          range.setStart(rows[1], 0); range.setEnd(rows[rows.length - 1], 1); getSelection().removeAllRanges();
+          getSelection().addRange(range); document.getElementById("%s").focus(); }"""
+        visit.page.evaluate(select % "output")
+        visit.page.keyboard.press("Control+c")
+        wait_for_clipboard(f"gamma\n{words}\nlast ")
+        visit.page.focus("#keys")
+        visit.page.keyboard.press("Control+c")  # nothing is selected any more
+        visit.wait_for("#state", "INT")
+        visit.run("printf 'a\\tb  \\n%9000s|\\n\\n' x")
+        visit.wait_for("#state", "done")
+        visit.page.click("#copy")
+        wait_for_clipboard("a\tb  \n" + " " * 8999 + "x|\n\n")
+        visit.page.evaluate(select % "output")
+        visit.page.keyboard.press("Control+c")
+        wait_for_clipboard(" " * 8999 + "x|\n\n")
+
+    def test_input_methods_and_phones_type(self, visit: Visit):
+        visit.run("stty raw -echo; echo on; exec od -An -c -v -w1", tty=True)
+        visit.wait_for("#lines", "on")
+        visit.page.evaluate(
+            "window.sent = []; const real = send; send = (message) => (message.data && sent.push(message.data), real(message)); 0"
+        )
+        key = """(init) => { const event = new KeyboardEvent("keydown", { bubbles: true, cancelable: true, ...init });
+          Object.defineProperty(event, "keyCode", { value: init.keyCode ?? 0 });
+          document.getElementById("keys").dispatchEvent(event); return event.defaultPrevented; }"""
+        text = """([value, isComposing]) => { const keys = document.getElementById("keys"); keys.value = value;
+          keys.dispatchEvent(new InputEvent("input", { data: value, isComposing })); }"""
+        assert not visit.page.evaluate(
+            key, {"key": "Enter", "keyCode": 229}
+        )  # confirms a candidate
+        assert not visit.page.evaluate(key, {"key": "Enter", "isComposing": True})
+        assert visit.page.evaluate("sent") == []
+        visit.page.evaluate(text, ["\u306b\u307b", True])
+        seen = "(({ opacity, width }) => [opacity, parseFloat(width) >= 3 * view.char])(getComputedStyle(document.getElementById('keys')))"
+        assert visit.page.evaluate(seen) == ["1", True] and visit.page.evaluate("sent") == []
+        visit.page.evaluate(
+            "document.getElementById('keys').dispatchEvent(new CompositionEvent('compositionend'))"
+        )
+        assert visit.page.evaluate("sent.splice(0)") == ["\u306b\u307b"]
+        assert visit.page.evaluate(seen)[0] == "0"
+        for held, is_composing, sent in (
+            ("ctrl", False, "\x03"),
+            ("alt", True, "\x1bc"),
+            ("ctrl", True, "\x03"),
+        ):
+            visit.page.evaluate(f"held.{held} = true")
+            assert not visit.page.evaluate(key, {"key": "Unidentified", "keyCode": 229})
+            visit.page.evaluate(text, ["c", is_composing])
+            assert visit.page.evaluate("[sent.splice(0), held.ctrl || held.alt]") == [[sent], False]
+        visit.page.evaluate(text, ["c", False])
+        assert visit.page.evaluate("sent.splice(0)") == ["c"]
+        visit.page.evaluate("wait = 60000; socket.close()")
+        visit.wait_for("#link", "offline")
+        visit.page.keyboard.type("x")
+        visit.wait_for("#notice", "not sent")
+
+    def test_mouse_and_focus_are_told_when_asked_for(self, visit: Visit):
+        visit.run("stty raw -echo; printf 'on\\r\\n'; exec cat", tty=True)
+        visit.wait_for("#lines", "on")
+        visit.page.evaluate(
+            "window.sent = []; send = (message) => message && sent.push(message.data ?? ''); 0"
+        )
+        box, (cell, row) = (
+            visit.page.locator("#lines").bounding_box(),
+            visit.page.evaluate("[view.char, view.row]"),
+        )
+        mouse = visit.page.mouse
+
+        def go(x: int, y: int) -> None:
+            mouse.move(box["x"] + (x - 0.5) * cell, box["y"] + (y - 0.5) * row)
+
+        def do(modes: str, *steps: Any) -> list[str]:
+            visit.page.evaluate("modes => { stream.terminal.write(modes); sent.splice(0); }", modes)
+            go(3, 2)
+            for step in steps:
+                step()
+            return [data for data in visit.page.evaluate("sent.splice(0)") if data]
+
+        click = (mouse.down, lambda: go(4, 2), mouse.up)
+        assert do("", *click) == []
+        assert do("\x1b[?1000;1006h", *click) == ["\x1b[<0;3;2M", "\x1b[<0;4;2m"]
+        assert do("\x1b[?1002h", *click) == ["\x1b[<0;3;2M", "\x1b[<32;4;2M", "\x1b[<0;4;2m"]
+        assert do("\x1b[?1003h", lambda: go(9, 1))[-1] == "\x1b[<35;9;1M"
+        assert do("", lambda: mouse.wheel(0, -100), lambda: visit.page.wait_for_timeout(100))[
+            -1:
+        ] == ["\x1b[<64;3;2M"]
+        keyboard = visit.page.keyboard
+        assert (
+            do(
+                "\x1b[?1002;1003l",
+                lambda: keyboard.down("Shift"),
+                *click,
+                lambda: keyboard.up("Shift"),
+            )
+            == []
+        )
+        assert do("\x1b[?1006l", *click) == ['\x1b[M #"', '\x1b[M#$"']
+        wheel = (lambda: mouse.wheel(0, 100), lambda: visit.page.wait_for_timeout(100))
+        assert do("\x1b[?1000l", *wheel) == []
+        assert do("\x1b[?1049h", *wheel) == ["\x1b[B" * 3]
+        assert do("\x1b[?1h", *wheel) == ["\x1bOB" * 3]
+        visit.page.focus("#keys")
+        assert do(
+            "\x1b[?1004h", lambda: visit.page.focus("#command"), lambda: visit.page.focus("#keys")
+        ) == ["\x1b[O", "\x1b[I"]
+
+    def test_cursor_titles_and_links_are_shown(self, visit: Visit):
+        visit.run(
+            r"printf '\033]2;my <b>title\007\033]8;;https://example.org/x\033\\here\033]8;;\033\\ \033[31mred\b\033[m'; exec cat",
+            tty=True,
+        )
+        visit.wait_for("#caption", "^my <b>title$")
+        link = visit.page.locator("#lines a")
+        assert (link.inner_text(), link.get_attribute("title")) == ("here", "https://example.org/x")
+        assert link.get_attribute(
+            "href"
+        ) == "https://example.org/x" and "noopener" in link.get_attribute("rel")
+        look = "(({ backgroundColor, color, outlineStyle, boxShadow }) => [backgroundColor, color, outlineStyle, boxShadow !== 'none'])(getComputedStyle(document.querySelector('#lines .cursor')))"
+        assert visit.text("#lines .cursor") == "d"
+        ink, paper, *solid = visit.page.evaluate(look)
+        assert solid == ["none", False] and paper == visit.page.evaluate("css(theme.screen)")
+        visit.page.focus("#command")
+        assert visit.page.evaluate(look)[1:3] == [ink, "solid"]  # hollow, and the character is seen
+        visit.page.focus("#keys")
+        for shape, is_bar in ((3, True), (5, True), (2, False)):
+            visit.page.evaluate(f"stream.terminal.write('\\x1b[{shape} q'); view.render()")
+            assert (visit.page.evaluate(look)[1] == ink, visit.page.evaluate(look)[3]) == (
+                is_bar,
+                is_bar,
+            )
+        visit.page.evaluate("stream.terminal.write('\\x1b[?25l'); view.render()")
+        assert visit.page.locator("#lines .cursor").count() == 0
+        visit.page.evaluate("stream.terminal.write('\\x1b[?5h'); view.render()")
+        assert "invert" in visit.page.evaluate(
+            "getComputedStyle(document.getElementById('lines')).filter"
+        )
 
     def test_long_output_keeps_the_document_small(self, visit: Visit):
         visit.run("seq 150000")
