@@ -9259,8 +9259,8 @@ def format_found(found: Sequence[dict[str, Any]]) -> str:
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
 # the server becomes markup: the script makes elements and sets their text, and never parses HTML.
-# All three are formatted by Prettier: `.ci/prettier --write`. Lines that are only a comment, and
-# indentation, are for those who read them here; they are not sent.
+# All three are formatted by Prettier: `.ci/prettier --write`. Comments and indentation are for
+# those who read them here; they are not sent.
 
 CSS = r"""
 :root {
@@ -12606,8 +12606,9 @@ connect();
 
 
 def strip_source(source: str) -> str:
-    """Return a constant of the page without indentation and whole lines of comment."""
-    return re.sub(r"^ *(?://.*|/\*.*\*/)?\n?", "", source, flags=re.MULTILINE)
+    """Return a constant of the page without indentation and comments."""
+    comments = r"^ *(?://.*|/\*.*\*/)?\n?| // .*$| */\*.*\*/$"
+    return re.sub(comments, "", source, flags=re.MULTILINE)
 
 
 def hash_source(source: str) -> str:
