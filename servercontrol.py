@@ -8371,13 +8371,23 @@ class Execution:
             self._left.set_result(status)
 
 
+class ServerState(enum.Enum):
+    """How a server stands with a monitor. Monitor._change() sets it, and tells it."""
+
+    CONNECTING = "connecting"  # from the start of the monitor on
+    UP = "up"
+    SILENT = "silent"  # was up; nothing was heard of it for SILENCE_SECONDS
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"  # was never up, or only before it refused
+
+
 class Watched:
-    """What a monitor knows of one server. state: connecting, up, silent, refused, unreachable."""
+    """What a monitor knows of one server."""
 
     def __init__(self, target: Target, cpu_alert: float | None, link: Link) -> None:
         self.target = target
         self.link = link
-        self.state = "connecting"
+        self.state = ServerState.CONNECTING
         # Why it is not up.
         self.reason = ""
         # The newest `stats_update`, {} while there is none; the newest alert, for people, and its
@@ -8417,7 +8427,7 @@ class Watched:
         return {
             "server": self.target.name,
             "url": self.target.url,
-            "state": self.state,
+            "state": self.state.value,
             "reason": self.reason,
             "stats": self.stats,
             "tasks": list(self.tasks.values()),
@@ -8678,22 +8688,22 @@ class Monitor:
                 if now - before > SILENCE_SECONDS / 2:  # we did not listen: stopped by Ctrl-Z
                     watched.link.heard_now = now
                 is_silent = now - watched.link.heard_now > SILENCE_SECONDS
-                if watched.state == "up" and is_silent:
+                if watched.state is ServerState.UP and is_silent:
                     watched.silent_now = watched.link.heard_now
                     reason = watched.reason or f"nothing was heard for {SILENCE_SECONDS:g} s"
-                    self._change(watched, "silent", "server_silent", reason=reason)
-                elif watched.state == "silent" and not (is_silent or watched.reason):
+                    self._change(watched, ServerState.SILENT, "server_silent", reason=reason)
+                elif watched.state is ServerState.SILENT and not (is_silent or watched.reason):
                     self._note_back(watched)
 
     def _note_back(self, watched: Watched) -> None:
         silent_ms = int((time.monotonic() - watched.silent_now) * 1000)
         watched.silent_now = 0.0
-        self._change(watched, "up", "server_back", silent_ms=silent_ms)
+        self._change(watched, ServerState.UP, "server_back", silent_ms=silent_ms)
 
-    def _change(self, watched: Watched, state: str, event: str, **fields: Any) -> None:
+    def _change(self, watched: Watched, state: ServerState, event: str, **fields: Any) -> None:
         """Set a server's state, and tell and write down that it has changed."""
         watched.state = state
-        watched.stats = watched.stats if state == "up" else {}
+        watched.stats = watched.stats if state is ServerState.UP else {}
         if event != "server_up":
             watched.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
         self._log.write(event, watched, **fields)
@@ -8707,9 +8717,9 @@ class Monitor:
 
     async def _take_hello(self, watched: Watched, event: dict[str, Any]) -> bool:
         watched.reason = ""
-        if watched.state == "connecting":
-            self._change(watched, "up", "server_up", version=event["version"])
-        elif watched.state != "up":
+        if watched.state is ServerState.CONNECTING:
+            self._change(watched, ServerState.UP, "server_up", version=event["version"])
+        elif watched.state is not ServerState.UP:
             self._note_back(watched)
         past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
         told_until = watched.last_alert[1] if watched.last_alert else 0
@@ -8724,12 +8734,13 @@ class Monitor:
     async def _take_lost(self, watched: Watched, event: dict[str, Any]) -> bool:
         is_old = bool(watched.reason == event["reason"])
         watched.reason = event["reason"]
-        state = "refused" if 400 <= event["status"] < 500 else "unreachable"
+        is_refused = 400 <= event["status"] < 500
+        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
         # Whoever was up is called silent first, in 5 s; most connections are back before.
-        if state == "refused" or watched.state not in ("up", "silent"):
+        if is_refused or watched.state not in (ServerState.UP, ServerState.SILENT):
             watched.silent_now = watched.silent_now or time.monotonic()
-            if watched.state != state:
-                self._change(watched, state, f"server_{state}", reason=watched.reason)
+            if watched.state is not state:
+                self._change(watched, state, f"server_{state.value}", reason=watched.reason)
         return is_old
 
     async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
@@ -8889,7 +8900,7 @@ def fit_text(text: str, width: int) -> str:
 
 # The monitor's columns: title, side and width, and how a server's cell is written.
 COLUMNS: tuple[tuple[str, str, Callable[[Watched], str]], ...] = (
-    ("STATE", "<10", lambda watched: watched.state),
+    ("STATE", "<10", lambda watched: watched.state.value),
     ("CPU %", ">6", lambda watched: f"{watched.stats['cpu']:.1f}"),
     (
         "MEM %",
@@ -8904,7 +8915,14 @@ COLUMNS: tuple[tuple[str, str, Callable[[Watched], str]], ...] = (
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
     "c": ("CPU", lambda watched: (-watched.stats.get("cpu", -1), watched.target.name)),
     "n": ("name", lambda watched: watched.target.name),
-    "s": ("state", lambda watched: (watched.state == "up", watched.state, watched.target.name)),
+    "s": (
+        "state",
+        lambda watched: (
+            watched.state is ServerState.UP,
+            watched.state.value,
+            watched.target.name,
+        ),
+    ),
 }
 
 
@@ -8917,7 +8935,7 @@ def format_row(watched: Watched, name_width: int, width: int) -> str:
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             text = "-"
         cells.append(f"{text:{place}}")
-    last = watched.alert if watched.state == "up" else watched.reason or watched.alert
+    last = watched.alert if watched.state is ServerState.UP else watched.reason or watched.alert
     return clean_text(" ".join([*cells, clean_text(last, max(1, width))]), width)
 
 
@@ -8927,9 +8945,9 @@ def format_count(count: int, what: str) -> str:
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
     """Return one line about all servers; what does not fit whole is left out."""
-    counts = Counter(watched.state for watched in everybody)
+    counts = Counter(watched.state.value for watched in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    up = [watched for watched in everybody if watched.state == "up" and watched.stats]
+    up = [one for one in everybody if one.state is ServerState.UP and one.stats]
     parts = [f"{format_count(len(everybody), 'server')}: {states}"]
     parts.append(format_count(sum(len(watched.tasks) for watched in everybody), "task"))
     if up:
@@ -8950,7 +8968,7 @@ def format_table(
     titles = [f"{'SERVER':{name_width}}", *(f"{title:{place}}" for title, place, _ in COLUMNS)]
     lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
     rows = everybody[shown]
-    return lines + [(watched.state, format_row(watched, name_width, width)) for watched in rows]
+    return lines + [(one.state.value, format_row(one, name_width, width)) for one in rows]
 
 
 class Screen:
@@ -13432,7 +13450,8 @@ async def watch_once(monitor: Monitor) -> None:
         unclear = [
             one
             for one in monitor.all
-            if one.state == "connecting" or (one.state == "up" and not one.stats)
+            if one.state is ServerState.CONNECTING
+            or (one.state is ServerState.UP and not one.stats)
         ]
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
@@ -13491,7 +13510,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not given.once:
         return 0
     write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
-    return 0 if all(watched.state == "up" for watched in everybody) else 1
+    return 0 if all(watched.state is ServerState.UP for watched in everybody) else 1
 
 
 FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
