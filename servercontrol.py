@@ -7232,7 +7232,7 @@ async def fetch_json(target: Target, method: str, path: str, kind: type = dict) 
 
 
 # What reading JSON, and what is in it, raises where it is not what was agreed.
-NONSENSE = (
+NOT_AS_AGREED = (
     *(CommandError, ValueError, TypeError, LookupError),
     *(AttributeError, ArithmeticError, RecursionError),
 )
@@ -7290,7 +7290,7 @@ class Link:
             self._good_now = time.monotonic()
         except asyncio.TimeoutError as error:
             raise UnreachableError(explain_failure(error)) from None
-        except NONSENSE:
+        except NOT_AS_AGREED:
             raise foreign_error() from None
         return info
 
@@ -7339,7 +7339,7 @@ class Link:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
         except (OSError, EOFError, asyncio.TimeoutError) as error:
             raise UnreachableError(explain_failure(error)) from None
-        except NONSENSE as error:
+        except NOT_AS_AGREED as error:
             text = f"it sent what cannot be understood: {clean_text(repr(error))}"
             raise UnreachableError(text, 404) from None
         finally:
@@ -8507,7 +8507,7 @@ class MonitorLog:
         for line in data.split(b"\n"):
             try:
                 self._learn(parse_json_object(line))
-            except NONSENSE:
+            except NOT_AS_AGREED:
                 pass  # half a line, or none of ours
 
     def _learn(self, record: dict[str, Any]) -> None:

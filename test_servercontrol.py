@@ -11954,7 +11954,7 @@ sc.choose_source = Scripted
         told, _, watched = make_monitor()
         task = {**START, "cwd": "/", "by": "me", **wrong}
         for kind in ("task_start", "task_complete") if "task_id" in wrong else ("task_start",):
-            with pytest.raises(sc.NONSENSE):
+            with pytest.raises(sc.NOT_AS_AGREED):
                 told.monitor._take(watched, {**task, "type": kind}).send(None)
         assert (watched.tasks, watched.ended) == ({}, {})
 
