@@ -4829,7 +4829,7 @@ def open_discovery_sockets(
     return sockets
 
 
-class Supervisor:
+class SystemdNotifier:
     """systemd, where it started us: is told when we are ready, stop, and live (sd_notify(3)).
 
     Takes its variables out of the environment, so that no task speaks in our name.
@@ -13290,16 +13290,16 @@ async def serve(config: Config, log: Log) -> None:
     if not hasattr(os, "waitid"):
         raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
     ignored = reset_signals()
-    supervisor = Supervisor(os.environ)
+    systemd = SystemdNotifier(os.environ)
     server = build_server(config, log, raise_descriptor_limit())
     stopped = watch_signals(server, ignored)
     await server.start()
-    supervisor.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
-    supervisor.beat()
+    systemd.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
+    systemd.beat()
     if os.isatty(1):
         print_banner(config, server.listeners, server.tokens, server.audit.path)
     await stopped
-    supervisor.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
+    systemd.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
     await server.stop(stopped.result())
 

@@ -9378,7 +9378,7 @@ class TestSupervisor:
 
             async def run() -> None:
                 environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": "20000"}
-                sc.Supervisor(environ).beat()
+                sc.SystemdNotifier(environ).beat()
                 for _ in range(3):
                     assert await asyncio.wait_for(receive(), PATIENCE_SECONDS) == b"WATCHDOG=1"
                 while True:  # what was sent before
@@ -9398,7 +9398,7 @@ class TestSupervisor:
     def test_watchdog_of_somebody_else(self, usec: str, pid: str) -> None:
         with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as listener:
             environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": usec, "WATCHDOG_PID": pid}
-            supervisor = sc.Supervisor(environ)
+            supervisor = sc.SystemdNotifier(environ)
             supervisor.beat()
             supervisor.tell("STATUS=only this")
             assert listener.recv(4096) == b"STATUS=only this" and environ == {}
