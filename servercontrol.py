@@ -894,7 +894,7 @@ class Role(enum.Enum):
     RUN = "run"
 
 
-class Listener(enum.Enum):
+class ListenerKind(enum.Enum):
     """What a listening socket is bound to: asked of the socket, not of the options."""
 
     LOOPBACK = "loopback"
@@ -927,7 +927,7 @@ class Peer:
     that other end is, as the kernel said right after accept; uid is None where it did not say.
     """
 
-    listener: Listener
+    listener: ListenerKind
     address: str = ""
     local_address: str = ""
     uid: int | None = None
@@ -1127,10 +1127,10 @@ def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
     """
     if policy.require_token or peer.uid is None or peer.uid != policy.own_uid:
         return False
-    if peer.listener is Listener.UNIX:
+    if peer.listener is ListenerKind.UNIX:
         return True
     ends_are_local = is_loopback(peer.address) and is_loopback(peer.local_address)
-    return peer.listener is Listener.LOOPBACK and ends_are_local and peer.inode != 0
+    return peer.listener is ListenerKind.LOOPBACK and ends_are_local and peer.inode != 0
 
 
 def is_preflight(head: RequestHead) -> bool:
@@ -1141,7 +1141,7 @@ def is_preflight(head: RequestHead) -> bool:
 def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
     """Return why a request without a token is refused, and what helps."""
     reason = "a token is needed"
-    if peer.listener is not Listener.NETWORK and not policy.require_token:
+    if peer.listener is not ListenerKind.NETWORK and not policy.require_token:
         if is_forwarded(head):
             reason = "a request that a proxy forwards needs a token"
         elif peer.uid is None:
@@ -1166,7 +1166,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
     if head.value("origin") in OPAQUE_ORIGINS and not is_preflight(head):
         message = "a page without an origin of its own needs a token, whoever opens it"
         raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
-    is_local = peer.listener is not Listener.NETWORK
+    is_local = peer.listener is not ListenerKind.NETWORK
     if (policy.no_auth or is_local) and not is_trusted_host(policy, host):
         name = parse_host(host)[0] if host else "NAME"
         message = f"this Host is not served; start the server with --allow-host {name}"
@@ -4964,13 +4964,13 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 def identify_peer(
-    connection: socket.socket, listener: Listener, address: Any, scheme: str, may_scan: bool
+    connection: socket.socket, listener: ListenerKind, address: Any, scheme: str, may_scan: bool
 ) -> tuple[Peer, str]:
     """Return who is at the other end, and a name for logs.
 
     Called right after accept: a socket that is closed loses its owner.
     """
-    if listener is Listener.UNIX:
+    if listener is ListenerKind.UNIX:
         return Peer(listener, uid=find_unix_owner(connection), scheme=scheme), "unix"
     local = connection.getsockname()
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
@@ -5747,18 +5747,18 @@ class Connection:
     ).split()
 
     def __init__(
-        self, server: Server, connection: socket.socket, listener: Listener, address: Any
+        self, server: Server, connection: socket.socket, listener: ListenerKind, address: Any
     ) -> None:
         self.server = server
         self._socket = connection
-        scheme = "https" if server.tls and listener is not Listener.UNIX else "http"
+        scheme = "https" if server.tls and listener is not ListenerKind.UNIX else "http"
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.may_scan
         )
         # Strangers of one account, or else of one address, are counted together.
         self.crowd = self.peer.uid, find_host_key(self.peer.address)
         connection.setblocking(False)
-        if listener is not Listener.UNIX:
+        if listener is not ListenerKind.UNIX:
             # Else what is written in two pieces waits 40 ms for the first one's ACK.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if sys.platform == "linux":
@@ -6452,12 +6452,17 @@ class Listeners:
         address = parse_ip(self.sockets[0].getsockname()[0])
         return address is not None and address.is_unspecified
 
-    def kinds(self) -> list[tuple[socket.socket, Listener]]:
+    def kinds(self) -> list[tuple[socket.socket, ListenerKind]]:
         kinds = [
-            (one, Listener.LOOPBACK if is_loopback(one.getsockname()[0]) else Listener.NETWORK)
+            (
+                one,
+                ListenerKind.LOOPBACK
+                if is_loopback(one.getsockname()[0])
+                else ListenerKind.NETWORK,
+            )
             for one in self.sockets
         ]
-        return kinds + [(one, Listener.UNIX) for one in self.unix]
+        return kinds + [(one, ListenerKind.UNIX) for one in self.unix]
 
     def close(self) -> None:
         """Stop listening, and remove the Unix socket if it is still ours."""
@@ -6599,7 +6604,7 @@ class Server:
             self._background.append(self._loop.create_task(work))
         self.log.write("info", "listening", **places, **facts, **files)
 
-    def _accept(self, listener: socket.socket, kind: Listener) -> None:
+    def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
         """Accept who waits, and ask the kernel at once who it is."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -6617,7 +6622,7 @@ class Server:
             except OSError:
                 connection.close()  # the peer has reset it meanwhile
 
-    def _watch(self, listener: socket.socket, kind: Listener) -> None:
+    def _watch(self, listener: socket.socket, kind: ListenerKind) -> None:
         if not self.is_stopping:
             self._loop.add_reader(listener, self._accept, listener, kind)
 

@@ -813,7 +813,7 @@ POLICY = sc.AccessPolicy(
 )
 STRICT_POLICY = dataclasses.replace(POLICY, require_token=True)
 OPEN_POLICY = dataclasses.replace(POLICY, no_auth=True, tokens={})
-LOOPBACK, NETWORK, UNIX = sc.Listener.LOOPBACK, sc.Listener.NETWORK, sc.Listener.UNIX
+LOOPBACK, NETWORK, UNIX = sc.ListenerKind.LOOPBACK, sc.ListenerKind.NETWORK, sc.ListenerKind.UNIX
 OWN_PEER = sc.Peer(LOOPBACK, "127.0.0.1", "127.0.0.1", OWN_UID, 7)
 OTHER_PEER = dataclasses.replace(OWN_PEER, uid=1001)
 NETWORK_PEER = sc.Peer(NETWORK, "192.0.2.9", "192.0.2.7")
@@ -16036,7 +16036,7 @@ def bench_gate(ours: bool, _folder: Path, load: BenchLoad) -> BenchSample:
                 connection, address = listener.accept()
                 accepted = time.perf_counter()
                 peer, _ = sc.identify_peer(
-                    connection, sc.Listener.LOOPBACK, address, "http", may_scan=False
+                    connection, sc.ListenerKind.LOOPBACK, address, "http", may_scan=False
                 )
                 role = sc.check_access(policy, peer, head)
                 end = time.perf_counter()
