@@ -295,11 +295,11 @@ ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_BUFFER_BYTES = 32 * KIB
 TLS_GOODBYE_SECONDS = 0.5
-MAX_STRANGERS = 64  # connections that have not passed the gate; else they could fill all places
-# So long a burst of clients may be more, until each could speak: 300 handshakes of TLS keep a core
-# busy for a second, and the client's own machine may be the slow one.
-STRANGER_GRACE_SECONDS = 3.0
-MAX_BURST = 512  # but not more than this
+MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could fill all places
+# For this long after it could first speak a newcomer is spared, in a burst of them: 300 handshakes
+# of TLS keep a core busy for a second, and the client's own machine may be the slow one.
+NEWCOMER_GRACE_SECONDS = 3.0
+MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
 SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
 STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
@@ -5742,7 +5742,7 @@ class Connection:
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader inbox writer transport peer address crowd role phase deadline viewer task "
+        "server reader inbox writer transport peer address source role phase deadline viewer task "
         "opened_at _socket _written_bytes _taken_bytes _progress_at"
     ).split()
 
@@ -5755,8 +5755,8 @@ class Connection:
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.may_scan
         )
-        # Strangers of one account, or else of one address, are counted together.
-        self.crowd = self.peer.uid, find_host_key(self.peer.address)
+        # Newcomers of one account, or else of one address, are counted together.
+        self.source = self.peer.uid, find_host_key(self.peer.address)
         connection.setblocking(False)
         if listener is not ListenerKind.UNIX:
             # Else what is written in two pieces waits 40 ms for the first one's ACK.
@@ -5778,7 +5778,7 @@ class Connection:
         self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
-            server.take_stranger(self)
+            server.newcomers.add(self)
         is_extra = len(server.connections) > server.max_clients
         loop = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
@@ -5893,7 +5893,7 @@ class Connection:
 
     def forget(self) -> None:
         self.server.connections.discard(self)
-        self.server.forget_stranger(self)
+        self.server.newcomers.discard(self)
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
         if not self.task.done():
@@ -6018,7 +6018,7 @@ class Connection:
         self.role = None
         role = self.role = self.server.check_access(self.peer, head)
         if role is not None:
-            self.server.forget_stranger(self)
+            self.server.newcomers.discard(self)
         # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
@@ -6197,6 +6197,51 @@ class Connection:
             data = await self.inbox.read()
             if not data:
                 return
+
+
+class Newcomers:
+    """The connections that have not passed the gate yet: few, and not all of one source.
+
+    Above the limit the source with most of them loses its oldest. In a burst, of clients that come
+    back together, that one first has NEWCOMER_GRACE_SECONDS to speak, unless there are more than
+    MAX_BURST, or half of all places are taken.
+    """
+
+    def __init__(self, connections: set[Connection], half: int) -> None:
+        # All connections, and half of the places for them.
+        self._connections = connections
+        self._half = half
+        # Oldest first.
+        self._all: dict[Connection, None] = {}
+        # Looks again when the oldest had its time.
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: Connection) -> None:
+        self._all[connection] = None
+        self._make_room()
+
+    def discard(self, connection: Connection) -> None:
+        """A connection has passed the gate, or is gone."""
+        self._all.pop(connection, None)
+
+    def _make_room(self) -> None:
+        while len(self._all) > min(MAX_NEWCOMERS, self._half):
+            counts = Counter(one.source for one in self._all)
+            most = max(counts.values())
+            loser = next(one for one in self._all if counts[one.source] == most)
+            grace = loser.opened_at + NEWCOMER_GRACE_SECONDS - time.monotonic()
+            if grace > 0 and len(self._connections) <= self._half and len(self._all) <= MAX_BURST:
+                loop = asyncio.get_running_loop()
+                self._timer = self._timer or loop.call_later(grace, self._look_again)
+                return
+            # At once, and not when the loop says that it is gone: many may come in one turn.
+            self.discard(loser)
+            self._connections.discard(loser)
+            loser.end(End.RESET)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._make_room()
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
@@ -6453,6 +6498,7 @@ class Listeners:
         return address is not None and address.is_unspecified
 
     def kinds(self) -> list[tuple[socket.socket, ListenerKind]]:
+        """Return every listening socket with what it is bound to."""
         kinds = [
             (
                 one,
@@ -6543,12 +6589,6 @@ class Server:
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
-        # Those of them that have not passed the gate, oldest first.
-        self._strangers: dict[Connection, None] = {}
-        # How many of them belong together.
-        self._crowds: Counter[Any] = Counter()
-        # Some of them will have to give way in a moment.
-        self._is_room_due = False
         # Asked once: a kernel's answer "no such socket" must not make us read long tables.
         self.may_scan = not has_sock_diag()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -6557,8 +6597,7 @@ class Server:
         self.max_clients = max(4, min(config.max_clients, room))
         if self.max_clients < config.max_clients:
             log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
-        # Else, where there are few places, strangers could take them all.
-        self._max_strangers = min(MAX_STRANGERS, self.max_clients // 2)
+        self.newcomers = Newcomers(self.connections, self.max_clients // 2)
         self.is_stopping = False
         self._discovery: list[asyncio.BaseTransport] = []
         self._background: list[asyncio.Task[None]] = []
@@ -6683,49 +6722,6 @@ class Server:
         self.refused[reason] += 1
         self.log.write_limited("warning", "refused", by=by, reason=reason, request=request)
         self.audit.write_refusal(by=by, reason=reason, request=request)
-
-    def take_stranger(self, stranger: Connection) -> None:
-        """Remember who has not passed the gate yet; too many of them give way."""
-        self._strangers[stranger] = None
-        self._crowds[stranger.crowd] += 1
-        if len(self._strangers) > self._max_strangers:
-            self._make_room()
-
-    def forget_stranger(self, stranger: Connection) -> None:
-        """Somebody has passed the gate, or gone."""
-        if stranger in self._strangers:
-            del self._strangers[stranger]
-            self._crowds[stranger.crowd] -= 1
-            if not self._crowds[stranger.crowd]:
-                del self._crowds[stranger.crowd]
-
-    def _make_room(self) -> None:
-        """Keep connections few that have not passed the gate.
-
-        Above the limit the source with most of them loses its oldest. In a burst, of clients that
-        come back together, that one first has STRANGER_GRACE_SECONDS to speak, unless there are
-        more than MAX_BURST, or half of all places are taken.
-        """
-        while len(self._strangers) > self._max_strangers:
-            largest = max(self._crowds.values())
-            crowd = (one for one in self._strangers if self._crowds[one.crowd] == largest)
-            loser = next(crowd)
-            is_tight = len(self.connections) > self.max_clients // 2
-            is_flood = len(self._strangers) > MAX_BURST
-            grace = loser.opened_at + STRANGER_GRACE_SECONDS - time.monotonic()
-            if grace > 0 and not (is_tight or is_flood):
-                if not self._is_room_due:
-                    self._is_room_due = True
-                    self._loop.call_later(grace, self._make_room_later)
-                return
-            # At once, and not when the loop says that it is gone: many may come in one turn.
-            self.forget_stranger(loser)
-            self.connections.discard(loser)
-            loser.end(End.RESET)
-
-    def _make_room_later(self) -> None:
-        self._is_room_due = False
-        self._make_room()
 
     async def _sweep(self) -> None:
         """Look at every connection's deadline, for ever."""

@@ -5801,7 +5801,7 @@ class TestTlsFiles:
     def test_burst_of_token_holders_gets_in(
         self, tmp_path: Path, certificates: list[Certificate], loop: str
     ) -> None:
-        """Handshakes take long when many come at once: that makes nobody an idle stranger."""
+        """Handshakes take long when many come at once: that makes nobody an idle newcomer."""
         data = make_request("GET /info", bearer(SERVER_RUN_TOKEN))
         options = ("--require-token", f"--loop={loop}")
 
@@ -6024,7 +6024,7 @@ def crowded_server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProces
     options = [f"--loop={loop}"]
     if no_auth:
         kind, options = ServerProcess, [*options, NETWORK_BIND, "--no-auth"]
-    code = f"sc.STRANGER_GRACE_SECONDS = {CROWDED_GRACE_SECONDS}"
+    code = f"sc.NEWCOMER_GRACE_SECONDS = {CROWDED_GRACE_SECONDS}"
     with kind(state, *options, script=make_launcher(state, code)) as server:
         server.get("/health")
         yield server
@@ -6054,13 +6054,13 @@ class TestStrangers:
             assert crowded_server.get("/info")["role"] == "run"
             if crowded_server.get("/info")["auth"]:
                 # Those that pass by every rule but the token are bounded, too.
-                wait_until(lambda: crowded_server.descriptors() < sc.MAX_STRANGERS + 40)
+                wait_until(lambda: crowded_server.descriptors() < sc.MAX_NEWCOMERS + 40)
 
     def test_only_the_oldest_give_way(self, crowded_server: ServerProcess) -> None:
         """No more of them than must; the connections of the check before may count for a moment."""
         with contextlib.ExitStack() as stack:
             peers = []
-            for _ in range(sc.MAX_STRANGERS + 20):
+            for _ in range(sc.MAX_NEWCOMERS + 20):
                 peers.append(stack.enter_context(crowded_server.connect()))
                 peers[-1].sendall(b"GET / HT")
             wait_until(lambda: len(select.select(peers, [], [], 0)[0]) >= 20)
@@ -6096,7 +6096,7 @@ class TestStrangers:
     def test_burst_of_token_holders_gets_in(self, crowded_server: ServerProcess) -> None:
         data = make_request("GET /info", bearer(SERVER_RUN_TOKEN))
         with contextlib.ExitStack() as stack:
-            for _ in range(sc.MAX_STRANGERS):
+            for _ in range(sc.MAX_NEWCOMERS):
                 stack.enter_context(crowded_server.connect()).sendall(b"GET / HT")
             os.kill(crowded_server.pid, signal.SIGSTOP)  # they all come in the same moment
             try:
@@ -6106,7 +6106,7 @@ class TestStrangers:
             finally:
                 os.kill(crowded_server.pid, signal.SIGCONT)
             assert [AnswerStream(peer).next().status for peer in peers] == [200] * 300
-            # And they stay: no stranger is any more who has shown a token.
+            # And they stay: who has shown a token is no newcomer any more.
             assert select.select(peers, [], [], CROWDED_GRACE_SECONDS * 3)[0] == []
             for peer in peers:
                 peer.sendall(data)
@@ -12636,19 +12636,28 @@ class TestMonitorScreen:
     def test_columns_stand_still_while_it_scrolls(self) -> None:
         everybody: Any = [
             mock.Mock(
-                state="down", tasks={}, target=sc.parse_target(name, "a"), alert="", reason="x"
+                state=sc.ServerState.UNREACHABLE,
+                tasks={},
+                target=sc.parse_target(name, "a"),
+                alert="",
+                reason="x",
             )
             for name in ("short", "a-longer-name")
         ]
         tables = [sc.format_table(everybody, 80, slice(n, n + 1)) for n in (0, 1)]
         assert [table[1][1].split()[0] for table in tables] == ["short", "a-longer-name"]
-        assert [table[1][1].index("down") for table in tables] == [14, 14]
+        assert [table[1][1].index("unreachable") for table in tables] == [14, 14]
 
     def test_leaves_out_what_does_not_fit(self, monkeypatch: Any) -> None:
         """80 columns must not cut `memory 12.4 of 15.6 GiB` to `of 1`."""
         stats = {"cpu": 12.0, "ram_used": 1024 * 124, "ram_total": 1024 * 156}
         everybody: Any = [
-            mock.Mock(state="up", stats=stats, tasks={"1": {}}, target=sc.parse_target("web1", "a"))
+            mock.Mock(
+                state=sc.ServerState.UP,
+                stats=stats,
+                tasks={"1": {}},
+                target=sc.parse_target("web1", "a"),
+            )
         ]
         whole = "1 server: 1 up · 1 task · CPU 12.0 %, memory 124.0 of 156.0 GiB · most CPU: web1, 12.0 %"
         parts = whole.split(" · ")
