@@ -5122,8 +5122,9 @@ METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 HTML_TEXT = "text/html; charset=utf-8"
 # For who speaks plain HTTP to a port with TLS.
 SPEAK_TLS = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    b"Content-Length: 47\r\n\r\nThis port speaks https: use https:// or wss://\n"
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    b"Content-Length: 84\r\n\r\n"
+    b'{"error":"tls_required","message":"this port speaks https: use https:// or wss://"}\n'
 )
 NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
