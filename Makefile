@@ -9,6 +9,8 @@ EXTRA_PACKAGES := psutil uvloop
 PAGE_PACKAGES := playwright pyte axe-playwright-python wcwidth
 # Read what `discover --ansible` writes; neither is this part of `make matrix`.
 RECIPE_PACKAGES := ansible-core
+# The other peer of `make bench`, beside websockets; the tests do not need it.
+BENCH_PACKAGES := picows
 CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 5 --dist loadgroup
 FUZZ_SECONDS ?= 120
@@ -32,7 +34,7 @@ check: .venv/ok  ## lint, format (the page's by Prettier) and types
 matrix: .venv/ok ## tests on every CPython 3.9 to 3.15 found, or in a chroot
 	@.ci/matrix $(VERSIONS)
 
-bench: .venv/ok  ## measure beside the websockets package
+bench: .venv/ok  ## measure beside the websockets and picows packages
 	$(BIN)/python test_servercontrol.py bench
 
 soak: .venv/ok   ## minutes of cut connections, stalls, floods and short tasks
@@ -49,6 +51,8 @@ clean:           ## remove what make made
 	$(BIN)/python -m pip install --quiet --upgrade $(TEST_PACKAGES) $(CHECK_PACKAGES)
 	$(BIN)/python -m pip install --quiet --upgrade $(EXTRA_PACKAGES) || \
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
+	$(BIN)/python -m pip install --quiet --upgrade $(BENCH_PACKAGES) || \
+	  echo "NOT INSTALLED: $(BENCH_PACKAGES); make bench cannot be run"
 	$(BIN)/python -m pip install --quiet --upgrade $(PAGE_PACKAGES) || \
 	  echo "NOT INSTALLED: $(PAGE_PACKAGES); the page will not be tested"
 	$(BIN)/python -m pip install --quiet --upgrade $(RECIPE_PACKAGES) || \

@@ -196,8 +196,7 @@ MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # compression takes below 0.03 ms; beyond, the fastest one takes 0.3 to 1.3 ms for 64 KiB.
 MIN_DEFLATE_BYTES = 100
 FINE_BYTES = 4 * KIB
-PING_SECONDS = 20.0  # keeps NAT tables and proxies awake
-PONG_SECONDS = 20.0  # silence after a ping: the peer is gone
+PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_ASK_SECONDS = 0.3  # who has followed a task asks how it ended
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes under one second
@@ -205,7 +204,7 @@ STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes 
 # Sending: a viewer is handed about this much a write. It bounds what one stalled viewer costs
 # beyond the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
-# asyncio's default, made explicit: above it a viewer is stalled, and our client answers no ping.
+# asyncio's default: above it our client answers no ping.
 HIGH_WATER_BYTES = 64 * KIB
 # Replies waiting for a client that asks but does not read, beside the largest of them (`hello`
 # lists all running tasks): above what broadcasts alone can leave in a buffer, which is the
@@ -217,6 +216,13 @@ UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 # has its turn. A new connection needs six turns until it is answered, and that within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
+# A round of many viewers takes several turns. Tasks are not read meanwhile, for so long at most.
+ROUND_SECONDS = 0.05
+ROUND_STEP = 16  # viewers between two looks at the clock
+# So few viewers are served in the turn in which the output was read: that is worth 15 us, one turn
+# of the loop. But not more often than this, since in a flood one write for many events costs less.
+FEW_VIEWERS = 8
+FEW_PAUSE_SECONDS = 0.0005
 # A flood is read no faster than those viewers take it who read at all: for one that is half a feed
 # behind, and took something lately, tasks wait this long in all until it has caught up. So nobody
 # who reads 32 MB/s loses an event, and one who does not read delays a task by 0.1 s, once.
@@ -3659,6 +3665,7 @@ class Tasks:
         ids: TaskIds,
         publish: Publish,
         is_pressed: Callable[[], bool],
+        is_serving: Callable[[], bool],
         log: Log,
         audit: AuditLog,
         environment: Mapping[str, str],
@@ -3667,8 +3674,9 @@ class Tasks:
         self._config = config
         self.ids = ids
         self._publish = publish
-        # Whether reading should pause for the viewers.
+        # Whether reading should pause for slow viewers; whether a round of viewers is going on.
         self._is_pressed = is_pressed
+        self._is_serving = is_serving
         self._log = log
         self._audit = audit
         # What every child gets, before its own additions. The tokens are out of it already.
@@ -3694,6 +3702,8 @@ class Tasks:
         # loop may read; 0 when it has not begun to.
         self._queue: dict[Task, None] = {}
         self._turn_end = 0.0
+        # When tasks were last read (perf_counter).
+        self._read_at = 0.0
         # Set when the server stops: no new tasks.
         self.is_stopping = False
 
@@ -3844,18 +3854,28 @@ class Tasks:
         if not self._turn_end:
             self._turn_end = now + READ_TURN_SECONDS
             asyncio.get_running_loop().call_soon(self._begin_turn)
-        if self._queue or now >= self._turn_end:
+        if self._queue or now >= self._turn_end or self._must_wait(now):
             self._queue[task] = None
         else:
+            self._read_at = now
             self._read_now(task)
+
+    def _must_wait(self, now: float) -> bool:
+        """Whether viewers come first. Meanwhile the pipes gather what the tasks write, and the next
+        read is one larger chunk: fewer, larger events for everybody."""
+        return now - self._read_at < ROUND_SECONDS and self._is_serving()
 
     def _begin_turn(self) -> None:
         """The event loop begins its next turn: those come first who had to wait in the last."""
         self._turn_end = 0.0
         if not self._queue:
             return
-        self._turn_end = time.perf_counter() + READ_TURN_SECONDS
+        now = time.perf_counter()
+        self._turn_end = now + READ_TURN_SECONDS
         asyncio.get_running_loop().call_soon(self._begin_turn)
+        if self._must_wait(now):
+            return
+        self._read_at = now
         while self._queue and time.perf_counter() < self._turn_end:
             task = next(iter(self._queue))
             del self._queue[task]
@@ -4169,23 +4189,33 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
         return 0
 
 
+def hand_over(transport: asyncio.WriteTransport, data: bytes) -> int:
+    """Send by a transport that sees to the rest itself, as TLS does."""
+    transport.write(data)
+    return len(data)
+
+
 class Viewer:
     """One WebSocket client."""
 
     __slots__ = (
-        "transport websocket role by choice audience cursor is_stalled pong_due written_bytes "
-        "largest_reply taken_at patience_seconds heard_at ping_at"
+        "transport send websocket role by choice audience cursor is_stalled pong_due "
+        "written_bytes largest_reply taken_at heard_at pinged_at"
     ).split()
 
     def __init__(
         self,
         transport: asyncio.Transport,
+        send: Callable[[bytes], int],
         websocket: WebSocketConnection,
         role: Role,
         by: str,
         choice: Choice,
     ) -> None:
         self.transport = transport
+        # Hands bytes to the kernel past the transport, while that has nothing to write: says how
+        # many were taken. Raises OSError.
+        self.send = send
         self.websocket = websocket
         self.role = role
         self.by = by
@@ -4194,18 +4224,17 @@ class Viewer:
         self.audience: Audience
         # The seq this viewer gets next, if it is one that it wants to hear.
         self.cursor = 0
-        # The transport has more than enough to write.
+        # The transport still has something to write.
         self.is_stalled = False
         # The newest ping that is not answered yet, because we are stalled.
         self.pong_due: bytes | None = None
         # All that was handed to the transport, and the largest message to this client alone.
         self.written_bytes = 0
         self.largest_reply = 0
-        # Monotonic times: the last byte from the peer; the next ping; when it last took enough to
-        # be served. And how long tasks may still wait for it.
+        # Monotonic times: the last byte from the peer; our last ping; when it last took enough to
+        # be served.
         self.heard_at = self.taken_at = time.monotonic()
-        self.ping_at = self.heard_at + PING_SECONDS
-        self.patience_seconds = PATIENCE_SECONDS
+        self.pinged_at = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -4230,25 +4259,17 @@ class Viewer:
 
     def close(self, code: int, reason: str) -> None:
         self.write(self.websocket.close(code, reason))
-
-    def is_worth_waiting(self, now: float, elapsed_seconds: float) -> bool:
-        """Whether tasks should wait for this viewer, which is far behind."""
-        if not self.is_stalled:
-            return self.is_open  # then it is us who are slow
-        if now - self.taken_at > LATELY_SECONDS:
-            return False
-        self.patience_seconds -= elapsed_seconds
-        return self.patience_seconds > 0
+        self.is_stalled = True
 
     def keep_alive(self, now: float) -> bool:
-        """Ping when it is time; False when the peer is gone."""
+        """Ping, PING_SECONDS after the last time; False when the peer is gone."""
         if self.is_stalled:  # a ping would wait behind all that; WRITE_STALL_SECONDS judges it
-            self.heard_at, self.ping_at = now, now + PING_SECONDS
-        elif now >= self.ping_at and self.is_open:
-            if self.heard_at < self.ping_at - PING_SECONDS:
-                return False
+            self.heard_at = now
+        if self.heard_at < self.pinged_at:
+            return False
+        if not self.is_stalled:
             self.write(self.websocket.encode(Opcode.PING, b""))
-            self.ping_at = now + PONG_SECONDS
+            self.pinged_at = now
         return True
 
     def write(self, data: bytes) -> None:
@@ -4284,11 +4305,18 @@ class Viewers:
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = 0
         self._left_bytes = 0
-        # Who is to be served, in this order, and the kinds of events that came since the last look
-        # at who wants them.
+        # Who is served in this round, last first, and who in the next; and the kinds of events
+        # that came since this round began.
+        self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
         self._is_scheduled = False
+        # When few viewers were last served at once (perf_counter).
+        self._hurried_at = 0.0
+        # Those whose transport still has something to write.
+        self._stalled: set[Viewer] = set()
+        # How long tasks may still wait for those of them for whom they have waited.
+        self._patience: dict[Viewer, float] = {}
         # What is_pressed() found, and when it last looked.
         self._was_pressed = False
         self._looked_at = 0.0
@@ -4303,12 +4331,24 @@ class Viewers:
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
         self.published[kind] += 1
-        self._schedule()
+        if len(self.all) <= FEW_VIEWERS and self._may_hurry():
+            self.flush()
+        else:
+            self._schedule()
         return event
+
+    def _may_hurry(self) -> bool:
+        now = time.perf_counter()
+        may = not self._is_scheduled and now - self._hurried_at > FEW_PAUSE_SECONDS
+        if may:
+            self._hurried_at = now
+        return may
 
     def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
         """Add a viewer: from now on, or from what it has seen before."""
         self.all.add(viewer)
+        if viewer.is_stalled:
+            self._stalled.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next
         if since is not None:
@@ -4323,6 +4363,8 @@ class Viewers:
             self.all.remove(viewer)
             self._leave_audience(viewer)
             self._left_bytes += viewer.written_bytes
+        viewer.is_stalled = True  # it may be in the round still
+        self._stalled.discard(viewer)
         self._queue.pop(viewer, None)
 
     def _enter_audience(self, viewer: Viewer) -> None:
@@ -4353,8 +4395,21 @@ class Viewers:
         """Return the seq up to which a viewer has been sent everything that it wants to hear."""
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
+    def stall(self, viewer: Viewer) -> None:
+        """Pass a viewer over until its transport has written what it has."""
+        viewer.is_stalled = True
+        if viewer in self.all:
+            self._stalled.add(viewer)
+
+    def resume(self, viewer: Viewer) -> None:
+        """Go on with a viewer whose transport has nothing more to write."""
+        if viewer.is_open:
+            viewer.is_stalled = False
+            self._stalled.discard(viewer)
+            self.serve(viewer)
+
     def serve(self, viewer: Viewer) -> None:
-        """Go on with a viewer that has drained or has just joined."""
+        """Put a viewer into the next round."""
         viewer.taken_at = time.monotonic()
         if viewer.pong_due is not None:
             payload, viewer.pong_due = viewer.pong_due, None
@@ -4376,66 +4431,110 @@ class Viewers:
             # Once pressed, until they have caught up: then their patience is whole again.
             middle = self.feed.next if self._was_pressed else self.feed.middle
             elapsed = min(elapsed, 2 * PRESSURE_SECONDS)
-            behind = [viewer for viewer in self.all if viewer.cursor < middle]
-            behind = [viewer for viewer in behind if self.find_seen(viewer) + 1 < middle]
-            worth = [viewer.is_worth_waiting(now, elapsed) for viewer in behind]  # asks them all
+            # Whoever is in neither of these has been sent everything.
+            late = {*self._stalled, *self._round, *self._queue}
+            behind = {viewer: self.find_seen(viewer) + 1 for viewer in late}
+            self._patience = {
+                viewer: seconds
+                for viewer, seconds in self._patience.items()
+                if behind.get(viewer, self.feed.next) < self.feed.next
+            }
+            worth = [
+                self._is_worth_waiting(viewer, now, elapsed)
+                for viewer, cursor in behind.items()
+                if cursor < middle
+            ]
             self._was_pressed = any(worth)
         return self._was_pressed
+
+    def _is_worth_waiting(self, viewer: Viewer, now: float, elapsed_seconds: float) -> bool:
+        """Whether tasks should wait for a viewer that is far behind."""
+        if not viewer.is_stalled:
+            return True  # then it is us who are slow
+        if now - viewer.taken_at > LATELY_SECONDS:
+            return False
+        left = self._patience.get(viewer, PATIENCE_SECONDS) - elapsed_seconds
+        self._patience[viewer] = left
+        return left > 0
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True
             self._loop.call_soon(self.flush)
 
-    def _spread_news(self) -> None:
-        """Queue those who want to hear what is new."""
-        for audience in self._audiences.values():
+    def is_serving(self) -> bool:
+        """Whether viewers wait for their turn."""
+        return self._is_scheduled
+
+    def flush(self) -> None:
+        """Serve a round of viewers, for a limited time; the rest have theirs in the next turn.
+
+        The common case is a viewer that is at the same cursor as the one before it, and takes all
+        at once: it costs two comparisons and one system call.
+        """
+        self._is_scheduled = False
+        if not self._round:
+            self._begin_round()
+        end = time.perf_counter() + FLUSH_TURN_SECONDS
+        batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
+        while self._round:
+            step = self._round[-ROUND_STEP:]
+            del self._round[-ROUND_STEP:]
+            self._serve_step(step, batches)
+            if time.perf_counter() > end:
+                break
+        if self._round or self._queue:
+            self._schedule()
+
+    def _serve_step(
+        self, step: list[Viewer], batches: dict[tuple[Audience, int], tuple[bytes, int]]
+    ) -> None:
+        newest, audience, cursor = self.feed.next, None, 0
+        for viewer in reversed(step):
+            if viewer.is_stalled or viewer.cursor == newest:
+                continue
+            if viewer.cursor != cursor or viewer.audience is not audience:
+                data, after = self._find_batch(viewer, batches)
+                audience, cursor, size = viewer.audience, viewer.cursor, len(data)
+            viewer.cursor = after
+            try:
+                sent = viewer.send(data) if size else 0
+            except OSError:  # the socket is full; or the transport finds out what is the matter
+                sent = 0
+            viewer.written_bytes += size
+            if sent < size:
+                viewer.transport.write(memoryview(data)[sent:])
+            if after != newest:
+                self._round.append(viewer)
+
+    def _begin_round(self) -> None:
+        """Whoever waits, and everybody who wants to hear what is new."""
+        for audience in self._audiences.values() if self._news else ():
             if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
                 self._queue.update(audience.viewers)
         self._news.clear()
-
-    def flush(self) -> None:
-        """Serve the queue, for a limited time; what is left goes on in the next turn."""
-        self._is_scheduled = False
-        if self._news:
-            self._spread_news()
-        batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
-        end = time.perf_counter() + FLUSH_TURN_SECONDS
-        while self._queue:
-            viewer = next(iter(self._queue))
-            del self._queue[viewer]
-            self._send(viewer, batches)
-            if time.perf_counter() > end:
-                break
-        if self._queue:
-            self._schedule()
+        self._round, self._queue = [*reversed(self._queue)], {}
 
     def flush_all(self) -> None:
         """Serve everybody who is not stalled, however long it takes."""
         self.flush()
-        while self._queue:
+        while self._round or self._queue:
             self.flush()
 
-    def _send(self, viewer: Viewer, batches: dict[tuple[Audience, int], tuple[bytes, int]]) -> None:
-        """Write everything from the viewer's cursor on, until it is stalled."""
-        audience = viewer.audience
-        while viewer.cursor < self.feed.next and not viewer.is_stalled and viewer.is_open:
-            batch = batches.get((audience, viewer.cursor))
-            if batch is None:
-                batch = self._read_batch(viewer)
-                batches[audience, viewer.cursor] = batch
-            viewer.cursor = batch[1]
-            viewer.write(batch[0])
-        if viewer.cursor == self.feed.next:
-            viewer.patience_seconds = PATIENCE_SECONDS
-
-    def _read_batch(self, viewer: Viewer) -> tuple[bytes, int]:
-        """Read on for a viewer; if it has missed something, tell it."""
-        kinds, first = viewer.audience.kinds, self.feed.first
-        if self.feed.has_dropped(viewer.cursor, kinds):
-            self._send_gap(viewer, viewer.cursor, first - 1)
-        viewer.cursor = max(viewer.cursor, first)
-        return self.feed.read_batch(viewer.cursor, kinds, viewer.audience.bits)
+    def _find_batch(
+        self, viewer: Viewer, batches: dict[tuple[Audience, int], tuple[bytes, int]]
+    ) -> tuple[bytes, int]:
+        """Return what a viewer gets next; if it has missed something, tell it first."""
+        audience, first = viewer.audience, self.feed.first
+        if viewer.cursor < first:
+            if self.feed.has_dropped(viewer.cursor, audience.kinds):
+                self._send_gap(viewer, viewer.cursor, first - 1)
+            viewer.cursor = first
+        batch = batches.get((audience, viewer.cursor))
+        if batch is None:
+            batch = self.feed.read_batch(viewer.cursor, audience.kinds, audience.bits)
+            batches[audience, viewer.cursor] = batch
+        return batch
 
     def _send_gap(self, viewer: Viewer, first: int, last: int) -> None:
         self.gaps += 1
@@ -4867,7 +4966,7 @@ class SystemdNotifier:
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
-# answer; or become a Viewer. One sweep looks at every connection's deadline. Each kind of error
+# answer; or become a Viewer. Only deadlines that have passed are looked at. Each kind of error
 # becomes an answer in one place: Connection._make_error_response, Server._handle_text.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
@@ -5647,6 +5746,37 @@ class End(enum.Enum):
     RESET = "reset"  # the kernel is to forget what the peer does not take, too
 
 
+class Deadlines:
+    """When the present phase of each connection must be over.
+
+    Whoever has the same number of seconds falls due in the order in which it got them, so each
+    number has a list of its own, and only those that are due are looked at.
+    """
+
+    def __init__(self) -> None:
+        # By seconds: monotonic times. And the seconds of each connection.
+        self._times: dict[float, dict[Connection, float]] = {}
+        self._seconds: dict[Connection, float] = {}
+
+    def set(self, connection: Connection, seconds: float | None) -> None:
+        """Set a deadline in place of the one before; None: there is none."""
+        before = self._seconds.pop(connection, None)
+        if before is not None:
+            del self._times[before][connection]
+        if seconds is not None:
+            self._seconds[connection] = seconds
+            self._times.setdefault(seconds, {})[connection] = time.monotonic() + seconds
+
+    def take_due(self, now: float) -> list[Connection]:
+        """Return those whose time is up; they have no deadline any more."""
+        due: list[Connection] = []
+        for times in self._times.values():
+            due += itertools.takewhile(lambda one: times[one] <= now, times)  # noqa: B023
+        for connection in due:
+            self.set(connection, None)
+        return due
+
+
 class ConnectionProtocol(asyncio.StreamReaderProtocol):
     """asyncio's stream protocol, which also passes on what a Viewer wants to know."""
 
@@ -5662,14 +5792,13 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._connection is not None and self._connection.viewer is not None:
-            self._connection.viewer.is_stalled = True
+        if self._connection is not None:
+            self._connection.stall()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._connection is not None and self._connection.viewer is not None:
-            self._connection.viewer.is_stalled = False
-            self._connection.server.viewers.serve(self._connection.viewer)
+        if self._connection is not None:
+            self._connection.resume()
 
     def eof_received(self) -> bool | None:
         """The client sends nothing more. One that waits for a task has most likely gone."""
@@ -5743,8 +5872,8 @@ class Connection:
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader inbox writer transport peer address source role phase deadline viewer task "
-        "opened_at _socket _written_bytes _taken_bytes _progress_at"
+        "server reader inbox writer transport peer address source role phase viewer task opened_at "
+        "_socket _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -5769,12 +5898,9 @@ class Connection:
         # What the newest request may do, None before the first that has passed the gate.
         self.role: Role | None = None
         self.phase = Phase.OPENING
-        # Monotonic time when the present phase must be over, or None.
-        self.deadline: float | None = None
         self.viewer: Viewer | None = None
-        # What was written, how much of it the kernel had taken at the last sweep, and when that
-        # last grew.
-        self._written_bytes = 0
+        # While something waits to be written: how much the kernel had taken at the last sweep, and
+        # when that last grew.
         self._taken_bytes = 0
         self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
@@ -5796,7 +5922,9 @@ class Connection:
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = self._make_error_response(error)
-                self._write(self._encode_head(None, response, keep_alive=False) + response.body)
+                self.writer.write(
+                    self._encode_head(None, response, keep_alive=False) + response.body
+                )
             else:
                 await self._serve()
         except (asyncio.CancelledError, ConnectionError):
@@ -5843,7 +5971,9 @@ class Connection:
     ) -> None:
         """The connection stands: with TLS it could not speak before."""
         self.transport = transport
-        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        # 0: we are told whenever something cannot be written at once, and when all is written.
+        # asyncio's TLS would tell us of 0 bytes, too.
+        transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         loop = asyncio.get_running_loop()
         self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
         self.opened_at = time.monotonic()
@@ -5895,32 +6025,44 @@ class Connection:
     def forget(self) -> None:
         self.server.connections.discard(self)
         self.server.newcomers.discard(self)
+        self.server.stalled.discard(self)
+        self.server.deadlines.set(self, None)
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
         if not self.task.done():
             self.task.cancel()
 
-    def sweep(self, now: float) -> None:
-        """Look at the deadlines. Called every SWEEP_SECONDS."""
-        if self.phase is Phase.OPENING:
-            return
-        waiting = count_waiting_bytes(self.transport)
-        written = self._written_bytes + (self.viewer.written_bytes if self.viewer else 0)
-        if waiting == 0 or written - waiting > self._taken_bytes:
-            self._progress_at = now
-        self._taken_bytes = written - waiting
-        is_dead = self.phase is Phase.WEBSOCKET and self.viewer and not self.viewer.keep_alive(now)
-        if is_dead or now - self._progress_at >= WRITE_STALL_SECONDS:
+    def stall(self) -> None:
+        """The transport cannot write all that it has at once."""
+        self.server.stalled.add(self)
+        self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
+        if self.viewer is not None:
+            self.server.viewers.stall(self.viewer)
+
+    def resume(self) -> None:
+        """The transport has written everything."""
+        self.server.stalled.discard(self)
+        if self.viewer is not None:
+            self.server.viewers.resume(self.viewer)
+
+    def check_progress(self, now: float) -> None:
+        """End a connection whose peer has taken nothing for too long, while something waits."""
+        # Nothing but replies to a viewer is added meanwhile.
+        written = self.viewer.written_bytes if self.viewer else 0
+        taken = written - count_waiting_bytes(self.transport)
+        if taken > self._taken_bytes:
+            self._taken_bytes, self._progress_at = taken, now
+        elif now - self._progress_at >= WRITE_STALL_SECONDS:
             self.end(End.RESET)
-        elif self.deadline is not None and now >= self.deadline:
-            self.deadline = None
-            self._expire()
 
-    def _write(self, data: bytes) -> None:
-        self._written_bytes += len(data)
-        self.writer.write(data)
-
-    def _expire(self) -> None:
+    def expire(self, now: float) -> None:
+        """The deadline of the present phase has passed."""
+        if self.viewer is not None and self.viewer.is_open:
+            if self.viewer.keep_alive(now):
+                self.server.deadlines.set(self, PING_SECONDS)
+            else:
+                self.end(End.RESET)
+            return
         if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
             self.phase = Phase.EXPIRED
         if self.phase in (Phase.IDLE, Phase.EXPIRED):
@@ -6012,7 +6154,7 @@ class Connection:
 
     def _begin_phase(self, phase: Phase, seconds: float | None) -> None:
         self.phase = phase
-        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.server.deadlines.set(self, seconds)
 
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
@@ -6045,7 +6187,7 @@ class Connection:
         if expectations != ["100-continue"]:
             raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
         if head.has_body:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _answer(self, request: Request) -> bool:
         """Carry a request out and write its answer. Whether another request may follow."""
@@ -6079,9 +6221,9 @@ class Connection:
             keep_alive = False  # the end of the connection is the end of the body
         answer = self._encode_head(head, response, keep_alive)
         if head.method == "HEAD":
-            self._write(answer)
+            self.writer.write(answer)
         else:
-            self._write(answer + response.body)
+            self.writer.write(answer + response.body)
             await self._write_pieces(head, response)
         await self.writer.drain()
         return keep_alive
@@ -6119,10 +6261,10 @@ class Connection:
         if response.pieces is None:
             return
         async for piece in response.pieces:
-            self._write(piece if head.http_1_0 else encode_chunk(piece))
+            self.writer.write(piece if head.http_1_0 else encode_chunk(piece))
             await self.writer.drain()
         if not head.http_1_0:
-            self._write(encode_last_chunk(response.trailers.items()))
+            self.writer.write(encode_last_chunk(response.trailers.items()))
 
     async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
         """Answer an error after which the input cannot be trusted, and end the connection."""
@@ -6131,7 +6273,7 @@ class Connection:
         response = self._make_error_response(error)
         answer = self._encode_head(head, response, keep_alive=False)
         is_head = head is not None and head.method == "HEAD"
-        self._write(answer if is_head else answer + response.body)
+        self.writer.write(answer if is_head else answer + response.body)
         await self._linger()
 
     async def _linger(self) -> None:
@@ -6164,12 +6306,14 @@ class Connection:
         choice = parse_choice_query(parameters)
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
-        self._write(encode_upgrade_response(head, key))
-        self._begin_phase(Phase.WEBSOCKET, None)
+        self.writer.write(encode_upgrade_response(head, key))
+        self._begin_phase(Phase.WEBSOCKET, PING_SECONDS)
         by = self._name_client()
-        self.viewer = Viewer(self.transport, WebSocketConnection(), role, by, choice)
+        is_plain = self.peer.scheme == "http"
+        send = self._socket.send if is_plain else functools.partial(hand_over, self.transport)
+        self.viewer = Viewer(self.transport, send, WebSocketConnection(), role, by, choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
-        self.viewer.is_stalled = count_waiting_bytes(self.transport) > HIGH_WATER_BYTES
+        self.viewer.is_stalled = self in self.server.stalled
         self.server.viewers.join(self.viewer, since, same_boot)
 
     async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
@@ -6185,10 +6329,11 @@ class Connection:
                     self.server.handle_message(viewer, message)
                     await self.inbox.rest()
                     message = websocket.next_message()
-                self._write(websocket.take_outgoing())
+                self.writer.write(websocket.take_outgoing())
             if websocket.state is not WebSocketState.OPEN:
                 self.server.viewers.leave(viewer)
-                self.deadline = self.deadline or time.monotonic() + CLOSE_SECONDS
+                if self.phase is Phase.WEBSOCKET:
+                    self._begin_phase(Phase.CLOSING, CLOSE_SECONDS)
             if websocket.state is WebSocketState.CLOSED:
                 # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
                 # of which it can only be told by closing.
@@ -6580,6 +6725,7 @@ class Server:
             parts.ids,
             self.viewers.publish,
             self.viewers.is_pressed,
+            self.viewers.is_serving,
             log,
             self.audit,
             parts.environment,
@@ -6590,6 +6736,9 @@ class Server:
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
+        # Those of them whose transport has something to write; and when each must be looked at.
+        self.stalled: set[Connection] = set()
+        self.deadlines = Deadlines()
         # Asked once: a kernel's answer "no such socket" must not make us read long tables.
         self.may_scan = not has_sock_diag()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -6725,15 +6874,16 @@ class Server:
         self.audit.write_refusal(by=by, reason=reason, request=request)
 
     async def _sweep(self) -> None:
-        """Look at every connection's deadline, for ever."""
+        """Look at the connections whose deadline has passed or that do not take what they get."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
             if self.tls is not None:
                 self.tls.refresh()
-            for connection in list(self.connections):
+            due = [one.expire for one in self.deadlines.take_due(now)]
+            for look in [*due, *(one.check_progress for one in self.stalled)]:
                 try:
-                    connection.sweep(now)
+                    look(now)
                 except Exception:
                     self.log.write_limited("error", "sweep_failed", trace=traceback.format_exc())
 
