@@ -4359,6 +4359,7 @@ class Viewers:
         self.serve(viewer)
 
     def leave(self, viewer: Viewer) -> None:
+        """Send nothing more to a viewer."""
         if viewer in self.all:
             self.all.remove(viewer)
             self._leave_audience(viewer)
@@ -6023,6 +6024,7 @@ class Connection:
         asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
 
     def forget(self) -> None:
+        """The connection is gone."""
         self.server.connections.discard(self)
         self.server.newcomers.discard(self)
         self.server.stalled.discard(self)
