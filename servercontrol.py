@@ -2659,6 +2659,31 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
         return False
 
 
+# What a log line means for whoever reads it, and what to do next; where the event's own fields
+# do not say it.
+OUR_FAULT = "a fault of ServerControl itself, which goes on; please report the trace"
+LOG_HINTS = {
+    "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
+    "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
+    "connection_failed": OUR_FAULT,
+    "crash_not_completed": "tasks that a crash left open are not completed in the audit log",
+    "discovery_off": "the server works, but `discover` does not find it; try --discovery-port",
+    "few_descriptors": "fewer connections than asked for; a higher `ulimit -n` allows more",
+    "loop_error": OUR_FAULT,
+    "message_failed": OUR_FAULT,
+    "port_busy": "another program has this port, so the next free one is used",
+    "request_failed": OUR_FAULT,
+    "sampler_failed": "no statistics at the moment; tasks go on",
+    "state_not_written": "task ids go on from the clock; make the state folder writable",
+    "sweep_failed": OUR_FAULT,
+    "tls_not_reloaded": "the old certificate stays in use: correct the new files",
+    "token_not_made": "no token, so nobody else gets in: make the state folder writable",
+    "unknown_variable": "no option has this name, so it is ignored: misspelt?",
+    "webhook_dropped": "alerts are lost, since the receiver is slower than they come",
+    "webhook_failed": "this alert is lost: the receiver must answer 2xx within 10 s",
+}
+
+
 class Log:
     """Writes one line per event. Drops lines, and says how many, rather than wait."""
 
@@ -2676,6 +2701,8 @@ class Log:
             return
         if self._dropped:
             fields["lines_dropped"] = self._dropped
+        if event in LOG_HINTS:
+            fields.setdefault("message", LOG_HINTS[event])
         line = self._format(level, event, fields)
         if len(line) > LOG_LINE_BYTES:  # the end of a traceback says most
             short = {
@@ -2855,7 +2882,8 @@ def check_token(source: str, token: str) -> str:
     """Return a token that can be one. source: for the error message. Raises ConfigError."""
     if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
         message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
-        raise ConfigError(f"{source}: {message} + / (then =)")
+        problem = f"{message} + / (then =)" if token else "it is empty"
+        raise ConfigError(f"{source}: {problem}")
     return token
 
 
@@ -2869,7 +2897,8 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
     try:
         token = read_token_file(path, is_credential, is_client)
     except OSError as error:
-        raise ConfigError(f"{source}: {path}: {error.strerror}") from None
+        hint = " (may root read it? then use sudo)" if error.errno == errno.EACCES else ""
+        raise ConfigError(f"{source}: {path}: {error.strerror}{hint}") from None
     return check_token(f"{source}: {path}", token)
 
 
@@ -5501,6 +5530,10 @@ NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
 
 def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
     """Return what both `/info` and `hello` say."""
+    warning = NO_AUTH_WARNING if server.config.no_auth else ""
+    if not warning and server.tokens.run is None:
+        warning = "there is no state folder, so there is no token: nobody else gets in"
+        warning += ", and no audit log is kept" * (server.audit.path == "none")
     return {
         "version": __version__,
         "hostname": server.sampler.hostname,
@@ -5511,7 +5544,7 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
         "auth": not server.config.no_auth,
         "alert": server.sampler.alert,
         "limits": server.config.limits(),
-        **({"warning": NO_AUTH_WARNING} if server.config.no_auth else {}),
+        **({"warning": warning} if warning else {}),
     }
 
 
@@ -7041,7 +7074,7 @@ class Target:
             return load_token_file("its token", self.token_file, is_client=True)
         except ConfigError as error:
             is_there = os.path.lexists(self.token_file)
-            hint = "" if is_there else f"; copy the server's {USUAL_TOKEN_FILE} to there"
+            hint = "" if is_there else f"; copy the server's {USUAL_TOKEN_FILE} there"
             raise UnreachableError(f"{error}{hint}", 401) from None
 
     @property
@@ -7177,9 +7210,7 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
     elif status == 401 and target.token is None:
         remedy = "name a file with it by --token-file, or set SERVERCONTROL_TOKEN"
         if target.line:
-            remedy = (
-                f"put a copy of it into a file, and the file's name at the end of {target.line}"
-            )
+            remedy = f"put it into a file, and the file's name at the end of {target.line}"
         message = f"it needs a token: {remedy}. The token is in {TOKEN_PLACES}"
     return UnreachableError(f"{status}: {message}", status)
 
@@ -13410,8 +13441,8 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # a secret, often; no task needs it
     tls = load_tls(config, log)
     kept = (
-        ("no token, so only processes of this account get in", config.token_file or config.no_auth),
         ("no audit log", config.audit_log),
+        ("no token: only processes of this account get in", config.token_file or config.no_auth),
     )
     folder = open_state_folder(os.environ, log, [name for name, given in kept if not given])
     tokens = load_tokens(config, os.environ, folder, log)
