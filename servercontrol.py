@@ -10157,15 +10157,23 @@ dialog [type="password"] {
   .head {
     flex-wrap: wrap;
   }
+  .reading {
+    height: var(--tall, 100dvh);
+    min-height: 0;
+  }
   .reading main {
+    display: flex;
     padding: 0;
   }
   .reading #detail,
   .whole.reading #detail {
     display: flex;
-    height: var(--tall, 100dvh);
+    flex: 1;
     border: 0;
     border-radius: 0;
+  }
+  #whole {
+    display: none;
   }
   /* the bars fold away while somebody types */
   .reading:has(#keys:focus) :is(.head, .tools) {
@@ -10352,11 +10360,10 @@ HTML = r"""
         <button id="download">Download</button>
         <button
           id="whole"
-          aria-label="Whole window"
           aria-keyshortcuts="Control+Shift+Enter"
-          title="Whole window, and back (Ctrl-Shift-Enter)"
+          title="The whole window, and back (Ctrl-Shift-Enter)"
         >
-          ⛶
+          Whole
         </button>
       </div>
       <div class="tools">
@@ -11647,6 +11654,7 @@ let seq = 0;
 let wait = 500;
 let failures = 0;
 let skew = 0; // how far the server's clock is ahead of this one
+// What is heard while nobody looks at the page.
 const QUIET = ["task_start", "task_resize", "task_complete", "cpu_alert", "alert_resolved"];
 async function api(path, { body, method = body ? "POST" : "GET", form = "json" } = {}) {
   const headers = {
@@ -11691,6 +11699,7 @@ async function begin(fresh) {
   const requests = ["stats?history", "stats?alerts", "tasks"].map((path) => api(path));
   const [{ samples }, { alerts }, list] = await Promise.all(requests);
   if (info) notice("The server was restarted. Its earlier tasks are gone.");
+  if (stream) stream.task.isGone = true; // its output stays on the page
   if (stream?.task.state === "running") update(stream.task, { state: "lost" });
   for (const [id, task] of tasks) if (task !== stream?.task) dropTask(id);
   info = fresh;
@@ -11704,7 +11713,7 @@ async function begin(fresh) {
 function listen(since) {
   const origin = location.origin.replace("http", "ws"); // https becomes wss
   const mine = new WebSocket(
-    `${origin}${BASE}ws?since=${since}&boot=${info.boot_id}`,
+    `${origin}${BASE}ws?since=${since}&boot=${info.boot_id}&task=none`,
     token ? ["servercontrol.v1", `bearer.${token}`] : [],
   );
   let isCut = true; // by somebody who does not let WebSockets through
@@ -11715,10 +11724,10 @@ function listen(since) {
     isCut = false;
     wait = 500;
     failures = 0;
-    show("trouble-words", "");
     $("trouble").hidden = true;
     setLink("live", "good");
     send({ type: "ping" });
+    watch();
   };
   mine.onclose = ({ reason }) => {
     if (socket === mine) retry({ reason, isCut });
@@ -11730,27 +11739,29 @@ function listen(since) {
     EVENTS[event.type]?.(event);
   };
 }
+// The page hears of everything but output; of that, what it shows. Returns whether it was asked
+// for: then `watching` comes, and what was missed is read.
+function watch() {
+  const { hidden } = document;
+  const isShown = stream && !hidden && !stream.task.isGone;
+  const tasks = isShown ? [stream.task.task_id] : [];
+  return send({ type: "watch", only: hidden ? QUIET : null, tasks });
+}
 // Says what is the matter and what helps.
 function explain({ status, message, isCut }) {
-  if (isCut) {
-    return `The server answers, but no WebSocket comes about: a proxy in between has to pass on the
-      fields Upgrade and Connection (nginx: proxy_set_header).`;
-  }
-  if (!status) {
-    return `The server does not answer: start it again if it was stopped, else look at the network
-      or the tunnel to it.`;
-  }
+  if (isCut) return "A proxy in between stops WebSockets: it must pass on Upgrade and Connection.";
+  if (!status) return "The server does not answer: was it stopped, or is the network down?";
   if (status === 403) return `This page may not talk to the server: ${message ?? "403"}.`;
-  if (status === 429) return "Somebody sends too many requests from here: the page waits a while.";
+  if (status === 429) return "There were too many requests from here: the page waits a while.";
   if (message) return `The server cannot serve this page now: ${message}.`;
-  return `A proxy in between answers ${status}, not the server: is the server running behind it?`;
+  return `A proxy in between answers ${status}: does the server run behind it?`;
 }
 function retry(error) {
   socket = null;
   failures++;
   setLink(`offline${error.reason ? ` (${error.reason})` : ""}, trying again`, "bad");
   if (failures > 1 || error.status === 403) {
-    say("trouble-words", explain(error).replace(/\s+/g, " "));
+    say("trouble-words", explain(error));
     $("trouble").hidden = false;
   }
   const pause = Math.min(60, error.pause || 0) * 1000;
@@ -11774,6 +11785,9 @@ setInterval(() => {
 const EVENTS = {
   pong({ timestamp }) {
     skew = timestamp - Date.now();
+  },
+  watching({ tasks: [id] }) {
+    if (id && id === stream?.task.task_id) stream.refill();
   },
   stats_update(event) {
     past.push([event.timestamp, event.cpu, event.ram_used, event.net_recv, event.net_sent]);
@@ -12103,17 +12117,15 @@ function showServer() {
   say("host", info.hostname);
   $("logout").hidden = !token;
   $("run").hidden = !mayRun;
-  const isOff = Math.abs(skew) > 120000;
+  const off = Math.abs(skew);
+  const way = skew > 0 ? "behind" : "ahead of";
+  const isKept = remember("probe", "1");
   const warnings = [
     info.warning && `Warning: ${info.warning}.`,
-    isOff &&
-      `The clock of this device is ${span(Math.abs(skew))} ${skew > 0 ? "behind" : "ahead of"} the
-      server's, whose times are shown: set the clock.`,
-    !remember("probe", "1") &&
-      `This browser keeps nothing for this page, so token and history are lost at a reload: allow
-      it to store site data.`,
+    off > 120000 && `This device's clock is ${span(off)} ${way} the server's: set it.`,
+    !isKept && "This browser keeps nothing for this page: allow it to store data for this site.",
   ].filter(Boolean);
-  if (warnings.length) notice(warnings.join(" ").replace(/\s+/g, " "));
+  if (warnings.length) notice(warnings.join(" "));
   showDetail();
 }
 
@@ -12220,7 +12232,7 @@ function select(task) {
   stream = new Stream(task);
   showDetail();
   layOut();
-  stream.refill();
+  if (!watch()) stream.refill();
   if (!isMine || !task.tty) return;
   takeSize();
   $("keys").focus();
@@ -12231,6 +12243,7 @@ function closeTask() {
   document.body.classList.remove("reading");
   view.show(new Terminal(0, 0));
   showDetail();
+  watch();
 }
 function showDetail() {
   const task = stream?.task;
@@ -12240,7 +12253,7 @@ function showDetail() {
     `#${task.task_id}`,
     `pid ${task.pid}`,
     task.by,
-    `started ${formatMoment(task.started)}`,
+    formatMoment(task.started),
     lasted(task),
     task.tty && `${task.cols} × ${task.rows}`,
     task.killed_by && `stopped by ${task.killed_by}`,
@@ -12789,8 +12802,9 @@ for (const kind of ["online", "visibilitychange"]) {
   });
 }
 document.addEventListener("visibilitychange", onVisible);
-// Nothing is drawn while nobody looks: it is made up for.
+// Nothing is heard or drawn while nobody looks; it is made up for.
 async function onVisible() {
+  watch();
   if (document.hidden || !info) return;
   stream?.pump();
   const { samples } = await api("stats?history").catch(() => ({ samples: past }));

@@ -14331,10 +14331,10 @@ class Visit:
 
 
 class PathProxy:
-    """A TCP proxy that takes a prefix off the path of each request."""
+    """A TCP proxy that takes a prefix off the path of each request, and `lost` out of it."""
 
-    def __init__(self, port: int, prefix: bytes) -> None:
-        self.target, self.prefix = port, prefix
+    def __init__(self, port: int, prefix: bytes, lost: bytes = b"never sent") -> None:
+        self.target, self.prefix, self.lost = port, prefix, lost
 
     def __enter__(self) -> int:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -14356,7 +14356,8 @@ class PathProxy:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
-                sink.sendall(re.sub(rb"^([A-Z]+) " + self.prefix, rb"\1 ", data))
+                cut = re.sub(rb"^([A-Z]+) " + self.prefix, rb"\1 ", data)
+                sink.sendall(cut.replace(self.lost, b""))
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return
@@ -14565,6 +14566,65 @@ def check_cell(ours: list[Any], theirs: Any) -> bool:
     )
 
 
+LOOKS = [
+    {**device, "color_scheme": scheme} for device in ({}, PHONE) for scheme in ("dark", "light")
+]
+
+
+def walk_states(visit: Visit, server: ServerProcess) -> Iterator[str]:
+    """Bring the page into one state after the other, and yield the name of each."""
+    page = visit.page
+    visit.allowed = "status of|net::ERR"
+    server.run("exit 4", name="a build")
+    visit.wait_live().wait_for("#tasks", "a build")
+    yield "tasks"
+    page.click("#failed")
+    page.fill("#filter", "no such thing")
+    yield "nothing found"
+    page.fill("#filter", "")
+    page.click("#all")
+    colors = "for c in 31 32 33 34 35 36 37 90 '1;31' 7; do printf \"\\033[${c}mword $c\\033[m\\n\"; done"
+    visit.run(f"{colors}; echo https://example.org/; exit 3")
+    visit.wait_for("#state", "failed")
+    visit.wait_for("#lines", "example")
+    page.fill("#find", "word")
+    visit.wait_for("#hits", "of")
+    yield "output"
+    alert = {"hostname": "h", "timestamp": 1, "cpu": 99, "message": "CPU usage exceeded 90%!"}
+    page.evaluate("closeTask()")
+    page.evaluate(
+        """alert => { notice("The clock of this device is 3 h 00 m ahead of the server's.");
+        for (const type of ["cpu_alert", "alert_resolved", "cpu_alert"])
+          takeAlert({ ...alert, type, duration_ms: 60000 }); }""",
+        alert,
+    )
+    page.click("#bell")
+    yield "alerts"
+    page.click("#bell")
+    page.click("#dismiss")
+    visit.run("ls --color=always -la /; exec cat", tty=True)
+    visit.wait_for("#lines", "root")
+    yield "terminal"
+    page.evaluate("setWhole(true)")
+    visit.wait_until_true("stream.terminal.rows === view.fits")
+    yield "whole"
+    page.evaluate("setWhole(false); document.activeElement.blur()")
+    page.click("#signals")
+    yield "signals"
+    page.keyboard.press("Escape")
+    page.route("**/info", lambda route: route.abort())
+    page.evaluate("closeTask(); wait = 50; socket.close()")
+    visit.wait_for("#trouble", "does not answer")
+    yield "offline"
+    page.unroute("**/info")
+    visit.wait_live()
+    page.evaluate("info.role = 'view'; showServer()")
+    yield "view only"
+    page.evaluate("show('login-error', 'This token is not right.')")
+    page.evaluate("document.getElementById('login').showModal()")
+    yield "login"
+
+
 @pytest.mark.xdist_group("browser")
 class TestPage:
     """The page in a real Chromium."""
@@ -14660,7 +14720,7 @@ class TestPage:
         visit.wait_for("#state", "running")
 
     def test_run_again_uses_the_same_folder(self, visit: Visit, server: ServerProcess):
-        server.run("pwd; echo again", cwd="/usr")
+        server.run("pwd; echo $SECRET", cwd="/usr", env={"SECRET": "again"})
         visit.page.reload()  # so that the page knows the task from /tasks
         visit.wait_live().page.locator("#tasks button").first.click()
         visit.wait_for("#lines", "^/usr\nagain$")
@@ -15175,7 +15235,7 @@ class TestPage:
         assert visit.page.is_hidden("#notice")
 
     def test_gap_after_a_lost_connection_is_told_and_filled(self, browser: Any, tmp_path: Path):
-        code = "sc.Feed.__init__.__defaults__ = (20_000,)  # how many bytes of events are kept"
+        code = "sc.Feed.__init__.__defaults__ = (20_000, lambda frame, _: frame)  # bytes of kept events"
         script, go = make_launcher(tmp_path, code), tmp_path / "go"
         with ServerProcess(tmp_path, "--interval=0.2", script=script) as server:
             with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
@@ -15185,6 +15245,7 @@ class TestPage:
                 (task,) = server.get("/tasks")
                 visit.page.evaluate("wait = 1000; socket.close()")
                 visit.wait_for("#link", "offline")
+                server.run("true")  # of which the page would hear
                 go.touch()
                 wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
                 visit.wait_live()
@@ -15233,6 +15294,12 @@ class TestPage:
                 visit.page.reload()
                 visit.wait_for("#banner", "CPU usage exceeded 1%!")
                 server.request("POST", f"/kill?id={task_id}&signal=KILL")
+                before = server.get("/stats?alerts")["alerts"][0]
+                visit.page.click("#bell")  # those from before the reload are there too
+                visit.wait_for("#alert-list", r"exceeded")
+                times = visit.page.locator("#alert-list time").all_inner_texts()
+                when = time.strftime("%H:%M:%S", time.localtime(before["timestamp"] / 1000))
+                assert when in times[-1]
 
     def test_alert_is_told_on_the_desktop_on_request(self, browser: Any, tmp_path: Path):
         stub = """window.told = []; window.Notification = class extends Notification {
@@ -15292,7 +15359,16 @@ class TestPage:
                 visit.page.fill("#token", "wrong-wrong-wrong-wrong")
                 visit.page.press("#token", "Enter")
                 visit.wait_for("#login-error", "not right")
-                visit.page.fill("#token", token)
+                for odd, words in (
+                    ("\u201cx\u201d", "U\\+201C"),
+                    ("a/b", "U\\+002F"),
+                    ("\u0436", "U\\+0436"),
+                ):
+                    visit.page.fill("#token", token + odd)
+                    visit.page.press("#token", "Enter")
+                    visit.wait_for("#login-error", words)
+                assert not visit.page.evaluate("recall('token')").strip("wrong-")
+                visit.page.fill("#token", f"\u200b {token}\ufeff ")
                 visit.page.click("#login-form button")
                 visit.wait_live()
                 visit.run("echo in")
@@ -15316,47 +15392,347 @@ class TestPage:
                 visit.run("echo in")
                 visit.wait_for("#lines", "^in$")
 
-    @pytest.mark.parametrize("look", [{"color_scheme": "dark"}, {"color_scheme": "light"}, PHONE])
+    @pytest.mark.parametrize("look", LOOKS)
     def test_axe_finds_nothing_serious(
         self, browser: Any, server: ServerProcess, look: dict[str, Any]
     ):
         with Visit(browser, f"http://127.0.0.1:{server.port}/", **look) as visit:
-            visit.wait_live()
-            assert visit.find_barriers() == []
-            colors = "for c in 31 32 33 34 35 36 37 90 '1;31' 7; do printf \"\\033[${c}mword $c\\033[m\\n\"; done"
-            visit.run(f"{colors}; echo https://example.org/; exit 3")
-            visit.wait_for("#state", "failed")
-            visit.wait_for("#lines", "example")
-            visit.page.evaluate(
-                """() => { notice("Words"); for (const message of ["hot", "hot again"])
-                    takeAlert({ hostname: "h", timestamp: 1, type: "cpu_alert", cpu: 99, message }); }"""
-            )
-            visit.page.fill("#find", "word")
-            visit.wait_for("#hits", "of")
-            assert visit.find_barriers() == []
-            if visit.page.is_visible("#back"):
-                visit.page.click("#back")
-            visit.page.click("#bell")
-            assert visit.find_barriers() == []
-            visit.run("cat", tty=True)
-            visit.wait_until_true("!document.getElementById('keys').hidden")
-            assert visit.find_barriers() == []
-            visit.page.evaluate("document.getElementById('login').showModal()")
-            assert visit.find_barriers() == []
+            for state in walk_states(visit, server):
+                assert visit.find_barriers() == [], state
 
-    def test_phone_is_wide_enough(self, browser: Any, server: ServerProcess):
-        with Visit(browser, f"http://127.0.0.1:{server.port}/", **PHONE) as visit:
+    @pytest.mark.parametrize("look", [PHONE, {"viewport": {"width": 640, "height": 400}}])
+    def test_phone_and_large_print_lose_nothing(
+        self, browser: Any, server: ServerProcess, look: dict[str, Any]
+    ):
+        """Zoomed to 200 %, 1280 x 800 are 640 x 400."""
+        with Visit(browser, f"http://127.0.0.1:{server.port}/", **look) as visit:
             visit.wait_live()
             fits = "document.documentElement.scrollWidth <= innerWidth"
             assert visit.page.evaluate(fits)
             visit.run("echo small; cat", tty=True)
             visit.wait_for("#lines", "small")
             assert visit.page.evaluate(fits)
-            visit.page.click("#keybar >> text=Ctrl")
-            visit.page.keyboard.press("d")
+            assert visit.page.is_hidden(".head") and visit.page.is_hidden(".tools")
+            visit.page.click("#unfold")
+            visit.wait_for("#state", "running")
+            for name in ("stop", "signals", "rerun", "copy", "download", "times", "find", "next"):
+                visit.page.hover(f"#{name}")  # which it can only where it is seen
+            assert visit.page.evaluate(fits)
+            visit.page.focus("#keys")
+            if "is_mobile" in look:
+                visit.page.click("#keybar >> text=Ctrl")
+                visit.page.keyboard.press("d")
+            else:
+                visit.page.keyboard.press("Control+d")
             visit.wait_for("#state", "done")
             visit.page.click("#back")
             visit.wait_for("#tasks", "small")
+
+    def test_output_has_the_whole_window(self, visit: Visit, server: ServerProcess):
+        visit.run("sh", tty=True)
+        (task,) = (one for one in server.get("/tasks") if one["state"] == "running")
+        before = visit.page.evaluate("view.fits")
+
+        def wait_for_rows(condition: str) -> None:
+            visit.wait_until_true(condition)
+            visit.wait_until_true("stream.terminal.rows === view.fits")
+            assert server.task(task["task_id"])["rows"] == visit.page.evaluate("view.fits")
+
+        visit.page.keyboard.press("Control+Shift+Enter")
+        wait_for_rows(f"view.fits > {before} + 15")
+        assert visit.page.is_hidden("header") and visit.page.is_hidden("#run")
+        visit.page.keyboard.type("stty size")
+        visit.page.keyboard.press("Enter")
+        visit.wait_for("#lines", visit.page.evaluate("`\\n${view.fits} ${view.cols}\\n`"))
+        visit.page.reload()  # it is remembered
+        visit.wait_until_true("document.body.matches('.whole.reading')")
+        visit.wait_for("#lines", "stty size")
+        visit.page.click("#whole")
+        visit.page.click("#output")
+        visit.page.keyboard.press("Enter")
+        wait_for_rows(f"view.fits === {before}")
+        assert visit.page.is_visible("header")
+
+    def test_task_has_an_address(self, visit: Visit, server: ServerProcess):
+        visit.run("echo one")
+        visit.run("echo two")
+        ids = [task["task_id"] for task in server.get("/tasks")[-2:]]
+        url = f"http://127.0.0.1:{server.port}/"
+        assert visit.page.url == f"{url}#task={ids[1]}"
+        visit.page.go_back()
+        visit.wait_for("#lines", "^one$")
+        visit.page.go_forward()
+        visit.wait_for("#lines", "^two$")
+        visit.page.reload()
+        visit.wait_live().wait_for("#lines", "^two$")
+        visit.page.go_back()
+        visit.wait_for("#lines", "^one$")
+        visit.page.go_back()
+        visit.wait_for("#no-output", "Pick a task")
+        visit.page.evaluate(f"location.hash = '#task={ids[0]}'")
+        visit.wait_for("#lines", "^one$")
+        token = state_file(server, "token").read_text().strip()
+        visit.page.evaluate(f"location.hash = '#token={token}&task={ids[1]}'")
+        visit.wait_for("#lines", "^two$")
+        visit.wait_until_true(f"location.href === '{url}#task={ids[1]}' && token === '{token}'")
+        visit.page.goto("about:blank")
+        visit.page.goto(f"{url}#task=987654")
+        visit.wait_for("#notice", "no task 987654")
+
+    def test_failed_task_is_found_in_two_clicks(self, visit: Visit, server: ServerProcess):
+        wrong = 0
+        for number in range(200):
+            if number == 120:
+                wrong = server.run("echo wrong; exit 3", name="the build")["task_id"]
+            else:
+                server.start("true")
+        assert len([task for task in server.get("/tasks") if task["state"] == "done"]) >= 195
+        rows = visit.page.locator("#tasks li:not([hidden]) button")
+        wait_until(lambda: visit.page.wait_for_timeout(20) or rows.count() >= 200)
+        visit.page.click("#failed")
+        wait_until(lambda: "the build" in rows.all_inner_texts()[0])
+        rows.filter(has_text=f"#{wrong} ").click()
+        visit.wait_for("#lines", "^wrong$")
+        visit.page.fill("#filter", "THE BUI")
+        assert rows.count() == 1
+        visit.page.reload()  # it is remembered
+        visit.wait_live()
+        wait_until(lambda: visit.page.wait_for_timeout(20) or rows.count() == 1)
+        assert visit.page.input_value("#filter") == "THE BUI"
+        visit.page.fill("#filter", "nothing like it")
+        visit.wait_for("#no-tasks", "No task is like that")
+        visit.page.fill("#filter", "")
+        visit.page.click("#running")
+        assert rows.count() == 0
+        server.start("sleep 60")
+        visit.wait_for("#tasks", "sleep 60")
+
+    def test_stop_offers_signals(self, visit: Visit):
+        visit.run("trap 'echo got INT; exit 0' INT; echo ready; while :; do sleep 0.05; done")
+        visit.wait_for("#lines", "ready")
+        visit.page.click("#signals")
+        visit.page.click("#signal-menu >> text=INT")
+        visit.wait_for("#lines", "got INT")
+        visit.wait_for("#state", "stopped")
+        assert visit.page.is_disabled("#signals") and visit.page.is_hidden("#signal-menu")
+
+    def test_hears_only_what_it_shows(self, visit: Visit, server: ServerProcess, tmp_path: Path):
+        heard: list[Any] = []
+
+        def listen(socket: Any) -> None:
+            socket.on("framereceived", lambda data: heard.append(json.loads(data)))
+
+        def outputs() -> set[str]:
+            return {event["task_id"] for event in heard if event["type"] == "task_output"}
+
+        def set_hidden(value: str) -> None:
+            script = """value => {
+              Object.defineProperty(document, "hidden", { value, configurable: true });
+              document.dispatchEvent(new Event("visibilitychange")); }"""
+            count = sum(event["type"] == "watching" for event in heard)
+            visit.page.evaluate(script, value)
+            wait_until(
+                lambda: (
+                    visit.page.wait_for_timeout(20)
+                    or sum(event["type"] == "watching" for event in heard) > count
+                )
+            )
+
+        visit.page.on("websocket", listen)
+        visit.page.reload()
+        visit.wait_live()
+        go = tmp_path / "go"
+        other = server.start(f"i=0; until [ -e {go} ]; do echo other $i; sleep 0.01; done")
+        visit.run(f"echo first; until [ -e {go} ]; do sleep 0.02; done; seq 3")
+        shown = server.get("/tasks")[-1]["task_id"]
+        visit.wait_for("#lines", "^first$")
+        assert outputs() <= {shown}
+        visit.page.locator("#tasks button", has_text="other").first.click()
+        wait_until(lambda: visit.page.wait_for_timeout(20) or other in outputs())
+        visit.page.locator("#tasks button", has_text="echo first").first.click()
+        visit.wait_for("#lines", "^first$")
+        set_hidden(True)
+        heard.clear()
+        visit.page.evaluate(
+            "window.drawn = 0; const { render } = view;"
+            "view.render = () => { drawn++; render.call(view); }"
+        )
+        go.touch()
+        server.wait_for_end(shown)
+        server.wait_for_end(other)
+        ends = lambda: {e["task_id"] for e in heard if e["type"] == "task_complete"}  # noqa: E731
+        wait_until(lambda: visit.page.wait_for_timeout(20) or ends() >= {shown, other})
+        assert outputs() == set() and not any(e["type"] == "stats_update" for e in heard[1:])
+        set_hidden(False)
+        visit.wait_for("#lines", "^first\n1\n2\n3$")
+        wait_until(
+            lambda: (
+                visit.page.wait_for_timeout(20) or [e for e in heard if e["type"] == "stats_update"]
+            )
+        )
+
+    def test_says_what_is_the_matter(self, browser: Any, server: ServerProcess):
+        reason = '{"error":"x","message":"this Host is not served"}'
+        table = [
+            (404, "", "", "answers 404: does the server run"),
+            (502, "", "", "answers 502: does the server run"),
+            (403, "", reason, "may not talk to the server: this Host is not served"),
+            (429, "1", "", "too many requests"),
+            (
+                503,
+                "",
+                '{"error":"x","message":"too many connections"}',
+                "now: too many connections",
+            ),
+            (0, "", "", "does not answer: was it stopped"),
+        ]
+        with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+            visit.allowed = "status of [45]|net::ERR"
+            visit.wait_live()
+            for status, pause, body, words in table:
+
+                def fail(status: int, pause: str, body: str, route: Any) -> None:
+                    fields = {"Retry-After": pause} if pause else {}
+                    route.fulfill(
+                        status=status, body=body, headers=fields
+                    ) if status else route.abort()
+
+                visit.page.route("**/info", functools.partial(fail, status, pause, body))
+                visit.page.evaluate("wait = 50; socket.close()")
+                visit.wait_for("#trouble", words)
+                visit.page.unroute("**/info")
+                visit.wait_live()  # all by itself
+                assert visit.page.is_hidden("#trouble")
+        with PathProxy(server.port, b"", b"Upgrade: websocket\r\n") as port:
+            with Visit(browser, f"http://127.0.0.1:{port}/") as visit:
+                visit.allowed = "WebSocket connection"
+                visit.wait_for("#trouble", "must pass on Upgrade")
+                assert visit.page.is_visible("#trouble-again")
+
+    def test_clock_of_the_browser_is_an_hour_off(self, visit: Visit, server: ServerProcess):
+        late = "const { now } = Date; Date.now = () => now() + 3600e3;"
+        visit.context.add_init_script(late)
+        visit.page.reload()
+        visit.wait_live().wait_for("#notice", "clock is (1 h 00 m|59 m 5. s) ahead")
+        visit.run("printf '\\033[5n'; sleep 60", tty=True)
+        visit.wait_for("#tasks li:first-child small:last-child", r"^(\d+ ms|\d\.\d s)$")
+
+    @pytest.mark.parametrize("how", ["forbidden", "full"])
+    def test_works_without_storage(
+        self, browser: Any, server: ServerProcess, how: str, tmp_path: Path
+    ):
+        scripts = {
+            "forbidden": """for (const name of ["localStorage", "sessionStorage"])
+              Object.defineProperty(window, name, {
+                get() { throw new DOMException("denied", "SecurityError"); } });""",
+            "full": """Storage.prototype.setItem = () => {
+              throw new DOMException("full", "QuotaExceededError"); };""",
+        }
+        with Visit(browser, f"http://127.0.0.1:{server.port}/") as visit:
+            visit.context.add_init_script(scripts[how])
+            visit.page.reload()
+            visit.wait_live().wait_for("#notice", "keeps nothing for this page")
+            visit.run(f"echo ran >> {tmp_path}/runs")
+            visit.wait_for("#state", "done")
+            assert visit.page.input_value("#command") == ""
+            visit.page.press("#command", "Enter")  # and nothing is run twice
+            visit.page.press("#command", "ArrowUp")
+            assert "echo ran" in visit.page.input_value("#command")
+            assert (tmp_path / "runs").read_text() == "ran\n"
+            visit.page.click("#theme")
+            visit.page.click("#failed")
+
+    def test_draft_and_keys_are_not_lost(self, visit: Visit):
+        visit.run("echo before")
+        box = visit.page.locator("#command")
+        box.fill("half a com")
+        box.press("ArrowUp")
+        assert box.input_value() == "echo before"
+        box.fill("echo after")
+        box.press("ArrowDown")
+        assert box.input_value() == "half a com"
+        box.press("ArrowUp")
+        assert box.input_value() == "echo after"
+        visit.run("read x; echo got $x", tty=True)
+        visit.wait_until_true("document.activeElement.id === 'keys'")
+        visit.page.keyboard.type("it")
+        visit.page.keyboard.press("Enter")
+        visit.wait_for("#state", "done")
+        visit.page.keyboard.type("echo more")
+        assert box.input_value() == "echo more"
+
+    def test_terminal_has_one_size(self, browser: Any, visit: Visit, server: ServerProcess):
+        def sizes() -> list[list[int]]:
+            script = "[stream.terminal.cols, stream.terminal.rows]"
+            return [one.page.evaluate(script) for one in (visit, other)]
+
+        def wait_for_size(of: Visit) -> None:
+            size = of.page.evaluate("[view.cols, view.fits]")
+            wait_until(
+                lambda: (
+                    visit.page.wait_for_timeout(20)
+                    or other.page.wait_for_timeout(20)
+                    or sizes() == [size, size]
+                )
+            )
+            task = server.task(task_id)
+            assert [task["cols"], task["rows"]] == size
+
+        visit.run("cat", tty=True)
+        task_id = server.get("/tasks")[-1]["task_id"]
+        first = visit.page.evaluate("[view.cols, view.fits]")
+        with Visit(browser, f"http://127.0.0.1:{server.port}/#task={task_id}", **PHONE) as other:
+            other.wait_for("#title", "cat")
+            other.page.set_viewport_size({"width": 400, "height": 700})
+            other.page.click("#find")
+            assert sizes() == [first, first]  # who only looks changes nothing
+            other.page.click("#fit")
+            wait_for_size(other)
+            assert other.page.is_hidden("#fit") and visit.page.is_visible("#fit")
+            visit.page.set_viewport_size({"width": 1000, "height": 800})
+            visit.wait_until_true("view.cols < 90")
+            wait_for_size(other)  # it is the other's, now
+            visit.page.click("#output")
+            visit.page.keyboard.type("x")
+            wait_for_size(visit)
+            visit.page.set_viewport_size({"width": 1100, "height": 800})
+            visit.wait_until_true("view.cols > 85")
+            wait_for_size(visit)
+            size = sizes()[0]
+            visit.page.keyboard.press("Control+c")
+            other.wait_for("#state", "died by INT")
+            other.page.reload()
+            other.wait_for("#title", "cat")
+            assert sizes() == [size, size]  # also when it has ended
+
+    def test_question_gets_one_answer(self, browser: Any, visit: Visit, server: ServerProcess):
+        """At once, when it comes in the first moment; never, when it is old."""
+        ask = "printf '\\033[5n'"
+        command = f"stty raw -echo; {ask}; dd bs=4 count=1 2>&- | cat -v; echo A; dd bs=1 count=1 2>&- >&2; "
+        visit.run(f"{command}{ask}; exec cat -v", tty=True)
+        task_id = server.get("/tasks")[-1]["task_id"]
+
+        def logs() -> str:
+            visit.page.wait_for_timeout(20)
+            return server.get(f"/logs?id={task_id}")["logs"]
+
+        wait_until(lambda: "A" in logs())
+        with Visit(browser, f"http://127.0.0.1:{server.port}/#task={task_id}") as other:
+            other.wait_live().wait_for("#lines", "A")
+            visit.page.reload()  # it reads the old question again
+            visit.wait_live().wait_for("#lines", "A")
+            other.page.click("#output")
+            other.page.keyboard.type("x")
+            wait_until(lambda: other.page.wait_for_timeout(20) or logs().count("[0n") == 2)
+            other.page.keyboard.type("END")
+            wait_until(lambda: "END" in logs())
+            assert re.findall(r"\^\[\[0n|A|END", logs()) == ["^[[0n", "A", "^[[0n", "END"]
+
+    def test_command_is_read_as_it_was_run(self, visit: Visit, server: ServerProcess):
+        server.run("true a\u202eb\u2066c\u200bd \u200d x\ny \U0001f469\u200d\U0001f527")
+        visit.page.locator("#tasks button", has_text="true a").click()
+        want = "true a\\u{202e}b\\u{2066}c\\u{200b}d \\u{200d} x ⏎ y \U0001f469\u200d\U0001f527"
+        assert visit.text("#tasks li:first-child code") == visit.text("#title") == want
 
 
 # The layout of the module ────────────────────────────────────────────────────────────────────
