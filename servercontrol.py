@@ -10087,11 +10087,16 @@ code {
   padding: 0.3rem;
   overflow-x: auto;
 }
-#tail {
+#tail,
+#fit {
   position: absolute;
   right: 1.2rem;
   bottom: 0.8rem;
   box-shadow: 0 2px 8px #0005;
+}
+#fit {
+  right: auto;
+  left: 0.8rem;
 }
 #spoken {
   position: absolute;
@@ -10368,9 +10373,6 @@ HTML = r"""
       </div>
       <div class="tools">
         <span id="facts" class="dim grow"></span>
-        <button id="fit" title="Make the terminal as large as this window" hidden>
-          Fit to my window
-        </button>
         <label><input type="checkbox" id="times" /> Times</label>
         <label><input type="checkbox" id="wrap" checked /> Wrap</label>
         <span role="search"
@@ -10396,6 +10398,9 @@ HTML = r"""
         </div>
         <p id="no-output" class="empty">Pick a task to see its output, or run a command.</p>
         <button id="tail" hidden>↓ Follow</button>
+        <button id="fit" title="Make the terminal as large as this window" hidden>
+          Fit to my window
+        </button>
         <button id="unfold" aria-label="Show the bars again">☰</button>
       </div>
       <div id="keybar" role="toolbar" aria-label="Special keys" hidden>
@@ -12273,7 +12278,8 @@ function showDetail() {
   const isLeft = document.activeElement === $("keys");
   $("keys").hidden = !task?.tty || !isOn || !mayRun;
   $("keybar").hidden = $("keys").hidden || !isPhone;
-  $("fit").hidden = $("keys").hidden || (task.cols === view.cols && task.rows === view.fits);
+  const isFitting = task?.isTypedHere || (task?.cols === view.cols && task?.rows === view.fits);
+  $("fit").hidden = $("keys").hidden || isFitting;
   // A terminal that has ended takes no keys: they go on in the command line, if that is there.
   const isThere = (id) => $(id).getClientRects().length;
   if (isLeft && $("keys").hidden) $(["command", "output"].find(isThere) ?? "back").focus();

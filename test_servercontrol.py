@@ -15430,7 +15430,7 @@ class TestPage:
 
     def test_output_has_the_whole_window(self, visit: Visit, server: ServerProcess):
         visit.run("sh", tty=True)
-        (task,) = (one for one in server.get("/tasks") if one["state"] == "running")
+        task = server.get("/tasks")[-1]
         before = visit.page.evaluate("view.fits")
 
         def wait_for_rows(condition: str) -> None:
@@ -15503,9 +15503,9 @@ class TestPage:
         visit.wait_for("#no-tasks", "No task is like that")
         visit.page.fill("#filter", "")
         visit.page.click("#running")
-        assert rows.count() == 0
-        server.start("sleep 60")
-        visit.wait_for("#tasks", "sleep 60")
+        assert rows.filter(has_text="true").count() == 0
+        server.start("sleep 60; true")
+        visit.wait_for("#tasks", "sleep 60; true")
 
     def test_stop_offers_signals(self, visit: Visit):
         visit.run("trap 'echo got INT; exit 0' INT; echo ready; while :; do sleep 0.05; done")
@@ -15666,17 +15666,11 @@ class TestPage:
             script = "[stream.terminal.cols, stream.terminal.rows]"
             return [one.page.evaluate(script) for one in (visit, other)]
 
-        def wait_for_size(of: Visit) -> None:
-            size = of.page.evaluate("[view.cols, view.fits]")
-            wait_until(
-                lambda: (
-                    visit.page.wait_for_timeout(20)
-                    or other.page.wait_for_timeout(20)
-                    or sizes() == [size, size]
-                )
-            )
-            task = server.task(task_id)
-            assert [task["cols"], task["rows"]] == size
+        def is_size_of(one: Visit) -> bool:
+            for each in (visit, other):
+                each.page.wait_for_timeout(20)
+            size, task = one.page.evaluate("[view.cols, view.fits]"), server.task(task_id)
+            return sizes() == [size, size] and [task["cols"], task["rows"]] == size
 
         visit.run("cat", tty=True)
         task_id = server.get("/tasks")[-1]["task_id"]
@@ -15687,17 +15681,17 @@ class TestPage:
             other.page.click("#find")
             assert sizes() == [first, first]  # who only looks changes nothing
             other.page.click("#fit")
-            wait_for_size(other)
+            wait_until(lambda: is_size_of(other))
             assert other.page.is_hidden("#fit") and visit.page.is_visible("#fit")
             visit.page.set_viewport_size({"width": 1000, "height": 800})
             visit.wait_until_true("view.cols < 90")
-            wait_for_size(other)  # it is the other's, now
+            wait_until(lambda: is_size_of(other))  # it is the other's, now
             visit.page.click("#output")
             visit.page.keyboard.type("x")
-            wait_for_size(visit)
+            wait_until(lambda: is_size_of(visit))
             visit.page.set_viewport_size({"width": 1100, "height": 800})
             visit.wait_until_true("view.cols > 85")
-            wait_for_size(visit)
+            wait_until(lambda: is_size_of(visit))
             size = sizes()[0]
             visit.page.keyboard.press("Control+c")
             other.wait_for("#state", "died by INT")
