@@ -5836,8 +5836,10 @@ class ConnectionProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool | None:
         """The client sends nothing more. One that waits for a task has most likely gone."""
-        if self._connection is not None and self._connection.phase is Phase.WAITING:
-            self._connection.task.cancel()
+        if self._connection is not None:
+            self._connection.has_sent_all = True
+            if self._connection.phase is Phase.WAITING:
+                self._connection.task.cancel()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -5907,7 +5909,7 @@ class Connection:
 
     __slots__ = (
         "server reader inbox writer transport peer address source role phase viewer task opened_at "
-        "_socket _taken_bytes _progress_at"
+        "has_sent_all _socket _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -5933,6 +5935,8 @@ class Connection:
         self.role: Role | None = None
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
+        # Whether the client has ended its side of the connection.
+        self.has_sent_all = False
         # While something waits to be written: how much the kernel had taken at the last sweep, and
         # when that last grew.
         self._taken_bytes = 0
@@ -6148,6 +6152,8 @@ class Connection:
             request.body = await self._read_body(parser)
             if not request.parameters.keys().isdisjoint(("wait", "follow")):
                 self._begin_phase(Phase.WAITING, None)
+                if self.has_sent_all:  # its end came with the request
+                    self.task.cancel()
                 keep_alive(self.transport.get_extra_info("socket"))
             else:
                 self._begin_phase(Phase.ANSWERING, None)
