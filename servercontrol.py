@@ -3770,7 +3770,10 @@ class Tasks:
         except OSError as error:
             raise spawn_error(error, request.cwd) from None
         self._tasks[task.task_id] = self.running[task.task_id] = task
-        self._remember(request.ref, task)
+        if request.ref is not None:
+            self._refs[request.ref] = task.task_id
+        if len(self._refs) > MAX_REFS:
+            self._refs.popitem(last=False)
         self._announce(task)
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
         if task.input is not None and isinstance(request.stdin, str):
@@ -3780,76 +3783,6 @@ class Tasks:
         if request.timeout:
             task.set_timer("timeout", request.timeout, self.stop)
         return task
-
-    def _remember(self, ref: str | None, task: Task) -> None:
-        if ref is not None:
-            self._refs[ref] = task.task_id
-        if len(self._refs) > MAX_REFS:
-            self._refs.popitem(last=False)
-
-    def _spawn(self, task: Task) -> None:
-        request = task.request
-        streams = open_streams(request)
-        self._lower_descriptor_limit(streams.child_out)
-        try:
-            process = subprocess.Popen(
-                [self._config.shell, "-c", request.command.encode("utf-8")],
-                stdin=streams.child_in,
-                stdout=streams.child_out,
-                stderr=streams.child_out,
-                cwd=None if request.cwd is None else request.cwd.encode("utf-8"),
-                env=self._make_environment(task),
-                start_new_session=True,
-                preexec_fn=take_terminal if request.tty else None,
-            )
-        except BaseException:
-            close_fds((streams.our_in, streams.our_out))
-            raise
-        finally:
-            raise_descriptor_limit()
-            close_fds((streams.child_in, streams.child_out))
-        # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
-        process.returncode = 0
-        os.set_blocking(streams.our_out, False)
-        task.fd, task.pid = streams.our_out, process.pid
-        if streams.our_in >= 0:
-            task.input = TaskInput(streams.our_in, request.tty)
-        self._restore_descriptor_limit(process.pid)
-
-    def _make_environment(self, task: Task) -> dict[bytes, bytes]:
-        environment = dict(self._environment)
-        if task.request.tty:
-            environment[b"TERM"] = b"xterm-256color"
-            for name in (b"COLUMNS", b"LINES"):  # those of our own terminal
-                environment.pop(name, None)
-        for key, text in task.request.env.items():
-            environment[key.encode("utf-8")] = text.encode("utf-8")
-        environment[b"SERVERCONTROL_TASK_ID"] = task.task_id.encode("ascii")
-        return environment
-
-    def _lower_descriptor_limit(self, newest_fd: int) -> None:
-        """Lower our limit to what the child is to inherit, while it is made.
-
-        Nothing else runs meanwhile, but Popen itself needs a few descriptors: without room for
-        them the limit is left, and given to the child when it runs already.
-        """
-        spare: list[int] = []
-        try:
-            while len(spare) < 4:  # as many as Popen will open
-                spare.append(os.dup(newest_fd))
-            if max(spare) < self._descriptor_limit[0]:
-                resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
-        except (OSError, ValueError):
-            pass  # no descriptor is free, which Popen will say; or macOS
-        finally:
-            close_fds(spare)
-
-    def _restore_descriptor_limit(self, pid: int) -> None:
-        """Give the child the limit that we were started with: select() breaks above 1024."""
-        try:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
-        except (AttributeError, OSError, ValueError):  # the first on macOS
-            pass  # it has ended already; the limit is a courtesy
 
     def _announce(self, task: Task) -> None:
         self.started += 1
@@ -4189,10 +4122,8 @@ class Tasks:
         task.ended_timestamp = event["timestamp"]
         told = "task_id exit_code signal state killed_by duration_ms output_bytes".split()
         self._audit.write("task_complete", **{name: event[name] for name in told})
-        state = task.state.value
-        self._log.write(
-            "info", "task_complete", task_id=task.task_id, state=state, exit_code=task.exit_code
-        )
+        told = "task_id state exit_code".split()
+        self._log.write("info", "task_complete", **{name: event[name] for name in told})
 
     def _forget_oldest(self) -> None:
         while len(self._finished) > self._config.keep_tasks:
@@ -7956,7 +7887,7 @@ class RemoteTask:
         if self.task_id is None:  # who starts it stops it then
             return
         try:
-            await self.control.ask("POST", f"/kill?id={self.task_id}&signal=INT")
+            await self.send("/kill", "&signal=INT")
             self._is_stop_owed = False
         except UnreachableError as error:
             self._is_stop_owed = not error.status
@@ -7964,27 +7895,24 @@ class RemoteTask:
             if error.status != 409:  # it has ended already
                 self._tell(f"could not be stopped ({error}){again}")
 
-    async def type(self, data: bytes, is_end: bool = False) -> None:
-        """Send standard input. Raises UnreachableError: 429 while the task does not read."""
-        path = f"/stdin?id={self.task_id}" + ("&eof" if is_end else "")
+    async def send(self, path: str, more: str = "", data: bytes = b"") -> None:
+        """POST something to it. Raises UnreachableError."""
+        path = f"{path}?id={self.task_id}{more}"
         await self.control.ask("POST", path, data, "application/octet-stream")
 
-    async def type_all(self, data: bytes, is_end: bool = False) -> None:
-        """Send standard input; wait while the task does not read. Raises UnreachableError."""
-        while True:
-            try:
-                await self.type(data, is_end)
-                return
-            except UnreachableError as error:
-                if error.status == 409:  # it has ended, or closed its input
-                    return
-                if error.status != 429:
-                    raise
-            await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
-    async def resize(self, cols: int, rows: int) -> None:
-        """Set the size of its terminal. Raises UnreachableError."""
-        await self.control.ask("POST", f"/resize?id={self.task_id}&cols={cols}&rows={rows}")
+async def send_input(task: RemoteTask, data: bytes, more: str = "") -> None:
+    """Send standard input; wait while the task does not read. Raises UnreachableError."""
+    while True:
+        try:
+            await task.send("/stdin", more, data)
+            return
+        except UnreachableError as error:
+            if error.status == 409:  # it has ended, or closed its input
+                return
+            if error.status != 429:
+                raise
+        await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
@@ -8077,7 +8005,7 @@ class Keyboard:
     def _send_keys(self) -> None:
         while self._waiting and self._task.is_connected:
             keys, self._waiting = self._waiting[:READ_CHUNK_BYTES], self._waiting[READ_CHUNK_BYTES:]
-            self._send(self._task.type(keys))
+            self._send(self._task.send("/stdin", data=keys))
 
     def _send(self, request: Awaitable[None]) -> None:
         """Do not wait for the answer: over a slow network the next key would wait as well."""
@@ -8096,7 +8024,8 @@ class Keyboard:
 
     def _resize(self) -> None:
         if self._task.is_connected:
-            self._send(self._task.resize(*read_terminal_size(0)))
+            cols, rows = read_terminal_size(0)
+            self._send(self._task.send("/resize", f"&cols={cols}&rows={rows}"))
             self._send_keys()
 
 
@@ -8487,13 +8416,13 @@ class Execution:
     async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
         try:
             for piece in pieces or []:
-                await task.type_all(piece)
+                await send_input(task, piece)
             while pieces is None:
                 piece = await read_input()
                 if not piece:
                     break
-                await task.type_all(piece)
-            await task.type_all(b"", is_end=True)
+                await send_input(task, piece)
+            await send_input(task, b"", "&eof")
         except (UnreachableError, OSError) as error:
             reason = explain_failure(error)
             name = task.target.name

@@ -6800,6 +6800,8 @@ class TestTaskProcess:
             "failure": ("exit 7", 7, None),
             "largest": ("exit 255", 255, None),
             "not found": ("/nonexistent-command", 127, None),
+            "not an option": ("-x", 127, None),
+            "nor this": ("+x; exit 4", 4, None),
             "only looks like TERM": ("exit 143", 143, None),
             "TERM": ("kill -TERM $$", 143, "TERM"),
             "KILL": ("kill -KILL $$", 137, "KILL"),
@@ -7135,7 +7137,7 @@ class TestTaskWindow:
             resumed = asyncio.Event()
 
             def resume(task: Any) -> None:
-                sc.Tasks._resume_read(mock.Mock(), task)
+                sc.Outputs._resume_read(mock.Mock(), task)
                 resumed.set()
 
             task.set_timer("read", 0.0, resume)
