@@ -3479,7 +3479,7 @@ class Task:
 
     @property
     def is_paused(self) -> bool:
-        """Whether its output is not read for a while: see Tasks._pause()."""
+        """Whether its output is not read for a while: see Outputs._pause()."""
         return "read" in self.timers
 
     def describe(self) -> dict[str, Any]:
@@ -3685,126 +3685,152 @@ def raise_descriptor_limit() -> tuple[int, int]:
     return soft, hard
 
 
-class Tasks:
-    """All tasks: the running ones, and the finished ones that are kept."""
+def hide_options(command: str) -> str:
+    """Return a command that no shell takes for options: `sh -c -- -x` is not known to all."""
+    return f" {command}" if command.startswith(("-", "+")) else command
+
+
+class Spawner:
+    """Starts the processes of tasks.
+
+    descriptor_limit: RLIMIT_NOFILE as it was before we raised our own.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        ids: TaskIds,
-        publish: Publish,
-        is_pressed: Callable[[], bool],
-        is_serving: Callable[[], bool],
-        log: Log,
-        audit: AuditLog,
-        environment: Mapping[str, str],
-        descriptor_limit: tuple[int, int],
+        self, shell: str, environment: Mapping[str, str], descriptor_limit: tuple[int, int]
     ) -> None:
-        self._config = config
-        self.ids = ids
-        self._publish = publish
-        # Whether reading should pause for slow viewers; whether a round of viewers is going on.
-        self._is_pressed = is_pressed
-        self._is_serving = is_serving
-        self._log = log
-        self._audit = audit
+        self._shell = shell
         # What every child gets, before its own additions. The tokens are out of it already.
         self._environment = {
             os.fsencode(name): os.fsencode(value) for name, value in environment.items()
         }
         self._environment[b"PYTHONUNBUFFERED"] = b"1"
-        # RLIMIT_NOFILE as it was before we raised our own.
         self._descriptor_limit = descriptor_limit
-        # All kept tasks by id, oldest first, and the running ones among them.
-        self._tasks: OrderedDict[str, Task] = OrderedDict()
-        self.running: dict[str, Task] = {}
-        # The finished ones, in the order in which they ended.
-        self._finished: deque[Task] = deque()
-        # Which task was started for a `ref`, also when it is kept no more.
-        self._refs: OrderedDict[str, str] = OrderedDict()
-        self._kept_bytes = 0
-        # For /metrics, since the start of the server.
-        self.started = self.output_bytes = 0
-        self.completed = {state.value: 0 for state in TaskState if state is not TaskState.RUNNING}
-        self.durations = Histogram(DURATION_BOUNDS)
+
+    def spawn(self, task: Task) -> None:
+        """Start a task's shell, and open our ends of its streams. Raises OSError."""
+        request = task.request
+        streams = open_streams(request)
+        self._lower_descriptor_limit(streams.child_out)
+        try:
+            process = subprocess.Popen(
+                [self._shell, "-c", hide_options(request.command).encode("utf-8")],
+                stdin=streams.child_in,
+                stdout=streams.child_out,
+                stderr=streams.child_out,
+                cwd=None if request.cwd is None else request.cwd.encode("utf-8"),
+                env=self._make_environment(task),
+                start_new_session=True,
+                preexec_fn=take_terminal if request.tty else None,
+            )
+        except BaseException:
+            close_fds((streams.our_in, streams.our_out))
+            raise
+        finally:
+            raise_descriptor_limit()
+            close_fds((streams.child_in, streams.child_out))
+        # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
+        process.returncode = 0
+        os.set_blocking(streams.our_out, False)
+        task.fd, task.pid = streams.our_out, process.pid
+        if streams.our_in >= 0:
+            task.input = TaskInput(streams.our_in, request.tty)
+        self._restore_descriptor_limit(process.pid)
+
+    def _make_environment(self, task: Task) -> dict[bytes, bytes]:
+        environment = dict(self._environment)
+        if task.request.tty:
+            environment[b"TERM"] = b"xterm-256color"
+            for name in (b"COLUMNS", b"LINES"):  # those of our own terminal
+                environment.pop(name, None)
+        for key, text in task.request.env.items():
+            environment[key.encode("utf-8")] = text.encode("utf-8")
+        environment[b"SERVERCONTROL_TASK_ID"] = task.task_id.encode("ascii")
+        return environment
+
+    def _lower_descriptor_limit(self, newest_fd: int) -> None:
+        """Lower our limit to what the child is to inherit, while it is made.
+
+        Nothing else runs meanwhile, but Popen itself needs a few descriptors: without room for
+        them the limit is left, and given to the child when it runs already.
+        """
+        spare: list[int] = []
+        try:
+            while len(spare) < 4:  # as many as Popen will open
+                spare.append(os.dup(newest_fd))
+            if max(spare) < self._descriptor_limit[0]:
+                resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
+        except (OSError, ValueError):
+            pass  # no descriptor is free, which Popen will say; or macOS
+        finally:
+            close_fds(spare)
+
+    def _restore_descriptor_limit(self, pid: int) -> None:
+        """Give the child the limit that we were started with: select() breaks above 1024."""
+        try:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
+        except (AttributeError, OSError, ValueError):  # the first on macOS
+            pass  # it has ended already; the limit is a courtesy
+
+
+class Outputs:
+    """Reads what running tasks write, each in its turn, publishes it, and keeps the newest of it.
+
+    is_pressed: whether reading should pause for slow viewers; is_serving: whether a round of
+    viewers is going on; running, finished: the tasks, the latter in the order in which they ended.
+    """
+
+    def __init__(
+        self,
+        publish: Publish,
+        is_pressed: Callable[[], bool],
+        is_serving: Callable[[], bool],
+        running: Mapping[str, Task],
+        finished: Collection[Task],
+    ) -> None:
+        self._publish = publish
+        self._is_pressed = is_pressed
+        self._is_serving = is_serving
+        self._running = running
+        self._finished = finished
+        # What is kept, and what was ever read.
+        self._kept_bytes = self.total_bytes = 0
         # Who waits to be read, in this order, and until when (perf_counter) this turn of the event
         # loop may read; 0 when it has not begun to.
         self._queue: dict[Task, None] = {}
         self._turn_end = 0.0
         # When tasks were last read (perf_counter).
         self._read_at = 0.0
-        # Set when the server stops: no new tasks.
-        self.is_stopping = False
 
-    # Looking things up
-
-    def get(self, task_id: Any) -> Task:
-        """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
-        task = self._tasks.get(parse_task_id(task_id))
-        if task is None:
-            raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
-        return task
-
-    def list(self) -> Iterable[Task]:
-        return self._tasks.values()
-
-    # Starting
-
-    def start(self, request: ExecRequest, by: str) -> Task:
-        """Start a command. Raises CommandError; then nothing was started."""
-        if request.ref is not None and request.ref in self._refs:
-            return self.get(self._refs[request.ref])
-        if self.is_stopping:
-            raise CommandError("no_resources", "the server is stopping")
-        if len(self.running) >= self._config.max_tasks:
-            raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
-        config = self._config
-        task = Task(self.ids.take(), request, by, config.keep_output)
-        # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
-        fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
-        task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
-        cwd = read_cwd()
-        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
-        try:
-            self._spawn(task)
-        except OSError as error:
-            raise spawn_error(error, request.cwd) from None
-        self._tasks[task.task_id] = self.running[task.task_id] = task
-        if request.ref is not None:
-            self._refs[request.ref] = task.task_id
-        if len(self._refs) > MAX_REFS:
-            self._refs.popitem(last=False)
-        self._announce(task)
+    def watch(self, task: Task) -> None:
+        """Read a task's output from now on."""
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
-        if task.input is not None and isinstance(request.stdin, str):
-            task.input.write(request.stdin.encode("utf-8"))
-            if not request.tty:
-                task.input.end()
-        if request.timeout:
-            task.set_timer("timeout", request.timeout, self.stop)
-        return task
 
-    def _announce(self, task: Task) -> None:
-        self.started += 1
-        event = self._publish(
-            "task_start",
-            task_id=task.task_id,
-            command=task.request.command,
-            pid=task.pid,
-            cwd=task.cwd,
-            tty=task.request.tty,
-            cols=task.size[0],
-            rows=task.size[1],
-            by=task.by,
-            name=task.request.name,
-        )
-        task.started_timestamp = event["timestamp"]
-        told = ("task_id", "command", "cwd", "by", "pid")
-        self._audit.write("task_start", **{name: event[name] for name in told})
-        command = task.request.command[:200]
-        self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
+    def drain(self, task: Task) -> None:
+        """Read what the shell, which has ended, has left in the pipe."""
+        # Part of a terminal's output is on its way inside the kernel, and only read() awaits it.
+        left = 0
+        if task.fd >= 0:
+            left = TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
+        while left > 0:
+            chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
+            if not chunk:
+                break
+            left -= len(chunk)
+            self._take(task, chunk)
+        self._take(task, b"", final=True)
 
-    # Output
+    def leave(self, task: Task) -> None:
+        """The task has ended; what still has its pipe open may go on, unheard."""
+        if task.fd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(task.fd)
+            loop.add_reader(task.fd, self._discard, task.fd)
+            task.fd = -1
+
+    def forget(self, task: Task) -> None:
+        """The task is kept no more."""
+        self._kept_bytes -= task.output.kept_bytes
 
     def _read(self, task: Task) -> None:
         """Output has come: read it now, or when it is this task's turn.
@@ -3853,7 +3879,7 @@ class Tasks:
         else:
             chunk = self._read_chunk(task, room)
             if chunk:
-                self._take_output(task, chunk)
+                self._take(task, chunk)
 
     def _pause(self, task: Task, seconds: float, go_on: Callable[[Task], None]) -> None:
         """Read no output of a task: viewers cannot follow, its readers have taken too little of
@@ -3900,7 +3926,7 @@ class Tasks:
             task.fd = -1
         return b""
 
-    def _take_output(self, task: Task, chunk: bytes, final: bool = False) -> None:
+    def _take(self, task: Task, chunk: bytes, final: bool = False) -> None:
         """Publish and keep a chunk; characters that are cut wait for their other half."""
         cut = task.decoder.getstate()[0]
         if not chunk.isascii() or final or cut:
@@ -3912,7 +3938,7 @@ class Tasks:
             return
         offset, kept = task.output.end, task.output.kept_bytes
         task.output.append(chunk)
-        self.output_bytes += len(chunk)
+        self.total_bytes += len(chunk)
         self._kept_bytes += task.output.kept_bytes - kept
         self._publish("task_output", task_id=task.task_id, output=chunk, offset=offset)
         if self._kept_bytes > KEEP_ALL_OUTPUT_BYTES:
@@ -3924,7 +3950,7 @@ class Tasks:
 
         What a task's window says may be on its way to a reader stays, if anything else can go.
         """
-        running = sorted(self.running.values(), key=lambda task: -task.output.kept_bytes)
+        running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
         for is_last in (False, True):
             for task in [*self._finished, *running]:
                 excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
@@ -3949,6 +3975,126 @@ class Tasks:
             loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
         else:
             os.close(fd)
+
+
+def reap_shell(task: Task) -> tuple[float, int]:
+    """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
+    try:
+        _, status, usage = os.wait4(task.pid, 0)
+    except ChildProcessError:  # somebody ignores or reaps our children; the code is lost
+        task.exit_code = 255
+        return 0.0, 0
+    task.exit_code = os.waitstatus_to_exitcode(status)
+    if task.exit_code < 0:
+        number = -task.exit_code
+        task.exit_code = 128 + number
+        task.signal_name = SIGNAL_NAMES.get(number, str(number))
+    rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
+    return round(usage.ru_utime + usage.ru_stime, 6), rss
+
+
+class Tasks:
+    """All tasks: the running ones, and the finished ones that are kept."""
+
+    def __init__(
+        self,
+        config: Config,
+        ids: TaskIds,
+        publish: Publish,
+        is_pressed: Callable[[], bool],
+        is_serving: Callable[[], bool],
+        log: Log,
+        audit: AuditLog,
+        spawner: Spawner,
+    ) -> None:
+        self._config = config
+        self.ids = ids
+        self._publish = publish
+        self._log = log
+        self._audit = audit
+        self._spawner = spawner
+        # All kept tasks by id, oldest first, and the running ones among them.
+        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self.running: dict[str, Task] = {}
+        # The finished ones, in the order in which they ended.
+        self._finished: deque[Task] = deque()
+        # Which task was started for a `ref`, also when it is kept no more.
+        self._refs: OrderedDict[str, str] = OrderedDict()
+        self.outputs = Outputs(publish, is_pressed, is_serving, self.running, self._finished)
+        # For /metrics, since the start of the server.
+        self.started = 0
+        self.completed = {state.value: 0 for state in TaskState if state is not TaskState.RUNNING}
+        self.durations = Histogram(DURATION_BOUNDS)
+        # Set when the server stops: no new tasks.
+        self.is_stopping = False
+
+    # Looking things up
+
+    def get(self, task_id: Any) -> Task:
+        """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
+        task = self._tasks.get(parse_task_id(task_id))
+        if task is None:
+            raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
+        return task
+
+    def list(self) -> Iterable[Task]:
+        return self._tasks.values()
+
+    # Starting
+
+    def start(self, request: ExecRequest, by: str) -> Task:
+        """Start a command. Raises CommandError; then nothing was started."""
+        if request.ref is not None and request.ref in self._refs:
+            return self.get(self._refs[request.ref])
+        if self.is_stopping:
+            raise CommandError("no_resources", "the server is stopping")
+        if len(self.running) >= self._config.max_tasks:
+            raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
+        config = self._config
+        task = Task(self.ids.take(), request, by, config.keep_output)
+        # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
+        fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
+        task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
+        cwd = read_cwd()
+        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
+        try:
+            self._spawner.spawn(task)
+        except OSError as error:
+            raise spawn_error(error, request.cwd) from None
+        self._tasks[task.task_id] = self.running[task.task_id] = task
+        if request.ref is not None:
+            self._refs[request.ref] = task.task_id
+        if len(self._refs) > MAX_REFS:
+            self._refs.popitem(last=False)
+        self._announce(task)
+        self.outputs.watch(task)
+        if task.input is not None and isinstance(request.stdin, str):
+            task.input.write(request.stdin.encode("utf-8"))
+            if not request.tty:
+                task.input.end()
+        if request.timeout:
+            task.set_timer("timeout", request.timeout, self.stop)
+        return task
+
+    def _announce(self, task: Task) -> None:
+        self.started += 1
+        event = self._publish(
+            "task_start",
+            task_id=task.task_id,
+            command=task.request.command,
+            pid=task.pid,
+            cwd=task.cwd,
+            tty=task.request.tty,
+            cols=task.size[0],
+            rows=task.size[1],
+            by=task.by,
+            name=task.request.name,
+        )
+        task.started_timestamp = event["timestamp"]
+        told = ("task_id", "command", "cwd", "by", "pid")
+        self._audit.write("task_start", **{name: event[name] for name in told})
+        command = task.request.command[:200]
+        self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
 
     # Typing
 
@@ -4057,50 +4203,22 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         """Read what the shell left in the pipe, reap it, publish the end."""
-        # How much may have been written before the end and is not read yet. Part of a terminal's
-        # output is on its way inside the kernel, and only read() awaits it.
-        left = 0
-        if task.fd >= 0:
-            left = TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
-        while left > 0:
-            chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
-            if not chunk:
-                break
-            left -= len(chunk)
-            self._take_output(task, chunk)
-        self._take_output(task, b"", final=True)
+        self.outputs.drain(task)
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
             task.input.close()
         task.typist = None
-        self._publish_complete(task, self._wait(task))
+        self._publish_complete(task, reap_shell(task))
         del self.running[task.task_id]
         self._finished.append(task)
-        if task.fd >= 0:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(task.fd)
-            loop.add_reader(task.fd, self._discard, task.fd)
-            task.fd = -1
-        self._forget_oldest()
+        self.outputs.leave(task)
+        while len(self._finished) > self._config.keep_tasks:
+            oldest = self._finished.popleft()
+            self.outputs.forget(oldest)
+            del self._tasks[oldest.task_id]
         task.completed.set_result(None)
         task.wake()
-
-    @staticmethod
-    def _wait(task: Task) -> tuple[float, int]:
-        """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
-        try:
-            _, status, usage = os.wait4(task.pid, 0)
-        except ChildProcessError:  # somebody ignores or reaps our children; the code is lost
-            task.exit_code = 255
-            return 0.0, 0
-        task.exit_code = os.waitstatus_to_exitcode(status)
-        if task.exit_code < 0:
-            number = -task.exit_code
-            task.exit_code = 128 + number
-            task.signal_name = SIGNAL_NAMES.get(number, str(number))
-        rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
-        return round(usage.ru_utime + usage.ru_stime, 6), rss
 
     def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
         duration = time.monotonic() - task.started_now
@@ -4124,12 +4242,6 @@ class Tasks:
         self._audit.write("task_complete", **{name: event[name] for name in told})
         told = "task_id state exit_code".split()
         self._log.write("info", "task_complete", **{name: event[name] for name in told})
-
-    def _forget_oldest(self) -> None:
-        while len(self._finished) > self._config.keep_tasks:
-            task = self._finished.popleft()
-            self._kept_bytes -= task.output.kept_bytes
-            del self._tasks[task.task_id]
 
 
 # 14. Viewers ─────────────────────────────────────────────────────────────────────────────────
@@ -5306,7 +5418,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
     # Whoever may only watch delays nothing.
     if task.window and request.role is Role.RUN:
         reader = object()
-        move = functools.partial(server.tasks.move_reader, task, reader)
+        move = functools.partial(server.tasks.outputs.move_reader, task, reader)
         move(offset)
         request.ends.append(lambda: task.readers.pop(reader))
     response.pieces = follow_output(task, start, response.trailers, move)
@@ -5515,7 +5627,7 @@ def collect_metrics(server: Server) -> dict[str, Any]:
         "tasks_started_total": tasks.started,
         "tasks_completed_total": tasks.completed,
         "task_duration_seconds": tasks.durations,
-        "task_output_bytes_total": tasks.output_bytes,
+        "task_output_bytes_total": tasks.outputs.total_bytes,
         "viewers": len(viewers.all),
         "events_total": viewers.published,
         "viewer_bytes_total": viewers.written_bytes,
@@ -6700,8 +6812,7 @@ class Server:
             self.viewers.is_serving,
             log,
             self.audit,
-            parts.environment,
-            parts.descriptor_limit,
+            Spawner(config.shell, parts.environment, parts.descriptor_limit),
         )
         # Where alerts are posted, if anywhere.
         self.webhook = self._make_webhook() if config.alert_webhook else None
@@ -7645,10 +7756,9 @@ class RemoteTask:
     """A command on a server, from its start to its exit code: `curl …/exec?follow` with a memory.
 
     fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until that is
-    written; tell: a line for people; claim: asked whether to run it on the server with a boot_id;
-    connected: called whenever its output can come (anew). With a `window` the server waits for us
-    as a pipe does: so nothing is lost, however slow we are, or the network, or who reads our
-    output, unless we are gone for a minute.
+    written; tell: a line for people; connected: called whenever its output can come (anew). With a
+    `window` the server waits for us as a pipe does: so nothing is lost, however slow we are, or the
+    network, or who reads our output, unless we are gone for a minute.
     """
 
     def __init__(
@@ -7658,7 +7768,6 @@ class RemoteTask:
         write: Callable[[bytes], None],
         drain: Callable[[], Awaitable[None]],
         tell: Callable[[str], None],
-        claim: Callable[[str], None] = lambda boot_id: None,
     ) -> None:
         self.target = target
         # With the same `ref` a request that is sent again starts nothing twice.
@@ -7666,7 +7775,6 @@ class RemoteTask:
         self._write = write
         self._drain = drain
         self._tell = tell
-        self._claim = claim
         self.control = Control(target)
         # Which run of the server has the task.
         self._boot_id = ""
@@ -7679,7 +7787,7 @@ class RemoteTask:
         self.task_id: str | None = None
         self.exit_code: int | None = None
         # Where its output comes, and when something last came there (monotonic seconds).
-        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._good_now = time.monotonic()
         # Of the output, in bytes: how much has come, and how much is lost.
         self._position = 0
@@ -7693,20 +7801,18 @@ class RemoteTask:
         """Whether it may have been started, and is not known to have ended."""
         return self.is_asked and self.exit_code is None
 
-    @property
-    def is_connected(self) -> bool:
-        return self._stream is not None
-
     # Starting
 
-    async def start(self) -> None:
-        """Start the command. Raises UnreachableError, also when it is stopped before that."""
-        info = await self.control.ask("GET", "/info")
+    async def learn(self) -> dict[str, Any]:
+        """Return what the server says of itself. Raises UnreachableError."""
+        info: dict[str, Any] = await self.control.ask("GET", "/info")
         self._boot_id = info.get("boot_id", "")
         if not self._boot_id or not isinstance(self._boot_id, str):
             raise foreign_error()
-        if info.get("role") == "run":
-            self._claim(self._boot_id)
+        return info
+
+    async def start(self) -> None:
+        """Start the command. Raises UnreachableError, also when it is stopped before that."""
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (*START_RETRY_SECONDS, None):
@@ -7741,7 +7847,7 @@ class RemoteTask:
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             writer.transport.abort()
             raise foreign_error()
-        self.task_id, self._stream = task_id, (reader, writer)
+        self.task_id, self.stream = task_id, (reader, writer)
         self._good_now = time.monotonic()
         self._note_lost(int(offset) - self._position)
         self.connected()
@@ -7759,7 +7865,7 @@ class RemoteTask:
         while self.exit_code is None:
             good_now = self._good_now
             try:
-                if self._stream is None:
+                if self.stream is None:
                     await self._resume()
                 await self._read_stream()
                 await self._look()
@@ -7791,8 +7897,8 @@ class RemoteTask:
 
     async def _read_stream(self) -> None:
         """Write what comes, until that ends, or stands still although there is more."""
-        assert self._stream is not None
-        reader, writer = self._stream
+        assert self.stream is not None
+        reader, writer = self.stream
         halves = [
             asyncio.ensure_future(self._take_output(reader)),
             asyncio.ensure_future(self._notice_standstill()),
@@ -7802,7 +7908,7 @@ class RemoteTask:
             for half in done:
                 half.result()
         finally:
-            self._stream = None
+            self.stream = None
             writer.transport.abort()
             for half in halves:
                 half.cancel()
@@ -8003,7 +8109,7 @@ class Keyboard:
         self._send_keys()
 
     def _send_keys(self) -> None:
-        while self._waiting and self._task.is_connected:
+        while self._waiting and self._task.stream is not None:
             keys, self._waiting = self._waiting[:READ_CHUNK_BYTES], self._waiting[READ_CHUNK_BYTES:]
             self._send(self._task.send("/stdin", data=keys))
 
@@ -8023,7 +8129,7 @@ class Keyboard:
         sending.add_done_callback(self._sending.discard)
 
     def _resize(self) -> None:
-        if self._task.is_connected:
+        if self._task.stream is not None:
             cols, rows = read_terminal_size(0)
             self._send(self._task.send("/resize", f"&cols={cols}&rows={rows}"))
             self._send_keys()
@@ -8305,12 +8411,15 @@ class Execution:
         def tell(text: str) -> None:
             report.note(f"{name}: {text}")
 
-        def claim(boot_id: str) -> None:
-            if self._claims is not None and self._claims.setdefault(boot_id, name) != name:
-                raise UnreachableError(f"the same server as {self._claims[boot_id]}", SAME_STATUS)
-
         write = functools.partial(report.write, name)
-        return RemoteTask(target, self._fields, write, report.output.drain, tell, claim)
+        return RemoteTask(target, self._fields, write, report.output.drain, tell)
+
+    def _claim(self, name: str, info: Mapping[str, Any]) -> None:
+        """Raise UnreachableError if another name has the command run on this server already."""
+        if self._claims is not None and info.get("role") == "run":
+            other = self._claims.setdefault(info["boot_id"], name)
+            if other != name:
+                raise UnreachableError(f"the same server as {other}", SAME_STATUS)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -8375,6 +8484,7 @@ class Execution:
             try:
                 if task.is_stopping:
                     raise UnreachableError("not started")
+                self._claim(name, await task.learn())
                 await task.start()
                 if task.is_stopping and not self._is_unread:
                     await task.stop()

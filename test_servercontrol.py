@@ -10968,6 +10968,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         async def run() -> Any:
             target = sc.parse_target("it", f"127.0.0.1:{port}")
             task = sc.RemoteTask(target, {"cmd": command}, output.extend, drain, told.append)
+            await task.learn()
             await task.start()
             try:
                 return await task.follow()
