@@ -163,21 +163,23 @@ __version__ = "0.1.0"
 KIB = 1024
 MIB = 1024 * 1024
 
-# HTTP: generous for people and scripts, small enough that 10,000 connections cannot hurt.
+# HTTP: enough for people and scripts, and small enough that 10,000 connections do no harm.
 MAX_REQUEST_LINE_BYTES = 8 * KIB  # beyond: 414
 MAX_FIELD_BYTES = 8 * KIB  # one header field line; beyond: 431
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 32 * KIB
-MAX_BODY_BYTES = 256 * KIB  # beyond: 413, from the head alone where it says so
+MAX_BODY_BYTES = 256 * KIB  # beyond: 413, before the body is read where Content-Length tells
 MAX_CHUNK_EXTENSION_BYTES = 256
 MAX_TRAILER_BYTES = 4 * KIB
-HEAD_SECONDS = 10.0  # for the whole head, however slowly it drips
+HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
 BODY_SECONDS = 30.0  # for the whole body
 IDLE_SECONDS = 15.0  # between two requests of one connection
-LINGER_SECONDS = 2.0  # how long a refused client may go on sending, so that it reads the answer
-MAX_LINGER_BYTES = 4 * MIB  # and how much
-WRITE_STALL_SECONDS = 30.0  # no byte taken for so long while something waits: closed
-# After so many seconds of silence the kernel probes the other host, so often, so many times.
+# After an early error the rest of the request is read and dropped, within these two limits: a
+# client that is still sending would not read the answer from a connection that is reset.
+LINGER_SECONDS = 2.0
+MAX_LINGER_BYTES = 4 * MIB
+WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
+# TCP keep-alive: seconds of silence before the first probe, between probes, and their number.
 KEEPALIVE = {
     "TCP_KEEPIDLE": 9,
     "TCP_KEEPALIVE": 9,  # the same on macOS
@@ -192,28 +194,28 @@ WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
 MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
-# permessage-deflate, RFC 7692. A shorter message gains next to nothing; up to FINE_BYTES the best
-# compression takes below 0.03 ms; beyond, the fastest one takes 0.3 to 1.3 ms for 64 KiB.
+# permessage-deflate, RFC 7692. Compressing shorter messages gains next to nothing. Up to FINE_BYTES
+# the best compression takes less than 0.03 ms; for 64 KiB the fastest one takes 0.3 to 1.3 ms.
 MIN_DEFLATE_BYTES = 100
 FINE_BYTES = 4 * KIB
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
-STOP_ASK_SECONDS = 0.3  # who has followed a task asks how it ended
-STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle stop takes under one second
+STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
+STOP_CLOSE_SECONDS = 0.6  # CLOSE_SECONDS while the server stops: idle, that takes less than 1 s
 
-# Sending: a viewer is handed about this much a write. It bounds what one stalled viewer costs
-# beyond the kept events; larger writes gained nothing measurable.
+# Sending: one write to a viewer has about this size. It limits what a stalled viewer costs beyond
+# the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
 # asyncio's default: above it our client answers no ping.
 HIGH_WATER_BYTES = 64 * KIB
-# Replies waiting for a client that asks but does not read, beside the largest of them (`hello`
-# lists all running tasks): above what broadcasts alone can leave in a buffer, which is the
-# high-water mark, a batch and the largest frame.
+# A client with more unread replies than this plus its largest one (`hello` lists all running
+# tasks) is closed. It is more than broadcasts alone can leave in a buffer: the high-water mark, a
+# batch and the largest frame.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
-# How long reading output, and handing it to viewers, may take before other work of the event loop
-# has its turn. A new connection needs six turns until it is answered, and that within 50 ms.
+# How long reading output, and writing it to viewers, may take before other work of the event loop
+# is done. A new connection needs six turns of the loop, and must be answered within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 # A round of many viewers takes several turns. Tasks are not read meanwhile, for so long at most.
@@ -223,16 +225,16 @@ ROUND_STEP = 16  # viewers between two looks at the clock
 # of the loop. But not more often than this, since in a flood one write for many events costs less.
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
-# A flood is read no faster than those viewers take it who read at all: for one that is half a feed
-# behind, and took something lately, tasks wait this long in all until it has caught up. So nobody
-# who reads 32 MB/s loses an event, and one who does not read delays a task by 0.1 s, once.
+# If a viewer that still reads falls half a feed behind, tasks pause until it has caught up, for at
+# most PATIENCE_SECONDS in all. So a viewer that takes 32 MB/s loses no event, and one that stops
+# reading delays a task by LATELY_SECONDS, once.
 PATIENCE_SECONDS = 0.25
-LATELY_SECONDS = 0.1
-PRESSURE_SECONDS = 0.002  # between two looks
+LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
+PRESSURE_SECONDS = 0.002  # between two checks
 
-# What clients send is taken in pieces of this size. Who has been worked for this long waits for
-# another turn of the event loop, and so many of those who wait have theirs in one. So frames,
-# requests or chunks of a few bytes delay nobody, however many they are.
+# What a client sends is parsed in pieces of this size, for at most this long in one turn of the
+# event loop; then the client waits for another turn. Each turn serves this many waiting clients. So
+# many tiny frames, requests or chunks from one client delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
@@ -241,23 +243,22 @@ CLIENTS_PER_TURN = 2
 KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
-READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity; escaped it stays under 1 MiB, which is the
-# largest message that common WebSocket clients take by default
+READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity. Even fully escaped as JSON it stays below 1 MiB,
+# the largest message that common WebSocket clients accept by default
 OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
-MAX_KINDS = 10000  # of events, mostly tasks, whose seqs are indexed
-MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up for each batch
+MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
+MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
-MAX_REFS = 10000  # remembered, so that a request which is sent again starts nothing twice
+MAX_REFS = 10000  # remembered `ref`s, so that a repeated request starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999  # columns or rows
-MAX_INPUT_BYTES = 1 * MIB  # typed, but not taken by the task yet
+MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
-TERMINAL_LOOK_SECONDS = 0.1  # while nobody has the terminal open, between two looks
+TERMINAL_LOOK_SECONDS = 0.1  # between two checks whether a process has opened the terminal again
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
-DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a left-behind child still writes
-# A task with a window waits so long for a reader to take something, or to come back; then it runs
-# on without.
+DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a background child writes after the end
+# A task with a window waits this long for a reader that takes something; then it goes on without.
 WINDOW_SECONDS = 60.0
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
@@ -265,49 +266,49 @@ TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once p
 MIN_TOKEN_CHARACTERS = 16
 MAX_WRONG_TOKENS = 10  # a minute, from one address; more are told to wait
 WRONG_TOKEN_SECONDS = 60.0
-MAX_LIMITED_SOURCES = 4096  # that a limit remembers at once
+MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
-MAX_REFUSALS = 100  # records of refusals at once, then one a second: nobody fills the disk
+MAX_REFUSALS = 100  # recorded at once, then one a second, so that nobody can fill the disk
 AUDIT_ERROR_SECONDS = 60.0  # between two complaints about a log that cannot be written
-LOCK_SECONDS = 0.1  # for a file that another instance holds for some 0.05 ms
-LOCKED_SECONDS = 0.001  # once that was not enough: the event loop waits as well
+LOCK_SECONDS = 0.1  # to wait for a file's lock, which another instance holds for some 0.05 ms
+LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the event loop waits too
 
 # Statistics.
-FRESH_SECONDS = 1.0  # an older sample is taken anew for /metrics (CPU is of the interval)
+FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
 HISTORY_SAMPLES = 600  # ten minutes at the default interval
-KEEP_ALERTS = 50  # for who looks in the morning what was at night
-# How long tasks take, in seconds, from a shell's builtin to a back-up: the bounds of /metrics.
+KEEP_ALERTS = 50  # so that the page can show in the morning what happened at night
+# Buckets of task durations in /metrics, in seconds: from a shell's builtin to a back-up.
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 # Alert webhook.
-WEBHOOK_SECONDS = 10.0  # to connect, and from then to the answer; later it would help nobody
-WEBHOOK_PAUSES = (1.0, 5.0)  # before the second and the third try: a receiver may be restarting
-MAX_WEBHOOK_ALERTS = 100  # that wait; the oldest give way, since the newest say how things stand
+WEBHOOK_SECONDS = 10.0  # to connect, and again to get the answer
+WEBHOOK_PAUSES = (1.0, 5.0)  # before the second and the third try: the receiver may be restarting
+MAX_WEBHOOK_ALERTS = 100  # waiting; beyond, the oldest is dropped, since the newest matters most
 
 # Discovery (UDP).
 DISCOVERY_PROBE = b"DISCOVER_SERVER"
-MAX_DISCOVERY_REPLY_BYTES = 256  # a reply is small, so that the server is no amplifier
+MAX_DISCOVERY_REPLY_BYTES = 256  # small, so that nobody can use the server to amplify a flood
 DISCOVERY_TTL = 1  # never leaves the link
 MAX_REPLIES_PER_SECOND = 50
 MAX_REPLIES_PER_SOURCE = 5
-ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is believed
+ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is used before it is read again
 
 # Server.
 PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
-ACCEPTS_PER_TURN = 16  # then those that were accepted get a chance to speak
+ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_BUFFER_BYTES = 32 * KIB
 TLS_GOODBYE_SECONDS = 0.5
-MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could fill all places
-# For this long after it could first speak a newcomer is spared, in a burst of them: 300 handshakes
-# of TLS keep a core busy for a second, and the client's own machine may be the slow one.
+MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
+# In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
+# core busy for a second, and the client's machine may be slow too.
 NEWCOMER_GRACE_SECONDS = 3.0
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
-SPARE_DESCRIPTORS = 32  # for listeners, files and what is open for a moment
-SWEEP_SECONDS = 0.5  # how often deadlines are looked at, so their precision
+SPARE_DESCRIPTORS = 32  # for listeners and files
+SWEEP_SECONDS = 0.5  # how often deadlines are checked; deadlines are as precise as this
 STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
@@ -317,44 +318,45 @@ ANSWER_SECONDS = 15.0  # for a piece of an answer
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
-# What may come before the `hello` of another run: all that it keeps, and what happens meanwhile.
+# What may come before `hello`, after a restart of the server: its kept events, and new ones.
 MAX_EARLY_BYTES = 2 * KEEP_EVENTS_BYTES
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks, which `hello` lists in one event
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # doubled with each failure
-MAX_RETRY_SECONDS = 1.5  # so that a server is seen within 5 s of its return
-REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
+MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
+REFUSED_RETRY_SECONDS = 20.0  # longer, since a wrong token does not become right by itself
 START_RETRY_SECONDS = (0.2, 1.0, 3.0)
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
 BEAT_SECONDS = 5.0  # `exec` asks how its task stands
 EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
-# Output that may be on its way to us, from one server (64 tasks with such windows are all that a
-# server keeps) and from all of them.
+# Windows of `exec`: for one server (64 tasks with such windows fill a server's kept output), and
+# for all servers together.
 EXEC_WINDOW_BYTES = 1 * MIB
 EXEC_WINDOWS_BYTES = 16 * MIB
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
-FINISH_SECONDS = 1.0  # for what is not written yet when we go
-SAME_STATUS = 208  # of an UnreachableError: another name of this server runs it
-ENDED_STATUS = 410  # of an UnreachableError: the command is known to have ended
-UNREACHABLE_STATUS = 125  # as of `docker run` and `timeout`, which failed themselves
+FINISH_SECONDS = 1.0  # to write what is left when a command of the client ends
+# Two states of an UnreachableError that no server has sent.
+SAME_STATUS = 208  # the server was named twice, and its other name runs the command
+ENDED_STATUS = 410  # contact was lost, but the command has ended
+UNREACHABLE_STATUS = 125  # the exit status of `docker run` and `timeout` for their own failures
 MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
-LOG_ERROR_SECONDS = 60.0  # between two complaints about a log of the monitor
-MAX_WAITING_RECORDS = 10000  # while the monitor's log cannot be written; beyond it a gap is named
-MAX_WAITING_BYTES = 64 * MIB  # of them: a command may be long, and each event has them tried again
+LOG_ERROR_SECONDS = 60.0  # between two complaints that the monitor's log cannot be written
+MAX_WAITING_RECORDS = 10000  # queued while that log cannot be written; beyond, a gap is recorded
+MAX_WAITING_BYTES = 64 * MIB  # of all queued records: commands may be long
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
-MAX_ENDED_TASKS = 10000  # remembered per server, so that none is written down twice
+MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
 MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
-LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after so much it says anew where each server stands
-MAX_TOLD_ENDED = 200000  # ids of ended tasks that it then tells, of all servers: some 2 MiB
+LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after this many bytes the log gets new `position` records
+MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: some 2 MiB
 DRAW_SECONDS = 0.2
 MAX_FOUND_SERVERS = 10000
-MAX_REPLIES_OF_ONE = 1000  # 100 instances on one machine answer three times, by two ways
+MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers on one machine may answer six times each
 ONCE_SECONDS = 5.0  # for `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
-# How a server's row is painted; the title is shown in reverse.
+# How a server's row is coloured, by its state; "" is the title row, in reverse video.
 STATE_COLOURS = {
     "": "\x1b[7m",
     "silent": "\x1b[1;31m",
@@ -364,14 +366,14 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# What can go wrong by somebody else's doing. Each type carries its wire form, and each is turned
-# into that form in exactly one place. Anything else that is raised is a bug in this file.
+# Errors that somebody else causes: a user, a peer, the machine. Each type knows how it is told to
+# the peer, and exactly one place does that. Any other exception is a bug in this file.
 #
 #   ServerControlError
 #   ├── ConfigError       bad option or configuration: one line on stderr, exit status 2
 #   ├── StartError        a port or folder cannot be had: one line on stderr, exit status 1
-#   ├── UnreachableError  a client's: told on stderr; exit status 125 of `exec`
-#   ├── OutputError       a client's: ends it, with 141 for a closed pipe (128 + SIGPIPE)
+#   ├── UnreachableError  client: a server cannot be reached; `exec` ends with status 125
+#   ├── OutputError       client: stdout takes no more; status 141 for a closed pipe (128 + SIGPIPE)
 #   ├── HttpError         answered with a status and a JSON body; the connection may close
 #   ├── WebSocketError    closes the WebSocket connection with a code
 #   └── CommandError      a request that cannot be carried out: an HTTP answer or `error` message
@@ -386,7 +388,7 @@ class ConfigError(ServerControlError):
 
 
 class StartError(ServerControlError):
-    """The options are fine, but this machine does not let us start."""
+    """The options are fine, but the server cannot start on this machine."""
 
 
 class HttpError(ServerControlError):
@@ -406,7 +408,7 @@ class HttpError(ServerControlError):
 
 
 class UnreachableError(ServerControlError):
-    """A server that our client cannot reach, or that refuses. status: of its answer, else 0."""
+    """A server that the client cannot reach, or that refuses. status: of its answer, else 0."""
 
     def __init__(self, reason: str, status: int = 0) -> None:
         super().__init__(reason)
@@ -414,7 +416,7 @@ class UnreachableError(ServerControlError):
 
 
 class OutputError(ServerControlError):
-    """Our standard output takes no more: a closed pipe, a full disk."""
+    """Standard output takes no more: the pipe is closed, or the disk is full."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -422,7 +424,7 @@ class OutputError(ServerControlError):
 
 
 class WebSocketError(ServerControlError):
-    """A violation of RFC 6455, or of our limits, that ends the connection."""
+    """A violation of RFC 6455, or of a limit, that ends the connection."""
 
     def __init__(self, close_code: int, reason: str) -> None:
         super().__init__(close_code, reason)
@@ -456,7 +458,7 @@ COMMAND_STATUS = {
 }
 
 # 4. Configuration ────────────────────────────────────────────────────────────────────────────
-# What the command line and the environment decide, checked and frozen. Section 19 makes it.
+# The options, from command line and environment, checked and frozen. Section 19 builds them.
 
 
 @dataclass(frozen=True)
