@@ -515,11 +515,12 @@ class Config:
 
 
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
-# HTTP/1.1 requests and responses (RFC 9110, RFC 9112), stricter than the RFCs where they allow
-# it, because two readings of one message are how requests get smuggled: no bare LF, no obs-fold,
-# no repeated Content-Length, no Transfer-Encoding but a single `chunked`. A target in absolute-form
-# must name the authority that the Host field names, since Host is what the gate judges.
-# HttpParser is fed whatever arrives and gives whole heads and whole bodies; None is "not yet".
+# HTTP/1.1 requests and responses (RFC 9110, RFC 9112). Where the RFCs allow it, the parser is
+# stricter: if two programs read one message differently, a request can be smuggled past one of
+# them. So it accepts no bare LF, no obs-fold, no repeated Content-Length, and no Transfer-Encoding
+# but a single `chunked`. A target in absolute-form must name the same server as the Host field,
+# since the gate checks Host. HttpParser takes bytes as they arrive and returns whole heads and
+# bodies, or None while bytes are missing.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
@@ -532,7 +533,9 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 
 @dataclass(frozen=True)
 class RequestHead:
-    """A request line and its header fields. target: in origin-form; authority: what came before it.
+    """A request line and its header fields.
+
+    target: in origin-form. authority: the server that an absolute-form target named, or "".
 
     fields: (lower-case name, value) in the order received.
     content_length: None when the request has no such field.
@@ -574,7 +577,7 @@ class RequestHead:
         return [member for member in members if member]
 
     def tokens(self, name: str) -> list[str]:
-        """The same in lower case, for fields where that means the same."""
+        """The members in lower case, for fields in which case does not matter."""
         return [member.lower() for member in self.members(name)]
 
     @property
@@ -653,7 +656,7 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
         return None, False
     if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise HttpError(400, "bad_length", "Content-Length must be one number")
-    # More digits than this are too large whatever they are, and slow to read as a number.
+    # A longer number is too large anyway, and int() is slow on very long ones.
     length = int(lengths[0]) if len(lengths[0]) <= 18 else sys.maxsize
     if length > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
@@ -663,8 +666,8 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
 def parse_query(query: str, repeatable: str = "") -> dict[str, str]:
     """Return the parameters of a query; a name without "=" has the value "".
 
-    repeatable: a name that may stand more than once; its values are joined with commas.
-    Raises HttpError 400 for another name that stands twice and for broken UTF-8.
+    repeatable: a name that may occur more than once; its values are joined with commas.
+    Raises HttpError 400 if another name occurs twice, and for invalid UTF-8.
     """
     parameters: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
@@ -692,20 +695,20 @@ def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
 class HttpParser:
     """Cuts the bytes of one connection into request heads and bodies.
 
-    Call feed() with what arrived, then next_head() until it gives a head, then next_body() until
-    it gives that request's body, and so on. Both give None when they need more bytes and raise
-    HttpError when no more can come of this connection. Inside, each is a generator that stops
-    where bytes are missing: what is half read stays in its variables.
+    Call feed() with what arrived, then next_head() until it returns a head, then next_body() until
+    it returns that request's body, and so on. Both return None when they need more bytes, and raise
+    HttpError when nothing more of this connection can be used. Inside, each is a generator that
+    stops where bytes are missing, so a half-read message is kept in its local variables.
     """
 
     def __init__(self) -> None:
-        # What was fed and not yet consumed.
+        # Bytes that were fed and are not consumed yet.
         self._buffer = bytearray()
-        # What reads the head or body that is not whole yet.
+        # The generator that reads the present head or body; None between two of them.
         self._reading: Generator[None, None, Any] | None = None
-        # The request line has come, the end of the head has not.
+        # Whether the request line has come, and the end of the head has not.
         self._is_in_head = False
-        # The head whose body is due.
+        # The head whose body comes next.
         self.head: RequestHead | None = None
 
     def feed(self, data: bytes) -> None:
@@ -717,7 +720,7 @@ class HttpParser:
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
-        """Give what follows the head of an upgrade: it belongs to the other protocol."""
+        """Return the bytes after the head of an upgrade: they belong to the other protocol."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
@@ -771,7 +774,8 @@ class HttpParser:
     def _read_request_line(self) -> Generator[None, None, bytes]:
         while not self._buffer:
             yield
-        # A TLS ClientHello, for one, must not wait for an LF that may never come.
+        # What cannot begin a request (a TLS ClientHello, say) is refused at its first byte; an LF
+        # may never come.
         if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
             raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
         too_long = HttpError(414, "uri_too_long", "the request line is too long")
@@ -782,11 +786,11 @@ class HttpParser:
         return (yield from self._read_line(MAX_FIELD_BYTES, too_long))
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
-        """Take a line without its CRLF. A bare LF is an error, also where it ends nothing."""
-        scanned = 0  # up to here there is no LF: a dripping line is not searched again
+        """Take a line without its CRLF. A bare LF is an error everywhere in it."""
+        scanned = 0  # no LF before here, so a line that arrives byte by byte is searched once
         while True:
             end = self._buffer.find(b"\n", scanned)
-            # The CR of the line end does not count, nor does it while its LF is still to come.
+            # The line's length, without the CR of its end, even if its LF has not come yet.
             size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
             if size > limit:
                 raise too_long
@@ -824,7 +828,7 @@ class HttpParser:
             if size == 0:
                 break
             body += yield from self._read_bytes(size)
-            # Exactly CRLF must follow (h11 took any two bytes once: CVE-2025-43859).
+            # Exactly CRLF must follow (h11 once accepted any two bytes: CVE-2025-43859).
             if (yield from self._read_bytes(2)) != b"\r\n":
                 raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_long = HttpError(431, "trailers_too_large", "the trailers are too long")
@@ -836,7 +840,7 @@ class HttpParser:
                 raise too_long
             if not line:
                 return bytes(body)
-            parse_field(line)  # must be well-formed, and is of no use to us
+            parse_field(line)  # a trailer must be well-formed; its value is not used
 
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
@@ -858,52 +862,54 @@ def encode_last_chunk(trailers: Iterable[tuple[str, str]]) -> bytes:
 
 
 # 6. Access ───────────────────────────────────────────────────────────────────────────────────
-# One function, check_access, decides about every request, page and upgrade. It is given facts
-# and decides from nothing else. Its rules, in this order:
+# The gate: check_access decides about every request, page and upgrade, from its arguments alone.
+# Its rules, in this order:
 #
-#   1. Syntax. One well-formed Host (HTTP/1.0 may have none). 400.
-#   2. Origin. A browser names the page that sends the request. It must be our own, or listed by
-#      --allow-origin. So must the site that Sec-Fetch-Site speaks of, except that a link from
-#      anywhere may open the page `/`. 403. A browser's POST must be JSON: a form, which any page
-#      may send, is not. 415.
-#   3. Token. Whoever shows the right one gets its role; a wrong one is 401, whoever shows it. In
-#      an address (`?token=`) it would end up in logs and histories: 401, right or wrong.
-#   4. Implicit trust. On a loopback listener or a Unix socket a process of our own account may do
-#      everything, if the Host is a loopback name (else 403: that is how a rebinding attack looks)
-#      and no proxy has put its mark on the request (else 401). Not with --require-token.
-#   5. `GET /` and `GET /health` hold no data: they pass 1, 2 and, on loopback, the Host rule. So
-#      does a listed origin's preflight, which browsers send without token. The rest is 401.
+#   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
+#   2. Origin. A browser names the page that sends the request. It must be the server's own page,
+#      or one that --allow-origin lists. The same goes for Sec-Fetch-Site, except that a link on any
+#      site may open the page `/`. Else 403. A browser's POST must be JSON, since every web page may
+#      send a form. Else 415.
+#   3. Token. The right one gives its role. A wrong one is 401, even where none is needed. A token
+#      in a URL (`?token=`) is 401, right or wrong, since URLs end up in logs and histories.
+#   4. Implicit trust. On a loopback listener or a Unix socket, a process of the server's own
+#      account may do everything, if the Host is a loopback name (else 403: DNS rebinding looks like
+#      that), and no proxy has marked the request (else 401). Not with --require-token.
+#   5. `GET /` and `GET /health` hold no data: they need only rules 1 and 2 and, on loopback, the
+#      Host rule. So does a preflight of a listed origin, which browsers send without a token. All
+#      other requests are 401.
 #
-# With --no-auth there are no tokens, and rule 4 asks only for a Host that no attacker's DNS can
-# choose.
+# With --no-auth there are no tokens. Rule 4 then asks only for a Host that an attacker's DNS
+# cannot choose.
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
-# States of a client's end that has connected, and may have ended its half (linux/tcp_states.h).
+# TCP states of a client that has connected and may have closed its sending side
+# (linux/tcp_states.h).
 CLIENT_STATES = (1, 4, 5)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2
 FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip"}
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
 BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
-OPAQUE_ORIGINS = ("null", "file://")  # of any file and sandboxed frame: no origin to trust
-# Where a token is, in words: an answer never names the server's own files.
+OPAQUE_ORIGINS = ("null", "file://")  # sent by every local file and sandboxed frame
+# Where tokens usually are. An answer never names the server's own files.
 USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
 TOKEN_PLACES = (
     f"{USUAL_TOKEN_FILE} of the account that started the server, or, if that is a service, in "
     "/var/lib/servercontrol/token"
 )
-BEARER_PROTOCOL = "bearer."  # before a token among the subprotocols, for browsers
+BEARER_PROTOCOL = "bearer."  # prefix of a token that a browser sends as a WebSocket subprotocol
 
 
 class Role(enum.Enum):
-    """What a client may do: watch, or also run, stop and type."""
+    """What a client may do: VIEW watches; RUN also starts, stops and types."""
 
     VIEW = "view"
     RUN = "run"
 
 
 class ListenerKind(enum.Enum):
-    """What a listening socket is bound to: asked of the socket, not of the options."""
+    """What a listening socket is bound to, as the socket itself says (not the options)."""
 
     LOOPBACK = "loopback"
     NETWORK = "network"
@@ -914,8 +920,8 @@ class ListenerKind(enum.Enum):
 class AccessPolicy:
     """What the options say about access.
 
-    own_uid: our effective uid. hostname: our own, lower-case. tokens: role -> token; none of them
-    is ever shown.
+    own_uid: the server's effective uid. hostname: the server's, lower-case. tokens: role -> token,
+    left out of repr().
     """
 
     own_uid: int = -1
@@ -931,8 +937,9 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address, local_address: literals of both ends, "" on a Unix socket. uid, inode: whose socket
-    that other end is, as the kernel said right after accept; uid is None where it did not say.
+    address, local_address: IP literals of both ends, "" on a Unix socket. uid, inode: owner and
+    inode of the other end's socket, as the kernel said right after accept; uid is None if it did
+    not say.
     """
 
     listener: ListenerKind
@@ -944,9 +951,9 @@ class Peer:
 
 
 def parse_ip(text: str) -> IpAddress | None:
-    """Return an address, or None; without zone, and IPv4 where it is mapped into IPv6.
+    """Return an address without its zone, or None. IPv4 mapped into IPv6 becomes IPv4.
 
-    Before Python 3.13 `ipaddress` says that ::ffff:127.0.0.1 is not loopback.
+    (Before Python 3.13 `ipaddress` says that ::ffff:127.0.0.1 is not loopback.)
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -962,7 +969,7 @@ def is_loopback(text: str) -> bool:
 
 
 def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
-    """Ask netlink for the TCP socket whose own end is `peer`: sock_diag(7), exact lookup."""
+    """Return a netlink request for the TCP socket with these two ends: sock_diag(7)."""
     family = 2 if peer[0].version == 4 else 10  # AF_INET, AF_INET6
     request = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
     request += struct.pack("!HH16s16s", peer[1], local[1], peer[0].packed, local[0].packed)
@@ -971,7 +978,7 @@ def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
 
 
 def parse_diag_reply(reply: bytes) -> tuple[int, int]:
-    """Return (uid, inode) of the socket. Raises ValueError when there is none that stands."""
+    """Return (uid, inode) of the socket. Raises ValueError if there is no connected one."""
     (kind,) = struct.unpack_from("=H", reply, 4)
     if kind != SOCK_DIAG_BY_FAMILY or len(reply) < 88 or reply[17] not in CLIENT_STATES:
         raise ValueError("no such socket")
@@ -1006,7 +1013,7 @@ def parse_host(value: str) -> tuple[str, int | None]:
     if match is None or (match.group(2) and int(match.group(2)) > 65535):
         raise HttpError(400, "bad_host", "the Host field is malformed")
     name = match.group(1).lower().strip("[]")
-    # In brackets stands an IPv6 address alone (RFC 3986, 3.2.2).
+    # Only IPv6 addresses are in brackets (RFC 3986, 3.2.2).
     if match.group(1).startswith("[") and (":" not in name or parse_ip(name) is None):
         raise HttpError(400, "bad_host", "the Host field is malformed")
     return name, int(match.group(2)) if match.group(2) else None
@@ -1074,7 +1081,7 @@ def is_forwarded(head: RequestHead) -> bool:
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
-    """The Host rule: a name that no attacker's DNS can point at us."""
+    """The Host rule: whether this is a name that an attacker's DNS cannot point at this server."""
     if host is None:
         return False
     name, _ = parse_host(host)
@@ -1086,10 +1093,10 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 
 
 def find_tokens(head: RequestHead) -> list[bytes]:
-    """Return what the client shows as tokens; b"" stands for what cannot be one.
+    """Return the tokens in a request. A malformed one becomes b"", and so counts as wrong.
 
-    `Authorization: Bearer T` (RFC 6750, 2.1), or, since browsers cannot add fields to a WebSocket
-    upgrade, the subprotocol `bearer.T`.
+    They are in `Authorization: Bearer T` (RFC 6750, 2.1), or in the subprotocol `bearer.T`, since
+    browsers cannot add fields to a WebSocket upgrade.
     """
     shown = []
     for value in head.values("authorization"):
@@ -1102,12 +1109,12 @@ def find_tokens(head: RequestHead) -> list[bytes]:
 
 
 def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
-    """Return a 401, which must name the scheme that would help (RFC 9110, 15.5.2)."""
+    """Return a 401, which must name the authentication scheme (RFC 9110, 15.5.2)."""
     return HttpError(401, code, message, [("WWW-Authenticate", challenge)])
 
 
 def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
-    """Rule 3. Return the role of the token that is shown, None when none is. Raises HttpError."""
+    """Rule 3. Return the role of the request's token, None if it has none. Raises HttpError."""
     names = (pair.partition("=")[0] for pair in head.query.split("&"))
     if "token" in map(urllib.parse.unquote_plus, names):
         message = "a token does not belong into an address; send Authorization: Bearer TOKEN"
@@ -1115,7 +1122,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     shown = [] if policy.no_auth else find_tokens(head)
     if not shown:
         return None
-    # Every token is compared with every other, in constant time each: nothing is told by time.
+    # Each comparison takes constant time, and all are made, so that timing reveals nothing.
     roles = [
         role
         for one in shown
@@ -1129,9 +1136,9 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the peer needs no token: the kernel says that it is a process of our own account.
+    """Whether the kernel says that the peer is a process of the server's own account.
 
-    A socket that its process has closed already may be listed with uid 0, but has no inode.
+    A socket that its process has closed may be listed with uid 0, but then it has no inode.
     """
     if policy.require_token or peer.uid is None or peer.uid != policy.own_uid:
         return False
@@ -1142,7 +1149,7 @@ def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
 
 
 def is_preflight(head: RequestHead) -> bool:
-    """Whether a browser asks what it may send (the Fetch standard, CORS-preflight request)."""
+    """Whether this is a browser's CORS preflight (the Fetch standard)."""
     return head.method == "OPTIONS" and bool(head.values("access-control-request-method"))
 
 
@@ -1183,7 +1190,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return Role.RUN
     if is_trusted_process(policy, peer) and not is_forwarded(head):
         return Role.RUN
-    # An upgrade on `/` is no page: it would watch everything.
+    # An upgrade on `/` is not the page: it would receive every event.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
     if is_page and head.path in OPEN_PATHS:
         return None
@@ -1193,7 +1200,10 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
 
 
 def find_host_key(address: str) -> str:
-    """Return what limits count a host by: its address; of an IPv6 one the /64, which is all its."""
+    """Return the key by which limits count a host: its IPv4 address, or its IPv6 /64 prefix.
+
+    One host may own all addresses of a /64.
+    """
     ip = parse_ip(address)
     if ip is None or ip.version == 4:
         return str(ip)
@@ -1206,7 +1216,7 @@ class RateLimit:
     def __init__(self, count: int, seconds: float) -> None:
         self._count = count
         self._seconds = seconds
-        # Source -> monotonic times of what it did lately; the least recent source first.
+        # Source -> monotonic times of its last actions; the least recently active source first.
         self._times: OrderedDict[str, deque[float]] = OrderedDict()
 
     def take(self, source: str, now: float) -> float:
@@ -1770,9 +1780,9 @@ class WebSocketConnection:
 
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
-# What the kernel counts, as one Sample whichever source it came from; rates from two samples;
-# and the rule when to raise an alert. Time is passed in, on the monotonic clock, so that a
-# stepped wall clock changes nothing.
+# A Sample has what the kernel counts, from whichever source. Rates are computed from two samples.
+# AlertRule says when to raise an alert. Time is an argument, from the monotonic clock, so a change
+# of the wall clock has no effect.
 
 
 class Sample(NamedTuple):
@@ -1827,20 +1837,21 @@ def compute_cpu_percent(before: Sample, after: Sample) -> float:
     """Return the share of busy time between two samples, 0 to 100, with one decimal."""
     total = after.total_ticks - before.total_ticks
     busy = after.busy_ticks - before.busy_ticks
-    # Counters of a virtual machine may go back a little.
+    # In a virtual machine the counters may go back a little.
     return round(min(max(100.0 * busy / total, 0.0), 100.0), 1) if total > 0 else 0.0
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
     """Return how much all interfaces have received (way: 0) or sent (1) between two samples.
 
-    One that vanishes takes its counters along, which is no reason to miss what others did.
+    Each interface is compared with itself, since one that vanishes takes its counters with it.
     """
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
     come = sum(new[name] for name in new.keys() - old.keys())
     gone = sum(old[name] for name in old.keys() - new.keys())
-    return more + max(0, come - gone)  # a renamed one is both, with all that it ever counted
+    # A renamed interface is one gone and one new; the difference cancels its lifetime total.
+    return more + max(0, come - gone)
 
 
 def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
@@ -1862,16 +1873,16 @@ def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
 
 
 class AlertRule:
-    """When CPU usage is worth an alert, and when that is over. Percent and monotonic seconds."""
+    """Says when CPU usage raises an alert, and when that is over. Percent; monotonic seconds."""
 
     def __init__(self, threshold: float, cooldown: float, hold: float) -> None:
         self._threshold = threshold
         self._cooldown = cooldown
-        # How long the value must stay above before the first alert.
+        # How long the value must stay above the threshold before the first alert.
         self._hold = hold
         self._above_since: float | None = None
         self._raised_at: float | None = None
-        # Whether an alert was sent that is not resolved yet.
+        # Whether an alert was raised and is not resolved yet.
         self._is_raised = False
 
     def update(self, cpu: float, now: float) -> str | None:
@@ -1890,13 +1901,14 @@ class AlertRule:
 
 
 # 10. Feed and kept output ────────────────────────────────────────────────────────────────────
-# The heart of the server. Every broadcast event is appended to the Feed once and gets the next
-# seq; it becomes a WebSocket frame once, when the first viewer needs it; and every viewer reads
-# the same bytes from a cursor of its own, which is just the seq it wants next. So a viewer costs
-# an integer, replay and lag are normal delivery from another cursor, and what no longer is there
-# is a gap that can be named. (Kafka's consumers and the kernel's /dev/kmsg work like this.)
-# A viewer may choose what it hears. The feed keeps the seqs of each kind of event in a list of
-# their own, so whatever a viewer did not choose is skipped without being looked at.
+# The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
+# It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
+# same bytes at its own cursor, which is the seq that it needs next. So a viewer costs one integer;
+# replay and lag are normal delivery from another cursor; and if the cursor's event is no longer
+# kept, the missing range is known and is sent as a `gap`. (Kafka's consumers and the kernel's
+# /dev/kmsg work like this.)
+# A viewer may choose what it hears. The feed has a list of seqs for each kind of event, so it skips
+# what a viewer did not choose without looking at it.
 # OutputLog is the same idea for the output of one task, in bytes instead of events.
 
 EVENT_TYPES = (
@@ -1916,9 +1928,9 @@ class Choice(NamedTuple):
 
     @property
     def kinds(self) -> frozenset[str] | None:
-        """The kinds of events that it covers, as the Feed counts them, or None for everything.
+        """The Feed's kinds of events that were chosen, or None for everything.
 
-        Choices that mean the same have the same kinds, however they were written.
+        Choices that mean the same have the same kinds, in whatever form they were made.
         """
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if OUTPUT_TYPE in kinds and self.tasks is not None:
@@ -1926,7 +1938,7 @@ class Choice(NamedTuple):
         return None if kinds == frozenset(EVENT_TYPES) else kinds
 
     def describe(self) -> dict[str, list[str] | None]:
-        """Return it as JSON has it."""
+        """Return the choice in the form of the JSON message."""
         only = None if self.only is None else [one for one in EVENT_TYPES if one in self.only]
         return {"only": only, "tasks": None if self.tasks is None else sorted(self.tasks, key=int)}
 
@@ -1934,8 +1946,8 @@ class Choice(NamedTuple):
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
-    encode: makes the wire frame of an event. compress: makes of such a frame one for viewers whose
-    compression window has so many bits; where it does not pay, it returns the frame as it is.
+    encode: makes the wire frame of an event. compress: makes a compressed frame from it, for viewers
+    whose compression window has so many bits, or returns it unchanged where that gains nothing.
 
     Each event is of one or two kinds: its type and, if it is output, the id of its task.
     """
@@ -1949,20 +1961,20 @@ class Feed:
         self._encode = encode
         self._compress = compress
         self._capacity_bytes = capacity_bytes
-        # Events, or their frames once encoded; the first _dropped entries are gone already and
-        # are cut off in bulk, which keeps both append and access by seq at constant cost.
+        # Events, or their frames once they are encoded. The first _dropped entries are no longer
+        # kept; they are deleted in bulk, so that append and access by seq take constant time.
         self._entries: list[Any] = []
         self._dropped = 0
         self._bytes = 0
         # seq of _entries[0].
         self._base = 1
-        # By window bits and seq: compressed frames, each made when the first viewer needs it.
+        # Window bits -> seq -> compressed frame, made when the first viewer needs it.
         self._compressed: dict[int, dict[int, bytes]] = {}
-        # By kind: the seqs of its kept events, after the newest one that was dropped (it tells
-        # which viewers have missed something).
+        # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells
+        # which viewers have missed something.
         self._seqs: dict[str, list[int]] = {}
-        # The newest dropped seq of tasks whose list was given up: what else those have lost is
-        # unknown.
+        # The newest dropped seq of the tasks whose lists were deleted; it is not known what else
+        # of those tasks was dropped.
         self._forgotten = 0
 
     @property
@@ -2031,9 +2043,9 @@ class Feed:
     ) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
-        kinds: None is all of them; bits: of the viewers' compression window, 0 for none. As many
-        frames as begin before max_bytes; b"" when no more are there. The cursor must not lie
-        before `first`.
+        kinds: None is all. bits: of the viewers' compression window, 0 for no compression. The
+        frames that begin before max_bytes are returned, b"" if there are none. The cursor must not
+        be before `first`.
         """
         assert cursor >= self.first
         frames: list[bytes] = []
@@ -2092,8 +2104,8 @@ class Feed:
     ) -> tuple[int, tuple[int, int] | None]:
         """Return (where a viewer that has seen `since` goes on, the gap before it or None).
 
-        A gap is (from, to), both missing. Of another boot nothing can be known but that events
-        are missing: such a gap begins at 0, a seq that no event has.
+        A gap is (from, to), inclusive. If `since` is from another boot, it is only known that
+        events are missing: such a gap begins at 0, a seq that no event has.
         """
         if not same_boot or since >= self.next:
             return self.first, (0, self.first - 1)
@@ -2114,13 +2126,13 @@ class OutputLog:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        # Blocks are never changed, so a reader can hold them while the log goes on.
+        # Blocks never change, so readers can hold them while output is added.
         self._blocks: deque[bytes] = deque()
-        # Offset of the first byte of the first block, which may be cut off already.
+        # Offset of the first block's first byte; that byte may be dropped already.
         self._blocks_start = 0
-        # The newest bytes, until they fill a block.
+        # The newest bytes, which do not fill a block yet.
         self._tail = bytearray()
-        # Offsets of the first kept byte and after the last one.
+        # Offset of the first kept byte, and of the end.
         self.start = 0
         self.end = 0
 
@@ -2132,7 +2144,7 @@ class OutputLog:
         """Add output (whole characters) and drop the oldest beyond the capacity."""
         self.end += len(data)
         if not self._tail and len(data) >= OUTPUT_BLOCK_BYTES:
-            self._blocks.append(data)  # the common case of a flood: nothing is copied
+            self._blocks.append(data)  # the usual case in a flood: nothing is copied
         else:
             self._tail += data
         if len(self._tail) >= OUTPUT_BLOCK_BYTES:
@@ -2151,7 +2163,7 @@ class OutputLog:
             del self._tail[: self.start - self._blocks_start]
             self._blocks_start = self.start
         first = self._blocks[0] if self._blocks else bytes(self._tail[:4])
-        # Blocks begin on a character, so the next beginning is in this one or at its end.
+        # Every block begins with a whole character, so the search ends in this block at the latest.
         self.start = self._blocks_start + find_character(first, self.start - self._blocks_start)
 
     def read(self, offset: int = 0) -> list[bytes]:
@@ -2171,11 +2183,11 @@ class OutputLog:
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
-# JSON as it goes over the wire: events out, requests in, and the two discovery datagrams. Every
-# text that leaves is valid UTF-8, every request that comes in is checked to its last field here.
-# And what goes to others: metrics as text for Prometheus, the request that carries an alert.
+# JSON on the wire: events, requests, and the two discovery datagrams. All text that is sent is valid
+# UTF-8, and every field of an incoming request is checked here. Also the metrics as Prometheus' text
+# format, and the HTTP request that carries an alert to the webhook.
 
-REPLACEMENT = "\ufffd".encode()  # for what is no UTF-8
+REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
 NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
@@ -2187,10 +2199,10 @@ def encode_json(value: Any) -> bytes:
 
 
 def escape_json_text(text: bytes) -> bytes:
-    """Return UTF-8 text as it stands inside a JSON string (RFC 8259, 7).
+    """Return UTF-8 text escaped for the inside of a JSON string (RFC 8259, 7).
 
-    Four times as fast as json.dumps for text without rare control characters, which is nearly
-    all there is; this is the dearest step of a flood.
+    This is the most expensive step of a flood. For text without rare control characters, which is
+    nearly all text, it is four times as fast as json.dumps.
     """
     if text.translate(None, NOT_ESCAPED):
         return ENCODE_JSON(text.decode("utf-8")).encode("utf-8")[1:-1]
@@ -2209,7 +2221,7 @@ def encode_event(event: dict[str, Any]) -> bytes:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: two readers could see different values of a repeated name."""
+    """For json.loads: refuse a repeated name, since two readers could see different values."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice in an object")
@@ -2217,7 +2229,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_finite(text: str) -> float:
-    """For json.loads: NaN, Infinity and what would become it (1e999) are not JSON."""
+    """For json.loads: refuse NaN, Infinity, and numbers that become it (1e999): not JSON."""
     value = float(text)
     if not abs(value) < float("inf"):
         raise ValueError(f"{text} is not a number of JSON")
@@ -2230,7 +2242,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         if not hasattr(sys, "get_int_max_str_digits") and re.search("[0-9]{5000}", text):
-            raise ValueError("a number of too many digits")  # int() would take hours
+            raise ValueError("a number has too many digits")  # int() would take hours
         value = json.loads(
             text,
             object_pairs_hook=refuse_duplicates,
@@ -2249,9 +2261,9 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: text to be read, True for input that comes later, else none. ref: two requests
-    with the same one start one task, so that a lost answer can be asked for again. window: bytes
-    of output that may come before a `?follow` reader has taken them; 0 is any number.
+    stdin: the text of standard input, or True if it comes later. ref: two requests with the same
+    one start one task, so that a client can repeat a request whose answer was lost. window: how
+    many bytes of output may be read before a `?follow` reader has taken them; 0 is no limit.
     """
 
     command: str
@@ -2268,7 +2280,7 @@ class ExecRequest:
 
 
 def is_plain_text(value: Any) -> bool:
-    """Whether a value is text that the kernel takes: no NUL, and encodable."""
+    """Whether a value is text that the kernel accepts: encodable, and without NUL."""
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -2290,7 +2302,7 @@ def check_command(value: Any) -> str:
 
 
 def is_environment(value: Any) -> bool:
-    """Whether a value is an object of strings that the kernel takes as variables."""
+    """Whether a value is an object of strings that the kernel accepts as variables."""
     return isinstance(value, dict) and all(
         key and "=" not in key and is_plain_text(key) and is_plain_text(text)
         for key, text in value.items()
@@ -2298,7 +2310,7 @@ def is_environment(value: Any) -> bool:
 
 
 def is_input(value: Any) -> bool:
-    """Whether a value is text, NUL included, or a yes or no."""
+    """Whether a value is text (NUL is allowed) or a bool."""
     return isinstance(value, (bool, str)) and is_plain_text(str(value).replace("\0", ""))
 
 
@@ -2354,7 +2366,7 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
 
 
 def check_form_body(body: bytes) -> None:
-    """Refuse what `curl -d` cannot have been meant to send. Raises CommandError `form_body`."""
+    """Refuse a form, and a script that lost its line ends. Raises CommandError `form_body`."""
     field = re.match(rb"(cmd|command)=", body)
     if field:
         command = shlex.quote(
@@ -2370,7 +2382,8 @@ def check_form_body(body: bytes) -> None:
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     """Return what the body of `POST /exec` asks for. Raises CommandError.
 
-    JSON where it says so or begins with "{"; anything else is the command itself, verbatim.
+    The body is JSON if its media type says so, or if it begins with "{". Anything else is the
+    command itself, verbatim.
     """
     if media_type.startswith("multipart/"):
         message = "send the command as the body itself (curl -d) or as JSON"
@@ -2386,14 +2399,14 @@ def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
 
 
 def parse_task_id(value: Any) -> str:
-    """Return a task id. Raises CommandError `bad_field` for what never is one."""
+    """Return a task id. Raises CommandError `bad_field` if it is not a decimal number."""
     if not isinstance(value, str) or not DIGITS.fullmatch(value):
         raise CommandError("bad_field", "a task id is a decimal number")
     return value
 
 
 def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozenset[str] | None:
-    """Return what a field of `watch` lists; None, JSON's null, is everything."""
+    """Return the list in a field of `watch`; None (JSON's null) is everything."""
     if value is None:
         return None
     if not isinstance(value, list) or len(value) > MAX_CHOSEN_TASKS:
@@ -2406,7 +2419,7 @@ def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozens
 
 
 def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
-    """Return what a viewer wants to hear; a field that is absent is as before.
+    """Return what a viewer wants to hear; an absent field stays as before.
 
     Raises CommandError `bad_field`.
     """
@@ -2428,7 +2441,7 @@ def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
     return parse_choice(fields, Choice())
 
 
-SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # of CHLD and CLD the former
+SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not its alias CLD
 
 
 def parse_signal(value: Any) -> int:
@@ -2441,7 +2454,7 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """Return the answer to a probe, in at most 256 bytes: the hostname is cut to fit."""
+    """Return the answer to a probe: at most 256 bytes, so a long hostname is cut."""
     hostname = str(facts["hostname"])
     while True:
         reply = encode_json({"type": "SERVER_RESPONSE", **facts, "hostname": hostname})
@@ -2453,21 +2466,21 @@ def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
 def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
     """Return the networks that are on-link, from /proc/net/route (proc(5)).
 
-    A default route without gateway (a tunnel) would make the whole world on-link: left out.
+    A default route without a gateway (a tunnel) is left out: all addresses would be on-link.
     """
     networks = []
     for line in route.splitlines()[1:]:
         columns = line.split()
         destination, gateway, mask = (int(columns[i], 16) for i in (1, 2, 7))
         if gateway == 0 and mask != 0:
-            # The kernel prints the number as it lies in memory.
+            # The kernel prints the number in its own byte order.
             address = destination.to_bytes(4, sys.byteorder)
             networks.append(ipaddress.IPv4Network((address, bin(mask).count("1"))))
     return networks
 
 
-# /metrics: name -> (type, label or "", help). Those of the process have the names that every
-# exporter gives them; the others begin with servercontrol_.
+# /metrics: name -> (type, label or "", help). Metrics of the process have the names that all
+# exporters use; the names of the others begin with servercontrol_.
 METRICS = {
     "build_info": ("gauge", "version", "Always 1; the version is the label."),
     "cpu_usage_ratio": ("gauge", "", "CPU usage of all cores together in the newest interval."),
@@ -2509,7 +2522,7 @@ class Histogram:
 
     def __init__(self, bounds: Iterable[float]) -> None:
         self._bounds = (*bounds, math.inf)
-        # How many values were above the bound before and not above this one.
+        # How many values are above the previous bound and not above this one.
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
@@ -2518,7 +2531,7 @@ class Histogram:
         self._sum += value
 
     def encode(self, name: str) -> list[str]:
-        """Return the lines of its samples; the counts are cumulative there."""
+        """Return the lines of its samples; in them the counts are cumulative."""
         lines, count = [], 0
         for bound, more in zip(self._bounds, self._counts):
             count += more
@@ -2550,7 +2563,7 @@ def encode_metrics(values: Mapping[str, Any]) -> bytes:
 
 
 class WebhookUrl(NamedTuple):
-    """Where alerts go. origin is all of it that may be logged: the rest can hold secrets."""
+    """Where alerts are sent. Only `origin` may be logged, since the rest may be secret."""
 
     origin: str
     is_tls: bool
@@ -2565,7 +2578,7 @@ def parse_webhook_url(url: str) -> WebhookUrl:
     parts = urllib.parse.urlsplit(url)
     account, at, host_field = parts.netloc.rpartition("@")
     host, port = parse_host(host_field)
-    # Other characters: else it could be taken apart, or end a line, otherwise than it looks.
+    # Any other character could end a line of the request, or be parsed otherwise than it looks.
     if parts.scheme not in DEFAULT_PORTS or port == 0 or not re.fullmatch(r"[!-\[\]-~]+", url):
         raise ValueError("not an http or https URL")
     fields = [("Host", host_field)]
@@ -2594,9 +2607,9 @@ def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
-    """Return the status of the answer, None while it is not there. Raises ValueError.
+    """Return the status of the answer, None while it has not come. Raises ValueError.
 
-    What comes before it with 1xx only says that it will come (RFC 9110, 15.2).
+    Informational responses (1xx) come before the answer and are skipped (RFC 9110, 15.2).
     """
     for head in re.split(rb"(?<=\n)\r?\n", data):
         match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
