@@ -1234,13 +1234,13 @@ class RateLimit:
 
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
-# RFC 6455, sections 4 and 5, for both roles: a server gets masked frames and sends bare ones, a
-# client the other way round. The one extension is permessage-deflate (RFC 7692), always without
-# context takeover in both directions: each message is compressed by itself. So one compression of
-# an event serves all viewers, and a connection keeps no window, which may have 32 KiB.
-# Must not keep state: that is section 8.
+# RFC 6455, sections 4 and 5, for both roles: a server receives masked frames and sends unmasked
+# ones, a client the other way round. The only extension is permessage-deflate (RFC 7692), always
+# without context takeover in both directions: each message is compressed by itself. So one
+# compression of an event serves all viewers, and no connection needs memory for a window (32 KiB).
+# Nothing here keeps state; section 8 does.
 
-UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # of both sides (1.3)
+UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # sent by both sides (1.3)
 
 
 class Opcode(enum.IntEnum):
@@ -1255,7 +1255,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: the codes that this file sends or looks for."""
+    """RFC 6455, 7.4.1: the close codes that this file sends or checks for."""
 
     NORMAL = 1000
     GOING_AWAY = 1001
@@ -1273,7 +1273,7 @@ VALID_CLOSE_CODES = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012,
 
 
 class FrameHeader(NamedTuple):
-    """The part of a frame before its payload. mask: 4 bytes, or None; size: of this header.
+    """The part of a frame before its payload. mask: 4 bytes, or None. size: of this header.
 
     is_deflated: RSV1, which marks the first frame of a compressed message (RFC 7692, 7.2).
     """
@@ -1298,7 +1298,7 @@ def is_upgrade(head: RequestHead) -> bool:
 
 
 def upgrade_required(message: str) -> HttpError:
-    """The answer to a WebSocket client that must do otherwise (RFC 6455, 4.4)."""
+    """Return the answer to a WebSocket client that must change its request (RFC 6455, 4.4)."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return HttpError(426, "upgrade_required", message, fields)
 
@@ -1335,7 +1335,8 @@ WINDOW_BITS = re.compile("[89]|1[0-5]")  # RFC 7692, 7.1.2
 DEFLATE = "permessage-deflate"
 NO_TAKEOVER = ("server_no_context_takeover", "client_no_context_takeover")
 DEFLATE_OFFER = "; ".join((DEFLATE, *NO_TAKEOVER))
-# What a window that was asked to be small is used to: one more form of an event, not one for each.
+# Every smaller window is used as one of 2**9 bytes, so that an event has one compressed form for
+# all small windows.
 SMALL_WINDOW_BITS = 9
 
 Extension = tuple[str, list[tuple[str, "str | None"]]]  # name, parameters with their values
@@ -1364,7 +1365,7 @@ def parse_extensions(text: str) -> list[Extension]:
 
 
 def parse_deflate_parameters(parameters: list[tuple[str, str | None]]) -> dict[str, int] | None:
-    """Return what permessage-deflate was given, 0 for no value; None where that is no valid offer.
+    """Return the parameters of permessage-deflate, 0 for no value; None if the offer is invalid.
 
     RFC 7692, 7.1: one unknown, repeated or malformed parameter makes it invalid.
     """
@@ -1382,8 +1383,9 @@ def parse_deflate_parameters(parameters: list[tuple[str, str | None]]) -> dict[s
 def choose_deflate(head: RequestHead) -> tuple[str, int]:
     """Return the extension that answers an upgrade, and the window bits to compress with.
 
-    ("", 0) where no offer can be met. The first that can is taken: a window of 2**8 bytes cannot,
-    since zlib makes no such stream. Raises HttpError 400 for a malformed field (RFC 6455, 9.1).
+    The first offer that can be met is chosen; ("", 0) if none can. An offer of a window of 2**8
+    bytes cannot be met, since zlib cannot produce such a stream. Raises HttpError 400 for a
+    malformed field (RFC 6455, 9.1).
     """
     try:
         offers = parse_extensions(",".join(head.values("sec-websocket-extensions")))
@@ -1399,7 +1401,7 @@ def choose_deflate(head: RequestHead) -> tuple[str, int]:
 
 
 def check_deflate_answer(text: str) -> int:
-    """Return the window bits that our client may compress with; 0: the server wants no extension.
+    """Return the window bits with which the client may compress; 0: the server wants no extension.
 
     Raises ValueError for an answer that DEFLATE_OFFER does not allow (RFC 7692, 5.1).
     """
@@ -1416,7 +1418,7 @@ def check_deflate_answer(text: str) -> int:
 
 
 def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") -> bytes:
-    """Return the 101 answer; our subprotocol is chosen where it is offered."""
+    """Return the 101 answer; it chooses WEBSOCKET_PROTOCOL if that is offered."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Accept", compute_accept(key))]
     if WEBSOCKET_PROTOCOL in head.members("sec-websocket-protocol"):  # case matters
         fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
@@ -1428,7 +1430,7 @@ def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") ->
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
     """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3).
 
-    One XOR of two long integers: some 400 MB/s, a loop over bytes 20 MB/s.
+    It is one XOR of two long integers: some 400 MB/s. A loop over bytes takes 20 MB/s.
     """
     size = len(data)
     start = offset % 4
@@ -1444,7 +1446,7 @@ def encode_frame(
     fin: bool = True,
     is_deflated: bool = False,
 ) -> bytes:
-    """Return one frame (RFC 6455, 5.2). mask: 4 random bytes where a client sends."""
+    """Return one frame (RFC 6455, 5.2). mask: 4 random bytes if a client sends it."""
     first = (0x80 if fin else 0) | (0x40 if is_deflated else 0) | opcode
     mask_bit = 0 if mask is None else 0x80
     length = len(payload)
@@ -1459,13 +1461,13 @@ def encode_frame(
     return header + mask + apply_mask(payload, mask)
 
 
-DEFLATE_TAIL = b"\0\0\xff\xff"  # ends what is flushed, and is not sent (RFC 7692, 7.2.1)
-# The end, and a last block: only at the end of another one does that end the stream.
+DEFLATE_TAIL = b"\0\0\xff\xff"  # a flush ends with it; it is not sent (RFC 7692, 7.2.1)
+# DEFLATE_TAIL and a final empty block, which ends the stream only if the block before it is whole.
 INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
 def deflate(payload: bytes, bits: int) -> bytes:
-    """Return the payload compressed, or b"" where it is too short or would not become shorter."""
+    """Return the compressed payload, or b"" if it is too short or would not become shorter."""
     if len(payload) < MIN_DEFLATE_BYTES:
         return b""
     level = 6 if len(payload) <= FINE_BYTES else 1
@@ -1476,7 +1478,7 @@ def deflate(payload: bytes, bits: int) -> bytes:
 
 
 def encode_message(opcode: Opcode, payload: bytes, bits: int, mask: bytes | None = None) -> bytes:
-    """Return a message as one frame, compressed where that helps. bits: of the window; 0: never."""
+    """Return a message as one frame, compressed if that helps. bits: of the window; 0: never."""
     data = deflate(payload, bits) if bits else b""
     return encode_frame(opcode, data or payload, mask, is_deflated=bool(data))
 
@@ -1485,7 +1487,7 @@ OPCODES = frozenset(int(opcode) for opcode in Opcode)
 
 
 def check_frame_start(first: int, opcode: int, length: int, deflates: bool) -> None:
-    """What the first two bytes of a frame already decide (RFC 6455, 5.2, 5.5; RFC 7692, 6)."""
+    """Check the first two bytes of a frame (RFC 6455, 5.2, 5.5; RFC 7692, 6)."""
     may_deflate = deflates and opcode in (Opcode.TEXT, Opcode.BINARY)
     if first & (0x30 if may_deflate else 0x70):
         raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
@@ -1499,7 +1501,7 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
     """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
 
     deflates: whether permessage-deflate was negotiated.
-    Raises WebSocketError 1002 as soon as the bytes at hand cannot become a valid header.
+    Raises WebSocketError 1002 as soon as the bytes cannot become a valid header.
     """
     if len(data) < 2:
         return None
@@ -1552,17 +1554,17 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
 #   OPEN ──close() or fail──► CLOSING ──peer's close──► CLOSED
 #   OPEN ──peer's close, answered───────────────────► CLOSED
 #
-# After a violation nothing more is read. Text is checked as it arrives, inside a frame too, so a
-# bad byte ends the connection at once and not when a long message is complete.
+# After a violation nothing more is read. Text is checked as it arrives, also inside a frame, so an
+# invalid byte ends the connection at once, and not only when a long message is complete.
 
 
-# One reason for both: of what is damaged further on, it depends on how it was cut on its way how
-# much can be looked at before.
+# One reason for both errors: which of them is found first may depend on how the network has cut the
+# bytes, and the answer must not.
 BAD_DATA = "text is not UTF-8, or compressed data is damaged"
 
 
 class WebSocketState(enum.Enum):
-    """OPEN: both send. CLOSING: our close is out, or the peer failed. CLOSED: both are done."""
+    """OPEN: both send. CLOSING: our close frame was sent. CLOSED: both ends have closed."""
 
     OPEN = "open"
     CLOSING = "closing"
@@ -1570,7 +1572,7 @@ class WebSocketState(enum.Enum):
 
 
 class Message(NamedTuple):
-    """What receive() gives: TEXT with str, BINARY, PING and PONG with bytes, CLOSE with bytes."""
+    """A received message: TEXT has str; BINARY, PING, PONG and CLOSE have bytes."""
 
     opcode: Opcode
     data: str | bytes
@@ -1579,8 +1581,8 @@ class Message(NamedTuple):
 class WebSocketConnection:
     """One end of a WebSocket connection.
 
-    make_mask: None for a server; for a client a source of 4 unpredictable bytes (5.3).
-    deflate_bits: the window to compress with; 0 where permessage-deflate was not negotiated.
+    make_mask: for a client, returns 4 unpredictable bytes (5.3); None for a server.
+    deflate_bits: the window to compress with; 0 if permessage-deflate was not negotiated.
     """
 
     __slots__ = (
@@ -1597,49 +1599,49 @@ class WebSocketConnection:
         deflate_bits: int = 0,
     ) -> None:
         self.state = WebSocketState.OPEN
-        # How the connection ended: the peer's code and reason, or those of our failure.
+        # How the connection ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
         self._max_message_bytes = max_message_bytes
         self._max_fragments = max_fragments
-        # Bytes of a header that is not whole yet, or of what follows it.
+        # Bytes that were received and are not parsed yet.
         self._buffer = bytearray()
-        # The frame whose payload is arriving, and how much of it has.
+        # The frame whose payload is arriving, and how much of it has arrived.
         self._header: FrameHeader | None = None
         self._payload_read = 0
-        # The payload of a control frame, which may stand between two fragments of a message.
+        # The payload of a control frame, which may come between two fragments of a message.
         self._control = b""
-        # The data message that is arriving: TEXT or BINARY, its parts, the size of its frames as
-        # their headers tell it, and of its parts.
+        # The data message that is arriving: TEXT or BINARY, its parts, the size of its frames
+        # according to their headers, and the size of its parts.
         self._message_opcode: Opcode | None = None
         self._message: list[Any] = []
         self._wire_bytes = 0
         self._message_bytes = 0
         self._fragments = 0
         self._decoder: codecs.IncrementalDecoder | None = None
-        # Of a compressed message.
+        # Inflates the message that is arriving; None if it is not compressed.
         self._inflater: zlib._Decompress | None = None
-        # A close frame that answers what was received.
+        # The close frame that answers what was received, until take_outgoing().
         self._outgoing = b""
 
     def encode(self, opcode: Opcode, payload: bytes, fin: bool = True) -> bytes:
-        """Return a frame, masked where we are the client; a whole message compressed if it pays."""
+        """Return a frame, masked if this end is the client; a whole message may be compressed."""
         mask = self._make_mask and self._make_mask()
         if not fin or opcode not in (Opcode.TEXT, Opcode.BINARY):
             return encode_frame(opcode, payload, mask, fin)
         return encode_message(opcode, payload, self.deflate_bits, mask)
 
     def close(self, code: int, reason: str = "") -> bytes:
-        """Begin the closing handshake: return our close frame, b"" if it has been sent."""
+        """Begin the closing handshake: return the close frame, b"" if it was sent before."""
         if self.state is not WebSocketState.OPEN:
             return b""
         self.state = WebSocketState.CLOSING
         return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
 
     def take_outgoing(self) -> bytes:
-        """Give the close frame that next_message() made, once."""
+        """Return the close frame that next_message() made, once."""
         outgoing, self._outgoing = self._outgoing, b""
         return outgoing
 
@@ -1648,11 +1650,11 @@ class WebSocketConnection:
         self._buffer += data
 
     def next_message(self) -> Message | None:
-        """Return the next message of what was fed, None when that has no other.
+        """Return the next message of what was fed, or None.
 
-        Never raises. After a violation the state is CLOSED, close_code tells, and the close frame
-        is in take_outgoing(). Nothing after the present message has been looked at: the caller may
-        close the connection because of it, and then what follows means nothing (1.4).
+        Never raises. After a violation the state is CLOSED, close_code has the code, and
+        take_outgoing() returns the close frame. Nothing after the returned message was parsed: the
+        caller may close the connection because of it, and then the rest is ignored (1.4).
         """
         try:
             while self.state is not WebSocketState.CLOSED and self._has_header():
@@ -1680,7 +1682,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
     def _has_header(self) -> bool:
-        """Take the header of the next frame, if there is none yet and this one is whole."""
+        """Return whether the header of the present frame is known; parse it if it is whole."""
         if self._header is None:
             self._header = parse_frame_header(self._buffer, self.deflate_bits > 0)
             if self._header is not None:
@@ -1689,7 +1691,7 @@ class WebSocketConnection:
         return self._header is not None
 
     def _begin_frame(self, header: FrameHeader) -> None:
-        """Check a header against the role and the message that is open (5.1, 5.4)."""
+        """Check a header against this end's role and the message that is arriving (5.1, 5.4)."""
         if (header.mask is None) == (self._make_mask is None):
             raise WebSocketError(CloseCode.PROTOCOL_ERROR, "wrongly masked frame")
         self._payload_read = 0
@@ -1703,10 +1705,10 @@ class WebSocketConnection:
             if header.opcode is Opcode.TEXT:
                 self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
             if header.is_deflated:
-                self._inflater = zlib.decompressobj(-15)  # reads every smaller window too
+                self._inflater = zlib.decompressobj(-15)  # also reads all smaller windows
         self._wire_bytes += header.length
         self._fragments += 1
-        # What cannot be compressed grows a little where it is compressed all the same.
+        # Compressing may make incompressible data a little longer.
         limit = self._max_message_bytes * (1 if self._inflater is None else 2)
         if self._wire_bytes > limit:
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
@@ -1714,7 +1716,7 @@ class WebSocketConnection:
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
 
     def _take_payload(self) -> Message | None:
-        """Take what there is of a frame's payload, and return the message that it completes."""
+        """Take the payload bytes that have arrived; return the message if that completes it."""
         header = self._header
         assert header is not None
         part = bytes(self._buffer[: header.length - self._payload_read])
@@ -1750,7 +1752,7 @@ class WebSocketConnection:
             self._message.append(self._decoder.decode(part, ends) if self._decoder else part)
         except UnicodeDecodeError:
             raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
-        if is_too_big:  # inflated: else the headers had told it
+        if is_too_big:  # after inflating; a plain message was measured by its headers
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
         if not last:
             return None
@@ -1763,16 +1765,16 @@ class WebSocketConnection:
         return message if self.state is WebSocketState.OPEN else None
 
     def _inflate(self, inflater: zlib._Decompress, part: bytes, last: bool) -> bytes:
-        """Return a part as it was before it was compressed (RFC 7692, 7.2.2).
+        """Return a part of a compressed message, inflated (RFC 7692, 7.2.2).
 
-        Never more than a byte beyond the limit is made of it, so a small frame fills no memory.
+        At most one byte beyond the limit is inflated, so a small frame cannot fill the memory.
         """
         left = self._max_message_bytes - self._message_bytes
         try:
             data = inflater.decompress(part + INFLATE_TAIL if last else part, left + 1)
         except zlib.error:
             raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
-        # Nothing may follow a last block of the peer's but what 7.2.3.4 puts there.
+        # If the peer sent a final block, only the bytes of 7.2.3.4 may follow it.
         is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
         if last and not is_whole and len(data) <= left:
             raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA)
@@ -1946,8 +1948,8 @@ class Choice(NamedTuple):
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
-    encode: makes the wire frame of an event. compress: makes a compressed frame from it, for viewers
-    whose compression window has so many bits, or returns it unchanged where that gains nothing.
+    encode: makes the wire frame of an event. compress: makes a compressed frame from that, for
+    viewers whose compression window has so many bits, or returns it unchanged if nothing is gained.
 
     Each event is of one or two kinds: its type and, if it is output, the id of its task.
     """
@@ -2183,9 +2185,9 @@ class OutputLog:
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
-# JSON on the wire: events, requests, and the two discovery datagrams. All text that is sent is valid
-# UTF-8, and every field of an incoming request is checked here. Also the metrics as Prometheus' text
-# format, and the HTTP request that carries an alert to the webhook.
+# JSON on the wire: events, requests, and the two discovery datagrams. All text that is sent is
+# valid UTF-8, and every field of an incoming request is checked here. Also the metrics in
+# Prometheus' text format, and the HTTP request that carries an alert to the webhook.
 
 REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -2623,15 +2625,15 @@ def parse_webhook_answer(data: bytes) -> int | None:
 # ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
 
 # 12. Log, state folder and audit log ─────────────────────────────────────────────────────────
-# Lines on stderr, the little that must survive a restart (tokens, task ids), and the record of
-# who did what. None of them may ever stop the server: stderr can be full, closed, or a pipe that
-# nobody reads; the folder can be read-only; the disk can be full.
+# Log lines on stderr; what must survive a restart (tokens, task ids); and the record of who did
+# what. No failure here may stop the server: stderr can be full, closed, or a pipe that nobody
+# reads; the folder can be read-only; the disk can be full.
 #
-# The audit log is one JSON object a line. Each names the SHA-256 of the line before as `prev`, so
-# that a changed or missing line shows. The file is locked for each record, and opened anew when
-# its path names another one: it can be rotated by rename, and instances of one account share it.
-# FILE.head has the hash of the newest line: a successor of a rotated file begins with it, and
-# lines cut off at the end show too.
+# The audit log has one JSON object per line. `prev` in each is the SHA-256 of the line before, so a
+# changed or missing line shows. The file is locked for each record, and opened again when its path
+# leads to another file: so it can be rotated by renaming, and several servers of one account share
+# it. FILE.head has the hash of the newest line: the first record after a rotation names it, and it
+# shows if lines at the end were cut off.
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -2663,7 +2665,7 @@ def format_value(value: Any) -> str:
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
-    """Write a line of at most LOG_LINE_BYTES if that can be done at once; whether it was."""
+    """Write a line of at most LOG_LINE_BYTES if that needs no waiting; return whether it was."""
     try:
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
@@ -2700,14 +2702,14 @@ LOG_HINTS = {
 
 
 class Log:
-    """Writes one line per event. Drops lines, and says how many, rather than wait."""
+    """Writes one line per event. It never waits: it drops lines instead, and says how many."""
 
     def __init__(self, log_format: str, level: str, fd: int = 2) -> None:
         self._json = log_format == "json"
         self._level = LEVELS.index(level)
         self._fd = fd
         self._dropped = 0
-        # When an event of a limited kind was last written (monotonic seconds).
+        # Event -> when write_limited() last wrote it (monotonic seconds).
         self._last: dict[str, float] = {}
 
     def write(self, level: str, event: str, **fields: Any) -> None:
@@ -2719,7 +2721,7 @@ class Log:
         if event in LOG_HINTS:
             fields.setdefault("message", LOG_HINTS[event])
         line = self._format(level, event, fields)
-        if len(line) > LOG_LINE_BYTES:  # the end of a traceback says most
+        if len(line) > LOG_LINE_BYTES:  # keep most of the end, which is what matters in a traceback
             short = {
                 name: value[:80] + " ... " + value[-240:]
                 for name, value in fields.items()
@@ -2748,7 +2750,7 @@ class Log:
 
 
 def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
-    """Lock a file for a moment. Raises OSError when somebody else does not let go of it."""
+    """Lock a file. Raises OSError if another process holds the lock for longer than this."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -2808,7 +2810,7 @@ class TaskIds:
         try:
             lock_file(fd)
             text = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
-            # After damage go on above anything that counting from 1 can have reached.
+            # If the number is damaged, go on from one that counting from 1 cannot have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = int(time.time() * 1000) if damaged else int(text or 0)
             if expected in (-1, last):  # fixed width: one write replaces the number whole
@@ -2820,7 +2822,7 @@ class TaskIds:
 
 def find_state_folder(environ: Mapping[str, str]) -> str:
     base = environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+    if not os.path.isabs(base):  # the XDG specification: a relative path must be ignored
         base = os.path.expanduser("~/.local/state")
     return os.path.join(base, "servercontrol")
 
@@ -2828,14 +2830,14 @@ def find_state_folder(environ: Mapping[str, str]) -> str:
 def open_state_folder(environ: Mapping[str, str], log: Log, lost: Sequence[str] = ()) -> str | None:
     """Make the state folder (0700) and return it, or None, with a warning, if that fails.
 
-    lost: what there is not without it, for the warning.
+    lost: what is missing without the folder, for the warning.
     """
     folder = find_state_folder(environ)
     try:
         if not os.path.isabs(folder):  # no home
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        if os.stat(folder).st_uid != os.geteuid():  # root could chmod it, and not own it
+        if os.stat(folder).st_uid != os.geteuid():  # for root the chmod below would not fail
             raise PermissionError(errno.EPERM, "belongs to another account")
         os.chmod(folder, 0o700)
     except OSError as error:
@@ -2851,8 +2853,8 @@ TOKEN_TEXT = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, 2.1: b64token
 
 
 def make_token_file(path: str) -> None:
-    """Write a new token, whole or not at all: instances that start together agree on one."""
-    # No pid: in containers that share the folder each server is process 1.
+    """Write a new token, whole or not at all, so that servers that start together use the same."""
+    # The name is random, since in containers that share the folder each server has pid 1.
     temporary = f"{path}.{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
@@ -2861,7 +2863,7 @@ def make_token_file(path: str) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        pass  # another instance was faster
+        pass  # another server was faster
     finally:
         os.unlink(temporary)
 
@@ -2871,8 +2873,8 @@ def read_token_file(path: str, is_credential: bool = False, is_client: bool = Fa
 
     is_credential: it is in the folder that systemd made for this service alone. There a file may be
     root's, with an access list for the service's account, which shows as the group's right to read.
-    is_client: the token is to be shown to a server, and opens nothing here. So the file may be of
-    any account (root may use a service's), a link, or a pipe, as of `<(…)`.
+    is_client: the token is sent to a server, and gives no rights here. So the file may belong to
+    any account (root may use a service's token), and be a link or a pipe, as of `<(…)`.
     """
     follow = 0 if is_client else os.O_NOFOLLOW
     # Without O_NONBLOCK the open of a pipe would wait for a writer.
@@ -2894,7 +2896,7 @@ def read_token_file(path: str, is_credential: bool = False, is_client: bool = Fa
 
 
 def check_token(source: str, token: str) -> str:
-    """Return a token that can be one. source: for the error message. Raises ConfigError."""
+    """Return a well-formed token. source: for the error message. Raises ConfigError."""
     if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
         message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
         problem = f"{message} + / (then =)" if token else "it is empty"
@@ -2918,7 +2920,10 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
 
 def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
-    """Return the token in the state folder, made if there is none, and its path; or None twice."""
+    """Return the token in the state folder and its path; make it if it is missing.
+
+    (None, None) without a state folder.
+    """
     if folder is None:
         return None, None
     path = os.path.join(folder, name)
@@ -2932,7 +2937,7 @@ def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None
 
 
 class Tokens(NamedTuple):
-    """The tokens of both roles, and where people find them. None: there is none."""
+    """The tokens of both roles, and the files that have them; None if there is none."""
 
     run: str | None = None
     view: str | None = None
@@ -2950,9 +2955,9 @@ NO_AUTH_AND_TOKENS = "--no-auth: there are tokens to ask for as well; choose one
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens, taking them out of the environment. Raises ConfigError.
+    """Return the tokens, and remove them from the environment. Raises ConfigError.
 
-    The environment wins, then the option, then the state folder, where they are made.
+    The environment wins, then the option, then the state folder, where tokens are made if needed.
     """
     names = ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
     values = [environ.pop(name, None) for name in names]
@@ -3019,12 +3024,12 @@ def open_audit_file(path: str) -> int:
         os.close(fd)
         raise PermissionError(errno.EPERM, problem)
     if status.st_size == 0 and not status.st_mode & 0o600:
-        os.fchmod(fd, 0o600)  # the umask has taken everything
+        os.fchmod(fd, 0o600)  # the umask has removed all rights
     return fd
 
 
 def open_head_file(path: str) -> int:
-    """Return the descriptor of FILE.head, -1 where the folder (/var/log) does not allow it."""
+    """Return the descriptor of FILE.head, -1 if the folder (/var/log) does not allow the file."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path + ".head", flags, 0o600)
@@ -3033,7 +3038,7 @@ def open_head_file(path: str) -> int:
 
 
 class AuditLog:
-    """Writes down who did what. Never raises: what cannot be written is counted and told.
+    """Records who did what. Never raises: it counts and logs what cannot be written.
 
     path: "-" is stderr, "none" nothing.
     """
@@ -3042,14 +3047,14 @@ class AuditLog:
         self.path = path
         self._boot_id = boot_id
         self._log = log
-        # The log and its head, as they were opened last; -1 is closed.
+        # Descriptors of the log and of its head; -1 is closed.
         self._fd = self._head_fd = -1
-        # The hash of the newest line we wrote, and (device, inode, size) of the file after it.
+        # The hash of the newest line that was written, and (device, inode, size) of the file then.
         self._hash = ZERO_HASH
         self._seen: tuple[int, int, int] | None = None
         # How long to wait for the file's lock.
         self._lock_seconds = LOCK_SECONDS
-        # How many refusals may be written now, since when (monotonic), and how many were not.
+        # How many refusals may be recorded at this time (monotonic), and how many were left out.
         self._refusals_left = float(MAX_REFUSALS)
         self._refused_at = time.monotonic()
         self._skipped = 0
@@ -3057,7 +3062,7 @@ class AuditLog:
         self.errors = 0
 
     def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
-        """Write a record. boot_id: whose it is, if not ours."""
+        """Write a record. boot_id: of the run that it is about, if that is not this one."""
         if self.path == "none":
             return
         record = {
@@ -3078,7 +3083,7 @@ class AuditLog:
             self._log.write_limited("error", "audit_failed", AUDIT_ERROR_SECONDS, error=reason)
 
     def write_refusal(self, **fields: Any) -> None:
-        """Write that somebody was refused, unless too many are."""
+        """Record a refusal, unless there are too many."""
         now = time.monotonic()
         grown = self._refusals_left + now - self._refused_at
         self._refusals_left, self._refused_at = min(grown, float(MAX_REFUSALS)), now
@@ -3092,7 +3097,7 @@ class AuditLog:
 
     def _write_to_stderr(self, record: dict[str, Any]) -> None:
         line = encode_json({**record, "prev": self._hash})
-        if len(line) >= LOG_LINE_BYTES:  # only a command and a folder can be so long
+        if len(line) >= LOG_LINE_BYTES:  # only a command and a folder can be that long
             for name in ("command", "cwd"):
                 if len(record.get(name, "")) > 250:
                     record[name] = record[name][:250] + " ..."
@@ -3106,7 +3111,7 @@ class AuditLog:
         try:
             is_whole = self._find_end(status)
             line = encode_json({**record, "prev": self._hash})
-            # After a crash or a full disk half a line may stand there: it stays as it is.
+            # After a crash or a full disk the file may end with half a line. It is left unchanged.
             data = line + b"\n" if is_whole else b"\n" + line + b"\n"
             if os.write(self._fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -3120,8 +3125,8 @@ class AuditLog:
     def _lock(self) -> os.stat_result:
         """Lock the file that the path names now.
 
-        A rotation may rename the file before or after we have opened and locked it. So the path is
-        looked at under the lock, and opened again until it names the file that we hold.
+        A rotation may rename the file at any moment, also between opening and locking. So after
+        locking it checks that the path still leads to this file, and else opens it again.
         """
         while True:
             if self._fd < 0:
@@ -3143,7 +3148,7 @@ class AuditLog:
             self._fd = self._head_fd = -1
 
     def _find_end(self, status: os.stat_result) -> bool:
-        """Set the hash of the last line; return whether that is whole."""
+        """Set the hash of the last line; return whether that line is whole."""
         if (status.st_dev, status.st_ino, status.st_size) == self._seen:
             return True
         if status.st_size == 0:
@@ -3161,9 +3166,9 @@ def find_audit_log(config_value: str, folder: str | None) -> str:
 
 
 class RunMark:
-    """A file in the state folder that is locked as long as this run of the server lives.
+    """A file in the state folder that is locked while this run of the server lives.
 
-    One that is not locked was left by a crash: then its tasks are completed in the audit log.
+    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
     """
 
     def __init__(self, folder: str | None, boot_id: str, audit_path: str) -> None:
@@ -3178,10 +3183,10 @@ class RunMark:
             os.write(self._fd, os.fsencode(audit_path))
             self._path = path
         except OSError:
-            pass  # then a crash leaves its tasks open in the log
+            pass  # without the mark, a crash leaves its tasks open in the audit log
 
     def remove(self) -> None:
-        """The run ends in order."""
+        """Remove the mark at an orderly stop."""
         if self._path is not None:
             try:
                 os.unlink(self._path)
@@ -3192,7 +3197,7 @@ class RunMark:
 
 
 def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> mark of the runs that ended without a word and wrote into this log."""
+    """Return boot id -> mark of the runs that have crashed and used this audit log."""
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -3204,14 +3209,14 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
             if os.read(fd, 4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
         except BlockingIOError:
-            pass  # it lives
+            pass  # this run is alive
         finally:
             os.close(fd)
     return crashed
 
 
 def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return task id -> (boot id, pid) of the tasks of these runs that began and did not end."""
+    """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
     open_tasks: dict[str, tuple[str, int]] = {}
     pattern = re.compile("|".join(boot_ids).encode("ascii"))
     with open(path, "rb") as file:
@@ -3231,7 +3236,7 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
 
 
 def find_survivors(task_id: str, session: Iterable[int]) -> list[int]:
-    """Return the processes of a session, if it is really that of a task: pids are used again."""
+    """Return the processes of a session if it is this task's; else [], since pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
     for pid in session:
         try:
@@ -3289,7 +3294,7 @@ def complete_crashed_runs(
 
 
 class ChainReport(NamedTuple):
-    """What is to be said about an audit log. problems: (line number, text); empty: it holds."""
+    """The result of check_chain(). problems: (line number, text); empty if the chain holds."""
 
     lines: int
     first_prev: str
@@ -3301,8 +3306,8 @@ class ChainReport(NamedTuple):
 def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> ChainReport:
     """Walk the chain of records.
 
-    prev: the hash that the first record must name, None for any. head: a hash that a line must
-    have, None for none: it was there when somebody last looked.
+    prev: the hash that the first record must name, None for any. head: the hash of the newest line
+    according to FILE.head, None if unknown: some line must have it.
     """
     count, first_prev, problems, notes = 0, "", [], []
     seen_head = head is None or head == prev
@@ -3312,7 +3317,7 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
         try:
             named = str(parse_json_object(line)["prev"])
         except (CommandError, KeyError):
-            # Half a line of a crash; the next record names its hash, whatever it is.
+            # A crash left half a line. The next record names its hash nevertheless.
             notes.append((count, "is not a whole record"))
         else:
             first_prev = first_prev or named
