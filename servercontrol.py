@@ -7502,7 +7502,8 @@ def check_seq(value: Any) -> int:
 
 
 class Link:
-    """The events of one server, each once and in order, over as many connections as it takes.
+    """The events of one server but for output, each once and in order, over as many connections as
+    it takes.
 
     take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
     Besides it gets `hello` once on each connection, `lost` (reason, status) when one ends,
@@ -7606,7 +7607,8 @@ class Link:
     async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """RFC 6455, 4.1."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
-        path = f"/ws?since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
+        # A server that knows no choice sends the output too; we do not take it.
+        path = f"/ws?task=none&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
         fields = [
             *UPGRADE_FIELDS,
             ("Sec-WebSocket-Key", key),
