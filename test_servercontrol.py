@@ -2538,10 +2538,10 @@ def is_type(*kinds: str) -> Callable[[dict[str, Any]], bool]:
     return lambda message: message["type"] in kinds
 
 
-def write_launcher(folder: Path, code: str = "", **constants: Any) -> str:
-    """Return a script that starts the server with other constants."""
+def make_launcher(folder: Path, code: str = "", **constants: Any) -> str:
+    """Return a script that changes the imported module, by constants and code, and then runs it."""
     lines = [
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})",
+        f"import os, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})",
         "import servercontrol as sc",
     ]
     for name, value in constants.items():
@@ -2550,6 +2550,30 @@ def write_launcher(folder: Path, code: str = "", **constants: Any) -> str:
     path = folder / "launcher.py"
     path.write_text("\n".join([*lines, code, "sys.exit(sc.main())\n"]), encoding="utf-8")
     return str(path)
+
+
+class Usage:
+    """The CPU usage that a server started with `script` sees: what the test sets, in percent."""
+
+    CODE = """
+class Scripted:
+    busy = total = 0.0
+    def __call__(self):
+        self.total += 100
+        self.busy += float(open(%r).read())
+        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
+sc.choose_source = Scripted
+"""
+
+    def __init__(self, folder: Path, code: str = "", **constants: Any) -> None:
+        self.path = folder / "usage"
+        self.set(10)
+        self.script = make_launcher(folder, self.CODE % str(self.path) + code, **constants)
+
+    def set(self, percent: float) -> None:
+        new = self.path.with_name("new")
+        new.write_text(str(percent))
+        os.replace(new, self.path)
 
 
 def check_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -2799,7 +2823,7 @@ class TestWebSocketRules:
 
     @each_loop
     def test_nothing_follows_our_close(self, loop: str, tmp_path: Path) -> None:
-        script = write_launcher(tmp_path, CLOSE_SECONDS=0.5, SWEEP_SECONDS=0.05)
+        script = make_launcher(tmp_path, CLOSE_SECONDS=0.5, SWEEP_SECONDS=0.05)
         options = (f"--loop={loop}", "--interval=0.05")
         with ServerProcess(tmp_path, *options, script=script) as server:
             task_id = server.start("sleep 60")
@@ -2824,7 +2848,7 @@ class TestWebSocketRules:
     @each_loop
     def test_pings_and_dead_peers(self, loop: str, tmp_path: Path) -> None:
         times = {"PING_SECONDS": 0.3, "SWEEP_SECONDS": 0.05}
-        script = write_launcher(tmp_path, **times)
+        script = make_launcher(tmp_path, **times)
         with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
             with RawPeer(server) as dead, RawPeer(server) as alive, RawPeer(server) as asking:
                 for _number in range(6):
@@ -3297,7 +3321,7 @@ class TestSlowViewers:
 
     @each_loop
     def test_stalled_one_is_closed_a_slow_one_is_not(self, loop: str, tmp_path: Path) -> None:
-        script = write_launcher(tmp_path, WRITE_STALL_SECONDS=1.5, SWEEP_SECONDS=0.05)
+        script = make_launcher(tmp_path, WRITE_STALL_SECONDS=1.5, SWEEP_SECONDS=0.05)
         with ServerProcess(tmp_path, f"--loop={loop}", script=script) as server:
             with contextlib.ExitStack() as stack:
                 stalled, slow = (
@@ -3374,39 +3398,21 @@ class TestStatisticsEvents:
     @each_loop
     @pytest.mark.parametrize("cooldown", [0.5, 3600])
     def test_alert_cooldown_and_end(self, loop: str, cooldown: float, tmp_path: Path) -> None:
-        usage = tmp_path / "usage"
-
-        def set_usage(percent: int) -> None:
-            (tmp_path / "new").write_text(str(percent))
-            os.replace(str(tmp_path / "new"), str(usage))
-
-        set_usage(10)
-        script = write_launcher(
-            tmp_path,
-            f"""
-class Scripted:
-    busy = total = 0.0
-    def __call__(self):
-        self.total += 100
-        self.busy += float(open({str(usage)!r}).read())
-        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
-sc.choose_source = Scripted
-""",
-        )
+        usage = Usage(tmp_path)
         options = ("--interval=0.05", "--cpu-alert=87.5", f"--alert-cooldown={cooldown}")
-        with ServerProcess(tmp_path, f"--loop={loop}", *options, script=script) as server:
+        with ServerProcess(tmp_path, f"--loop={loop}", *options, script=usage.script) as server:
             with server.websocket() as websocket:
                 events = receive_events(websocket, is_type("stats_update"))
                 task_id = server.start("sleep 60")
-                set_usage(95)
+                usage.set(95)
                 count = itertools.count()
                 events += receive_events(
                     websocket, lambda e: e["type"] == "stats_update" and next(count) == 30
                 )
-                set_usage(87)
+                usage.set(87)
                 events += receive_events(websocket, is_type("alert_resolved"))
                 for percent in (95, 20):  # within the cool-down
-                    set_usage(percent)
+                    usage.set(percent)
                     events += receive_events(websocket, lambda e, p=percent: e.get("cpu") == p)
                 count = itertools.count()
                 events += receive_events(websocket, lambda _: next(count) == 5)
@@ -3821,16 +3827,6 @@ def curl(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[byt
         pytest.skip("curl is not installed")
     command = ["curl", "-q", "-sS", "--noproxy", "*", "--max-time", str(int(PATIENCE_SECONDS))]
     return subprocess.run([*command, *arguments], input=stdin, stdout=-1, stderr=-1, check=False)
-
-
-def make_launcher(folder: Path, code: str) -> str:
-    """Write a script that changes the imported module as the code says and then serves."""
-    path = folder / "launcher.py"
-    lines = (
-        f"import os, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport servercontrol as sc"
-    )
-    path.write_text(f"{lines}\n{code}\nsys.exit(sc.main())\n")
-    return str(path)
 
 
 # End to end: HTTP ────────────────────────────────────────────────────────────────────────────
@@ -7155,7 +7151,7 @@ class TestTaskWindow:
         assert server.wait_for_end(task_id)["state"] == "killed"
 
     def test_outlives_its_readers(self, tmp_path: Path) -> None:
-        launcher = write_launcher(tmp_path, WINDOW_SECONDS=0.5)
+        launcher = make_launcher(tmp_path, WINDOW_SECONDS=0.5)
         with ServerProcess(tmp_path, script=launcher) as server:
             task_id = server.start(self.COMMAND, window=100_000)
             assert server.wait_for_end(task_id)["output_bytes"] == 30_000_004
@@ -8671,7 +8667,7 @@ class TestPorts:
             "    return make(address, **options)\n"
             "sc.socket.create_server = refuse"
         )
-        with ServerProcess(tmp_path, script=write_launcher(tmp_path, code)) as server:
+        with ServerProcess(tmp_path, script=make_launcher(tmp_path, code)) as server:
             assert server.get("/health") == {"ok": True}
             with pytest.raises(ConnectionRefusedError):
                 ask_host("::1", server.port)
@@ -10688,7 +10684,7 @@ class TestExec:
 
     def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path) -> None:
         """What a server keeps no more is named, and its place is the end of a line."""
-        launcher = write_launcher(tmp_path, WINDOW_SECONDS=0.5)
+        launcher = make_launcher(tmp_path, WINDOW_SECONDS=0.5)
         with ServerProcess(tmp_path, "--keep-output=64KiB", script=launcher) as server:
             place = f"127.0.0.1:{server.port}"
             lines = "seq 10000000 14000000 | sed s/$/-row/"
@@ -10869,7 +10865,7 @@ def close_and_signal(loop):
 asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signal
 """
         words = [place, "--", "kill -9 $$"] if command == "exec" else [place]
-        arguments = [sys.executable, write_launcher(tmp_path, code), command, *words]
+        arguments = [sys.executable, make_launcher(tmp_path, code), command, *words]
         with subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
@@ -11805,28 +11801,15 @@ class TestMonitor:
             assert len(babbler.received) == 2
 
     def test_has_its_own_threshold(self, tmp_path: Path) -> None:
-        usage = tmp_path / "usage"
-        usage.write_text("50")
-        script = write_launcher(
-            tmp_path,
-            f"""
-class Scripted:
-    busy = total = 0.0
-    def __call__(self):
-        self.total += 100
-        self.busy += float(open({str(usage)!r}).read() or 0)
-        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
-sc.choose_source = Scripted
-""",
-        )
-        with ServerProcess(tmp_path, "--interval=0.1", script=script) as server:
+        usage = Usage(tmp_path)
+        with ServerProcess(tmp_path, "--interval=0.1", script=usage.script) as server:
             place = f"127.0.0.1:{server.port}"
             with Watcher("--cpu-alert=60", place, f"--log={tmp_path}/log") as watcher:
                 watcher.wait_for("stats_update")
-                usage.write_text("70")
+                usage.set(70)
                 alert = watcher.wait_for("cpu_alert")
                 assert (alert["by"], alert["cpu"], alert["server"]) == ("monitor", 70.0, place)
-                usage.write_text("50")
+                usage.set(50)
                 assert watcher.wait_for("alert_resolved")["cpu"] == 50.0
                 watcher.stop()
         events = [one["event"] for one in read_lines(tmp_path / "log")]
@@ -13161,30 +13144,6 @@ class TestMetrics:
 
         with mock.patch.object(sc, "choose_source", lambda: source):
             assert asyncio.run(run()) == [(100, 50), (150, 60), (152, 61), (153, 71)]
-
-
-class Usage:
-    """The CPU usage that a server started with `script` sees: what the test sets, in percent."""
-
-    CODE = """
-class Scripted:
-    busy = total = 0.0
-    def __call__(self):
-        self.total += 100
-        self.busy += float(open(%r).read())
-        return sc.read_proc_sample()._replace(busy_ticks=self.busy, total_ticks=self.total)
-sc.choose_source = Scripted
-"""
-
-    def __init__(self, folder: Path, code: str = "", **constants: Any) -> None:
-        self.path = folder / "usage"
-        self.set(10)
-        self.script = write_launcher(folder, self.CODE % str(self.path) + code, **constants)
-
-    def set(self, percent: float) -> None:
-        new = self.path.with_name("new")
-        new.write_text(str(percent))
-        os.replace(new, self.path)
 
 
 class Receiver(http.server.ThreadingHTTPServer):
