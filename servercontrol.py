@@ -318,8 +318,6 @@ ANSWER_SECONDS = 15.0  # for a piece of an answer
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
-# What may come before `hello`, after a restart of the server: its kept events, and new ones.
-MAX_EARLY_BYTES = 2 * KEEP_EVENTS_BYTES
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # doubled with each failure
@@ -6408,6 +6406,7 @@ class Connection:
         parameters = parse_query(head.query, repeatable="task")
         since, same_boot = parse_since(parameters, self.server.boot_id)
         choice = parse_choice_query(parameters)
+        says_hello = parse_flag(parameters, "hello")
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
         self.writer.write(encode_upgrade_response(head, key))
@@ -6418,6 +6417,8 @@ class Connection:
         self.viewer = Viewer(self.transport, send, WebSocketConnection(), role, by, choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = self in self.server.stalled
+        if says_hello:  # before any event, so that the client knows whose they are
+            self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
         self.server.viewers.join(self.viewer, since, same_boot)
 
     async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
@@ -7505,10 +7506,13 @@ class Link:
     """The events of one server but for output, each once and in order, over as many connections as
     it takes.
 
+    The first message on each connection is `hello`, which says whose events follow. The first of
+    all says as well where to begin; later ones whether this is still the run that we know.
+
     take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
-    Besides it gets `hello` once on each connection, `lost` (reason, status) when one ends,
-    `restarted` when the server is another process than before, and each `gap`. Should it raise
-    UnreachableError, the event comes again.
+    Besides it gets each `hello`, `lost` (reason, status) when a connection ends, `restarted` when
+    the server is another process than before, and each `gap`. Should it raise UnreachableError,
+    the event comes again.
     """
 
     def __init__(
@@ -7528,25 +7532,10 @@ class Link:
         # When anything last came, and when the connection was last good (monotonic seconds).
         self.heard_now = time.monotonic()
         self._good_now = time.monotonic()
-        # The open connection; after a restart the events before `hello`, which says whose they are:
-        # as bytes, since what JSON can be made of takes twenty times as much.
+        # The open connection, and whether its `hello` has come.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
-        self._early: list[bytes] | None = None
-        self._early_bytes = 0
-
-    async def learn(self) -> dict[str, Any]:
-        """Ask where the server stands, and begin there. Raises UnreachableError."""
-        try:
-            asking = fetch_json(self.target, "GET", "/info")
-            info: dict[str, Any] = await wait_within(self._connect_seconds, asking)
-            self.boot_id, self.seq = str(info["boot_id"]), check_seq(info["seq"])
-            self._good_now = time.monotonic()
-        except asyncio.TimeoutError as error:
-            raise UnreachableError(explain_failure(error)) from None
-        except NOT_AS_AGREED:
-            raise foreign_error() from None
-        return info
+        self._has_hello = False
 
     async def run(self) -> None:
         """Take events for ever."""
@@ -7554,8 +7543,6 @@ class Link:
         while True:
             connected_now = self._good_now
             try:
-                if not self.boot_id:
-                    await self.learn()
                 await self._follow()
             except UnreachableError as error:
                 await self._take({"type": "lost", "reason": str(error), "status": error.status})
@@ -7585,9 +7572,8 @@ class Link:
             self._websocket = WebSocketConnection(
                 lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS
             )
-            self._early = None
+            self._has_hello = False
             self._writer, self.heard_now = writer, time.monotonic()
-            self.send({"type": "hello"})
             timer = asyncio.get_running_loop().create_task(self._watch(writer))
             while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
@@ -7608,14 +7594,16 @@ class Link:
         """RFC 6455, 4.1."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         # A server that knows no choice sends the output too; we do not take it.
-        path = f"/ws?task=none&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
+        path = "/ws?hello&task=none"
+        if self.boot_id:
+            path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
         fields = [
             *UPGRADE_FIELDS,
             ("Sec-WebSocket-Key", key),
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
         ]
         writer.write(encode_request(self.target, "GET", path, fields, version="1.1"))
-        status, answer = await read_response_head(reader)
+        status, answer = await read_response_head(reader, is_tls=self.target.tls)
         if status != 101:
             body = await wait_within(ANSWER_SECONDS, reader.read(MAX_FIELD_BYTES))
             raise refused_error(self.target, status, body)
@@ -7657,31 +7645,23 @@ class Link:
             self._write(Opcode.PONG, pings[-1])
 
     async def _take_message(self, text: str | bytes) -> None:
-        """A gap from 0 is that of another run of the server, whose seqs begin anew."""
         event = parse_json_object(text)
-        kind = event["type"]
-        if kind == "gap" and event["from"] == 0:
-            self._early, self._early_bytes = [], 0
-        if kind == "hello":
+        if event["type"] == "hello":
             await self._take_hello(event)
-        elif self._early is None:
+        elif self._has_hello:
             await self._take_event(event)
         else:
-            self._early.append(text.encode("utf-8") if isinstance(text, str) else text)
-            self._early_bytes += len(self._early[-1]) + EVENT_OVERHEAD_BYTES
-            if self._early_bytes > MAX_EARLY_BYTES:
-                raise UnreachableError("it sends more than a server keeps, and no hello", 404)
+            raise UnreachableError("it says no hello, as an older ServerControl does", 404)
 
     async def _take_hello(self, event: dict[str, Any]) -> None:
-        self._good_now = time.monotonic()
-        early, self._early = self._early or [], None
+        self._good_now, self._has_hello = time.monotonic(), True
         boot_id = str(event["boot_id"])
-        if boot_id != self.boot_id:
+        if not self.boot_id:
+            self.boot_id, self.seq = boot_id, check_seq(event["seq"])
+        elif boot_id != self.boot_id:
             await self._take({"type": "restarted", "boot_id": boot_id})
             self.boot_id, self.seq = boot_id, 0
         await self._take(event)
-        for one in early:
-            await self._take_event(parse_json_object(one))
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         kind, newest = event["type"], event.get("seq", event.get("to"))
@@ -8647,6 +8627,8 @@ class Watched:
         self.stats: dict[str, Any] = {}
         self.alert = ""
         self.last_alert: tuple[str, int] | None = None
+        # The server's newest event at the last `hello`, which has told the alerts up to there.
+        self.hello_seq = 0
         self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
         # Open tasks by id, their size, and the ids of those whose end is on record.
         self.tasks: dict[str, dict[str, Any]] = {}
@@ -8973,6 +8955,7 @@ class Monitor:
             self._change(watched, ServerState.UP, "server_up", version=event["version"])
         elif watched.state is not ServerState.UP:
             self._note_back(watched)
+        watched.hello_seq = event.get("seq", 0)
         past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
         told_until = watched.last_alert[1] if watched.last_alert else 0
         news = [one for one in past if one and one["timestamp"] > told_until]
@@ -9076,6 +9059,9 @@ class Monitor:
         watched.alert = f"{when} {what} {event['cpu']:.0f} %"
         alert = event["type"], event["timestamp"]
         if alert == watched.last_alert:
+            return True
+        is_replayed = event.get("seq", math.inf) <= watched.hello_seq
+        if is_replayed and watched.last_alert and alert[1] <= watched.last_alert[1]:
             return True
         watched.last_alert = alert
         self._log.write(event["type"], watched, cpu=event["cpu"], raised=event["timestamp"])
