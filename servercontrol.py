@@ -9123,9 +9123,11 @@ class EventWriter:
 
 
 def count_cells(text: str) -> int:
-    """Return how wide a terminal shows text: East Asian characters take two cells."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+    """Return how wide a terminal shows text: East Asian characters take two cells, marks, format
+    characters and the inner letters of a Hangul syllable none."""
+    joined = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]
+    return len(joined) + sum(unicodedata.east_asian_width(c) in "WF" for c in joined)
 
 
 def fit_text(text: str, width: int) -> str:

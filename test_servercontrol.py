@@ -12635,6 +12635,18 @@ class TestMonitorScreen:
             assert screen.process.wait(PATIENCE_SECONDS) == 0
             screen.check_restored()
 
+    def test_names_of_any_script_take_their_cells(self) -> None:
+        names = {
+            "a": 1,
+            "\u6f22\u5b57": 4,
+            "e\u0301": 1,
+            "\u304b\u3099": 2,
+            "a\u200b\u2060\ufeffb": 2,
+        }
+        names.update({"\u1112\u1161\u11ab": 2, "\u2764\ufe0f": 1, "\u0e2a\u0e31": 1, "\u202eab": 2})
+        assert {name: sc.count_cells(name) for name in names} == names
+        assert {sc.count_cells(sc.fit_text(name * 9, 5)) for name in names} == {5}
+
     def test_columns_stand_still_while_it_scrolls(self) -> None:
         everybody: Any = [
             mock.Mock(
