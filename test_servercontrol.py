@@ -14913,9 +14913,11 @@ class TestPage:
     def test_widths_are_those_of_wcwidth(self, visit: Visit):
         import wcwidth
 
-        codes = [code for code in range(0xA0, 0x110000) if not 0xD800 <= code < 0xE000]
-        ours = visit.page.evaluate("codes => codes.map((code) => WIDTHS[code]).join('')", codes)
-        theirs = "".join(str(wcwidth.wcwidth(chr(code))) for code in codes)
+        ours = visit.page.evaluate("WIDTHS.subarray(0xA0).join('')")
+        codes = range(0xA0, 0x110000)
+        theirs = "".join(
+            "1" if 0xD800 <= c < 0xE000 else str(wcwidth.wcwidth(chr(c))) for c in codes
+        )
         # A newer package may know characters that were none yet.
         is_same = f"Unicode {wcwidth.list_versions()[-1]}" in sc.JS
         wrong = [
