@@ -10715,6 +10715,11 @@ const GRAPHICS = Object.fromEntries(
 );
 // The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
 // that cannot be right, STRING is OSC, DCS, SOS, PM or APC.
+function countLines(text) {
+  let count = 0;
+  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
+  return count;
+}
 const GROUND = 0;
 const ESCAPE = 1;
 const CSI_PART = 2;
@@ -10794,6 +10799,15 @@ class Terminal {
       if (end < text.length) this.control(isLineEnd ? 10 : text.charCodeAt(end));
       at = end + (isLineEnd ? 2 : 1);
     }
+  }
+  // Takes what so many lines follow at once that it would leave before anybody sees it.
+  pass(text, time) {
+    const end = text.lastIndexOf("\n") + 1;
+    const isPlain = this.state === GROUND && !this.half && !/[^\n\x20-\x7e\xa0-\uffff]/.test(text);
+    if (!end || !isPlain) return this.write(text, time);
+    this.dropped += this.lines.length - 1 + countLines(text);
+    Object.assign(this, { lines: [new Line(time)], base: 0, y: 0, atEnd: true });
+    this.write(text.slice(end), time);
   }
   // Takes one character of a sequence; returns 0 where it is none, and is to be printed.
   parse(char, code) {
@@ -11918,6 +11932,7 @@ class Stream {
     this.waiting = null;
     this.queue = [];
     this.queued = 0;
+    this.ends = 0; // of lines, in the queue
     this.isPumping = false;
     this.terminal = task.tty ? new Terminal(task.cols, task.rows) : new Terminal(0, 0);
     view.show(this.terminal);
@@ -11974,12 +11989,16 @@ class Stream {
   }
   push(item) {
     this.queue.push(item);
-    this.queued += item.text?.length ?? 0;
+    this.count(item.text, 1);
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
-      this.queued -= this.queue.shift().text?.length ?? 0;
+      this.count(this.queue.shift().text, -1);
       this.isHasty = true;
     }
     this.pump();
+  }
+  count(text = "", sign) {
+    this.queued += sign * text.length;
+    this.ends += sign * countLines(text);
   }
   pump() {
     // some milliseconds at a time, so that the page stays alive; nothing while nobody looks
@@ -11988,7 +12007,7 @@ class Stream {
     requestAnimationFrame(() => {
       this.isPumping = false;
       if (stream !== this) return;
-      const end = performance.now() + 12;
+      const end = performance.now() + (this.queued > 4 * SLICE ? 40 : 12);
       while (this.queue.length && performance.now() < end) this.step();
       view.render();
       this.pump();
@@ -12003,14 +12022,15 @@ class Stream {
     if (size) terminal.resize(...size);
     if (isNote || size) {
       if (isNote) this.print(text);
-      this.queued -= text.length;
+      this.count(text, -1);
       this.queue.shift();
       return;
     }
     const part = text.slice(0, SLICE);
     terminal.reply = isLive ? (data) => answer(task, data) : () => {};
-    terminal.write(part, time);
-    this.queued -= part.length;
+    this.count(part, -1);
+    if (terminal.isLog && this.ends > MAX_LINES) terminal.pass(part, time);
+    else terminal.write(part, time);
     if (part.length < text.length) item.text = text.slice(SLICE);
     else this.queue.shift();
   }
