@@ -4633,12 +4633,12 @@ class Viewers:
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: reading statistics every interval, posting alerts, and answering
-# discovery probes. A fault in one round is logged and the next round comes all the same.
+# What happens without a request: reading statistics every interval, posting alerts to the webhook,
+# and answering discovery probes. A failure in one round is logged, and the next round follows.
 
 
 def read_uptime() -> float:
-    """Return seconds since boot, suspended ones included."""
+    """Return the seconds since boot, including those in which the machine was suspended."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.time() - float(psutil.boot_time())  # macOS
@@ -4650,7 +4650,7 @@ def read_proc_file(path: str) -> str:
 
 
 def read_proc_sample() -> Sample:
-    """Read what the kernel counts now, from /proc."""
+    """Read a Sample from /proc."""
     busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
     memory = parse_meminfo(read_proc_file("/proc/meminfo"))
     disk = os.statvfs("/")
@@ -4671,7 +4671,7 @@ def read_proc_sample() -> Sample:
 
 
 def read_psutil_sample() -> Sample:
-    """Read the same with psutil."""
+    """Read a Sample with psutil."""
     times = psutil.cpu_times()
     # Guest time is already part of user time; waiting for a disk is idle time.
     total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
@@ -4694,7 +4694,7 @@ def read_psutil_sample() -> Sample:
 
 
 def choose_source() -> Callable[[], Sample]:
-    """Return what reads a Sample: with psutil where that is installed. Raises StartError."""
+    """Return the function that reads a Sample: with psutil if installed. Raises StartError."""
     if psutil is not None:
         return read_psutil_sample
     if not os.path.exists("/proc/stat"):
@@ -4703,12 +4703,12 @@ def choose_source() -> Callable[[], Sample]:
 
 
 def read_own_usage() -> dict[str, float]:
-    """Return what /metrics says about this process, as far as the system tells."""
+    """Return the metrics of this process, as far as the system has them."""
     usage = {"process_cpu_seconds_total": time.process_time()}
     try:
         pages = int(read_proc_file("/proc/self/statm").split()[1])
         usage["process_resident_memory_bytes"] = pages * resource.getpagesize()
-        # Since Linux 6.2 the size says it; a list of 10,000 would hold the event loop for 12 ms.
+        # Since Linux 6.2 the folder's size is the count. Listing 10,000 takes 12 ms.
         count = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
         usage["process_open_fds"] = count
     except OSError:
@@ -4719,9 +4719,9 @@ def read_own_usage() -> dict[str, float]:
 class Webhook:
     """Posts alerts, one after the other, each up to three times.
 
-    In a thread of its own, since nothing else may wait for a name to be looked up or for a
-    receiver that hangs; a daemon, so the end of the process does not either.
-    facts: what the receiver is told about the server.
+    It has a thread of its own, so that nothing else waits for a name look-up or a receiver that
+    hangs. The thread is a daemon, so the end of the process does not wait for it either.
+    facts: about the server, sent with each alert.
     """
 
     def __init__(self, url: WebhookUrl, facts: Mapping[str, Any], log: Log) -> None:
@@ -4737,7 +4737,7 @@ class Webhook:
         return self._alerts.unfinished_tasks
 
     def send(self, event: dict[str, Any]) -> None:
-        """Have an alert posted; never waits."""
+        """Queue an alert to be posted. Never waits."""
         if self._alerts.full():
             self._alerts.get_nowait()
             self._alerts.task_done()
@@ -4756,22 +4756,22 @@ class Webhook:
             self._alerts.task_done()
 
     def _deliver(self, body: bytes) -> str:
-        """Return why the last try failed, "" when one did not."""
+        """Post an alert, with retries. Return "", or why the last try failed."""
         reason = ""
         for pause in (0.0, *WEBHOOK_PAUSES):
             time.sleep(pause)
             try:
                 status = self._post(body)
-            except (OSError, ValueError) as error:  # the latter: a name that cannot be one
+            except (OSError, ValueError) as error:  # ValueError: the name is malformed
                 reason = str(getattr(error, "strerror", None) or error)
             else:
-                if 200 <= status <= 299:  # a redirect is not followed: it would be a GET
+                if 200 <= status <= 299:  # a redirect would become a GET, so it is not followed
                     return ""
                 reason = f"it answered {status}"
         return reason
 
     def _post(self, body: bytes) -> int:
-        """Return the status of the answer, whose rest nobody reads. Raises OSError, ValueError."""
+        """Return the status of the answer; the rest is not read. Raises OSError, ValueError."""
         url = self._url
         with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
             end = time.monotonic() + WEBHOOK_SECONDS
@@ -4780,7 +4780,7 @@ class Webhook:
             with peer:
                 peer.sendall(encode_webhook_request(url, body))
                 answer, more, status = b"", b"more", None
-                # However slowly it drips, and whatever it says before (1xx).
+                # The limits hold for slow answers, too, and for any number of 1xx before them.
                 while more and status is None and len(answer) < MAX_REQUEST_LINE_BYTES:
                     peer.settimeout(max(0.01, end - time.monotonic()))
                     more = peer.recv(KIB)
@@ -4794,7 +4794,7 @@ class Webhook:
 class Sampler:
     """Publishes `stats_update` every interval, and alerts.
 
-    notify: gets each alert's event as well.
+    notify: is called with each alert's event, for the webhook.
     """
 
     def __init__(
@@ -4812,28 +4812,28 @@ class Sampler:
         # The running tasks, for alerts.
         self._running = running
         self._read_sample = choose_source()
-        # The newest one, and that of the newest tick, which the next one's rates begin at.
+        # The newest sample; and that of the newest tick, from which the next rates are computed.
         self.sample = self._ticked = self._read_sample()
-        # Bytes since boot that never go back, as the kernel's do when an interface is removed.
+        # Bytes since boot. Unlike the kernel's, these do not go back if an interface is removed.
         self.net_recv, self.net_sent = (
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
         # Monotonic time of the first alert that is not resolved yet, else 0.
         self._alert_since = 0.0
-        # That alert's newest event, for who comes only now; else None.
+        # The newest event of that alert, for clients that connect later; else None.
         self.alert: dict[str, Any] | None = None
-        # The newest alerts, oldest first; `resolved` is the event that ended one, None before.
+        # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
         self.alerts: deque[dict[str, Any]] = deque(maxlen=KEEP_ALERTS)
         self.hostname = read_hostname()
-        # The newest event, None before the first; done when there is one.
+        # The newest event, None before the first; and a future that is done from then on.
         self.newest: dict[str, Any] | None = None
         self.has_newest: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
         self.history: deque[list[Any]] = deque(maxlen=HISTORY_SAMPLES)
 
     async def run(self) -> None:
-        """Tick for ever, on a grid of monotonic time: late ticks do not shift later ones."""
+        """Tick at fixed monotonic times, for ever: a late tick does not delay later ones."""
         interval = self._config.interval
         # The first tick comes within a second, whatever the interval.
         start, count = time.monotonic() - interval + min(interval, 1.0), 0
@@ -4842,7 +4842,7 @@ class Sampler:
             await asyncio.sleep(start + count * interval - time.monotonic())
             try:
                 self.tick()
-            except OSError as error:  # out of descriptors, most likely
+            except OSError as error:  # most likely no descriptor is free
                 self._log.write_limited("error", "sampler_failed", error=str(error))
             except Exception:
                 self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
@@ -4855,13 +4855,13 @@ class Sampler:
         return sample
 
     def refresh(self) -> None:
-        """Take a sample between two ticks, if the newest is old; no event says so."""
+        """Take a sample between two ticks, if the newest one is old. Publishes no event."""
         if time.monotonic() - self.sample.now > FRESH_SECONDS:
-            with contextlib.suppress(Exception):  # tick() tells of it; the sample stays old
+            with contextlib.suppress(Exception):  # tick() will log it; the old sample stays
                 self._take_sample()
 
     def tick(self) -> None:
-        """Take one sample and publish what it says."""
+        """Take one sample and publish it."""
         before, sample = self._ticked, self._take_sample()
         self._ticked = sample
         stats = build_stats(before, sample)
@@ -4888,7 +4888,7 @@ class Sampler:
                 message=message,
                 tasks=list(self._running),
             )
-            if self._alert_since == now:  # not the same one, told again
+            if self._alert_since == now:  # a new alert, not a repetition
                 self.alerts.append({**self.alert, "resolved": None})
             self._notify(self.alert)
             self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
@@ -4909,7 +4909,7 @@ class Sampler:
 
 
 def read_link_networks() -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link; [] where the kernel does not say."""
+    """Return the networks that are on-link; [] if the kernel does not say."""
     try:
         return parse_link_routes(read_proc_file("/proc/net/route"))
     except (OSError, ValueError, IndexError, OverflowError):
@@ -4917,7 +4917,7 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
 
 
 def find_source(address: str) -> str:
-    """Return the address of ours that a datagram to an IPv4 address leaves from, or ""."""
+    """Return this machine's address from which a datagram to an IPv4 address is sent, or ""."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             udp.connect((address, 9))  # sends nothing
@@ -4927,7 +4927,7 @@ def find_source(address: str) -> str:
 
 
 def make_reply_limit() -> Callable[[str, float], bool]:
-    """Return what counts an answer to a source, and says whether it may be given."""
+    """Return a function that counts an answer to a source, and says whether it is allowed."""
     each, all_together = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
     return lambda source, now: not each.take(source, now) and not all_together.take("", now)
 
@@ -4935,10 +4935,10 @@ def make_reply_limit() -> Callable[[str, float], bool]:
 class DiscoveryEndpoint(asyncio.DatagramProtocol):
     """Answers probes on one UDP socket.
 
-    make_facts: gives the reply's fields; may_answer: whether a source may get one more;
-    loopback_only: the server is not on the network.
-    places: the transports by address, where HTTP does not listen everywhere; filled while they are
-    made. The prober takes a reply's source for the server's address, so it must be one of these.
+    make_facts: returns the reply's fields. may_answer: whether a source may get one more reply.
+    loopback_only: the server does not listen on the network. places: address -> transport, if HTTP
+    listens on certain addresses only; shared by all endpoints, and filled after each is created.
+    The prober takes a reply's source for the server's address, so it must be one of these.
     """
 
     def __init__(
@@ -4960,7 +4960,7 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
-        """Answer an exact probe from a neighbour; anything else gets silence."""
+        """Answer an exact probe from a host on the same link; ignore anything else."""
         if data != DISCOVERY_PROBE or self._transport is None:
             return
         now = time.monotonic()
@@ -4974,7 +4974,7 @@ class DiscoveryEndpoint(asyncio.DatagramProtocol):
         return self._places.get(find_source(source)) or next(iter(self._places.values()))
 
     def error_received(self, exc: Exception) -> None:
-        """An unreachable prober is no news."""
+        """Ignore that a prober cannot be reached."""
 
     def _is_neighbour(self, source: str, now: float) -> bool:
         if is_loopback(source):
@@ -4998,8 +4998,9 @@ def open_discovery_sockets(
 ) -> list[socket.socket]:
     """Return the bound UDP sockets: those of `places` first. Raises OSError.
 
-    A socket bound to an address of ours gets no broadcast, so one more does. Instances on one
-    host share the port: then each gets every broadcast, and one of them every unicast.
+    A socket that is bound to one address receives no broadcasts, so there is one more socket for
+    them. Servers on one host share the port: each of them receives every broadcast, and one of them
+    every unicast.
     """
     sockets: list[socket.socket] = []
     try:
@@ -5020,27 +5021,27 @@ def open_discovery_sockets(
 
 
 class SystemdNotifier:
-    """systemd, where it started us: is told when we are ready, stop, and live (sd_notify(3)).
+    """Tells systemd, if that started the server, that it is ready, stops, and lives (sd_notify(3)).
 
-    Takes its variables out of the environment, so that no task speaks in our name.
+    Removes systemd's variables from the environment, so that no task can send in its name.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         address = environ.pop("NOTIFY_SOCKET", "")
         microseconds, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
-        # An abstract name begins with NUL (unix(7)), which no environment can hold.
+        # An abstract name begins with NUL (unix(7)); in the variable systemd writes @ instead.
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        # Open from the start: who is out of descriptors is alive.
+        # Opened at the start: a server without free descriptors is still alive.
         self._socket: socket.socket | None = None
         if address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
         is_for_us = pid in ("", str(os.getpid())) and DIGITS.fullmatch(microseconds)
-        # Twice in the time after which we count as hung (sd_watchdog_enabled(3)); 0: not at all.
+        # Seconds between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
         self._seconds = int(microseconds) / 2e6 if is_for_us else 0.0
 
     def tell(self, *lines: str) -> None:
-        """Send NAME=VALUE lines. That it fails, or that nobody is there, does not matter."""
+        """Send NAME=VALUE lines. It does not matter if that fails."""
         if self._socket is None:
             return
         try:
@@ -5049,7 +5050,7 @@ class SystemdNotifier:
             pass
 
     def beat(self) -> None:
-        """Say that the event loop turns, from now on: by the loop itself, so a hung one is mute."""
+        """Report regularly that the event loop runs; a hung loop does not get here."""
         if self._socket is not None and self._seconds:
             self.tell("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
@@ -12950,8 +12951,8 @@ class Page:
 
 
 # 19. Command line ────────────────────────────────────────────────────────────────────────────
-# Options and their environment twins to a Config, the order in which things are built, signals,
-# exit status, and all that is printed for people.
+# Makes a Config from options and environment; builds the objects in their order; handles signals;
+# returns the exit status; prints what people read.
 
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_WORDS = {
@@ -12975,7 +12976,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """For argparse: bytes, also as 512K, 8M, 1GiB."""
+    """For argparse: a number of bytes, also as 512K, 8M, 1GiB."""
     match = SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
@@ -13016,7 +13017,7 @@ def parse_origin(text: str) -> str:
 
 
 def parse_webhook_option(text: str) -> str:
-    """For argparse: where to post alerts. What is refused is not shown: it may hold secrets."""
+    """For argparse: where to post alerts. Errors do not show the URL, which may be secret."""
     try:
         is_tls = parse_webhook_url(text).is_tls
     except (ValueError, HttpError):
@@ -13028,8 +13029,8 @@ def parse_webhook_option(text: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return the known words that are meant, most likely, as the end of an error message."""
-    import difflib  # takes 5 ms, and is needed for mistakes alone
+    """Return the end of an error message: which known words were meant, most likely."""
+    import difflib  # here, since it takes 5 ms, and only mistakes need it
 
     if DIGITS.fullmatch(word):
         return f"; did you mean --port {word}?"
@@ -13053,8 +13054,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
-# Group -> option -> (what checks the value, or what it may be; its placeholder; help; default).
-# Where the default is left out, it is what Config says. A bool is a flag; a tuple may be repeated.
+# Group -> option -> (function that checks the value, or the allowed values; placeholder; help;
+# default). Without a default here, Config has it. A bool is a flag; a tuple may be repeated.
 OPTIONS: Options = {
     "where to listen": {
         "--host": (
@@ -13276,13 +13277,13 @@ With --user the token is in ~/.local/state/servercontrol of that account.
 
 
 def find_default(option: str, row: Sequence[Any]) -> tuple[str, Any]:
-    """Return the name of an option's value in Config and elsewhere, and its default."""
+    """Return the attribute name of an option, and its default."""
     name = option.lstrip("-").replace("-", "_")
     return name, row[3] if len(row) > 3 else getattr(Config, name, False)
 
 
 def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
-    """Return what argparse is told of one row."""
+    """Return the arguments for argparse's add_argument(), from a row of options."""
     check, metavar, text = row[:3]
     default = find_default(option, row)[1]
     if check is None:
@@ -13302,7 +13303,7 @@ def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
 
 
 def build_parser(command: str) -> OneLineParser:
-    """Return what understands the arguments of a command; it leaves out what is not given."""
+    """Return the parser of a command. Its result has no attributes for options not given."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -13322,13 +13323,13 @@ def build_parser(command: str) -> OneLineParser:
 
 
 def parse_given(command: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values that are given, several of one option as a tuple. Raises ConfigError."""
+    """Return the given values; those of a repeatable option are a tuple. Raises ConfigError."""
     given = vars(build_parser(command).parse_args(argv))
     return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
 
 
 def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Return all values of a command, also those that are not given. Raises ConfigError."""
+    """Return all values of a command, with defaults. Raises ConfigError."""
     groups = SYNTAX[command][3].values()
     defaults = dict(find_default(*row) for group in groups for row in group.items())
     return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
@@ -13340,7 +13341,7 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
     for option in [option for group in OPTIONS.values() for option in group]:
         name, default = find_default(option, ())
         twin = f"SERVERCONTROL_{name.upper()}"
-        # --no-auth must be typed by somebody who sees what they do.
+        # --no-auth must be typed, so that nobody inherits it without seeing it.
         if twin not in environ or option == "--no-auth":
             continue
         value = environ[twin]
@@ -13356,7 +13357,7 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
 
 
 def find_program(name: str, environ: Mapping[str, str]) -> str | None:
-    """Return the path of a program as the kernel and PATH would find it, None if it is none."""
+    """Return the path of a program as a shell would find it, None if there is no such program."""
     folders = [""] if os.sep in name else os.get_exec_path(environ)
     paths = [os.path.join(folder, name) for folder in folders]
     return next((one for one in paths if os.path.isfile(one) and os.access(one, os.X_OK)), None)
@@ -13388,7 +13389,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the names that look like ours and mean nothing: most likely misspelt."""
+    """Return the variables SERVERCONTROL_… that mean nothing: most likely misspelt."""
     options = [name.upper() for name in Config.__dataclass_fields__ if name != "no_auth"]
     known = {
         f"SERVERCONTROL_{name}" for name in [*options, "TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS"]
@@ -13399,7 +13400,7 @@ def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def explain_tls_files(cert: str, key: str) -> str:
-    """Return why OpenSSL takes no certificate or key from files that it can read."""
+    """Return why OpenSSL does not accept a certificate or key that it can read."""
     with open(cert, "rb") as cert_file, open(key or cert, "rb") as key_file:
         if b"BEGIN CERTIFICATE" not in cert_file.read():
             return "there is no certificate in it (PEM)"
@@ -13414,7 +13415,7 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
         return None
     if ssl is None:
         raise ConfigError("--tls-cert: this Python was built without OpenSSL")
-    # asyncio keeps so large a buffer for each connection; 256 KiB is far more than a TLS record.
+    # asyncio's buffer per connection: its 256 KiB are far more than a TLS record needs.
     if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
         asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
     try:
@@ -13432,13 +13433,13 @@ def needs_token(config: Config, listeners: Listeners) -> bool:
 
 
 def advise_tunnel(listeners: Listeners) -> str:
-    """Return what to type where a server on loopback is to be reached."""
+    """Return the command for a tunnel to a server on loopback."""
     port = listeners.ports["http"]
     return f"ssh -L {port}:localhost:{port} {read_hostname()}"
 
 
 def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Log) -> None:
-    """Say what is open to whom. Raises ConfigError where nobody could get in."""
+    """Warn if the server is open to others. Raises ConfigError if nobody could get in."""
     if needs_token(config, listeners) and tokens.run is None:
         raise ConfigError("--token-file: a token is needed, and there is no folder to keep one in")
     if config.no_auth:
@@ -13453,7 +13454,7 @@ def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Lo
 
 
 def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_path: str) -> None:
-    """Tell a person at a terminal what to do next. The token is shown here and nowhere else."""
+    """Print what to do next, for a person at a terminal. Only here the token is shown."""
     host = read_hostname() if listeners.is_wildcard else ""
     http, ws = listeners.url("http", host), listeners.url("ws", host)
     who = "processes of this account on this machine"
@@ -13479,24 +13480,25 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
 
 
 def reset_signals() -> set[int]:
-    """Give children default signals, whatever we were started with; return what was ignored.
+    """Make sure that children start with default signals; return the signals that were ignored.
 
-    A handler, unlike "ignore", is reset by exec (signal(7)); a blocked signal stays blocked.
+    The server may have been started with ignored or blocked signals, and children inherit both. A
+    signal with a handler is reset to its default when a program is executed (signal(7)).
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ignored = {int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
-    # subprocess gives SIGPIPE and SIGXFSZ back to a child by itself.
+    # subprocess itself restores SIGPIPE and SIGXFSZ in a child.
     for number in ignored - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD}:
         signal.signal(number, lambda *_: None)
-    # Ignored, it would make the kernel reap our children and lose their exit codes.
+    # If SIGCHLD is ignored, the kernel reaps the children, and their exit codes are lost.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return ignored
 
 
 def open_standard_descriptors() -> None:
-    """Put /dev/null where we were started with stdin, stdout or stderr closed.
+    """Open /dev/null as stdin, stdout and stderr where they are closed.
 
-    Otherwise the next socket gets that number, and the log is written into it.
+    Otherwise the next socket would get such a number, and the log would be written into it.
     """
     fd = -1
     while fd < 3:
@@ -13533,7 +13535,7 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     """Return the server with its sockets bound. Raises ConfigError or StartError."""
     for name in find_unknown_variables(os.environ):
         log.write("warning", "unknown_variable", name=name)
-    os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # a secret, often; no task needs it
+    os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # often secret, and no task needs it
     tls = load_tls(config, log)
     kept = (
         ("no audit log", config.audit_log),
@@ -13623,7 +13625,7 @@ def find_hosts_file(environ: Mapping[str, str]) -> str:
 def read_hosts(environ: Mapping[str, str]) -> list[Target]:
     """Return the listed servers, [] without a list. Raises ConfigError."""
     path = find_hosts_file(environ)
-    if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # there is no home
+    if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # no home folder
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -13643,8 +13645,8 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError.
 
-    --token-file, or else SERVERCONTROL_TOKEN, is for servers that are named, or this machine's; the
-    token of a listed server is for it alone.
+    --token-file, or else SERVERCONTROL_TOKEN, is the token of the named servers (without a name: of
+    this machine's) that are not listed with a token of their own.
     """
     listed, hosts = read_hosts(environ), find_hosts_file(environ)
     if given.all:
@@ -13665,7 +13667,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     for name in given.server or ["localhost"]:
         own = [one for one in listed if one.name == name and given.server]
         target = own[0] if own else parse_target(name, name)
-        # However it is named: this may be a server that is listed with a token.
+        # A server that is named by its URL may be listed with a token, too.
         files = [one.token_file for one in own + listed if one.url == target.url]
         token_file = next(filter(None, files), "")
         targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
@@ -13673,9 +13675,9 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
 
 
 async def end_quietly(work: Awaitable[Result]) -> Result:
-    """Do a client's work; then take no signal any more.
+    """Do a client's work, then ignore signals.
 
-    Python would complain on stderr of one that comes while the event loop is being closed.
+    If a signal came while the event loop is being closed, Python would complain on stderr.
     """
     try:
         return await work
@@ -13721,7 +13723,7 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
 
 
 async def watch_once(monitor: Monitor) -> None:
-    """Let a monitor look until it has heard of every server, or for ONCE_SECONDS."""
+    """Run a monitor until it has heard of every server, for at most ONCE_SECONDS."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
     unclear = monitor.all
@@ -13738,7 +13740,7 @@ async def watch_once(monitor: Monitor) -> None:
 
 
 async def watch(monitor: Monitor, screen: Screen | None) -> None:
-    """Let a monitor run until somebody ends it. Raises OutputError."""
+    """Run a monitor until a signal or a key ends it. Raises OutputError."""
     watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -13759,7 +13761,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     listed = not given.server and not given.token_file and read_hosts(environ)
     given.all = given.all or bool(listed)
     targets = choose_targets(given, environ)
-    if given.log in ("", "-"):  # an unset variable, say: who asks for a log must not go without
+    if given.log in ("", "-"):  # perhaps an unset variable; going on without a log would be wrong
         raise ConfigError("--log: name a file")
     log = MonitorLog(given.log or "")
     log.load()
@@ -13801,7 +13803,10 @@ FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 
 
 def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
-    """Return lines for those that are not listed; tell what else is to do. Raises ConfigError."""
+    """Return lines for the servers that are not listed yet; say what to do next on stderr.
+
+    Raises ConfigError.
+    """
     listed = read_hosts(environ)
     urls = {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
@@ -13933,7 +13938,7 @@ SystemCallErrorNumber=EPERM
 # the access of others to files that commands make
 UMask=0077
 {monitor}"""
-# Lines that would break commands of everyday use: for --no-exec, where there are none.
+# Only for --no-exec, since these lines would break everyday commands.
 UNIT_MONITOR = """\
 # Nothing is run (--no-exec), so that this costs nothing as well:
 MemoryDenyWriteExecute=yes
@@ -13968,15 +13973,15 @@ WorkingDirectory=-~
 UNIT_WORD = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
 
 
-# The options that name a file to read -> its name as a credential.
+# Option that names a file to read -> the file's name as a systemd credential.
 CREDENTIALS = {
     "token_file": "token",
     "view_token_file": "view-token",
     "tls_cert": "tls-cert",
     "tls_key": "tls-key",
 }
-EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # when the machine starts, if not before
-HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # by UNIT_SANDBOX
+EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # at boot, or earlier
+HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # in UNIT_SANDBOX
 SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
 
 
@@ -13996,7 +14001,7 @@ def quote_command_word(text: str) -> str:
 
 
 def find_path(name: str, value: Any) -> Any:
-    """Return the value of an option; absolute if it is a path, since a service starts in `/`."""
+    """Return an option's value; a path is made absolute, since a service starts in `/`."""
     is_path = name in CREDENTIALS or name in ("unix", "audit_log", "shell")
     if not is_path or value in (None, "", "-", "none") or (name == "shell" and os.sep not in value):
         return value
@@ -14006,7 +14011,7 @@ def find_path(name: str, value: Any) -> Any:
 def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], list[str]]:
     """Return the options as words of ExecStart=, and the lines for files that are handed over.
 
-    hands_over: the account may not be able to read these files: systemd, which can, gives it
+    hands_over: the service's account may not be able to read these files, so systemd gives it
     copies at the start, in $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
     """
     words: list[str] = []
@@ -14037,15 +14042,15 @@ def find_account(name: str | None) -> pwd.struct_passwd | None:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or what a link there leads to, is where the sandbox shows nothing."""
+    """Whether a file, or the target of a link, is in a folder that the sandbox hides."""
     return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
-    """Whether an account may read (right: 4) or run (1) a file, as far as owners and all go."""
+    """Whether an account may read (right: 4) or run (1) a file. Groups are not considered."""
     rights = [(os.stat(path), right)]
-    for place in (path, os.path.realpath(path)):  # what a link leads to is looked up as well
-        while place != os.path.dirname(place):  # "/", or "//", which POSIX leaves as it is
+    for place in (path, os.path.realpath(path)):  # the folders of a link, and of its target
+        while place != os.path.dirname(place):  # until "/" (or "//", which POSIX allows)
             place = os.path.dirname(place)
             rights.append((os.stat(place), 1))
     return uid == 0 or all(
@@ -14063,14 +14068,14 @@ def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
     elif not is_permitted(python, uid, 1):
         hindrance = "the service's account cannot run"
     elif not python.isprintable() or re.search(r"[$\"'\\]", python):
-        hindrance = "no ExecStart= can begin with"  # whatever is done to quote or escape it
+        hindrance = "no ExecStart= can begin with"  # no quoting or escaping helps
     else:
         return python, "The Python that printed this"
     return "/usr/bin/python3", f"The system's Python: {hindrance} the one that printed this"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
-    """Return the lines about who runs it, and what of the machine is kept from them."""
+    """Return the lines of the unit about the account and the sandbox."""
     ports = (config.port, config.ws_port, config.discovery_port)
     capability = "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in ports) else ""
     ambient = f"# for a port below 1024\nAmbientCapabilities={capability}\n" if capability else ""
@@ -14083,7 +14088,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         return text + state + (ambient if account.pw_uid else "")
     bind = ""
     if is_hidden(script):
-        # What stands behind a colon would be where to put the file; and nothing is un-escaped.
+        # A colon would separate source and target, and BindReadOnlyPaths= has no escapes.
         if ":" in script or not script.isprintable():
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
@@ -14095,7 +14100,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
 
 
 def is_missing(path: str) -> bool:
-    """Whether there is no file; there may be one where we must not look."""
+    """Whether there is no such file. False if that cannot be seen."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError:
@@ -14105,11 +14110,11 @@ def is_missing(path: str) -> bool:
 
 
 def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
-    """Return what about the place of the file, and of others, will not work or is not safe."""
+    """Return warnings: what will not work, or is not safe, because of where files are."""
     doubts: list[str] = []
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
-    is_bound = is_sandboxed and is_hidden(script)  # then folders do not count
+    is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
     is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     if not is_enough:
         doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
@@ -14128,14 +14133,14 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
 
 
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`unit [--user NAME] [options]`: print the unit; what a person should know goes to stderr."""
+    """`unit [--user NAME] [options]`: print the unit; warnings for people go to stderr."""
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
-    config = parse_config(["serve", *rest], {})  # not with the environment of who types this
+    config = parse_config(["serve", *rest], {})  # without the environment of the caller
     account, script = find_account(getattr(given, "user", None)), os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
-    uid = -1 if account is None else account.pw_uid  # -1: that of DynamicUser= owns no file
+    uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
     python, reason = choose_python(is_sandboxed, uid)
     words, lines = format_serve_options(rest, is_sandboxed or uid != 0)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
@@ -14154,7 +14159,7 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0
 
 
-# Commands besides `serve`; each is given its arguments and the environment.
+# Command -> function, except `serve`. It gets the arguments and the environment.
 COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
@@ -14165,17 +14170,17 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
 
 
 def run_command_line(argv: Sequence[str]) -> int:
-    """Run what is not `serve`; return its exit status."""
-    raise_descriptor_limit()  # a connection each to a thousand servers
+    """Run a command other than `serve`; return its exit status."""
+    raise_descriptor_limit()  # for connections to a thousand servers
     try:
         return COMMAND_LINES[argv[0]](argv[1:], os.environ)
     except (OutputError, BrokenPipeError) as error:
-        # What is still buffered (a help text) would fail once more when Python ends.
+        # Text that is still buffered (a help text) would raise again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, OutputError) and not error.is_closed:
             raise
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:  # asyncio leaves Python's own handler behind
+    except KeyboardInterrupt:  # asyncio restores Python's own handler
         return 128 + signal.SIGINT
 
 
