@@ -8,10 +8,9 @@
     ws://localhost:8082/                           every event of every task, live, as JSON
 
 One file, standard library only. `psutil` and `uvloop` are used when they are installed.
-Read it from top to bottom: each section uses only names that stand above it. Sections 5 to 11
-are pure: they turn bytes into meaning and back, and touch no socket, clock, file or event loop.
-Sections 12 to 16 are thin loops around them; 17 is the other end, for many servers; 18 is the
-page, as three texts.
+Each section uses only names that are defined above it. Sections 5 to 11 are pure: they use no
+socket, clock, file or event loop. Sections 12 to 16 are the I/O around them. 17 is the client, for
+many servers; 18 is the page, as three texts.
 
 The way of the data:
 
@@ -46,13 +45,29 @@ Map (search for the number and a dot):
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, banner, signals, verify-audit, systemd unit, main
 
-Security stance: whoever may use this server owns the account it runs under. So by default it
-listens on loopback only and serves only processes of that same account, which it asks the kernel
-about; everybody else needs a token; web pages, rebinding names and proxies are refused (section
-6). Every buffer, wait and count that a peer can fill has a limit (section 2). It never runs
-anything but what `POST /exec` names, and writes down who asked for it (section 12).
+May I run this as root? Read these places in this order, some 1,020 lines in all. The
+number is how many lines each has:
 
-What it does not do: no scheduler, no file manager, no plug-ins, no stored metrics, no Windows.
+     372  section 6                  who gets in: the gate, check_access, and its rules in order
+      28  load_tokens                where the two tokens come from
+      25  read_token_file            whose files are believed
+      19  identify_peer              whose process is at the other end: the kernel is asked
+      34  Connection._serve_request  the door: head, gate, only then the body, answer
+      17  Connection._admit          what the gate's answer lets a request reach
+      19  find_route                 which role each path needs
+      17  parse_exec_body            what a request to run something may say
+      36  answer_exec                where the gate and the tasks meet
+      81  Spawner                    how a command is started: session, environment, descriptors
+     249  Tasks                      how it is watched, stopped with all that it started, and ends
+     120  AuditLog                   how it is written down
+
+Security stance: whoever may use this server owns the account that it runs under. So by default it
+listens on loopback only and serves only processes of that same account, which it asks the kernel
+about. Everybody else needs a token. Web pages, rebinding names and proxies are refused (section
+6). Everything that a peer can fill has a limit: buffers, waits and counts (section 2). It runs only
+what `POST /exec` names, and records who asked for it (section 12).
+
+What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Windows.
 """
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer

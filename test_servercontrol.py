@@ -15844,6 +15844,25 @@ class TestLayout:
         assert [line for _, line in listed if not line.partition(": ")[2]] == []  # what is there
         assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
 
+    def test_guided_tour_has_true_line_counts(self):
+        """What to read before running it as root: 1,200 lines at most."""
+        starts = [SOURCE[: match.start()].count("\n") for match in BANNER.finditer(SOURCE)]
+        sizes = {f"section {i}": b - a for i, (a, b) in enumerate(zip(starts, starts[1:]), 1)}
+        for node in TREE.body:
+            for one in [node, *getattr(node, "body", [])]:
+                if isinstance(one, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    name = one.name if one is node else f"{node.name}.{one.name}"
+                    sizes[name] = one.end_lineno - one.lineno + 1
+        tour = re.findall(r"^    +(\d+)  (section \d+|[A-Za-z_.]+) ", sc.__doc__, re.MULTILINE)
+        counts = {name: int(count) for count, name in tour}
+        assert len(counts) >= 10 and sum(counts.values()) <= 1200
+        wrong = {
+            name: sizes.get(name)
+            for name, count in counts.items()
+            if name not in sizes or abs(sizes[name] - count) > 2 + count // 20
+        }
+        assert not wrong, f"the module's docstring has other counts than {wrong}"
+
     def test_no_name_is_used_above_its_definition(self):
         defined = definitions()
         ends = {node.lineno: node.end_lineno for node in TREE.body}
