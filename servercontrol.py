@@ -275,6 +275,9 @@ KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a background child writes after the end
 # A task with a window waits this long for a reader that takes something; then it goes on without.
 WINDOW_SECONDS = 60.0
+# What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
+# reader's side (tcp_rmem). So of a task with a window more is kept, so many times --keep-output.
+KEEP_TIMES = 5
 TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
 # Access.
@@ -2186,15 +2189,16 @@ class OutputLog:
 
         An offset before `start` means `start`; one inside a character means the next one.
         """
-        offset = max(offset, self.start)
+        offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
-        begin = self._blocks_start
-        for block in (*self._blocks, bytes(self._tail)):
+        for block in itertools.chain([bytes(self._tail)], reversed(self._blocks)):
+            begin -= len(block)
             at = find_character(block, max(0, offset - begin))
             if at < len(block):
                 pieces.append(block[at:])
-            begin += len(block)
-        return pieces
+            if begin <= offset:
+                break
+        return pieces[::-1]
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
@@ -4084,7 +4088,8 @@ class Tasks:
         if len(self.running) >= self._config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
-        task = Task(self.ids.take(), request, by, config.keep_output)
+        keep_output = config.keep_output * (KEEP_TIMES if request.window else 1)
+        task = Task(self.ids.take(), request, by, keep_output)
         # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
@@ -5074,7 +5079,7 @@ class SystemdNotifier:
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
 # answer; or become a Viewer. Only deadlines that have passed are looked at. Each kind of error
-# becomes an answer in one place: Connection._make_error_response, Server._handle_text.
+# becomes an answer in one place: make_error_response, Server._handle_text.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
@@ -5156,6 +5161,17 @@ def find_unix_owner(connection: socket.socket) -> int | None:
     except (OSError, AttributeError):  # the latter on macOS
         return None
     return int(struct.unpack("=iII", credentials)[1])
+
+
+def tune_socket(connection: socket.socket) -> None:
+    """Set what a client's connection needs. Raises OSError when it is gone."""
+    connection.setblocking(False)
+    if connection.family != socket.AF_UNIX:
+        # Else what is written in two pieces waits 40 ms for the first one's ACK.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sys.platform == "linux":
+            # Else the kernel would take megabytes for each client that does not read.
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -5981,6 +5997,246 @@ class Inbox:
         self._since = now
 
 
+def list_cors_fields(policy: AccessPolicy, head: RequestHead | None) -> list[tuple[str, str]]:
+    """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
+    if not policy.allow_origins:
+        return []
+    origin = head.value("origin") if head is not None else None
+    if origin not in policy.allow_origins or origin is None:
+        return [("Vary", "Origin")]
+    return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin)]
+
+
+def encode_head(
+    server: Server, head: RequestHead | None, response: Response, keep_alive: bool
+) -> bytes:
+    """Return the head of an answer."""
+    fields = [
+        ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        *list_cors_fields(server.policy, head),
+        *response.fields,
+    ]
+    if response.status not in (204, 304):  # these two have no body
+        fields.append(("Content-Type", response.media_type))
+        if response.pieces is None:
+            fields.append(("Content-Length", str(len(response.body))))
+        elif head is not None and not head.http_1_0:
+            fields.append(("Transfer-Encoding", "chunked"))
+    if not keep_alive:
+        fields.append(("Connection", "close"))
+    elif head is not None and head.http_1_0:
+        fields.append(("Connection", "keep-alive"))
+    return encode_response_head(response.status, fields)
+
+
+def make_error_response(server: Server, error: Exception) -> Response:
+    """The one place where an error becomes an HTTP answer."""
+    if isinstance(error, CommandError):
+        status = COMMAND_STATUS.get(error.code, 400)
+        error = HttpError(status, error.code, error.message)
+    if not isinstance(error, HttpError):
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        server.log.write_limited("error", "request_failed", trace=trace)
+        error = HttpError(500, "internal_error", "the server failed; its log says more")
+    response = json_response({"error": error.code, "message": error.message}, error.status)
+    response.fields = list(error.fields)
+    return response
+
+
+class Exchanges:
+    """The HTTP requests of one connection and their answers, one after the other."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._server = connection.server
+        self._writer = connection.writer
+        self._parser = HttpParser()
+
+    async def serve(self) -> bytes:
+        """Answer requests in the order in which they come (RFC 9112, 9.3.2).
+
+        Return what follows an upgrade: it belongs to the other protocol.
+        """
+        try:
+            while await self._serve_request():
+                await self._connection.inbox.rest()
+        except Exception as error:
+            await self._refuse(self._parser.head, error)
+        return self._parser.take_rest()
+
+    async def _serve_request(self) -> bool:
+        """Answer one request. False when no other can follow."""
+        if self._connection.phase is not Phase.READING:  # not the first request
+            if self._parser.is_idle:
+                self._connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
+            else:
+                self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
+        head = await self._read_head()
+        if head is None:
+            return False
+        try:
+            request = self._admit(head)
+            if request is None:
+                return False
+        except (HttpError, CommandError) as error:
+            if is_refusal(error):
+                request_line = f"{head.method} {head.path}"[:200]
+                self._server.note_refusal(self._connection.name_client(), error.code, request_line)
+            if head.has_body:
+                raise
+            self._parser.next_body()
+            self._connection.begin_phase(Phase.ANSWERING, None)
+            response = make_error_response(self._server, error)
+        else:
+            request.body = await self._read_body()
+            if not request.parameters.keys().isdisjoint(("wait", "follow")):
+                self._connection.begin_phase(Phase.WAITING, None)
+                if self._connection.has_sent_all:  # its end came with the request
+                    self._connection.task.cancel()
+                keep_alive(self._connection.transport.get_extra_info("socket"))
+            else:
+                self._connection.begin_phase(Phase.ANSWERING, None)
+            return await self._answer(request)
+        return await self._write_response(head, response)
+
+    async def _read(self) -> bytes:
+        """Read what there is; b"" at the end. Raises HttpError 408 when time is up."""
+        try:
+            data = await self._connection.inbox.read()
+        except asyncio.CancelledError:
+            if self._connection.phase is not Phase.EXPIRED or self._parser.is_idle:
+                raise
+            raise HttpError(408, "timeout", "the request took too long to arrive") from None
+        self._parser.feed(data)
+        return data
+
+    async def _read_head(self) -> RequestHead | None:
+        """Read the next head; None when the client has nothing more to say."""
+        while True:
+            head = self._parser.next_head()
+            if head is not None:
+                return head
+            if not await self._read():
+                if self._parser.is_idle:
+                    return None
+                raise HttpError(400, "bad_request", "the request ends in its middle")
+            if self._connection.phase is Phase.IDLE:
+                self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
+
+    async def _read_body(self) -> bytes:
+        self._connection.begin_phase(Phase.READING, BODY_SECONDS)
+        while True:
+            body = self._parser.next_body()
+            if body is not None:
+                return body
+            if not await self._read():
+                raise HttpError(400, "bad_request", "the body ends too early")
+
+    def _admit(self, head: RequestHead) -> Request | None:
+        """Let a request pass the gate and find its route; None when it was an upgrade."""
+        self._connection.role = None
+        role = self._connection.role = self._server.check_access(self._connection.peer, head)
+        if role is not None:
+            self._server.newcomers.discard(self._connection)
+        # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
+        ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
+        if is_upgrade(head) and ours:
+            self._connection.upgrade(head, role)
+            return None
+        route = find_route(head, role, self._connection.peer.scheme)
+        if route.role is Role.RUN:
+            self._server.check_exec()
+        parameters = check_parameters(route, head)
+        self._check_expectation(head)
+        return Request(head, route, parameters, role, self._connection.name_client())
+
+    def _check_expectation(self, head: RequestHead) -> None:
+        """RFC 9110, 10.1.1: say "go on" only to a request that may pass."""
+        expectations = head.tokens("expect")
+        if not expectations or head.http_1_0:
+            return
+        if expectations != ["100-continue"]:
+            raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
+        if head.has_body:
+            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    async def _answer(self, request: Request) -> bool:
+        """Carry a request out and write its answer. Whether another request may follow."""
+        try:
+            try:
+                response = await request.route.answer(self._server, request)
+            except Exception as error:
+                response = make_error_response(self._server, error)
+            return await self._write_response(request.head, response)
+        finally:
+            for end in request.ends:
+                end()
+
+    async def _write_response(self, head: RequestHead, response: Response) -> bool:
+        """Write an answer, at the pace of the client. Whether another request may follow."""
+        keep_alive = head.keep_alive and not self._server.is_stopping
+        if response.pieces is not None and head.http_1_0:
+            keep_alive = False  # the end of the connection is the end of the body
+        answer = encode_head(self._server, head, response, keep_alive)
+        if head.method == "HEAD":
+            self._writer.write(answer)
+        else:
+            self._writer.write(answer + response.body)
+            await self._write_pieces(head, response)
+        await self._writer.drain()
+        return keep_alive
+
+    async def _write_pieces(self, head: RequestHead, response: Response) -> None:
+        if response.pieces is None:
+            return
+        async for piece in response.pieces:
+            self._writer.write(piece if head.http_1_0 else encode_chunk(piece))
+            await self._writer.drain()
+        if not head.http_1_0:
+            self._writer.write(encode_last_chunk(response.trailers.items()))
+
+    async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
+        """Answer an error after which the input cannot be trusted, and end the connection."""
+        if isinstance(error, ConnectionError) or self._connection.transport.is_closing():
+            return
+        response = make_error_response(self._server, error)
+        answer = encode_head(self._server, head, response, keep_alive=False)
+        is_head = head is not None and head.method == "HEAD"
+        self._writer.write(answer if is_head else answer + response.body)
+        await self._connection.linger()
+
+
+async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -> None:
+    """Take messages, `data` first, until the connection is closed by either side."""
+    websocket, is_done = viewer.websocket, False
+    while True:
+        if data:
+            viewer.heard_at = time.monotonic()
+            websocket.feed(data)
+            message = websocket.next_message()
+            while message is not None:
+                is_done = message.opcode is Opcode.CLOSE
+                connection.server.handle_message(viewer, message)
+                await connection.inbox.rest()
+                message = websocket.next_message()
+            connection.writer.write(websocket.take_outgoing())
+        if websocket.state is not WebSocketState.OPEN:
+            connection.server.viewers.leave(viewer)
+            if connection.phase is Phase.WEBSOCKET:
+                connection.begin_phase(Phase.CLOSING, CLOSE_SECONDS)
+        if websocket.state is WebSocketState.CLOSED:
+            # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
+            # of which it can only be told by closing.
+            if connection.transport.can_write_eof() or not is_done:
+                await connection.linger()
+            return
+        data = await connection.inbox.read()
+        if not data:
+            return
+
+
 class Connection:
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
@@ -6000,13 +6256,7 @@ class Connection:
         )
         # Newcomers of one account, or else of one address, are counted together.
         self.source = self.peer.uid, find_host_key(self.peer.address)
-        connection.setblocking(False)
-        if listener is not ListenerKind.UNIX:
-            # Else what is written in two pieces waits 40 ms for the first one's ACK.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if sys.platform == "linux":
-                # Else the kernel would take megabytes for each client that does not read.
-                connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        tune_socket(connection)
         self.transport: asyncio.Transport
         # What the newest request may do, None before the first that has passed the gate.
         self.role: Role | None = None
@@ -6036,12 +6286,15 @@ class Connection:
             await self._open(is_extra)
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
-                response = self._make_error_response(error)
+                response = make_error_response(self.server, error)
                 self.writer.write(
-                    self._encode_head(None, response, keep_alive=False) + response.body
+                    encode_head(self.server, None, response, keep_alive=False) + response.body
                 )
             else:
-                await self._serve()
+                # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
+                backlog = await Exchanges(self).serve()
+                if self.viewer is not None:
+                    await serve_websocket(self, self.viewer, backlog)
         except (asyncio.CancelledError, ConnectionError):
             pass  # the peer has gone, or its time was up
         except Exception:
@@ -6092,7 +6345,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
         self.opened_at = time.monotonic()
-        self._begin_phase(Phase.READING, HEAD_SECONDS)
+        self.begin_phase(Phase.READING, HEAD_SECONDS)
 
     def end(self, how: End) -> None:
         """End the connection; nothing else does. forget() follows when the transport is gone.
@@ -6186,218 +6439,19 @@ class Connection:
         else:
             self.end(End.RESET)
 
-    # HTTP
-
-    async def _serve(self) -> None:
-        """Answer requests in the order in which they come (RFC 9112, 9.3.2)."""
-        parser = HttpParser()
-        try:
-            while await self._serve_request(parser):
-                await self.inbox.rest()
-        except Exception as error:
-            await self._refuse(parser.head, error)
-        if self.viewer is not None:
-            backlog = parser.take_rest()
-            # Nothing of HTTP is needed any more: it would be much of an idle viewer's memory.
-            del parser
-            await self._serve_websocket(self.viewer, backlog)
-
-    async def _serve_request(self, parser: HttpParser) -> bool:
-        """Answer one request. False when no other can follow."""
-        if self.phase is not Phase.READING:  # not the first request
-            if parser.is_idle:
-                self._begin_phase(Phase.IDLE, IDLE_SECONDS)
-            else:
-                self._begin_phase(Phase.READING, HEAD_SECONDS)
-        head = await self._read_head(parser)
-        if head is None:
-            return False
-        try:
-            request = self._admit(head)
-            if request is None:
-                return False
-        except (HttpError, CommandError) as error:
-            if is_refusal(error):
-                request_line = f"{head.method} {head.path}"[:200]
-                self.server.note_refusal(self._name_client(), error.code, request_line)
-            if head.has_body:
-                raise
-            parser.next_body()
-            self._begin_phase(Phase.ANSWERING, None)
-            response = self._make_error_response(error)
-        else:
-            request.body = await self._read_body(parser)
-            if not request.parameters.keys().isdisjoint(("wait", "follow")):
-                self._begin_phase(Phase.WAITING, None)
-                if self.has_sent_all:  # its end came with the request
-                    self.task.cancel()
-                keep_alive(self.transport.get_extra_info("socket"))
-            else:
-                self._begin_phase(Phase.ANSWERING, None)
-            return await self._answer(request)
-        return await self._write_response(head, response)
-
-    async def _read(self, parser: HttpParser) -> bytes:
-        """Read what there is; b"" at the end. Raises HttpError 408 when time is up."""
-        try:
-            data = await self.inbox.read()
-        except asyncio.CancelledError:
-            if self.phase is not Phase.EXPIRED or parser.is_idle:
-                raise
-            raise HttpError(408, "timeout", "the request took too long to arrive") from None
-        parser.feed(data)
-        return data
-
-    async def _read_head(self, parser: HttpParser) -> RequestHead | None:
-        """Read the next head; None when the client has nothing more to say."""
-        while True:
-            head = parser.next_head()
-            if head is not None:
-                return head
-            if not await self._read(parser):
-                if parser.is_idle:
-                    return None
-                raise HttpError(400, "bad_request", "the request ends in its middle")
-            if self.phase is Phase.IDLE:
-                self._begin_phase(Phase.READING, HEAD_SECONDS)
-
-    async def _read_body(self, parser: HttpParser) -> bytes:
-        self._begin_phase(Phase.READING, BODY_SECONDS)
-        while True:
-            body = parser.next_body()
-            if body is not None:
-                return body
-            if not await self._read(parser):
-                raise HttpError(400, "bad_request", "the body ends too early")
-
-    def _begin_phase(self, phase: Phase, seconds: float | None) -> None:
+    def begin_phase(self, phase: Phase, seconds: float | None) -> None:
         self.phase = phase
         self.server.deadlines.set(self, seconds)
 
-    def _admit(self, head: RequestHead) -> Request | None:
-        """Let a request pass the gate and find its route; None when it was an upgrade."""
-        self.role = None
-        role = self.role = self.server.check_access(self.peer, head)
-        if role is not None:
-            self.server.newcomers.discard(self)
-        # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
-        ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
-        if is_upgrade(head) and ours:
-            self._upgrade(head, role)
-            return None
-        route = find_route(head, role, self.peer.scheme)
-        if route.role is Role.RUN:
-            self.server.check_exec()
-        parameters = check_parameters(route, head)
-        self._check_expectation(head)
-        return Request(head, route, parameters, role, self._name_client())
-
-    def _name_client(self) -> str:
+    def name_client(self) -> str:
         """Return who asks: address, role, and the account where the kernel knows it."""
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
         return f"{self.address} {self.role.value if self.role else '-'}{uid}"
 
-    def _check_expectation(self, head: RequestHead) -> None:
-        """RFC 9110, 10.1.1: say "go on" only to a request that may pass."""
-        expectations = head.tokens("expect")
-        if not expectations or head.http_1_0:
-            return
-        if expectations != ["100-continue"]:
-            raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
-        if head.has_body:
-            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    async def _answer(self, request: Request) -> bool:
-        """Carry a request out and write its answer. Whether another request may follow."""
-        try:
-            try:
-                response = await request.route.answer(self.server, request)
-            except Exception as error:
-                response = self._make_error_response(error)
-            return await self._write_response(request.head, response)
-        finally:
-            for end in request.ends:
-                end()
-
-    def _make_error_response(self, error: Exception) -> Response:
-        """The one place where an error becomes an HTTP answer."""
-        if isinstance(error, CommandError):
-            status = COMMAND_STATUS.get(error.code, 400)
-            error = HttpError(status, error.code, error.message)
-        if not isinstance(error, HttpError):
-            trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.server.log.write_limited("error", "request_failed", trace=trace)
-            error = HttpError(500, "internal_error", "the server failed; its log says more")
-        response = json_response({"error": error.code, "message": error.message}, error.status)
-        response.fields = list(error.fields)
-        return response
-
-    async def _write_response(self, head: RequestHead, response: Response) -> bool:
-        """Write an answer, at the pace of the client. Whether another request may follow."""
-        keep_alive = head.keep_alive and not self.server.is_stopping
-        if response.pieces is not None and head.http_1_0:
-            keep_alive = False  # the end of the connection is the end of the body
-        answer = self._encode_head(head, response, keep_alive)
-        if head.method == "HEAD":
-            self.writer.write(answer)
-        else:
-            self.writer.write(answer + response.body)
-            await self._write_pieces(head, response)
-        await self.writer.drain()
-        return keep_alive
-
-    def _encode_head(self, head: RequestHead | None, response: Response, keep_alive: bool) -> bytes:
-        fields = [
-            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            *self._cors_fields(head),
-            *response.fields,
-        ]
-        if response.status not in (204, 304):  # these two have no body
-            fields.append(("Content-Type", response.media_type))
-            if response.pieces is None:
-                fields.append(("Content-Length", str(len(response.body))))
-            elif head is not None and not head.http_1_0:
-                fields.append(("Transfer-Encoding", "chunked"))
-        if not keep_alive:
-            fields.append(("Connection", "close"))
-        elif head is not None and head.http_1_0:
-            fields.append(("Connection", "keep-alive"))
-        return encode_response_head(response.status, fields)
-
-    def _cors_fields(self, head: RequestHead | None) -> list[tuple[str, str]]:
-        """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
-        if not self.server.policy.allow_origins:
-            return []
-        origin = head.value("origin") if head is not None else None
-        if origin not in self.server.policy.allow_origins or origin is None:
-            return [("Vary", "Origin")]
-        return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin)]
-
-    async def _write_pieces(self, head: RequestHead, response: Response) -> None:
-        if response.pieces is None:
-            return
-        async for piece in response.pieces:
-            self.writer.write(piece if head.http_1_0 else encode_chunk(piece))
-            await self.writer.drain()
-        if not head.http_1_0:
-            self.writer.write(encode_last_chunk(response.trailers.items()))
-
-    async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
-        """Answer an error after which the input cannot be trusted, and end the connection."""
-        if isinstance(error, ConnectionError) or self.transport.is_closing():
-            return
-        response = self._make_error_response(error)
-        answer = self._encode_head(head, response, keep_alive=False)
-        is_head = head is not None and head.method == "HEAD"
-        self.writer.write(answer if is_head else answer + response.body)
-        await self._linger()
-
-    async def _linger(self) -> None:
+    async def linger(self) -> None:
         """Let the client read the answer: closing with unread input would reset the connection
         and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
-        self._begin_phase(Phase.CLOSING, LINGER_SECONDS)
+        self.begin_phase(Phase.CLOSING, LINGER_SECONDS)
         try:
             if self.transport.can_write_eof():
                 self.transport.write_eof()
@@ -6412,7 +6466,7 @@ class Connection:
 
     # WebSocket
 
-    def _upgrade(self, head: RequestHead, role: Role | None) -> None:
+    def upgrade(self, head: RequestHead, role: Role | None) -> None:
         """Turn the connection into a viewer's (RFC 6455, 4.2)."""
         if head.path not in WEBSOCKET_PATHS:
             raise HttpError(404, "not_found", "WebSocket clients connect to / or /ws")
@@ -6426,8 +6480,8 @@ class Connection:
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
         self.writer.write(encode_upgrade_response(head, key))
-        self._begin_phase(Phase.WEBSOCKET, PING_SECONDS)
-        by = self._name_client()
+        self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
+        by = self.name_client()
         is_plain = self.peer.scheme == "http"
         send = self._socket.send if is_plain else functools.partial(hand_over, self.transport)
         self.viewer = Viewer(self.transport, send, WebSocketConnection(), role, by, choice)
@@ -6436,34 +6490,6 @@ class Connection:
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
         self.server.viewers.join(self.viewer, since, same_boot)
-
-    async def _serve_websocket(self, viewer: Viewer, data: bytes) -> None:
-        """Take messages, `data` first, until the connection is closed by either side."""
-        websocket, is_done = viewer.websocket, False
-        while True:
-            if data:
-                viewer.heard_at = time.monotonic()
-                websocket.feed(data)
-                message = websocket.next_message()
-                while message is not None:
-                    is_done = message.opcode is Opcode.CLOSE
-                    self.server.handle_message(viewer, message)
-                    await self.inbox.rest()
-                    message = websocket.next_message()
-                self.writer.write(websocket.take_outgoing())
-            if websocket.state is not WebSocketState.OPEN:
-                self.server.viewers.leave(viewer)
-                if self.phase is Phase.WEBSOCKET:
-                    self._begin_phase(Phase.CLOSING, CLOSE_SECONDS)
-            if websocket.state is WebSocketState.CLOSED:
-                # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
-                # of which it can only be told by closing.
-                if self.transport.can_write_eof() or not is_done:
-                    await self._linger()
-                return
-            data = await self.inbox.read()
-            if not data:
-                return
 
 
 class Newcomers:
