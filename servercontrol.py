@@ -52,8 +52,8 @@ number is how many lines each has:
       28  load_tokens                where the two tokens come from
       25  read_token_file            whose files are believed
       19  identify_peer              whose process is at the other end: the kernel is asked
-      34  Connection._serve_request  the door: head, gate, only then the body, answer
-      17  Connection._admit          what the gate's answer lets a request reach
+      34  Exchanges._serve_request   the door: head, gate, only then the body, answer
+      17  Exchanges._admit           what the gate's answer lets a request reach
       19  find_route                 which role each path needs
       17  parse_exec_body            what a request to run something may say
       36  answer_exec                where the gate and the tasks meet
