@@ -4427,8 +4427,8 @@ class Viewers:
         self._stalled: set[Viewer] = set()
         # How long tasks may still wait for those of them for whom they have waited.
         self._patience: dict[Viewer, float] = {}
-        # What is_pressed() found, and when it last looked.
-        self._was_pressed = False
+        # Whether tasks should pause for slow viewers, and when that was last found out.
+        self._is_pressed = False
         self._looked_at = 0.0
 
     @property
@@ -4441,6 +4441,8 @@ class Viewers:
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
         self.published[kind] += 1
+        if not self._is_pressed and time.monotonic() - self._looked_at >= PRESSURE_SECONDS:
+            self._find_pressure()
         if len(self.all) <= FEW_VIEWERS and self._may_hurry():
             self.flush()
         else:
@@ -4530,43 +4532,37 @@ class Viewers:
             self._schedule()
 
     def is_pressed(self) -> bool:
-        """Whether tasks should pause, so that viewers who read lose no events.
+        return self._is_pressed
+
+    def _find_pressure(self) -> None:
+        """Find out whether tasks should pause, so that viewers who read lose no events.
 
         They pause while a viewer is half the feed behind, and until it has caught up. A viewer that
-        has stopped reading delays them by PATIENCE_SECONDS in all.
+        has stopped reading delays them by PATIENCE_SECONDS in all. publish() asks, and while tasks
+        pause, a timer.
         """
         now = time.monotonic()
-        elapsed = now - self._looked_at
-        if elapsed >= PRESSURE_SECONDS:
-            self._looked_at = now
-            # Once pressed, until they have caught up: then their patience is whole again.
-            middle = self.feed.next if self._was_pressed else self.feed.middle
-            elapsed = min(elapsed, 2 * PRESSURE_SECONDS)
-            # Whoever is in neither of these has been sent everything.
-            late = {*self._stalled, *self._round, *self._queue}
-            behind = {viewer: self.find_seen(viewer) + 1 for viewer in late}
-            self._patience = {
-                viewer: seconds
-                for viewer, seconds in self._patience.items()
-                if behind.get(viewer, self.feed.next) < self.feed.next
-            }
-            worth = [
-                self._is_worth_waiting(viewer, now, elapsed)
-                for viewer, cursor in behind.items()
-                if cursor < middle
-            ]
-            self._was_pressed = any(worth)
-        return self._was_pressed
-
-    def _is_worth_waiting(self, viewer: Viewer, now: float, elapsed_seconds: float) -> bool:
-        """Whether tasks should wait for a viewer that is far behind."""
-        if not viewer.is_stalled:
-            return True  # then it is us who are slow
-        if now - viewer.taken_at > LATELY_SECONDS:
-            return False
-        left = self._patience.get(viewer, PATIENCE_SECONDS) - elapsed_seconds
-        self._patience[viewer] = left
-        return left > 0
+        elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
+        # Whoever is in none of these has been sent everything.
+        late = {*self._stalled, *self._round, *self._queue}
+        behind = {viewer: self.find_seen(viewer) + 1 for viewer in late}
+        # For those who have caught up the patience is whole again.
+        self._patience = {
+            viewer: seconds
+            for viewer, seconds in self._patience.items()
+            if behind.get(viewer, self.feed.next) < self.feed.next
+        }
+        limit = self.feed.next if self._is_pressed else self.feed.middle
+        far = [viewer for viewer, cursor in behind.items() if cursor < limit]
+        reading = [one for one in far if one.is_stalled and now - one.taken_at <= LATELY_SECONDS]
+        for viewer in reading:
+            self._patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS) - elapsed
+        # Where one is not stalled, it is us who are slow.
+        self._is_pressed = any(not viewer.is_stalled for viewer in far) or any(
+            self._patience[viewer] > 0 for viewer in reading
+        )
+        if self._is_pressed:
+            self._loop.call_later(PRESSURE_SECONDS, self._find_pressure)
 
     def _schedule(self) -> None:
         if not self._is_scheduled:

@@ -3281,7 +3281,8 @@ class TestSlowViewers:
                 (feed.next, False),
                 (feed.next - 1, False),
             ):
-                viewer.cursor, viewers._looked_at = cursor, 0.0
+                viewer.cursor = cursor
+                viewers._find_pressure()
                 assert viewers.is_pressed() is is_pressed, cursor
 
         asyncio.run(run())
