@@ -4136,7 +4136,9 @@ class Tasks:
 
     # Typing
 
-    def type(self, task: Task, data: bytes, is_end: bool = False, typist: object = None) -> None:
+    def write_input(
+        self, task: Task, data: bytes, is_end: bool = False, typist: object = None
+    ) -> None:
         """Give a task input, and possibly its end. Raises CommandError."""
         task_input = self._find_input(task)
         task_input.write(data)
@@ -5589,7 +5591,7 @@ async def answer_kill(server: Server, request: Request) -> Response:
 
 async def answer_stdin(server: Server, request: Request) -> Response:
     task = find_task(server, request)
-    server.tasks.type(task, request.body, is_end=parse_flag(request.parameters, "eof"))
+    server.tasks.write_input(task, request.body, is_end=parse_flag(request.parameters, "eof"))
     return json_response({"task_id": task.task_id, "bytes": len(request.body)})
 
 
@@ -5754,7 +5756,7 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
         is_starter = message.get("ref") == task.request.ref is not None
         if typist is not viewer and (typist or not is_starter):
             return
-    server.tasks.type(task, data.encode("utf-8", "replace"), typist=typist)
+    server.tasks.write_input(task, data.encode("utf-8", "replace"), typist=typist)
 
 
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
