@@ -4074,7 +4074,7 @@ class Tasks:
             raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
         return task
 
-    def list(self) -> Iterable[Task]:
+    def kept(self) -> Iterable[Task]:
         return self._tasks.values()
 
     # Starting
@@ -5553,7 +5553,7 @@ def find_task(server: Server, request: Request) -> Task:
 async def answer_tasks(server: Server, request: Request) -> Response:
     if "id" in request.parameters:
         return json_response(find_task(server, request).describe())
-    return json_response([task.describe() for task in server.tasks.list()])
+    return json_response([task.describe() for task in server.tasks.kept()])
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
