@@ -5077,7 +5077,7 @@ class SystemdNotifier:
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
 # answer; or become a Viewer. Only deadlines that have passed are looked at. Each kind of error
-# becomes an answer in one place: make_error_response, Server._handle_text.
+# becomes an answer in one place: make_error_response, handle_text.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
@@ -6043,6 +6043,23 @@ def make_error_response(server: Server, error: Exception) -> Response:
     return response
 
 
+async def linger(connection: Connection) -> None:
+    """Let the client read the answer: closing with unread input would reset the connection
+    and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
+    connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
+    try:
+        if connection.transport.can_write_eof():
+            connection.transport.write_eof()
+    except OSError:
+        return  # the peer has reset the connection meanwhile
+    left = MAX_LINGER_BYTES
+    while left > 0:
+        data = await connection.reader.read(READ_CHUNK_BYTES)
+        if not data:
+            return
+        left -= len(data)
+
+
 class Exchanges:
     """The HTTP requests of one connection and their answers, one after the other."""
 
@@ -6203,7 +6220,40 @@ class Exchanges:
         answer = encode_head(self._server, head, response, keep_alive=False)
         is_head = head is not None and head.method == "HEAD"
         self._writer.write(answer if is_head else answer + response.body)
-        await self._connection.linger()
+        await linger(self._connection)
+
+
+def handle_text(server: Server, viewer: Viewer, text: str | bytes) -> None:
+    """The one place where the error of a message is answered."""
+    reference: dict[str, Any] = {}
+    try:
+        message = parse_json_object(text)
+        if isinstance(message.get("ref"), (str, int, float)):
+            reference = {"ref": message["ref"]}
+        reply = find_command(message, viewer.role)(server, viewer, message)
+    except CommandError as error:
+        if is_refusal(error):
+            server.note_refusal(viewer.by, error.code, str(message.get("type")))
+        reply = {"type": "error", "code": error.code, "message": error.message}
+    except Exception:
+        server.log.write_limited("error", "message_failed", trace=traceback.format_exc())
+        viewer.close(CloseCode.INTERNAL_ERROR, "internal error")
+        return
+    if reply is not None:
+        viewer.send_json({**reply, **reference})
+
+
+def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
+    """Carry out what a WebSocket client sent, unless we have closed (RFC 6455, 1.4)."""
+    if viewer.websocket.state is WebSocketState.CLOSING:
+        return
+    if message.opcode is Opcode.PING:
+        assert isinstance(message.data, bytes)
+        viewer.send_pong(message.data)
+    elif message.opcode is Opcode.BINARY:
+        viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
+    elif message.opcode is Opcode.TEXT:
+        handle_text(server, viewer, message.data)
 
 
 async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -> None:
@@ -6216,7 +6266,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
             message = websocket.next_message()
             while message is not None:
                 is_done = message.opcode is Opcode.CLOSE
-                connection.server.handle_message(viewer, message)
+                handle_message(connection.server, viewer, message)
                 await connection.inbox.rest()
                 message = websocket.next_message()
             connection.writer.write(websocket.take_outgoing())
@@ -6228,7 +6278,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
             # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
             # of which it can only be told by closing.
             if connection.transport.can_write_eof() or not is_done:
-                await connection.linger()
+                await linger(connection)
             return
         data = await connection.inbox.read()
         if not data:
@@ -6445,22 +6495,6 @@ class Connection:
         """Return who asks: address, role, and the account where the kernel knows it."""
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
         return f"{self.address} {self.role.value if self.role else '-'}{uid}"
-
-    async def linger(self) -> None:
-        """Let the client read the answer: closing with unread input would reset the connection
-        and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
-        self.begin_phase(Phase.CLOSING, LINGER_SECONDS)
-        try:
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-        except OSError:
-            return  # the peer has reset the connection meanwhile
-        left = MAX_LINGER_BYTES
-        while left > 0:
-            data = await self.reader.read(READ_CHUNK_BYTES)
-            if not data:
-                return
-            left -= len(data)
 
     # WebSocket
 
@@ -6834,6 +6868,43 @@ class ServerParts:
     descriptor_limit: tuple[int, int]
 
 
+def make_webhook(config: Config, listeners: Listeners, boot_id: str, log: Log) -> Webhook | None:
+    """Return what posts alerts, None where nobody wants them."""
+    if not config.alert_webhook:
+        return None
+    host = read_hostname() if listeners.is_wildcard else ""
+    facts = {
+        "hostname": read_hostname(),
+        "version": __version__,
+        "boot_id": boot_id,
+        "http": listeners.url("http", host),
+    }
+    return Webhook(parse_webhook_url(config.alert_webhook), facts, log)
+
+
+def limit_clients(config: Config, log: Log) -> int:
+    """Return how many connections there may be: no more than descriptors."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
+    max_clients = max(4, min(config.max_clients, room))
+    if max_clients < config.max_clients:
+        log.write("warning", "few_descriptors", limit=soft, max_clients=max_clients)
+    return max_clients
+
+
+def log_loop_error(log: Log, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio could not tell anybody else, such as EMFILE from accept."""
+    error = context.get("exception")
+    fields = {"message": context.get("message", "")}
+    if isinstance(error, OSError):
+        fields["error"] = str(error)
+    elif error is not None:
+        trace = traceback.format_exception(type(error), error, error.__traceback__)
+        fields["trace"] = "".join(trace)
+    log.write_limited("error", "loop_error", **fields)
+
+
 class Server:
     """All parts together, from the listening sockets to the last byte."""
 
@@ -6876,7 +6947,7 @@ class Server:
             Spawner(config.shell, parts.environment, parts.descriptor_limit),
         )
         # Where alerts are posted, if anywhere.
-        self.webhook = self._make_webhook() if config.alert_webhook else None
+        self.webhook = make_webhook(config, self.listeners, self.boot_id, log)
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
@@ -6885,33 +6956,17 @@ class Server:
         self.deadlines = Deadlines()
         # Asked once: a kernel's answer "no such socket" must not make us read long tables.
         self.may_scan = not has_sock_diag()
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-        room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
-        self.max_clients = max(4, min(config.max_clients, room))
-        if self.max_clients < config.max_clients:
-            log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
+        self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self.connections, self.max_clients // 2)
         self.is_stopping = False
         self._discovery: list[asyncio.BaseTransport] = []
         self._background: list[asyncio.Task[None]] = []
 
-    def _make_webhook(self) -> Webhook:
-        facts = {
-            "hostname": read_hostname(),
-            "version": __version__,
-            "boot_id": self.boot_id,
-            "http": self.listeners.url(
-                "http", read_hostname() if self.listeners.is_wildcard else ""
-            ),
-        }
-        return Webhook(parse_webhook_url(self.config.alert_webhook), facts, self.log)
-
     # Starting
 
     async def start(self) -> None:
         """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
-        self._loop.set_exception_handler(self._log_loop_error)
+        self._loop.set_exception_handler(functools.partial(log_loop_error, self.log))
         # Not by the loop, since uvloop keeps SIGCHLD for itself.
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
@@ -7030,48 +7085,6 @@ class Server:
                     look(now)
                 except Exception:
                     self.log.write_limited("error", "sweep_failed", trace=traceback.format_exc())
-
-    def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What asyncio could not tell anybody else, such as EMFILE from accept."""
-        error = context.get("exception")
-        fields = {"message": context.get("message", "")}
-        if isinstance(error, OSError):
-            fields["error"] = str(error)
-        elif error is not None:
-            trace = traceback.format_exception(type(error), error, error.__traceback__)
-            fields["trace"] = "".join(trace)
-        self.log.write_limited("error", "loop_error", **fields)
-
-    def handle_message(self, viewer: Viewer, message: Message) -> None:
-        """Carry out what a WebSocket client sent, unless we have closed (RFC 6455, 1.4)."""
-        if viewer.websocket.state is WebSocketState.CLOSING:
-            return
-        if message.opcode is Opcode.PING:
-            assert isinstance(message.data, bytes)
-            viewer.send_pong(message.data)
-        elif message.opcode is Opcode.BINARY:
-            viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
-        elif message.opcode is Opcode.TEXT:
-            self._handle_text(viewer, message.data)
-
-    def _handle_text(self, viewer: Viewer, text: str | bytes) -> None:
-        """The one place where the error of a message is answered."""
-        reference: dict[str, Any] = {}
-        try:
-            message = parse_json_object(text)
-            if isinstance(message.get("ref"), (str, int, float)):
-                reference = {"ref": message["ref"]}
-            reply = find_command(message, viewer.role)(self, viewer, message)
-        except CommandError as error:
-            if is_refusal(error):
-                self.note_refusal(viewer.by, error.code, str(message.get("type")))
-            reply = {"type": "error", "code": error.code, "message": error.message}
-        except Exception:
-            self.log.write_limited("error", "message_failed", trace=traceback.format_exc())
-            viewer.close(CloseCode.INTERNAL_ERROR, "internal error")
-            return
-        if reply is not None:
-            viewer.send_json({**reply, **reference})
 
     def check_exec(self) -> None:
         """Raise CommandError where nothing may be run, killed or typed into."""
@@ -7910,7 +7923,9 @@ class RemoteTask:
                 if self.stream is None:
                     await self._resume()
                 await self._read_stream()
-                await self._look()
+                task = await self._ask_task()
+                if task["state"] != "running" and task["output_bytes"] <= self._position:
+                    await self._end(task)
                 trouble = ""
             except UnreachableError as error:
                 idle_seconds = time.monotonic() - self._good_now
@@ -7961,7 +7976,7 @@ class RemoteTask:
             await self._drain()  # so what we cannot write we do not read, and the task waits
             try:
                 data = await reader.read(READ_CHUNK_BYTES)
-            except OSError:  # how much is missing, _look() finds out
+            except OSError:  # how much is missing, follow() finds out
                 return
             if not data:
                 return
@@ -7997,12 +8012,6 @@ class RemoteTask:
         if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
             raise foreign_error()
         return task
-
-    async def _look(self) -> None:
-        """The output has come to an end: that of the task, if nothing is missing."""
-        task = await self._ask_task()
-        if task["state"] != "running" and task["output_bytes"] <= self._position:
-            await self._end(task)
 
     async def _end(self, task: Mapping[str, Any]) -> None:
         await self._drain()  # what is told stands behind the output
