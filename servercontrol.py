@@ -3480,7 +3480,7 @@ class Task:
         # Wall clock in ms, for people; durations are measured on the monotonic clock.
         self.started_timestamp = 0
         self.ended_timestamp: int | None = None
-        self.started_now = time.monotonic()
+        self.started_at = time.monotonic()
         self.exit_code: int | None = None
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
@@ -4261,7 +4261,7 @@ class Tasks:
         task.wake()
 
     def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
-        duration = time.monotonic() - task.started_now
+        duration = time.monotonic() - task.started_at
         self.completed[task.state.value] += 1
         self.durations.add(duration)
         event = self._publish(
@@ -5647,7 +5647,7 @@ async def answer_info(server: Server, request: Request) -> Response:
             "ports": server.listeners.ports,
             "tls": server.config.has_tls,
             "audit_errors": server.audit.errors,
-            "uptime": int(time.monotonic() - server.started_now),
+            "uptime": int(time.monotonic() - server.started_at),
             "clients": len(server.viewers.all),
             "tasks_running": len(server.tasks.running),
         }
@@ -6933,7 +6933,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         # Names this run of the server: a seq means something only together with it.
         self.boot_id = parts.boot_id
-        self.started_now = time.monotonic()
+        self.started_at = time.monotonic()
         self.viewers = Viewers(self._loop)
         self.turns = Turns()
         self.tasks = Tasks(
@@ -7583,8 +7583,8 @@ class Link:
         self.boot_id = ""
         self.seq = 0
         # When anything last came, and when the connection was last good (monotonic seconds).
-        self.heard_now = time.monotonic()
-        self._good_now = time.monotonic()
+        self.heard_at = time.monotonic()
+        self._good_at = time.monotonic()
         # The open connection, and whether its `hello` has come.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
@@ -7594,12 +7594,12 @@ class Link:
         """Take events for ever."""
         delay = 0.0
         while True:
-            connected_now = self._good_now
+            was_good_at = self._good_at
             try:
                 await self._follow()
             except UnreachableError as error:
                 await self._take({"type": "lost", "reason": str(error), "status": error.status})
-                delay = RETRY_SECONDS if self._good_now > connected_now else delay * 2
+                delay = RETRY_SECONDS if self._good_at > was_good_at else delay * 2
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
                 if is_client_error(error):
                     delay = REFUSED_RETRY_SECONDS
@@ -7617,7 +7617,7 @@ class Link:
 
     async def _follow(self) -> None:
         """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
-        seconds, start_now = self._connect_seconds, time.monotonic()
+        seconds, start_at = self._connect_seconds, time.monotonic()
         reader, writer = await open_target(self.target, seconds)
         timer = None
         try:
@@ -7626,7 +7626,7 @@ class Link:
                 lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS
             )
             self._has_hello = False
-            self._writer, self.heard_now = writer, time.monotonic()
+            self._writer, self.heard_at = writer, time.monotonic()
             timer = asyncio.get_running_loop().create_task(self._watch(writer))
             while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
@@ -7637,8 +7637,8 @@ class Link:
             raise UnreachableError(text, 404) from None
         finally:
             self._writer = None
-            if self._good_now >= start_now:  # there was a `hello`: it was good until now
-                self._good_now = self.heard_now
+            if self._good_at >= start_at:  # there was a `hello`: it was good until now
+                self._good_at = self.heard_at
             if timer is not None:
                 timer.cancel()
             writer.close()
@@ -7667,7 +7667,7 @@ class Link:
         """Ask a server that is quiet whether it is there; leave one that does not answer."""
         while True:
             await asyncio.sleep(self._silence_seconds / 4)
-            idle_seconds = time.monotonic() - self.heard_now
+            idle_seconds = time.monotonic() - self.heard_at
             if idle_seconds > self._silence_seconds:
                 writer.transport.abort()
             elif idle_seconds > self._silence_seconds / 4:
@@ -7675,7 +7675,7 @@ class Link:
 
     async def _receive(self, data: bytes) -> None:
         if data:  # not so when we ourselves have given the connection up
-            self.heard_now = time.monotonic()
+            self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         self._answer_pings([one.data for one in messages if one.opcode is Opcode.PING])
         for message in messages:
@@ -7707,7 +7707,7 @@ class Link:
             raise UnreachableError("it says no hello, as an older ServerControl does", 404)
 
     async def _take_hello(self, event: dict[str, Any]) -> None:
-        self._good_now, self._has_hello = time.monotonic(), True
+        self._good_at, self._has_hello = time.monotonic(), True
         boot_id = str(event["boot_id"])
         if not self.boot_id:
             self.boot_id, self.seq = boot_id, check_seq(event["seq"])
@@ -7843,7 +7843,7 @@ class RemoteTask:
         self.exit_code: int | None = None
         # Where its output comes, and when something last came there (monotonic seconds).
         self.stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._good_now = time.monotonic()
+        self._good_at = time.monotonic()
         # Of the output, in bytes: how much has come, and how much is lost.
         self._position = 0
         self.lost_bytes = 0
@@ -7903,7 +7903,7 @@ class RemoteTask:
             writer.transport.abort()
             raise foreign_error()
         self.task_id, self.stream = task_id, (reader, writer)
-        self._good_now = time.monotonic()
+        self._good_at = time.monotonic()
         self._note_lost(int(offset) - self._position)
         self.connected()
         if self._is_stop_owed:
@@ -7918,7 +7918,7 @@ class RemoteTask:
         """
         trouble, delay = "", RETRY_SECONDS
         while self.exit_code is None:
-            good_now = self._good_now
+            was_good_at = self._good_at
             try:
                 if self.stream is None:
                     await self._resume()
@@ -7928,13 +7928,13 @@ class RemoteTask:
                     await self._end(task)
                 trouble = ""
             except UnreachableError as error:
-                idle_seconds = time.monotonic() - self._good_now
+                idle_seconds = time.monotonic() - self._good_at
                 if is_client_error(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
                     self._tell(f"connection lost ({clean_text(trouble)}), trying again")
-                delay = RETRY_SECONDS if self._good_now > good_now else delay * 2
+                delay = RETRY_SECONDS if self._good_at > was_good_at else delay * 2
             else:
                 continue
             await asyncio.sleep(
@@ -7980,7 +7980,7 @@ class RemoteTask:
                 return
             if not data:
                 return
-            self._good_now = time.monotonic()
+            self._good_at = time.monotonic()
             self._position += len(data)
             self._is_in_line = not data.endswith(b"\n")
             self._write(data)
@@ -7995,7 +7995,7 @@ class RemoteTask:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             task = await self._ask_task()
-            self._good_now = time.monotonic()
+            self._good_at = time.monotonic()
             has_more = task["state"] != "running" or task["output_bytes"] > self._position
             if has_more and stood_at == self._position:
                 return
@@ -8684,7 +8684,7 @@ class Watched:
         self.open_bytes = 0
         self.ended: OrderedDict[str, None] = OrderedDict()
         # When it fell silent (monotonic seconds), else 0.
-        self.silent_now = 0.0
+        self.silent_at = 0.0
 
     def note_start(self, task_id: str, task: dict[str, Any]) -> None:
         self.tasks[task_id] = task
@@ -8731,7 +8731,7 @@ class MonitorLog:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._complained_now = -LOG_ERROR_SECONDS
+        self._complained_at = -LOG_ERROR_SECONDS
         # Records that are not written yet, and whether the file ends in the middle of one.
         self._waiting: list[bytes] = []
         self._is_cut = False
@@ -8846,8 +8846,8 @@ class MonitorLog:
                 self.problem = ""
         except OSError as error:
             self.problem = f"--log: {self._path}: {error.strerror}"
-            if time.monotonic() - self._complained_now >= LOG_ERROR_SECONDS:
-                self._complained_now = time.monotonic()
+            if time.monotonic() - self._complained_at >= LOG_ERROR_SECONDS:
+                self._complained_at = time.monotonic()
                 write_without_waiting(2, encode_note(self.problem))
 
     def _is_rotated(self) -> bool:
@@ -8969,18 +8969,18 @@ class Monitor:
             self._log.flush()
             for watched in self.all:
                 if now - before > SILENCE_SECONDS / 2:  # we did not listen: stopped by Ctrl-Z
-                    watched.link.heard_now = now
-                is_silent = now - watched.link.heard_now > SILENCE_SECONDS
+                    watched.link.heard_at = now
+                is_silent = now - watched.link.heard_at > SILENCE_SECONDS
                 if watched.state is ServerState.UP and is_silent:
-                    watched.silent_now = watched.link.heard_now
+                    watched.silent_at = watched.link.heard_at
                     reason = watched.reason or f"nothing was heard for {SILENCE_SECONDS:g} s"
                     self._change(watched, ServerState.SILENT, "server_silent", reason=reason)
                 elif watched.state is ServerState.SILENT and not (is_silent or watched.reason):
                     self._note_back(watched)
 
     def _note_back(self, watched: Watched) -> None:
-        silent_ms = int((time.monotonic() - watched.silent_now) * 1000)
-        watched.silent_now = 0.0
+        silent_ms = int((time.monotonic() - watched.silent_at) * 1000)
+        watched.silent_at = 0.0
         self._change(watched, ServerState.UP, "server_back", silent_ms=silent_ms)
 
     def _change(self, watched: Watched, state: ServerState, event: str, **fields: Any) -> None:
@@ -9022,7 +9022,7 @@ class Monitor:
         state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
         # Whoever was up is called silent first, in 5 s; most connections are back before.
         if is_refused or watched.state not in (ServerState.UP, ServerState.SILENT):
-            watched.silent_now = watched.silent_now or time.monotonic()
+            watched.silent_at = watched.silent_at or time.monotonic()
             if watched.state is not state:
                 self._change(watched, state, f"server_{state.value}", reason=watched.reason)
         return is_old

@@ -12038,9 +12038,9 @@ class TestMonitor:
         told, take, watched = make_monitor()
         take(HELLO)
 
-        async def wait_for(kind: str, heard_now: Callable[[], float]) -> None:
+        async def wait_for(kind: str, heard_at: Callable[[], float]) -> None:
             while told[-1]["type"] != kind:
-                watched.link.heard_now = heard_now()
+                watched.link.heard_at = heard_at()
                 await asyncio.sleep(0.01)
 
         async def run() -> None:
@@ -13802,10 +13802,10 @@ class TestNetwork:
 
         async def run() -> None:
             link = sc.Link(sc.parse_target("a", "a"), nobody, 4.0)
-            link.heard_now = 5.0
+            link.heard_at = 5.0
             with pytest.raises(sc.UnreachableError):
                 await link._receive(b"")
-            assert link.heard_now == 5.0
+            assert link.heard_at == 5.0
 
         asyncio.run(run())
 
