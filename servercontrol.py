@@ -7347,7 +7347,7 @@ def make_client_tls() -> ssl.SSLContext:
     return context
 
 
-def is_client_error(error: UnreachableError) -> bool:
+def is_final(error: UnreachableError) -> bool:
     """Whether asking again the same way is of no use (RFC 9110, 15.5)."""
     return 400 <= error.status < 500
 
@@ -7601,7 +7601,7 @@ class Link:
                 await self._take({"type": "lost", "reason": str(error), "status": error.status})
                 delay = RETRY_SECONDS if self._good_at > was_good_at else delay * 2
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
-                if is_client_error(error):
+                if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
             # Not in the clause above: the error keeps alive what could not be understood. And not
             # all at the same moment, after a switch was restarted.
@@ -7929,7 +7929,7 @@ class RemoteTask:
                 trouble = ""
             except UnreachableError as error:
                 idle_seconds = time.monotonic() - self._good_at
-                if is_client_error(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
+                if is_final(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
