@@ -3348,23 +3348,22 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
-# Child processes, from spawn to reap. Each runs as SHELL -c COMMAND in a session of its own, with
-# stdout and stderr as one pipe, or one terminal, that the event loop reads; what is read is
-# published in the same turn. A task is complete when its shell has ended and all that the shell
-# wrote has been read, whether or not a background child still holds the pipe: what such a child
-# writes later is read and dropped, so that it neither waits nor breaks. asyncio's own subprocess
-# support hangs there.
+# Child processes, from spawn to reap. Each command runs as SHELL -c COMMAND in a session of its
+# own. Its stdout and stderr are one pipe, or one terminal, which the event loop reads and publishes
+# in the same turn. A task is complete when its shell has ended and all that the shell wrote has
+# been read. A background child may still hold the pipe: what it writes later is read and dropped,
+# so that it neither blocks nor breaks. (asyncio's own subprocess support would wait for it.)
 #
 # Stopping is one function for kill, time-out and the server's own end:
 #
 #   signal to every process of the session ─► wait KILL_GRACE_SECONDS ─► KILL to every process
 #
-# The shell stays unreaped until that is over, so its pid, which names the session, cannot be
-# given to a stranger meanwhile. A process that left the session (setsid) is out of reach.
+# The shell is not reaped before that is over, so the kernel cannot give its pid, which is the id of
+# the session, to another process. A process that has left the session (setsid) is not reached.
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 
-# Who kills the tasks that run when the server stops.
+# What `killed_by` says about tasks that were running when the server stopped.
 SERVER_STOP = "server stop"
 
 
@@ -3378,16 +3377,16 @@ class TaskState(enum.Enum):
 
 
 class TaskPhase(enum.Enum):
-    """How far the processes of a task are on the way to its end."""
+    """How far a task is on the way to its end."""
 
     RUNNING = "running"
-    STOPPING = "stopping"  # it was sent a signal; KILL follows after the grace time
-    DRAINING = "draining"  # in that time the shell has ended; others of its session run still
-    KILLING = "killing"  # all of them were sent KILL, and the shell has not ended yet
+    STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
+    DRAINING = "draining"  # the shell has ended in that time; others of its session still run
+    KILLING = "killing"  # KILL was sent to all of them, and the shell has not ended yet
     ENDED = "ended"
 
 
-# Phase -> what happens -> the next phase. What is not here changes nothing.
+# Phase -> what happens -> the next phase. Anything else changes nothing.
 TASK_PHASES = {
     TaskPhase.RUNNING: {"stop": TaskPhase.STOPPING, "shell ended": TaskPhase.ENDED},
     TaskPhase.STOPPING: {"shell ended": TaskPhase.DRAINING, "kill": TaskPhase.KILLING},
@@ -3402,7 +3401,7 @@ def set_terminal_size(fd: int, cols: int, rows: int) -> None:
 
 
 class TaskInput:
-    """What is typed into a task, by pipe or terminal: it waits here until the task takes it.
+    """The input of a task, by pipe or terminal. It waits here until the task reads it.
 
     Owns its descriptor.
     """
@@ -3412,11 +3411,11 @@ class TaskInput:
         self._fd = fd
         self._is_terminal = is_terminal
         self._waiting = bytearray()
-        # Nothing more may come; when all has been taken, the task sees the end.
+        # Whether the input ends after what is still waiting.
         self._is_ending = False
 
     def write(self, data: bytes) -> None:
-        """Type something. Raises CommandError `no_input` or `input_full`."""
+        """Add input. Raises CommandError `no_input` or `input_full`."""
         if self._is_ending:
             raise CommandError("no_input", "the task's standard input is closed")
         if len(self._waiting) + len(data) > MAX_INPUT_BYTES:
@@ -3439,7 +3438,7 @@ class TaskInput:
         set_terminal_size(self._fd, cols, rows)
 
     def close(self) -> None:
-        """Forget what waits still."""
+        """Drop what still waits, and close the descriptor."""
         self._is_ending = True
         self._waiting.clear()
         if self._fd >= 0:
@@ -3457,7 +3456,7 @@ class TaskInput:
         except BlockingIOError:
             loop.add_writer(self._fd, self._drain)
             return
-        except OSError:  # nobody reads it any more
+        except OSError:  # no process reads it any more
             self._is_ending = True
         loop.remove_writer(self._fd)
         if self._is_ending:
@@ -3470,14 +3469,14 @@ class Task:
     def __init__(self, task_id: str, request: ExecRequest, by: str, keep_output: int) -> None:
         self.task_id = task_id
         self.request = request
-        # Who asked: address and role.
+        # Who started it: address and role.
         self.by = by
         # The shell; also the id of its session and first process group.
         self.pid = 0
         self.cwd = ""
         # Set by Tasks._advance() alone.
         self.phase = TaskPhase.RUNNING
-        # Wall clock in ms, for people; durations are measured on the monotonic clock.
+        # Wall clock in ms, for people. Durations are measured with the monotonic clock.
         self.started_timestamp = 0
         self.ended_timestamp: int | None = None
         self.started_at = time.monotonic()
@@ -3485,38 +3484,38 @@ class Task:
         self.signal_name: str | None = None
         self.output = OutputLog(keep_output)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # How much of its output may be read (0: any) beyond what its `?follow` readers have taken:
-        # up to where each of them is, and the last of them was.
+        # How many bytes of output may be read (0: any number) beyond what its `?follow` readers
+        # have taken; reader -> its offset; and the offset of the slowest one.
         self.window = 0
         self.readers: dict[object, int] = {}
         self.taken: float = 0
-        # How often U+FFFD stands in the output for bytes that were no UTF-8.
+        # How often invalid UTF-8 in the output was replaced by U+FFFD.
         self.replaced = 0
-        # Our end of the pipe or terminal that its output comes from; -1 when it is closed.
+        # The server's end of the pipe or terminal with its output; -1 is closed.
         self.fd = -1
         self.input: TaskInput | None = None
-        # Columns and rows of its terminal; everybody who shows it draws it at this size.
+        # Columns and rows of its terminal; all clients show it at this size.
         self.size = (request.cols, request.rows) if request.tty else (None, None)
-        # The WebSocket client that typed last. Programs ask terminals questions, and this client
-        # answers them; before anybody has typed it is the one who started the task.
+        # The WebSocket client that typed last, or else the one that started the task. It answers
+        # the questions that programs ask a terminal.
         self.typist: object = None
-        # What the state will be once it has ended; and who killed it.
+        # The state that it will have when it has ended; and who killed it.
         self.verdict = TaskState.DONE
         self.killed_by: str | None = None
         self.timers: dict[str, asyncio.TimerHandle] = {}
         # Done when the task is complete.
         self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Set for a moment whenever there is more output, and at the end.
+        # Set and cleared whenever there is more output, and at the end.
         self.news = asyncio.Event()
 
     @property
     def state(self) -> TaskState:
-        """What clients are told: a task runs until all of it has ended."""
+        """The state for clients: "running" until the task is complete."""
         return self.verdict if self.phase is TaskPhase.ENDED else TaskState.RUNNING
 
     @property
     def is_paused(self) -> bool:
-        """Whether its output is not read for a while: see Outputs._pause()."""
+        """Whether reading its output pauses: see Outputs._pause()."""
         return "read" in self.timers
 
     def describe(self) -> dict[str, Any]:
@@ -3543,9 +3542,9 @@ class Task:
 
     @property
     def room(self) -> int:
-        """How many bytes may be read now; 0 while its readers have to take something first.
+        """How many bytes may be read now; 0 while its readers must take something first.
 
-        Never a few bytes only, or a task would be read in ever smaller pieces.
+        Small numbers count as 0, or the task would be read in ever smaller pieces.
         """
         if not self.window:
             return READ_CHUNK_BYTES
@@ -3599,26 +3598,26 @@ def find_session(session: int) -> list[int]:
 def signal_session(session: int, number: int) -> None:
     """Send a signal to every process of a session, also in other process groups.
 
-    The group goes first, in one system call that no fork can outrun.
+    The shell's process group is first: that is one system call, which no fork can outrun.
     """
     try:
         os.killpg(session, number)
     except OSError:
-        pass  # no such group any more, or all of it belongs to somebody else
+        pass  # the group has ended, or belongs to another account
     try:
         members = find_session(session)
     except OSError:
-        return  # no descriptor free, or no /proc: the group must do
+        return  # no descriptor is free, or there is no /proc: only the group gets the signal
     for pid in members:
         try:
             if os.getpgid(pid) != session:
                 os.kill(pid, number)
         except OSError:
-            pass  # it has ended meanwhile, or belongs to somebody else (sudo)
+            pass  # it has ended, or belongs to another account (sudo)
 
 
 def has_exited(pid: int) -> bool:
-    """Whether our child has ended; it is not reaped."""
+    """Whether a child has ended. It is not reaped."""
     try:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, pid, flags) is not None
@@ -3627,17 +3626,17 @@ def has_exited(pid: int) -> bool:
 
 
 def reap_orphans(shells: set[int]) -> None:
-    """Reap whatever was left to us; only PID 1 is left any."""
+    """Reap orphans. Only PID 1 (in a container) inherits any."""
     try:
         pids = list_pids()
     except OSError:
-        return  # the next SIGCHLD comes
+        return  # the next SIGCHLD tries again
     for pid in pids:
         if pid not in shells:
             try:
                 os.waitpid(pid, os.WNOHANG)
             except OSError:
-                pass  # not our child
+                pass  # not a child of this process
 
 
 def count_pipe_bytes(fd: int) -> int:
@@ -3646,11 +3645,11 @@ def count_pipe_bytes(fd: int) -> int:
 
 
 def open_terminal(cols: int, rows: int) -> tuple[int, int]:
-    """Return our end and the child's end of a new pseudo-terminal (pty(7)). Raises OSError."""
+    """Return the server's and the child's end of a new pty(7). Raises OSError."""
     our_fd, child_fd = os.openpty()
     try:
         attributes = termios.tcgetattr(child_fd)
-        attributes[0] |= INPUT_IS_UTF8  # so that backspace takes whole characters
+        attributes[0] |= INPUT_IS_UTF8  # so that backspace deletes whole characters
         termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
         set_terminal_size(our_fd, cols, rows)
     except (OSError, termios.error) as error:
@@ -3705,7 +3704,7 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
 
 
 def read_cwd() -> str:
-    """Return our working folder; the kernel marks one that was deleted."""
+    """Return the working folder; the kernel marks one that was deleted."""
     try:
         return os.readlink("/proc/self/cwd")
     except OSError:
@@ -3713,31 +3712,31 @@ def read_cwd() -> str:
 
 
 def raise_descriptor_limit() -> tuple[int, int]:
-    """Allow ourselves as many descriptors as we may have; return the limits before."""
+    """Raise the limit of descriptors to its maximum; return the limits before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
-        pass  # macOS has a lower bound that it does not tell
+        pass  # macOS has a lower maximum that it does not tell
     return soft, hard
 
 
 def hide_options(command: str) -> str:
-    """Return a command that no shell takes for options: `sh -c -- -x` is not known to all."""
+    """Return a command that no shell takes for an option. (Not every shell knows `sh -c -- -x`.)"""
     return f" {command}" if command.startswith(("-", "+")) else command
 
 
 class Spawner:
     """Starts the processes of tasks.
 
-    descriptor_limit: RLIMIT_NOFILE as it was before we raised our own.
+    descriptor_limit: RLIMIT_NOFILE before the server raised its own; children get it.
     """
 
     def __init__(
         self, shell: str, environment: Mapping[str, str], descriptor_limit: tuple[int, int]
     ) -> None:
         self._shell = shell
-        # What every child gets, before its own additions. The tokens are out of it already.
+        # The environment of every child, before its own additions. It has no tokens any more.
         self._environment = {
             os.fsencode(name): os.fsencode(value) for name, value in environment.items()
         }
@@ -3745,7 +3744,7 @@ class Spawner:
         self._descriptor_limit = descriptor_limit
 
     def spawn(self, task: Task) -> None:
-        """Start a task's shell, and open our ends of its streams. Raises OSError."""
+        """Start a task's shell, and open the server's ends of its streams. Raises OSError."""
         request = task.request
         streams = open_streams(request)
         self._lower_descriptor_limit(streams.child_out)
@@ -3766,7 +3765,7 @@ class Spawner:
         finally:
             raise_descriptor_limit()
             close_fds((streams.child_in, streams.child_out))
-        # Popen must never wait for this pid itself: we do, and then the pid may be somebody else.
+        # So that Popen never waits for this pid: the server does, and the pid may then be reused.
         process.returncode = 0
         os.set_blocking(streams.our_out, False)
         task.fd, task.pid = streams.our_out, process.pid
@@ -3778,7 +3777,7 @@ class Spawner:
         environment = dict(self._environment)
         if task.request.tty:
             environment[b"TERM"] = b"xterm-256color"
-            for name in (b"COLUMNS", b"LINES"):  # those of our own terminal
+            for name in (b"COLUMNS", b"LINES"):  # of the terminal that the server was started on
                 environment.pop(name, None)
         for key, text in task.request.env.items():
             environment[key.encode("utf-8")] = text.encode("utf-8")
@@ -3786,35 +3785,35 @@ class Spawner:
         return environment
 
     def _lower_descriptor_limit(self, newest_fd: int) -> None:
-        """Lower our limit to what the child is to inherit, while it is made.
+        """Lower the limit to the one that the child shall inherit, while it is being started.
 
-        Nothing else runs meanwhile, but Popen itself needs a few descriptors: without room for
-        them the limit is left, and given to the child when it runs already.
+        Popen itself needs a few descriptors. If the lower limit leaves no room for them, the limit
+        stays, and the child gets its own when it already runs.
         """
         spare: list[int] = []
         try:
-            while len(spare) < 4:  # as many as Popen will open
+            while len(spare) < 4:  # as many as Popen opens
                 spare.append(os.dup(newest_fd))
             if max(spare) < self._descriptor_limit[0]:
                 resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
         except (OSError, ValueError):
-            pass  # no descriptor is free, which Popen will say; or macOS
+            pass  # no descriptor is free (Popen will say so), or this is macOS
         finally:
             close_fds(spare)
 
     def _restore_descriptor_limit(self, pid: int) -> None:
-        """Give the child the limit that we were started with: select() breaks above 1024."""
+        """Give the child the limit that the server was started with: select() fails above 1024."""
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
         except (AttributeError, OSError, ValueError):  # the first on macOS
-            pass  # it has ended already; the limit is a courtesy
+            pass  # it has already ended
 
 
 class Outputs:
-    """Reads what running tasks write, each in its turn, publishes it, and keeps the newest of it.
+    """Reads the output of running tasks in fair turns, publishes it, and keeps the newest of it.
 
-    is_pressed: whether reading should pause for slow viewers; is_serving: whether a round of
-    viewers is going on; running, finished: the tasks, the latter in the order in which they ended.
+    is_pressed: whether reading should pause for slow viewers. is_serving: whether viewers are being
+    served just now. running, finished: the tasks; finished ones in the order in which they ended.
     """
 
     def __init__(
@@ -3830,10 +3829,10 @@ class Outputs:
         self._is_serving = is_serving
         self._running = running
         self._finished = finished
-        # What is kept, and what was ever read.
+        # Bytes of output that are kept, and that were ever read.
         self._kept_bytes = self.total_bytes = 0
-        # Who waits to be read, in this order, and until when (perf_counter) this turn of the event
-        # loop may read; 0 when it has not begun to.
+        # The tasks that wait to be read, in this order; and until when (perf_counter) reading may
+        # go on in this turn of the event loop, 0 if it has not begun.
         self._queue: dict[Task, None] = {}
         self._turn_end = 0.0
         # When tasks were last read (perf_counter).
@@ -3845,7 +3844,7 @@ class Outputs:
 
     def drain(self, task: Task) -> None:
         """Read what the shell, which has ended, has left in the pipe."""
-        # Part of a terminal's output is on its way inside the kernel, and only read() awaits it.
+        # The kernel may still move a part of a terminal's output; only read() waits for that.
         left = 0
         if task.fd >= 0:
             left = TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
@@ -3858,7 +3857,7 @@ class Outputs:
         self._take(task, b"", final=True)
 
     def leave(self, task: Task) -> None:
-        """The task has ended; what still has its pipe open may go on, unheard."""
+        """End reading: the task has ended. Processes that still hold its pipe may go on."""
         if task.fd >= 0:
             loop = asyncio.get_running_loop()
             loop.remove_reader(task.fd)
@@ -3866,14 +3865,14 @@ class Outputs:
             task.fd = -1
 
     def forget(self, task: Task) -> None:
-        """The task is kept no more."""
+        """Count the output of a task that is no longer kept as gone."""
         self._kept_bytes -= task.output.kept_bytes
 
     def _read(self, task: Task) -> None:
-        """Output has come: read it now, or when it is this task's turn.
+        """There is output: read it now, or when it is this task's turn.
 
-        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. What comes
-        after that waits in a queue, which goes first in the next turn.
+        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. The others
+        wait in a queue and are read first in the next turn.
         """
         now = time.perf_counter()
         if not self._turn_end:
@@ -3886,12 +3885,12 @@ class Outputs:
             self._read_now(task)
 
     def _must_wait(self, now: float) -> bool:
-        """Whether viewers come first. Meanwhile the pipes gather what the tasks write, and the next
-        read is one larger chunk: fewer, larger events for everybody."""
+        """Whether viewers must be served first. Meanwhile output gathers in the pipes, so that the
+        next read is one larger chunk: fewer and larger events for all."""
         return now - self._read_at < ROUND_SECONDS and self._is_serving()
 
     def _begin_turn(self) -> None:
-        """The event loop begins its next turn: those come first who had to wait in the last."""
+        """Begin a turn of the event loop: first read the tasks that waited in the last one."""
         self._turn_end = 0.0
         if not self._queue:
             return
@@ -3919,18 +3918,18 @@ class Outputs:
                 self._take(task, chunk)
 
     def _pause(self, task: Task, seconds: float, go_on: Callable[[Task], None]) -> None:
-        """Read no output of a task: viewers cannot follow, its readers have taken too little of
-        its window, or nobody has its terminal open."""
+        """Stop reading a task for a while: viewers cannot follow, or its readers have taken too
+        little of its window, or no process has its terminal open."""
         asyncio.get_running_loop().remove_reader(task.fd)
         task.set_timer("read", seconds, go_on)
 
     def _resume_read(self, task: Task) -> None:
-        # Also one that has fired: _begin_turn() passes over who has one.
+        # Remove it even if it has just fired: a task with a "read" timer counts as paused.
         task.cancel_timer("read")
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def move_reader(self, task: Task, reader: object, offset: int) -> None:
-        """A `?follow` reader of a task with a window is here now; the slowest of them counts."""
+        """Note how much a `?follow` reader has taken. The slowest reader counts for the window."""
         task.readers[reader] = offset
         task.taken = min(task.readers.values())
         if task.fd >= 0 and task.is_paused:
@@ -3940,22 +3939,22 @@ class Outputs:
                 self._pause(task, WINDOW_SECONDS, self._lift_window)
 
     def _lift_window(self, task: Task) -> None:
-        """Nobody seems to be there: a task outlives who asked for it."""
+        """Remove the window, since no reader takes anything: a task outlives its clients."""
         task.taken = math.inf
         self._resume_read(task)
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
-        """Read output; close at its end."""
+        """Read output; close the descriptor at its end."""
         try:
             chunk = os.read(task.fd, size)
         except BlockingIOError:
             return b""
-        except OSError:  # EIO: nobody has the terminal open
+        except OSError:  # EIO: no process has the terminal open
             chunk = b""
         if chunk:
             return chunk
         if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
-            # Somebody may open it again, as /dev/tty.
+            # A process may open it again, as /dev/tty.
             self._pause(task, TERMINAL_LOOK_SECONDS, self._resume_read)
         else:
             asyncio.get_running_loop().remove_reader(task.fd)
@@ -3964,7 +3963,7 @@ class Outputs:
         return b""
 
     def _take(self, task: Task, chunk: bytes, final: bool = False) -> None:
-        """Publish and keep a chunk; characters that are cut wait for their other half."""
+        """Publish and keep a chunk. A character that was cut in two waits for its other half."""
         cut = task.decoder.getstate()[0]
         if not chunk.isascii() or final or cut:
             text = task.decoder.decode(chunk, final)
@@ -3983,9 +3982,9 @@ class Outputs:
         task.wake()
 
     def _drop_output(self) -> None:
-        """Keep the output of all tasks in bounds: finished tasks give way first, oldest first.
+        """Limit the output of all tasks together: drop that of finished tasks first, oldest first.
 
-        What a task's window says may be on its way to a reader stays, if anything else can go.
+        Output inside a task's window, which its reader may still need, is dropped last.
         """
         running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
         for is_last in (False, True):
@@ -3999,14 +3998,14 @@ class Outputs:
                 self._kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Read what a background child writes after the end, slowly, and forget it."""
+        """Read and drop what a background child writes after the end of its task, slowly."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         try:
             is_open = bool(os.read(fd, READ_CHUNK_BYTES))
         except BlockingIOError:
             is_open = True
-        except OSError:  # EIO: the terminal's last user has gone
+        except OSError:  # EIO: the last process has closed the terminal
             is_open = False
         if is_open:
             loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
@@ -4018,7 +4017,7 @@ def reap_shell(task: Task) -> tuple[float, int]:
     """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
     try:
         _, status, usage = os.wait4(task.pid, 0)
-    except ChildProcessError:  # somebody ignores or reaps our children; the code is lost
+    except ChildProcessError:  # something else has reaped the child; its exit code is lost
         task.exit_code = 255
         return 0.0, 0
     task.exit_code = os.waitstatus_to_exitcode(status)
@@ -4055,7 +4054,7 @@ class Tasks:
         self.running: dict[str, Task] = {}
         # The finished ones, in the order in which they ended.
         self._finished: deque[Task] = deque()
-        # Which task was started for a `ref`, also when it is kept no more.
+        # `ref` -> id of the task that was started for it, also if that is no longer kept.
         self._refs: OrderedDict[str, str] = OrderedDict()
         self.outputs = Outputs(publish, is_pressed, is_serving, self.running, self._finished)
         # For /metrics, since the start of the server.
@@ -4090,7 +4089,7 @@ class Tasks:
         config = self._config
         keep_output = config.keep_output * (KEEP_TIMES if request.window else 1)
         task = Task(self.ids.take(), request, by, keep_output)
-        # What is not taken is kept, also by all tasks at once, and the end of a pipe on top.
+        # So that the windows of all tasks, and the rest of each pipe, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
         cwd = read_cwd()
@@ -4167,7 +4166,7 @@ class Tasks:
     def stop(self, task: Task, number: int = signal.SIGTERM, by: str | None = None) -> None:
         """Signal the whole session, and KILL it after the grace time.
 
-        by: who wants it; None is its time limit. Raises CommandError `task_ended`; then no signal
+        by: who stops it; None is its time limit. Raises CommandError `task_ended`; then no signal
         was sent.
         """
         if task.phase is TaskPhase.ENDED:
@@ -4183,7 +4182,7 @@ class Tasks:
         if task.request.tty and number == signal.SIGTERM:
             signal_session(task.pid, signal.SIGHUP)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
-            # A stopped process takes a signal only when it goes on.
+            # A stopped process receives the signal only when it continues.
             signal_session(task.pid, signal.SIGCONT)
 
     def stop_all(self) -> None:
@@ -4198,7 +4197,7 @@ class Tasks:
     # Ending
 
     def reap(self) -> None:
-        """Look which shells have ended. Called for every SIGCHLD, which may stand for many."""
+        """Find the shells that have ended. Called for each SIGCHLD, which may stand for many."""
         for task in list(self.running.values()):
             if task.phase is not TaskPhase.DRAINING and has_exited(task.pid):
                 self._advance(task, "shell ended")
@@ -4206,15 +4205,15 @@ class Tasks:
             reap_orphans({task.pid for task in self.running.values()})
 
     def _advance(self, task: Task, event: str) -> None:
-        """Move a task on, and do what its new phase asks for. Nothing else sets a phase.
+        """Move a task to its next phase, and do what that needs. Nothing else sets a phase.
 
-        A task that nobody stops ends with its shell. One that is being stopped ends with the last
-        process of its session, or with the KILL.
+        A task that is not being stopped ends with its shell. One that is being stopped ends with
+        the last process of its session, or with the KILL.
         """
         before, task.phase = task.phase, TASK_PHASES[task.phase].get(event, task.phase)
         if event == "kill" or before is TaskPhase.KILLING:
             task.cancel_timer("kill")
-            # Once more when the shell has ended, for what was forked meanwhile.
+            # Again when the shell has ended, for processes that were forked since.
             signal_session(task.pid, signal.SIGKILL)
         if task.phase is before:
             return
@@ -4234,7 +4233,7 @@ class Tasks:
 
     @staticmethod
     def _is_session_gone(task: Task) -> bool:
-        """Whether only the shell is left; False when that cannot be found out now."""
+        """Whether only the shell is left; False if that cannot be found out now."""
         try:
             others = set(find_session(task.pid)) - {task.pid}
         except OSError:
@@ -4242,7 +4241,7 @@ class Tasks:
         return all(is_zombie(pid) for pid in others)
 
     def _finish(self, task: Task) -> None:
-        """Read what the shell left in the pipe, reap it, publish the end."""
+        """Read what the shell has left in the pipe, reap the shell, publish the end."""
         self.outputs.drain(task)
         for name in list(task.timers):
             task.cancel_timer(name)
