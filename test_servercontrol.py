@@ -3260,6 +3260,130 @@ class TestReplay:
         assert 15 * sc.MIB < kept < 16 * sc.MIB
 
 
+class TestRounds:
+    """DESIGN 1: who is served when. The transports here take everything at once, or nothing."""
+
+    class Viewer(sc.Viewer):
+        """Writes down what it is sent."""
+
+        def __init__(self, *only: str) -> None:
+            self.taken: list[bytes] = []
+            choice = sc.Choice(frozenset(only) if only else None)
+            transport = mock.Mock()
+            transport.is_closing.return_value = False
+            super().__init__(
+                transport, self.take, sc.WebSocketConnection(), sc.Role.VIEW, "", choice
+            )
+            transport.write.side_effect = lambda data: self.taken.append(bytes(data))
+
+        def take(self, data: bytes) -> int:
+            self.taken.append(data[:-3])  # the kernel never takes all of it
+            return len(data) - 3
+
+        def seqs(self) -> list[int]:
+            return [int(one) for one in re.findall(rb'"seq":(\d+)', b"".join(self.taken))]
+
+    def test_round_ends_though_there_is_always_news(self, monkeypatch: Any) -> None:
+        """Each turn serves a step; who joins, and what is published meanwhile, is for the next."""
+
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            everybody = [self.Viewer() for _ in range(5 * sc.ROUND_STEP)]
+            for viewer in everybody:
+                viewers.join(viewer, None, True)
+            viewers.flush_all()
+            viewers.publish("stats_update", n=1)
+            for turn in range(1, 6):
+                viewers.flush()
+                viewers.join(self.Viewer(), 0, True)
+                viewers.publish("stats_update", n=2)
+                assert sum(bool(one.taken) for one in everybody) == turn * sc.ROUND_STEP
+                assert viewers.is_serving()
+            viewers.flush_all()
+            last = viewers.feed.next - 1
+            for viewer in viewers.all:
+                seqs = viewer.seqs()
+                assert seqs == list(range(seqs[0], last + 1)), "in order, once, to the end"
+
+        monkeypatch.setattr(sc, "FLUSH_TURN_SECONDS", -1.0)
+        asyncio.run(run())
+
+    def test_few_are_served_at_once_but_not_in_a_flood(self, monkeypatch: Any) -> None:
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            few = [self.Viewer() for _ in range(sc.FEW_VIEWERS)]
+            for viewer in few:
+                viewers.join(viewer, None, True)
+            await asyncio.sleep(0)
+            viewers._hurried_at = -1e12
+            viewers.publish("stats_update")
+            assert [one.seqs() for one in few] == [[1]] * len(few)
+            viewers.publish("stats_update")
+            assert few[0].seqs() == [1], "one write for many events"
+            await asyncio.sleep(0)
+            assert few[0].seqs() == [1, 2]
+            viewers.join(self.Viewer(), None, True)
+            await asyncio.sleep(0)
+            viewers._hurried_at = -1e12
+            viewers.publish("stats_update")
+            assert few[0].seqs() == [1, 2], "they are not few any more"
+
+        monkeypatch.setattr(sc, "FEW_PAUSE_SECONDS", 1e9)
+        asyncio.run(run())
+
+    def test_nothing_is_sent_after_a_close_or_to_who_has_left(self) -> None:
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            closed, left, stalled, other = everybody = [self.Viewer() for _ in range(4)]
+            for viewer in everybody:
+                viewers.join(viewer, None, True)
+            closed.close(1000, "")
+            viewers.resume(closed)
+            viewers.stall(stalled)
+            viewers.publish("stats_update")
+            viewers.leave(left)
+            viewers.flush_all()
+            assert [one.seqs() for one in everybody] == [[], [], [], [1]]
+            viewers.publish("stats_update")
+            viewers.resume(stalled)
+            viewers.flush_all()
+            assert [one.seqs() for one in everybody] == [[], [], [1, 2], [1, 2]]
+            told = sum(
+                len(one) for viewer in (closed, left, stalled, other) for one in viewer.taken
+            )
+            assert viewers.written_bytes == told
+
+        asyncio.run(run())
+
+    def test_what_nobody_chose_is_not_encoded(self, monkeypatch: Any) -> None:
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            some = [self.Viewer("cpu_alert") for _ in range(3)]
+            for viewer in some:
+                viewers.join(viewer, None, True)
+            for n in range(100):
+                viewers.publish("task_output", task_id="1", output=b"x" * n, offset=0)
+                viewers.flush_all()
+            assert not viewers._round and encoded.call_count == 0
+            viewers.publish("cpu_alert")
+            viewers.flush_all()
+            assert [one.seqs() for one in some] == [[101]] * 3 and encoded.call_count == 1
+
+        encoded = mock.Mock(side_effect=sc.encode_event)
+        monkeypatch.setattr(sc, "encode_event", encoded)
+        asyncio.run(run())
+
+    def test_tasks_wait_for_viewers_but_not_for_ever(self, tmp_path: Path) -> None:
+        code = "sc.Viewers.is_serving = lambda self: True; sc.ROUND_SECONDS = 0.25"
+        script = make_launcher(tmp_path, code)
+        with ServerProcess(tmp_path, script=script) as server, RawPeer(server) as peer:
+            task_id = server.start("for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.1; done")
+            events = peer.receive(is_complete(task_id))
+            texts = [event["output"] for event in events if event["type"] == "task_output"]
+            assert "".join(texts) == "".join(f"{n}\n" for n in range(1, 11))
+            assert 1 < len(texts) <= 7, "larger chunks"
+
+
 class TestSlowViewers:
     """SPEC 2: a slow client costs nobody anything."""
 
