@@ -43,8 +43,11 @@ soak: .venv/ok   ## minutes of cut connections, stalls, floods and short tasks
 fuzz: .venv/ok   ## mutated and random input, for FUZZ_SECONDS (120)
 	$(BIN)/python test_servercontrol.py fuzz --seconds $(FUZZ_SECONDS)
 
+shots: .venv/ok  ## pictures of the page in ten states, to be looked at, in .shots/
+	$(BIN)/python .ci/shots
+
 clean:           ## remove what make made
-	rm -rf .venv .venv-* __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .shots __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/ok: Makefile
 	$(PYTHON) -m venv .venv
@@ -61,4 +64,4 @@ clean:           ## remove what make made
 	  echo "NOT INSTALLED: prettier (it needs Node.js); the page's format will not be checked"
 	touch .venv/ok
 
-.PHONY: help run test check matrix bench soak fuzz clean
+.PHONY: help run test check matrix bench soak fuzz shots clean

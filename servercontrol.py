@@ -9989,6 +9989,15 @@ nav h2 {
 #title {
   font-weight: 600;
 }
+@media (min-width: 52rem) {
+  #facts {
+    flex: 1 1 0;
+    min-width: 0;
+    overflow: hidden;
+    text-overflow: ellipsis;
+    white-space: nowrap;
+  }
+}
 #caption:not(:empty) {
   min-width: 6rem;
   unicode-bidi: isolate;
@@ -10444,7 +10453,7 @@ HTML = r"""
     </nav>
     <section id="detail" class="panel" aria-label="Output">
       <div class="head">
-        <button id="back">‹ Tasks</button><code id="title"></code
+        <button id="back">‹ Tasks</button><code id="title" role="heading" aria-level="1"></code
         ><small id="caption" class="dim"></small>
         <span id="state" class="badge" role="status" hidden></span><span class="grow"></span>
         <span class="pair"
@@ -12388,6 +12397,7 @@ function showDetail() {
   ];
   const command = makeVisible(task?.command ?? "");
   say("facts", facts?.filter(Boolean).join(" · ") ?? "");
+  $("facts").title = $("facts").textContent;
   say("title", command || "Output");
   $("title").title = command;
   show("state", words);
@@ -12426,7 +12436,11 @@ function makeRef() {
 function run(fields) {
   const ref = makeRef();
   const body = { ...Object.fromEntries(Object.entries(fields).filter(([, value]) => value)), ref };
+  // The window is measured as it will be: on a phone the list hides the output until then.
+  const { classList } = document.body;
+  classList.add("reading");
   view.measure();
+  classList.toggle("reading", !!stream);
   if (body.tty) Object.assign(body, { cols: view.cols, rows: view.fits });
   return start("exec", ref, body);
 }
