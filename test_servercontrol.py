@@ -11878,12 +11878,13 @@ class TestMonitor:
         with running_client("monitor", place) as process:
             assert process.stdout is not None
             assert b"server_up" in process.stdout.readline()
-            plain_server.start("printf 'a\\033b'")
+            plain_server.start("echo a\x1bb")
             lines: list[str] = []
             while not lines or " task_complete " not in lines[-1]:
                 lines.append(process.stdout.readline().decode())
                 assert re.match(rf"20\d\d-\S+Z {place} \w+ ", lines[-1])
-            assert any('output="a\\u001bb"' in line for line in lines)
+            assert any('command="echo a\\u001bb"' in line for line in lines)
+            assert not any("task_output" in line for line in lines)  # it asks for none
             process.stdout.close()
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
             assert process.stderr is not None and process.stderr.read() == b""
