@@ -211,8 +211,14 @@ MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692. Compressing shorter messages gains next to nothing. Up to FINE_BYTES
 # the best compression takes less than 0.03 ms; for 64 KiB the fastest one takes 0.3 to 1.3 ms.
+# Longer messages are not compressed, since that would take more than 5 ms at once.
 MIN_DEFLATE_BYTES = 100
 FINE_BYTES = 4 * KIB
+MAX_DEFLATE_BYTES = 256 * KIB
+# Compressing events may take this share of the time, and so much at once. Beyond that, events are
+# sent plain. So a flood to a viewer that compresses slows the others by a fifth at most.
+DEFLATE_SHARE = 0.2
+DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
@@ -508,6 +514,7 @@ class Config:
     max_clients: int = 10000
     keep_output: int = 8 * MIB
     keep_tasks: int = 200
+    compress: str = "auto"
     loop: str = "auto"
     log_format: str = "text"
     log_level: str = "info"
@@ -1483,8 +1490,8 @@ INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
 def deflate(payload: bytes, bits: int) -> bytes:
-    """Return the compressed payload, or b"" if it is too short or would not become shorter."""
-    if len(payload) < MIN_DEFLATE_BYTES:
+    """Return the compressed payload, or b"" if compressing it does not pay."""
+    if not MIN_DEFLATE_BYTES <= len(payload) <= MAX_DEFLATE_BYTES:
         return b""
     level = 6 if len(payload) <= FINE_BYTES else 1
     compressor = zlib.compressobj(level, zlib.DEFLATED, -bits)
@@ -1497,6 +1504,12 @@ def encode_message(opcode: Opcode, payload: bytes, bits: int, mask: bytes | None
     """Return a message as one frame, compressed if that helps. bits: of the window; 0: never."""
     data = deflate(payload, bits) if bits else b""
     return encode_frame(opcode, data or payload, mask, is_deflated=bool(data))
+
+
+def deflate_frame(frame: bytes, bits: int) -> bytes:
+    """Return a text frame of a server compressed, or as it is where that does not pay."""
+    data = deflate(frame[{126: 4, 127: 10}.get(frame[1], 2) :], bits)
+    return encode_frame(Opcode.TEXT, data, is_deflated=True) if data else frame
 
 
 OPCODES = frozenset(int(opcode) for opcode in Opcode)
@@ -2034,8 +2047,8 @@ class Feed:
         while self._bytes > self._capacity_bytes and self._dropped < len(self._entries) - 1:
             self._bytes -= self._size(self._entries[self._dropped])
             for frames in self._compressed.values():
-                frame = frames.pop(self.first, None)
-                self._bytes -= len(frame or b"")
+                frame = frames.pop(self.first, self._entries[self._dropped])
+                self._bytes -= len(frame) * (frame is not self._entries[self._dropped])
             self._entries[self._dropped] = None
             self._dropped += 1
         if self._dropped > 1024 and self._dropped * 2 > len(self._entries):
@@ -2097,7 +2110,7 @@ class Feed:
         frames = self._compressed.setdefault(bits, {})
         if seq not in frames:
             frames[seq] = self._compress(frame, bits)
-            self._bytes += len(frames[seq])
+            self._bytes += len(frames[seq]) * (frames[seq] is not frame)
         return frames[seq]
 
     def find_next(self, cursor: int, kinds: frozenset[str] | None) -> int:
@@ -4306,6 +4319,30 @@ def hand_over(transport: asyncio.WriteTransport, data: bytes) -> int:
     return len(data)
 
 
+class Compressor:
+    """Compresses events, for a limited share of the time."""
+
+    def __init__(self) -> None:
+        # Seconds that may be used, and when they were last counted.
+        self._left_seconds = DEFLATE_SECONDS
+        self._now = 0.0
+
+    def compress(self, frame: bytes, bits: int) -> bytes:
+        """Return an event's frame for viewers with such a window; plain when time is used up.
+
+        It is called once for each event and window, so a viewer that reads slowly, whose link
+        needs it most, seldom meets that limit.
+        """
+        now = time.perf_counter()
+        earned = self._left_seconds + (now - self._now) * DEFLATE_SHARE
+        self._left_seconds, self._now = min(earned, DEFLATE_SECONDS), now
+        if self._left_seconds <= 0:
+            return frame
+        frame = deflate_frame(frame, bits)
+        self._left_seconds -= time.perf_counter() - now
+        return frame
+
+
 class Viewer:
     """One WebSocket client."""
 
@@ -4408,7 +4445,7 @@ class Viewers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.feed = Feed(encode_event)
+        self.feed = Feed(encode_event, compress=Compressor().compress)
         self.all: set[Viewer] = set()
         # By what they hear: kinds and window bits.
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
@@ -6508,19 +6545,27 @@ class Connection:
         since, same_boot = parse_since(parameters, self.server.boot_id)
         choice = parse_choice_query(parameters)
         says_hello = parse_flag(parameters, "hello")
+        extension, bits = self._choose_extension(head)
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
-        self.writer.write(encode_upgrade_response(head, key))
+        self.writer.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
         by = self.name_client()
         is_plain = self.peer.scheme == "http"
         send = self._socket.send if is_plain else functools.partial(hand_over, self.transport)
-        self.viewer = Viewer(self.transport, send, WebSocketConnection(), role, by, choice)
+        websocket = WebSocketConnection(deflate_bits=bits)
+        self.viewer = Viewer(self.transport, send, websocket, role, by, choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = self in self.server.stalled
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
         self.server.viewers.join(self.viewer, since, same_boot)
+
+    def _choose_extension(self, head: RequestHead) -> tuple[str, int]:
+        """Choose as choose_deflate() does; with peers on this machine it would only cost."""
+        chosen, mode = choose_deflate(head), self.server.config.compress
+        is_near = self.peer.listener is ListenerKind.UNIX or is_loopback(self.peer.address)
+        return ("", 0) if mode == "off" or (mode == "auto" and is_near) else chosen
 
 
 class Newcomers:
@@ -7620,9 +7665,9 @@ class Link:
         reader, writer = await open_target(self.target, seconds)
         timer = None
         try:
-            await wait_within(seconds, self._upgrade(reader, writer))
+            bits = await wait_within(seconds, self._upgrade(reader, writer))
             self._websocket = WebSocketConnection(
-                lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS
+                lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits
             )
             self._has_hello = False
             self._writer, self.heard_at = writer, time.monotonic()
@@ -7642,8 +7687,8 @@ class Link:
                 timer.cancel()
             writer.close()
 
-    async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """RFC 6455, 4.1."""
+    async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+        """RFC 6455, 4.1. Return the bits of the compression window, 0 for none."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         # A server that knows no choice sends the output too; we do not take it.
         path = "/ws?hello&task=none"
@@ -7653,6 +7698,7 @@ class Link:
             *UPGRADE_FIELDS,
             ("Sec-WebSocket-Key", key),
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+            *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
         ]
         writer.write(encode_request(self.target, "GET", path, fields, version="1.1"))
         status, answer = await read_response_head(reader, is_tls=self.target.tls)
@@ -7661,6 +7707,7 @@ class Link:
             raise refused_error(self.target, status, body)
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
+        return check_deflate_answer(answer.get("sec-websocket-extensions", ""))
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
         """Ask a server that is quiet whether it is there; leave one that does not answer."""
@@ -13157,6 +13204,7 @@ OPTIONS: Options = {
     "running": {
         "--audit-log": (str, "FILE", "who did what; none, - for stderr (default: state folder)"),
         "--max-clients": (parse_count, "N", "open connections at once"),
+        "--compress": (("auto", "on", "off"), "", "WebSocket messages; auto: beyond this machine"),
         "--loop": (("auto", "asyncio", "uvloop"), "", "event loop; auto: uvloop if installed"),
         "--log-format": (("text", "json"), "", "of the log on stderr"),
         "--log-level": (LEVELS, "", "what is logged"),
@@ -13440,6 +13488,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     config = Config(**{**twins, **given})
     if config.loop == "uvloop" and uvloop is None:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
+    if config.compress == "on" and zlib is None:
+        raise ConfigError("--compress: this Python was built without zlib")
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
     if not config.no_exec and find_program(config.shell, environ) is None:

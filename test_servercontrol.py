@@ -352,7 +352,8 @@ class ServerProcess:
 
         options.setdefault("max_size", None)
         options.setdefault("open_timeout", PATIENCE_SECONDS)
-        return connect(f"ws://127.0.0.1:{self.ws_port}{path}", compression=None, **options)
+        options.setdefault("compression", None)
+        return connect(f"ws://127.0.0.1:{self.ws_port}{path}", **options)
 
     def descriptors(self) -> int:
         """Return how many descriptors the server has open."""
@@ -2451,6 +2452,20 @@ def take_frame(buffer: bytearray) -> tuple[int, bytes] | None:
     return frame
 
 
+def inflate_text(first: int, payload: bytes, bits: int = 15) -> str:
+    """Return the text of a frame, which may be compressed for a window."""
+    if first == 0xC1:
+        payload = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
+    return payload.decode("utf-8")
+
+
+def upgrade_request(path: str = "/ws", offer: str = "", host: str = "localhost") -> bytes:
+    """Return the upgrade of a client. offer: its Sec-WebSocket-Extensions."""
+    text = UPGRADE_WS.replace("/ws", path).replace("localhost", host)
+    field = f"Sec-WebSocket-Extensions: {offer}\r\n" if offer else ""
+    return f"{text[:-2]}{field}\r\n".encode()
+
+
 class RawPeer:
     """A WebSocket client on a bare socket: it reads when it is told to and can break any rule."""
 
@@ -2461,6 +2476,7 @@ class RawPeer:
         extra: bytes = b"",
         receive_bytes: int = 0,
         wrap: Callable[[socket.socket], socket.socket] = lambda plain: plain,
+        offer: str = "",
     ) -> None:
         self.socket = socket.socket()
         if receive_bytes:
@@ -2468,7 +2484,7 @@ class RawPeer:
         self.socket.settimeout(PATIENCE_SECONDS)
         self.socket.connect(("127.0.0.1", server.ws_port))
         self.socket = wrap(self.socket)
-        self.socket.sendall(UPGRADE_WS.replace("/ws", path).encode("utf-8") + extra)
+        self.socket.sendall(upgrade_request(path, offer) + extra)
         self.buffer = bytearray()
         while b"\r\n\r\n" not in self.buffer:
             assert self.read_some(), "no answer to the upgrade"
@@ -2518,8 +2534,8 @@ class RawPeer:
         """Return the JSON messages up to the first that `until` accepts."""
         messages = []
         for first, payload in self.frames():
-            if first == 0x81:
-                messages.append(parse_strict_json(payload.decode("utf-8")))
+            if first in (0x81, 0xC1):
+                messages.append(parse_strict_json(inflate_text(first, payload)))
                 if until(messages[-1]):
                     return messages
         raise AssertionError(f"closed before it came: {messages[-3:]}")
@@ -3382,6 +3398,124 @@ class TestRounds:
             texts = [event["output"] for event in events if event["type"] == "task_output"]
             assert "".join(texts) == "".join(f"{n}\n" for n in range(1, 11))
             assert 1 < len(texts) <= 7, "larger chunks"
+
+
+class TestCompression:
+    """SPEC 2, RFC 7692: permessage-deflate on a real server."""
+
+    # Who is answered with an extension: (--compress, on loopback, by the Unix socket, from afar).
+    @pytest.mark.parametrize("mode, expected", [
+        ("auto", (False, False, True)), ("on", (True, True, True)), ("off", (False, False, False)),
+    ])  # fmt: skip
+    def test_it_is_negotiated_beyond_this_machine(
+        self, tmp_path: Path, mode: str, expected: tuple[bool, ...]
+    ) -> None:
+        *_, address = find_addresses()  # the kernel does not call our own one loopback
+        options = (f"--host={address}", "--host=127.0.0.1", "--no-auth", f"--compress={mode}")
+        with UnixServer(tmp_path, *options) as server:
+            port = server.ws_port
+            ways = [
+                socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS),
+                UnixServer.connect(server),
+                socket.create_connection((address, port), PATIENCE_SECONDS),
+            ]
+            for connection, is_expected in zip(ways, expected):
+                with connection:
+                    host = f"{address}:{port}" if connection is ways[2] else "127.0.0.1"
+                    connection.sendall(upgrade_request("/ws", "x, permessage-deflate", host))
+                    head = connection.recv(65536).partition(b"\r\n\r\n")[0]
+                    assert b" 101 " in head
+                    if address != "127.0.0.1":
+                        assert (TAKEN.encode() in head) is is_expected
+                    assert (b"xtensions" in head) is (TAKEN.encode() in head)
+
+    def test_every_viewer_gets_the_same_events(self, tmp_path: Path) -> None:
+        offers = ["", TAKEN, "permessage-deflate", "permessage-deflate; server_max_window_bits=10"]
+        script = make_launcher(tmp_path, DEFLATE_SECONDS=10.0)  # a busy machine is no flood
+        options = ("--compress=on", "--interval=3600")
+        with ServerProcess(tmp_path, *options, script=script) as server:
+            with contextlib.ExitStack() as stack:
+                peers = [stack.enter_context(RawPeer(server, offer=one)) for one in offers]
+                peers.append(RawPeer(server, "/?only=task_complete", offer=TAKEN))
+                stack.enter_context(peers[-1])
+                server.run(
+                    "seq 3000; printf '\\033[31m%0999d' 0; head -c 9000 /dev/urandom | base64"
+                )
+                wires: list[list[tuple[int, bytes]]] = []
+                for peer, bits in zip(peers, (15, 15, 15, 9, 15)):
+                    wires.append([])
+                    while not wires[-1] or '"task_complete"' not in inflate_text(
+                        *wires[-1][-1], bits
+                    ):
+                        wires[-1].append(next(peer.frames()))
+                texts = [
+                    [inflate_text(*one, bits) for one in wire if b"stats_update" not in one[1]]
+                    for wire, bits in zip(wires, (15, 15, 15, 9, 15))
+                ]
+        assert texts[0] == texts[1] == texts[2] == texts[3] and texts[4] == texts[0][-1:]
+        assert wires[1][-3:] == wires[2][-3:] and wires[1][-1][0] == 0xC1
+        sizes = [sum(len(payload) for _, payload in wire) for wire in wires]
+        assert sizes[1] < sizes[0] * 0.7 and sizes[3] < sizes[0] * 0.7
+
+    def test_a_message_that_is_compressed_is_carried_out(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--compress=on") as server:
+            with server.websocket(compression="deflate") as client:
+                client.send('{"type":"ping","x":"%s"}' % ("x" * 60000))
+                assert any("pong" in client.recv(PATIENCE_SECONDS) for _ in range(9))
+            for data, code in (
+                (make_frame(0xC1, squeeze(b" " * 65537)), 1009),
+                (make_frame(0xC1, squeeze(bytes(2**26))), 1009),
+                (make_frame(0xC1, b"\xff"), 1007), (make_frame(0xC9, b""), 1002),
+            ):  # fmt: skip
+                with RawPeer(server, offer=TAKEN) as peer:
+                    peer.send(data)
+                    assert peer.read_close()[0] == code
+            answer = server.exchange(upgrade_request("/ws", "permessage-deflate; ="))
+            assert b" 400 " in answer and b"bad_extension" in answer
+
+    def test_a_python_without_zlib_does_without(self, tmp_path: Path) -> None:
+        script = make_launcher(tmp_path, zlib=None)
+        with ServerProcess(tmp_path, script=script) as server:
+            with RawPeer(server, offer=TAKEN) as peer:
+                assert b"xtensions" not in peer.head
+                peer.send(make_frame(0xC1, squeeze(b"x")))
+                assert peer.read_close()[0] == 1002
+            page = server.request("GET", "/", Accept="text/html", Accept_Encoding="gzip")
+            assert page.status == 200 and "content-encoding" not in page.headers
+        with mock.patch.object(sc, "zlib", None), pytest.raises(sc.ConfigError, match="--compress"):
+            sc.parse_config(["--compress=on"], {})
+
+    def test_a_flood_is_compressed_for_a_fifth_of_the_time(self) -> None:
+        now, frame = [100.0], sc.encode_frame(sc.Opcode.TEXT, b"x" * 65536)
+        compressor, taken = sc.Compressor(), []
+
+        def deflate(frame: bytes, bits: int) -> bytes:
+            now[0] += 0.001
+            taken.append(bits)
+            return frame[:9]
+
+        with mock.patch.object(sc.time, "perf_counter", lambda: now[0]):
+            with mock.patch.object(sc, "deflate_frame", deflate):
+                for _ in range(1000):
+                    made = compressor.compress(frame, 15)
+                    assert made in (frame, frame[:9])
+                    now[0] += 0.0005  # all the rest
+                assert 100 <= len(taken) <= 130 and 1e-3 * len(taken) <= 0.2 * (now[0] - 100) + 0.01
+                now[0] += 1
+                taken.clear()
+                for _ in range(9):  # at once: no more than this after a pause
+                    compressor.compress(frame, 15)
+                assert len(taken) == 4
+
+    def test_what_is_not_compressed_is_counted_once(self) -> None:
+        feed = sc.Feed(lambda event: b"x" * 100, sc.MIB, lambda frame, bits: frame[: 3 * bits])
+        for _ in range(9):
+            feed.append({"type": "stats_update"})
+        counts = [feed.read_batch(1, None, bits) and feed._bytes for bits in (0, 40, 15)]
+        assert counts == [2700, 2700, 2700 + 9 * 45]
+        feed._capacity_bytes = 1
+        feed._trim()
+        assert feed._bytes == 345
 
 
 class TestSlowViewers:
@@ -6449,10 +6583,10 @@ def measure_health(server: ServerProcess) -> float:
 
 # What is small, and there is much of it: what comes first, and then again and again.
 SMALL_PIECES = {
-    "messages": (UPGRADE_WS.encode(), make_frame(0x81, "x")),
-    "pings": (UPGRADE_WS.encode(), make_frame(0x89)),
+    "messages": (upgrade_request(), make_frame(0x81, "x")),
+    "pings": (upgrade_request(), make_frame(0x89)),
     "fragments": (
-        UPGRADE_WS.encode(),
+        upgrade_request(),
         make_frame(0x01) + make_frame(0x00) * 1000 + make_frame(0x80),
     ),
     "requests": (b"", b"GET /x HTTP/1.1\r\nHost:localhost\r\n\r\n"),
@@ -11774,6 +11908,7 @@ class Babbler(Impostor):
     """A server that speaks WebSocket, says `hello`, and then what it is told to."""
 
     hello = frame(HELLO)
+    extension = ""
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -11791,6 +11926,7 @@ class Babbler(Impostor):
             b"GET /ws?hello&task=none HTTP/1.1\r\n"
         )  # it knows no run yet
         fields = [("Sec-WebSocket-Accept", sc.compute_accept(key.group(1).decode()))]
+        fields += [("Sec-WebSocket-Extensions", self.extension)] if self.extension else []
         connection.sendall(sc.encode_response_head(101, fields) + self.hello + self.answer)
         while connection.recv(65536):
             pass
@@ -11996,6 +12132,23 @@ class TestMonitor:
                 watcher.stop()
         assert len(babbler.received) == 1  # the second time not at once
         assert not {0x1B, 0x9B} & set((tmp_path / "log").read_bytes())
+
+    @parametrize_rows("extension, text, taken, reason", [
+        ("compressed", TAKEN, b"x" * 2**20, True, ""),
+        ("not agreed on", "", b"x" * 999, False, "1002"),
+        ("context taken over", "permessage-deflate", b"x", False, "not offered"),
+        ("bomb", TAKEN, bytes(2**25), False, "1009"),
+    ])  # fmt: skip
+    def test_takes_compressed_events(
+        self, extension: str, text: bytes, taken: bool, reason: str
+    ) -> None:
+        event = json.dumps({**STATS, "seq": 2, "more": text.decode()}).encode()
+        said = sc.encode_frame(sc.Opcode.TEXT, squeeze(event), is_deflated=True)
+        with Babbler(said + sc.encode_frame(sc.Opcode.CLOSE, b"")) as babbler:
+            babbler.extension = extension
+            kinds, error = follow(babbler)
+        assert ("stats_update" in kinds) is taken and reason in str(error)
+        assert b"Sec-WebSocket-Extensions: permessage-deflate; server_no" in babbler.received[-1]
 
     def test_takes_no_event_that_is_of_its_own_making(self, tmp_path: Path) -> None:
         """A server cannot say that it is silent, or lines of the output dropped."""
@@ -17001,7 +17154,8 @@ class SoakViewer:
 
     def watch(self, seconds: float, pause: Callable[[], float] = lambda: 0.0) -> None:
         """Connect, read for a while with pauses, and break the connection in its middle."""
-        with RawPeer(self.server, f"/?since={self.seq}&boot={self.boot}{self.choice}") as peer:
+        path = f"/?since={self.seq}&boot={self.boot}{self.choice}"
+        with RawPeer(self.server, path, offer=TAKEN if self.connections % 2 else "") as peer:
             self.connections += 1
             end = time.monotonic() + seconds
             peer.socket.settimeout(0.05)
@@ -17016,8 +17170,8 @@ class SoakViewer:
                     return
                 frame = take_frame(peer.buffer)
                 while frame is not None:
-                    if frame[0] == 0x81:
-                        self.take(json.loads(frame[1].decode("utf-8")))
+                    if frame[0] in (0x81, 0xC1):
+                        self.take(json.loads(inflate_text(*frame)))
                     elif frame[0] == 0x89:
                         peer.send(make_frame(0x8A, frame[1]))
                     frame = take_frame(peer.buffer)
@@ -17259,8 +17413,12 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
 
 # What each job needs of its server besides.
 SOAK_OPTIONS = {
+    "cuts": ("--compress=on",),
     "siege": ("--require-token", "--audit-log=none"),
-    "stalls": ("--keep-output=64MiB",),  # so that /logs has what the events no longer have
+    "stalls": (
+        "--compress=on",
+        "--keep-output=64MiB",
+    ),  # so that /logs has what the events no longer have
 }
 SOAK_JOBS = {
     "cuts": soak_cuts,
