@@ -48,18 +48,18 @@ Map (search for the number and a dot):
 May I run this as root? Read these places in this order, some 1,020 lines in all. The
 number is how many lines each has:
 
-     372  section 6                  who gets in: the gate, check_access, and its rules in order
-      28  load_tokens                where the two tokens come from
-      25  read_token_file            whose files are believed
-      19  identify_peer              whose process is at the other end: the kernel is asked
-      34  Exchanges._serve_request   the door: head, gate, only then the body, answer
-      17  Exchanges._admit           what the gate's answer lets a request reach
-      19  find_route                 which role each path needs
-      17  parse_exec_body            what a request to run something may say
-      36  answer_exec                where the gate and the tasks meet
-      81  Spawner                    how a command is started: session, environment, descriptors
-     249  Tasks                      how it is watched, stopped with all that it started, and ends
-     120  AuditLog                   how it is written down
+     372  section 6                 who gets in: the gate, check_access, and its rules in order
+      28  load_tokens               where the two tokens come from
+      25  read_token_file           whose files are believed
+      19  identify_peer             whose process is at the other end: the kernel is asked
+      34  Exchanges._serve_request  the door: head, gate, only then the body, answer
+      17  Exchanges._admit          what the gate's answer lets a request reach
+      19  find_route                which role each path needs
+      17  parse_exec_body           what a request to run something may say
+      36  answer_exec               where the gate and the tasks meet
+      81  Spawner                   how a command is started: session, environment, descriptors
+     252  Tasks                     how it is watched, stopped with all that it started, and ends
+     120  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -5131,13 +5131,13 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
 
 
 def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
-    """The same where netlink is not to be had: 33 ms among 16,000 sockets."""
+    """The same without netlink, from /proc: 33 ms among 16,000 sockets."""
     path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
 def has_sock_diag() -> bool:
-    """Whether netlink names the owner of a socket that is surely there: one of our own."""
+    """Whether netlink tells the owner of a socket; tried with one of this process."""
     try:
         with socket.socket() as listener, socket.socket() as client:
             listener.bind(("127.0.0.1", 0))
@@ -5153,8 +5153,8 @@ def has_sock_diag() -> bool:
 def find_owner(peer: Endpoint, local: Endpoint, may_scan: bool) -> tuple[int | None, int]:
     """Return (uid, inode) of the other end of a connection on this machine; None is unknown.
 
-    may_scan: whether to read /proc/net/tcp*, since there is no netlink. Addresses that are mapped
-    into IPv6 are in the kernel's IPv4 tables, and so parse_ip() gives them.
+    may_scan: whether to read /proc/net/tcp*, since there is no netlink. IPv4 addresses that are
+    mapped into IPv6 are in the kernel's IPv4 tables, so parse_ip() returns them as IPv4.
     """
     try:
         return scan_socket_owner(peer, local) if may_scan else query_socket_owner(peer, local)
@@ -5163,10 +5163,10 @@ def find_owner(peer: Endpoint, local: Endpoint, may_scan: bool) -> tuple[int | N
 
 
 def is_standing(connection: socket.socket) -> bool:
-    """Whether an accepted connection still has its other end. Asked after its owner.
+    """Whether an accepted connection still has its other end. Called after find_owner().
 
-    A client that has reset its connection leaves a request to be read, and its port to others:
-    who connects from there next is found as the owner, and is not who sent it.
+    A client that has reset its connection has freed its port, but its request can still be read. If
+    another process uses that port now, find_owner() has found that one, which did not send it.
     """
     try:
         state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]  # tcp(7)
@@ -5176,7 +5176,7 @@ def is_standing(connection: socket.socket) -> bool:
 
 
 def read_trusted_uid() -> int:
-    """Return our effective uid, or -1 where others have it too.
+    """Return the server's effective uid, or -1 if other accounts have the same.
 
     In a user namespace that maps only some accounts, one uid stands for all the others.
     """
@@ -5198,18 +5198,18 @@ def find_unix_owner(connection: socket.socket) -> int | None:
 
 
 def tune_socket(connection: socket.socket) -> None:
-    """Set what a client's connection needs. Raises OSError when it is gone."""
+    """Set the options of a client's socket. Raises OSError if the connection is gone."""
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
-        # Else what is written in two pieces waits 40 ms for the first one's ACK.
+        # Otherwise the second of two writes waits 40 ms for the ACK of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sys.platform == "linux":
-            # Else the kernel would take megabytes for each client that does not read.
+            # Otherwise the kernel buffers megabytes for each client that does not read.
             connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice within 20 s that the other host is dead, where it can (tcp(7))."""
+    """Let the kernel notice within 20 s that the other host is dead, if it can (tcp(7))."""
     if connection.family == socket.AF_UNIX:
         return
     with contextlib.suppress(OSError):  # it is closed already
@@ -5241,17 +5241,17 @@ def identify_peer(
 
 
 class TlsFiles:
-    """The certificate and its key, read anew when the files change.
+    """The certificate and its key, read again when the files change.
 
-    So a renewed certificate needs no signal, no hook and no knowledge of our pid. Connections
-    that stand keep theirs; those that come get the new one.
+    So a renewed certificate needs no signal. Open connections keep the old one, new ones get the
+    new one.
     """
 
     def __init__(self, cert: str, key: str, log: Log) -> None:
         self._cert = cert
         self._key = key or cert
         self._log = log
-        # What the files looked like when they were read, and at the last look.
+        # Size and times of the files when they were read, and when they were last checked.
         self._signature = self._last_look = self._look()
         self.context = self._load()
 
@@ -5263,17 +5263,17 @@ class TlsFiles:
         return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in status]
 
     def _load(self) -> ssl.SSLContext:
-        """Return a context of what the files hold now. Raises OSError or ValueError."""
+        """Return a TLS context from the files. Raises OSError or ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(["http/1.1"])
-        # A password that is never right: else OpenSSL would ask for one on the terminal.
+        # With this wrong password OpenSSL does not ask for one on the terminal.
         context.load_cert_chain(self._cert, self._key, password="")
         return context
 
     def refresh(self) -> None:
-        """Read the files again if they have changed and are at rest, i.e. look as last time."""
+        """Read the files again if they have changed, but not since the last check."""
         look = self._look()
         changed = look != self._signature and look == self._last_look
         self._last_look = look
@@ -5290,9 +5290,9 @@ class TlsFiles:
 
 @dataclass
 class Request:
-    """A request that has passed the gate. by: who asks, for events and logs.
+    """A request that has passed the gate. by: the client, for events and logs.
 
-    ends: called when its answer is written, or its client has gone.
+    ends: functions that are called when the answer is written, or the client has gone.
     """
 
     head: RequestHead
@@ -5337,13 +5337,13 @@ def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) ->
 async def follow_output(
     task: Task, offset: int, trailers: dict[str, str], move: Callable[[int], None]
 ) -> AsyncIterator[bytes]:
-    """Give a task's output from `offset` on until it is complete.
+    """Yield a task's output from `offset` on, until the task is complete.
 
-    move: told how much the kernel has taken for the client. A client that falls off the kept output
-    is cut off in the middle of the body, which it notices; a hole in the output it would not.
+    move: is called with the offset that the kernel has taken for the client. If the client falls
+    behind the kept output, the body is cut off, which it notices; it would not notice a hole.
     """
     while task.output.start <= offset:
-        # A few blocks at a time: those that wait for the client are kept alive by it alone.
+        # A few blocks at a time, since blocks that wait for the client need memory.
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
         move(offset)
@@ -5376,7 +5376,7 @@ class Route:
 PLAIN_TEXT = "text/plain; charset=utf-8"
 METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 HTML_TEXT = "text/html; charset=utf-8"
-# For who speaks plain HTTP to a port with TLS.
+# The answer to plain HTTP on a port with TLS.
 SPEAK_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
     b"Content-Length: 84\r\n\r\n"
@@ -5478,7 +5478,7 @@ async def answer_health(server: Server, request: Request) -> Response:
 
 
 async def answer_preflight(server: Server, request: Request) -> Response:
-    """A browser asks whether a page of a listed origin may send what it wants to."""
+    """Answer a browser's preflight for a page of a listed origin: it may send its request."""
     fields = [
         ("Access-Control-Allow-Methods", "GET, POST"),
         ("Access-Control-Allow-Headers", "authorization, content-type"),
@@ -5499,7 +5499,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         ("X-Accel-Buffering", "no"),  # for nginx, which would keep it until there is more
     ]
     move: Callable[[int], None] = lambda offset: None  # noqa: E731
-    # Whoever may only watch delays nothing.
+    # A client that may only watch does not delay a task.
     if task.window and request.role is Role.RUN:
         reader = object()
         move = functools.partial(server.tasks.outputs.move_reader, task, reader)
@@ -5512,7 +5512,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
     """Return what the body asks for, or with `again` what that task was asked for.
 
-    So its environment, which nobody is shown, and its input are the same without being told.
+    So it also gets the same environment, which no client can see, and the same input.
     """
     if "again" not in request.parameters:
         return parse_exec_body(request.head.media_type, request.body)
@@ -6338,7 +6338,7 @@ class Connection:
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.may_scan
         )
-        # Newcomers of one account, or else of one address, are counted together.
+        # Newcomers are counted by account, or by address if the account is unknown.
         self.source = self.peer.uid, find_host_key(self.peer.address)
         tune_socket(connection)
         self.transport: asyncio.Transport
@@ -6380,7 +6380,7 @@ class Connection:
                 if self.viewer is not None:
                     await serve_websocket(self, self.viewer, backlog)
         except (asyncio.CancelledError, ConnectionError):
-            pass  # the peer has gone, or its time was up
+            pass  # the peer has gone, or its deadline has passed
         except Exception:
             self.server.log.write_limited(
                 "error", "connection_failed", trace=traceback.format_exc()
@@ -6393,7 +6393,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {}
         if self.peer.scheme == "https" and self.server.tls:
-            if is_extra:  # a handshake would be too much of an answer
+            if is_extra:  # too many connections: not worth a handshake
                 self._socket.close()
                 raise ConnectionAbortedError
             options["ssl"] = self.server.tls.context
@@ -6421,7 +6421,7 @@ class Connection:
     def take_transport(
         self, transport: asyncio.Transport, protocol: asyncio.StreamReaderProtocol
     ) -> None:
-        """The connection stands: with TLS it could not speak before."""
+        """Begin to serve: the transport is ready, with TLS after the handshake."""
         self.transport = transport
         # 0: we are told whenever something cannot be written at once, and when all is written.
         # asyncio's TLS would tell us of 0 bytes, too.
@@ -6465,7 +6465,7 @@ class Connection:
         self.transport.abort()
 
     def _end_tls(self) -> None:
-        """Do not wait for the peer's goodbye (RFC 8446, 6.1), as asyncio before 3.11 does."""
+        """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
         if self not in self.server.connections:
             return
         if self.phase is Phase.ENDING and not count_waiting_bytes(self.transport):
@@ -6509,7 +6509,7 @@ class Connection:
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """The deadline of the present phase has passed."""
+        """End the connection: the deadline of its present phase has passed."""
         if self.viewer is not None and self.viewer.is_open:
             if self.viewer.keep_alive(now):
                 self.server.deadlines.set(self, PING_SECONDS)
@@ -6539,7 +6539,7 @@ class Connection:
         if head.path not in WEBSOCKET_PATHS:
             raise HttpError(404, "not_found", "WebSocket clients connect to / or /ws")
         key = check_upgrade(head)
-        if role is None:  # the gate lets no upgrade pass without one; this must not rest on it
+        if role is None:  # the gate never allows that; checked again all the same
             raise HttpError(401, "unauthorized", "watching needs a role")
         parameters = parse_query(head.query, repeatable="task")
         since, same_boot = parse_since(parameters, self.server.boot_id)
@@ -6569,11 +6569,11 @@ class Connection:
 
 
 class Newcomers:
-    """The connections that have not passed the gate yet: few, and not all of one source.
+    """Limits the connections that have not passed the gate yet, in all and by source.
 
-    Above the limit the source with most of them loses its oldest. In a burst, of clients that come
-    back together, that one first has NEWCOMER_GRACE_SECONDS to speak, unless there are more than
-    MAX_BURST, or half of all places are taken.
+    Above the limit, the source with the most of them loses its oldest one. In a burst (many clients
+    that reconnect at once) each has NEWCOMER_GRACE_SECONDS first, unless there are more than
+    MAX_BURST of them, or half of `--max-clients` are connected.
     """
 
     def __init__(self, connections: set[Connection], half: int) -> None:
@@ -6603,7 +6603,7 @@ class Newcomers:
                 loop = asyncio.get_running_loop()
                 self._timer = self._timer or loop.call_later(grace, self._look_again)
                 return
-            # At once, and not when the loop says that it is gone: many may come in one turn.
+            # Now, and not only when the transport is gone: many may be accepted in one turn.
             self.discard(loser)
             self._connections.discard(loser)
             loser.end(End.RESET)
@@ -6682,7 +6682,7 @@ def bind_all(hosts: Sequence[Sequence[tuple[int, str]]], port: int) -> list[sock
 
 
 def adopt_socket(fd: int) -> socket.socket:
-    """Return a listening socket that was opened for us, ours alone now. Raises ConfigError."""
+    """Return a listening socket that systemd has opened. Raises ConfigError."""
     try:
         listener = socket.socket(fileno=fd)
         is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
@@ -6715,7 +6715,7 @@ def is_stale_socket(path: str) -> bool:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a listening Unix socket (0600). One that a crash left there is replaced.
+    """Return a listening Unix socket (0600). It replaces one that a crash has left.
 
     Raises OSError.
     """
@@ -6738,10 +6738,10 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return the listening sockets that systemd opened for us: `http`, `ws` and `unix`.
+    """Return the listening sockets that systemd has opened: `http`, `ws` and `unix`.
 
-    sd_listen_fds(3): they are the descriptors from 3 on, if LISTEN_PID is ours. A Unix socket is
-    one whatever its name. Raises ConfigError.
+    sd_listen_fds(3): they are the descriptors from 3 on, if LISTEN_PID is this process. A Unix
+    socket is recognised without its name. Raises ConfigError.
     """
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
@@ -6889,12 +6889,12 @@ class Listeners:
             if path and ours and os.path.samestat(os.stat(path), ours):
                 os.unlink(path)
         except OSError:
-            pass  # somebody else has removed it
+            pass  # it has been removed already
 
 
 @dataclass
 class ServerParts:
-    """What build_server() makes before the server, and hands down."""
+    """The objects that build_server() makes for the Server."""
 
     config: Config
     log: Log
@@ -6908,7 +6908,7 @@ class ServerParts:
     # The state folder, or None.
     folder: str | None
     page: Page
-    # RLIMIT_NOFILE as it was before we raised our own.
+    # RLIMIT_NOFILE before the server raised its own.
     descriptor_limit: tuple[int, int]
 
 
@@ -7011,7 +7011,7 @@ class Server:
     async def start(self) -> None:
         """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
         self._loop.set_exception_handler(functools.partial(log_loop_error, self.log))
-        # Not by the loop, since uvloop keeps SIGCHLD for itself.
+        # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
         if not self.config.no_discovery:
@@ -7026,7 +7026,7 @@ class Server:
         }
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        # Before anybody can do anything.
+        # Before the first request.
         complete_crashed_runs(self._folder, self.audit, self.log, find_session)
         self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
@@ -7037,7 +7037,7 @@ class Server:
         self.log.write("info", "listening", **places, **facts, **files)
 
     def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
-        """Accept who waits, and ask the kernel at once who it is."""
+        """Accept the waiting connections, and ask the kernel at once whose they are."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = listener.accept()
@@ -7098,7 +7098,7 @@ class Server:
     # Running
 
     def check_access(self, peer: Peer, head: RequestHead) -> Role | None:
-        """Ask the gate; tell who tries many tokens to wait. Raises HttpError."""
+        """Check a request at the gate; 429 after many wrong tokens. Raises HttpError."""
         try:
             return check_access(self.policy, peer, head)
         except HttpError as error:
