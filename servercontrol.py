@@ -230,8 +230,8 @@ BATCH_BYTES = 64 * KIB
 # asyncio's default: above it our client answers no ping.
 HIGH_WATER_BYTES = 64 * KIB
 # A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. It is more than broadcasts alone can leave in a buffer: the high-water mark, a
-# batch and the largest frame.
+# tasks) is closed. It is more than broadcasts alone can leave in a buffer: one batch, which may end
+# with the largest frame.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -4298,11 +4298,17 @@ class Tasks:
 
 # 14. Viewers ─────────────────────────────────────────────────────────────────────────────────
 # One Viewer per WebSocket client, and the flush that hands all of them what is new in the Feed.
-# publish() never waits and never touches a socket: it appends, and one flush per turn of the
-# event loop gives each viewer everything from its cursor on in one write. A viewer whose write
-# buffer is above the high-water mark is stalled: it is passed over until the transport says that
-# it has drained, and then goes on from its cursor. So it costs its buffer and an integer, however
-# slow it is, and delays nobody beyond the tenth of a second that PATIENCE_SECONDS is about.
+# publish() never waits: it appends, and one flush per turn of the event loop gives each viewer
+# everything from its cursor on, in one write.
+#
+# - A round serves everybody who waits. With many viewers it takes several turns, and tasks are not
+#   read meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads
+#   give fewer, larger events. Whoever joins, and what is published, is for the next round.
+# - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
+# - While a transport has nothing to write, bytes for its viewer go to the socket directly. While it
+#   has, the viewer is stalled: it is passed over, and then goes on from its cursor. So it costs one
+#   batch and an integer, however slow it is, and delays nobody beyond the tenth of a second that
+#   PATIENCE_SECONDS is about.
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
@@ -4479,12 +4485,12 @@ class Viewers:
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
         self.published[kind] += 1
-        if not self._is_pressed and time.monotonic() - self._looked_at >= PRESSURE_SECONDS:
-            self._find_pressure()
         if len(self.all) <= FEW_VIEWERS and self._may_hurry():
             self.flush()
         else:
             self._schedule()
+        if not self._is_pressed and time.monotonic() - self._looked_at >= PRESSURE_SECONDS:
+            self._find_pressure()
         return event
 
     def _may_hurry(self) -> bool:
