@@ -7206,14 +7206,14 @@ class Server:
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
-# The same file at the other end: `discover`, `exec` and `monitor`. `exec` uses HTTP alone: output
-# comes by `?follow`, which is taken up again where it broke off; a Control sends the rest.
-# `monitor` has a Link to each server: one WebSocket connection, taken up again with `since` where
-# it was left. So nothing is lost or doubled, or the gap is named.
+# The client: `discover`, `exec` and `monitor`. `exec` uses only HTTP: it reads the output from
+# `?follow`, and after a break continues where that ended; a Control sends everything else.
+# `monitor` has a Link to each server: one WebSocket connection, which after a break continues with
+# `since`. So nothing is lost or doubled, or the gap is named.
 #
-# A token goes only where its owner said: to a server that is listed with it, or that is named
-# beside --token-file; never to what merely answered a probe. Whatever others say of themselves,
-# servers or who answers a probe, is shown without control characters.
+# A token is sent only to a server that is listed with it, or that is named together with
+# --token-file or SERVERCONTROL_TOKEN; never to one that has merely answered a probe. Text from
+# servers, and from whoever answers a probe, is shown without control characters.
 
 
 Result = TypeVar("Result")
@@ -7221,11 +7221,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Target:
-    """A server as a client names it. unix: its socket, instead of host and port; path: of a proxy.
+    """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
 
-    token: sent with each request, None for none; token_file: where to read it each time, so that
-    a file that is mended or renewed is taken at once, and one that is missing concerns nobody else.
-    line: where it is listed, for messages; "" if it is not.
+    token: sent with each request, None for none. token_file: read again for each request, so that
+    a corrected file is used at once, and a missing one is an error for this server only. line: the
+    line that lists the server, for messages; "" if it is not listed.
     """
 
     name: str
@@ -7239,7 +7239,7 @@ class Target:
     line: str = ""
 
     def read_token(self) -> str | None:
-        """Return what is sent. Raises UnreachableError as if the server had refused (401)."""
+        """Return the token to send, or None. Raises UnreachableError 401 if it cannot be read."""
         if not self.token_file:
             return self.token
         try:
@@ -7251,7 +7251,7 @@ class Target:
 
     @property
     def url(self) -> str:
-        """The address to show, without path at its end."""
+        """The URL to show, without a slash at its end."""
         if self.unix:
             return f"unix:{self.unix}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -7259,11 +7259,11 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """What the Host field says (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
+        """The value of the Host field (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
         return "localhost" if self.unix else re.sub("%[^]]*", "", self.url.split("/")[2])
 
 
-# Whether a scheme means TLS, and its port.
+# Scheme -> (whether it uses TLS, its default port).
 SCHEMES = {
     "http": (False, 80),
     "ws": (False, 80),
@@ -7332,7 +7332,7 @@ def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
 
 
 def clean_text(text: Any, width: int = 200) -> str:
-    """Return what a stranger says of itself, fit for a terminal: one line, nothing but text."""
+    """Return text from a server or prober, made safe for a terminal: one line, printable only."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text))
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
@@ -7345,7 +7345,7 @@ def encode_request(
     body: bytes = b"",
     version: str = "1.0",
 ) -> bytes:
-    """Return a request. HTTP/1.0: its answer ends with the connection, and is never chunked."""
+    """Return a request. With HTTP/1.0 its answer is not chunked, and ends with the connection."""
     lines = [f"{method} {target.path}{path} HTTP/{version}", f"Host: {target.authority}"]
     token = target.read_token()
     if token is not None:
@@ -7367,12 +7367,12 @@ def parse_response_head(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 def foreign_error() -> UnreachableError:
-    """Return what is said of an answer that no ServerControl gives."""
+    """Return the error for an answer that is not ServerControl's."""
     return UnreachableError("it does not answer like ServerControl", 404)
 
 
 def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
-    """Return why a server did not do what it was asked for, and what helps."""
+    """Return the error for an answer other than 200: the reason, and what to do."""
     try:
         message = clean_text(parse_json_object(body)["message"])
     except (CommandError, KeyError):
@@ -7389,7 +7389,7 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
 
 @functools.cache
 def make_client_tls() -> ssl.SSLContext:
-    """Return what checks certificates. SSL_CERT_FILE names those of one's own (OpenSSL)."""
+    """Return the client's TLS context. OpenSSL reads the file that SSL_CERT_FILE names."""
     if ssl is None:
         raise UnreachableError("this Python was built without OpenSSL")
     context = ssl.create_default_context()
@@ -7398,7 +7398,7 @@ def make_client_tls() -> ssl.SSLContext:
 
 
 def is_final(error: UnreachableError) -> bool:
-    """Whether asking again the same way is of no use (RFC 9110, 15.5)."""
+    """Whether the same request would fail again (RFC 9110, 15.5)."""
     return 400 <= error.status < 500
 
 
@@ -7408,12 +7408,12 @@ def explain_failure(error: Exception) -> str:
         return "no answer in time"
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
         own = os.environ.get("SSL_CERT_FILE", "")
-        is_missing_file = own and not os.path.isfile(own)  # which OpenSSL does not mind
+        is_missing_file = own and not os.path.isfile(own)  # OpenSSL does not complain about that
         hint = f"there is no file {own}" if is_missing_file else "see SSL_CERT_FILE"
         return f"its certificate is not trusted: {error.verify_message} ({hint})"
     if ssl is not None and isinstance(error, ssl.SSLError):
         return "TLS failed (is it http?)"
-    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: not even a name
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # UnicodeError: the name is malformed
         return "no such host"
     number = error.errno if isinstance(error, OSError) else None
     return os.strerror(number).lower() if number else str(error) or "disconnected"
@@ -7422,11 +7422,11 @@ def explain_failure(error: Exception) -> str:
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
     """Return the result of something. Raises asyncio.TimeoutError, and what it raises.
 
-    Unlike wait_for(), which before Python 3.12 may swallow that we are cancelled: then a client
-    that is told to end goes on.
+    Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end would go on.
     """
     future = asyncio.ensure_future(something)
-    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # it is known to us
+    # So that asyncio does not log the exception as never retrieved.
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())
     try:
         await asyncio.wait({future}, timeout=seconds)
         if not future.done():
@@ -7439,8 +7439,8 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError.
 
-    In a thread for each: asyncio's few would be kept busy by names that nobody answers for, and
-    waited for at the end.
+    Each look-up has a thread of its own: names that no server answers for would occupy asyncio's
+    few threads, and asyncio would wait for these at the end.
     """
     loop = asyncio.get_running_loop()
     found: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
@@ -7459,15 +7459,15 @@ async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
 
     try:
         threading.Thread(target=ask, daemon=True).start()
-    except RuntimeError:  # no thread is to be had
+    except RuntimeError:  # no thread can be started
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
     return await found
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
-    """Return a connection to the first address of a host that takes one.
+    """Return a connection to the first address of a host that accepts one.
 
-    Raises OSError: what the first address said.
+    Raises OSError: the error of the first address.
     """
     failure: OSError | None = None
     for family, kind, protocol, _, address in await look_up(host, port):
@@ -7516,9 +7516,9 @@ async def open_target(
 async def read_response_head(
     reader: asyncio.StreamReader, is_tls: bool = True
 ) -> tuple[int, dict[str, str]]:
-    """Return (status, fields) of the answer that comes. Raises UnreachableError.
+    """Return (status, fields) of the next answer. Raises UnreachableError.
 
-    is_tls: whether it was asked so; else who hangs up may have waited for TLS, as our server does.
+    is_tls: whether this connection uses TLS. If not, a server that hangs up may expect TLS.
     """
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
@@ -7531,7 +7531,7 @@ async def read_response_head(
 
 
 async def read_rest(reader: asyncio.StreamReader) -> bytes:
-    """Return what comes until the end of the connection. Raises UnreachableError."""
+    """Return all bytes until the end of the connection. Raises UnreachableError."""
     answer = bytearray()
     try:
         while len(answer) <= MAX_ANSWER_BYTES:
@@ -7588,7 +7588,7 @@ async def fetch_json(target: Target, method: str, path: str, kind: type = dict) 
     return parse_answer(answer, kind)
 
 
-# What reading JSON, and what is in it, raises where it is not what was agreed.
+# What parsing an answer, and using its fields, raises if they are not as the protocol says.
 NOT_AS_AGREED = (
     *(CommandError, ValueError, TypeError, LookupError),
     *(AttributeError, ArithmeticError, RecursionError),
@@ -7596,9 +7596,9 @@ NOT_AS_AGREED = (
 
 
 def check_seq(value: Any) -> int:
-    """Return the seq of an event. Raises ValueError for one that no server reaches.
+    """Return the seq of an event. Raises ValueError if it is larger than any server's.
 
-    After such a one every event would be an old one, and no server takes it as `since` (DIGITS).
+    After such a seq all other events would count as old, and no server accepts it as `since`.
     """
     if type(value) is not int or not 0 <= value < 10**18:
         raise ValueError("seq")
@@ -7627,12 +7627,12 @@ class Link:
         self.target = target
         self._take = take
         self._silence_seconds = silence_seconds
-        # Short of the silence allowed, so that a server is found soon after its return.
+        # Shorter than the allowed silence, so that the return of a server is noticed in time.
         self._connect_seconds = min(CONNECT_SECONDS, silence_seconds * 0.6)
-        # Which run of the server we follow, and its newest event that was taken.
+        # The run of the server that is followed, and the seq of its newest event that was taken.
         self.boot_id = ""
         self.seq = 0
-        # When anything last came, and when the connection was last good (monotonic seconds).
+        # When bytes last came, and when the connection was last good (monotonic seconds).
         self.heard_at = time.monotonic()
         self._good_at = time.monotonic()
         # The open connection, and whether its `hello` has come.
@@ -7653,20 +7653,20 @@ class Link:
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
                 if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
-            # Not in the clause above: the error keeps alive what could not be understood. And not
-            # all at the same moment, after a switch was restarted.
+            # Outside of `except`, so that the exception and its data are freed before. The random
+            # part spreads the reconnections after a switch was restarted.
             await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
 
     def send(self, message: dict[str, Any]) -> None:
         self._write(Opcode.TEXT, encode_json(message))
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
-        """asyncio complains on stderr of what is written to a connection that was reset."""
+        """Send a frame, unless the connection was reset: asyncio would complain on stderr."""
         if self._writer is not None and not self._writer.transport.is_closing():
             self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> None:
-        """Connect, and take what comes until that ends. Raises UnreachableError when it does."""
+        """Connect, and take events until the connection ends. Raises UnreachableError then."""
         seconds, start_at = self._connect_seconds, time.monotonic()
         reader, writer = await open_target(self.target, seconds)
         timer = None
@@ -7696,7 +7696,7 @@ class Link:
     async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         """RFC 6455, 4.1. Return the bits of the compression window, 0 for none."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
-        # A server that knows no choice sends the output too; we do not take it.
+        # An older server ignores the choice and sends output too, which is not taken.
         path = "/ws?hello&task=none"
         if self.boot_id:
             path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
@@ -7716,7 +7716,7 @@ class Link:
         return check_deflate_answer(answer.get("sec-websocket-extensions", ""))
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
-        """Ask a server that is quiet whether it is there; leave one that does not answer."""
+        """Ping a server that is silent; end the connection if it does not answer."""
         while True:
             await asyncio.sleep(self._silence_seconds / 4)
             idle_seconds = time.monotonic() - self.heard_at
@@ -7726,7 +7726,7 @@ class Link:
                 self.send({"type": "ping"})
 
     async def _receive(self, data: bytes) -> None:
-        if data:  # not so when we ourselves have given the connection up
+        if data:  # empty if this end has closed the connection
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         self._answer_pings([one.data for one in messages if one.opcode is Opcode.PING])
@@ -7736,14 +7736,14 @@ class Link:
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
-            # Wrong frames will be as wrong the next time: as good as a refusal.
+            # Invalid frames would be invalid again: this counts as a refusal.
             is_final = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
             raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_final else 0)
         if not data:
             raise UnreachableError("disconnected")
 
     def _answer_pings(self, pings: Sequence[str | bytes]) -> None:
-        """Answer the newest alone (RFC 6455, 5.5.3), and none while nobody reads our answers."""
+        """Answer only the newest ping (RFC 6455, 5.5.3), none while the server reads nothing."""
         writer = self._writer
         if pings and writer and count_waiting_bytes(writer.transport) < HIGH_WATER_BYTES:
             assert isinstance(pings[-1], bytes)
@@ -7786,11 +7786,11 @@ class Control:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        # Held while a request is sent, so that none overtakes another while it is connected.
+        # Held while a request is sent, so that requests keep their order.
         self._sending = asyncio.Lock()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Future[None] | None = None
-        # Who waits for an answer, in order.
+        # The requests that wait for an answer, in order.
         self._waiting: deque[asyncio.Future[tuple[int, bytes]]] = deque()
 
     async def ask(
@@ -7816,7 +7816,7 @@ class Control:
         return parse_answer(data, dict)
 
     def close(self) -> None:
-        """Give the connection up; the next request makes another."""
+        """Close the connection; the next request opens another."""
         if self._reading is not None:
             self._reading.cancel()
 
@@ -7843,7 +7843,7 @@ class Control:
                     waiting.set_exception(error)
 
     async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
-        """ask() says how long that may take: an idle connection is kept."""
+        """Return the next answer, without a time limit: ask() has one."""
         hint = "" if self._target.tls else " (is it https?)"
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -7860,12 +7860,13 @@ class Control:
 
 
 class RemoteTask:
-    """A command on a server, from its start to its exit code: `curl …/exec?follow` with a memory.
+    """A command on a server, from its start to its exit code.
 
-    fields: the body of `POST /exec`; write: takes output as it comes; drain: waits until that is
-    written; tell: a line for people; connected: called whenever its output can come (anew). With a
-    `window` the server waits for us as a pipe does: so nothing is lost, however slow we are, or the
-    network, or who reads our output, unless we are gone for a minute.
+    It is `curl …/exec?follow` that continues after a break. fields: the body of `POST /exec`.
+    write: takes output. drain: waits until it is written. tell: shows a line to the user.
+    connected: called whenever output can come (again). With a `window` the server waits for this
+    reader, as a pipe does: so nothing is lost, however slow the network or the reader of stdout is,
+    unless this client is gone for a minute.
     """
 
     def __init__(
@@ -7877,29 +7878,29 @@ class RemoteTask:
         tell: Callable[[str], None],
     ) -> None:
         self.target = target
-        # With the same `ref` a request that is sent again starts nothing twice.
+        # A repeated request has the same `ref`, so it starts nothing twice.
         self._fields = {**fields, "ref": secrets.token_urlsafe(12)}
         self._write = write
         self._drain = drain
         self._tell = tell
         self.control = Control(target)
-        # Which run of the server has the task.
+        # The run of the server that has the task.
         self._boot_id = ""
         # Whether the server was asked to start it.
         self.is_asked = False
-        # Whether it is we who stop it, and whether the server was not there to be told.
+        # Whether this client stops it, and whether the server could not be told.
         self.is_stopping = False
         self._is_stop_owed = False
-        # None before the start, and before the end.
+        # The task's id, None before the start; its exit code, None before the end.
         self.task_id: str | None = None
         self.exit_code: int | None = None
-        # Where its output comes, and when something last came there (monotonic seconds).
+        # The connection with its output, and when output last came (monotonic seconds).
         self.stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._good_at = time.monotonic()
-        # Of the output, in bytes: how much has come, and how much is lost.
+        # Bytes of output that have come, and that are lost.
         self._position = 0
         self.lost_bytes = 0
-        # Whether a line of output has begun.
+        # Whether the output so far ends inside a line.
         self._is_in_line = False
         self.connected: Callable[[], None] = lambda: None
 
