@@ -4312,15 +4312,15 @@ class Tasks:
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
-    """Return how much the transport has still to write."""
+    """Return how many bytes the transport has not written yet."""
     try:
         return transport.get_write_buffer_size()
-    except AttributeError:  # a TLS transport of asyncio that is gone already (before Python 3.11)
+    except AttributeError:  # asyncio's TLS transport after it was closed (before Python 3.11)
         return 0
 
 
 def hand_over(transport: asyncio.WriteTransport, data: bytes) -> int:
-    """Send by a transport that sees to the rest itself, as TLS does."""
+    """Send all data through the transport, as TLS needs it; return its length."""
     transport.write(data)
     return len(data)
 
@@ -4367,22 +4367,22 @@ class Viewer:
         choice: Choice,
     ) -> None:
         self.transport = transport
-        # Hands bytes to the kernel past the transport, while that has nothing to write: says how
-        # many were taken. Raises OSError.
+        # Sends bytes directly to the kernel while the transport has nothing to write, and returns
+        # how many were taken. Raises OSError.
         self.send = send
         self.websocket = websocket
         self.role = role
         self.by = by
         self.choice = choice
-        # Those who hear the same, once it has joined them.
+        # The viewers that hear the same, once it has joined them.
         self.audience: Audience
-        # The seq this viewer gets next, if it is one that it wants to hear.
+        # The seq from which on it needs events.
         self.cursor = 0
-        # The transport still has something to write.
+        # Whether the transport still has something to write.
         self.is_stalled = False
-        # The newest ping that is not answered yet, because we are stalled.
+        # The newest ping that is not answered yet, since the viewer is stalled.
         self.pong_due: bytes | None = None
-        # All that was handed to the transport, and the largest message to this client alone.
+        # Bytes written in all, and the size of the largest message to this client alone.
         self.written_bytes = 0
         self.largest_reply = 0
         # Monotonic times: the last byte from the peer; our last ping; when it last took enough to
@@ -4392,11 +4392,11 @@ class Viewer:
 
     @property
     def is_open(self) -> bool:
-        """Whether messages can be sent: none may follow our close frame (RFC 6455, 5.5.1)."""
+        """Whether messages can be sent: none may follow a close frame (RFC 6455, 5.5.1)."""
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Send a message to this client alone; close it when it asks but never reads."""
+        """Send a message to this client alone; close a client that asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -4405,7 +4405,7 @@ class Viewer:
         self.write(frame)
 
     def send_pong(self, payload: bytes) -> None:
-        """Answer a ping; while we are stalled only the newest (RFC 6455, 5.5.3)."""
+        """Answer a ping; while the viewer is stalled, only the newest one (RFC 6455, 5.5.3)."""
         if self.is_stalled:
             self.pong_due = payload
         elif self.is_open:
@@ -4417,7 +4417,7 @@ class Viewer:
 
     def keep_alive(self, now: float) -> bool:
         """Ping, PING_SECONDS after the last time; False when the peer is gone."""
-        if self.is_stalled:  # a ping would wait behind all that; WRITE_STALL_SECONDS judges it
+        if self.is_stalled:  # a ping would wait in the buffer; WRITE_STALL_SECONDS applies instead
             self.heard_at = now
         if self.heard_at < self.pinged_at:
             return False
@@ -4427,22 +4427,22 @@ class Viewer:
         return True
 
     def write(self, data: bytes) -> None:
-        """Hand frames to the transport, if there still is one."""
+        """Write frames to the transport, if it is still open."""
         if data and not self.transport.is_closing():
             self.written_bytes += len(data)
             self.transport.write(data)
 
 
 class Audience:
-    """Viewers who hear the same: those at one cursor share every batch."""
+    """Viewers that hear the same events: those at the same cursor share each batch."""
 
     __slots__ = ("bits", "kinds", "viewers")
 
     def __init__(self, kinds: frozenset[str] | None, bits: int) -> None:
-        # The kinds of events, as Feed has them, and the bits of the compression window (0: none).
+        # The Feed's kinds of events (None: all), and the bits of the compression window (0: none).
         self.kinds = kinds
         self.bits = bits
-        # A set that keeps its order.
+        # A set with an order.
         self.viewers: dict[Viewer, None] = {}
 
 
@@ -4453,23 +4453,23 @@ class Viewers:
         self._loop = loop
         self.feed = Feed(encode_event, compress=Compressor().compress)
         self.all: set[Viewer] = set()
-        # By what they hear: kinds and window bits.
+        # (kinds, window bits) -> the viewers that hear that.
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
-        # For /metrics: events by type, gaps that viewers were told of, bytes to those who left.
+        # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = 0
         self._left_bytes = 0
-        # Who is served in this round, last first, and who in the next; and the kinds of events
-        # that came since this round began.
+        # The viewers to serve in this round (the next one last), and in the next round; and the
+        # kinds of events that were published since this round began.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
         self._is_scheduled = False
-        # When few viewers were last served at once (perf_counter).
+        # When few viewers were last served without waiting for a turn (perf_counter).
         self._hurried_at = 0.0
-        # Those whose transport still has something to write.
+        # The viewers whose transport still has something to write.
         self._stalled: set[Viewer] = set()
-        # How long tasks may still wait for those of them for whom they have waited.
+        # Viewer -> how many seconds tasks may still wait for it, if they have waited for it.
         self._patience: dict[Viewer, float] = {}
         # Whether tasks should pause for slow viewers, and when that was last found out.
         self._is_pressed = False
@@ -4477,7 +4477,7 @@ class Viewers:
 
     @property
     def written_bytes(self) -> int:
-        """All that was ever written to viewers."""
+        """All bytes that were ever written to viewers."""
         return self._left_bytes + sum(viewer.written_bytes for viewer in self.all)
 
     def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -4501,7 +4501,7 @@ class Viewers:
         return may
 
     def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
-        """Add a viewer: from now on, or from what it has seen before."""
+        """Add a viewer, from now on or from the event after `since`."""
         self.all.add(viewer)
         if viewer.is_stalled:
             self._stalled.add(viewer)
@@ -4520,7 +4520,7 @@ class Viewers:
             self.all.remove(viewer)
             self._leave_audience(viewer)
             self._left_bytes += viewer.written_bytes
-        viewer.is_stalled = True  # it may be in the round still
+        viewer.is_stalled = True  # it may still be in the round, which skips stalled viewers
         self._stalled.discard(viewer)
         self._queue.pop(viewer, None)
 
@@ -4536,10 +4536,10 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Let a viewer hear something else after the seq that is returned.
+        """Change what a viewer hears; return the seq up to which the old choice was sent.
 
-        It has been sent everything up to there. What still waits for it is chosen anew: so a slow
-        client is rid at once of a flood that it no longer wants.
+        The new choice also applies to kept events that it has not been sent yet: so a slow client
+        is free at once of a flood that it no longer wants.
         """
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
@@ -4553,13 +4553,13 @@ class Viewers:
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
-        """Pass a viewer over until its transport has written what it has."""
+        """Skip a viewer until its transport has written everything."""
         viewer.is_stalled = True
         if viewer in self.all:
             self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """Go on with a viewer whose transport has nothing more to write."""
+        """Continue with a viewer whose transport has written everything."""
         if viewer.is_open:
             viewer.is_stalled = False
             self._stalled.discard(viewer)
@@ -4614,14 +4614,14 @@ class Viewers:
             self._loop.call_soon(self.flush)
 
     def is_serving(self) -> bool:
-        """Whether viewers wait for their turn."""
+        """Whether viewers wait to be served."""
         return self._is_scheduled
 
     def flush(self) -> None:
-        """Serve a round of viewers, for a limited time; the rest have theirs in the next turn.
+        """Serve the viewers of a round, for a limited time; the next turn serves the others.
 
-        The common case is a viewer that is at the same cursor as the one before it, and takes all
-        at once: it costs two comparisons and one system call.
+        Usually a viewer has the same cursor as the one before it, and its socket takes everything:
+        that costs two comparisons and one system call.
         """
         self._is_scheduled = False
         if not self._round:
@@ -4650,7 +4650,7 @@ class Viewers:
             viewer.cursor = after
             try:
                 sent = viewer.send(data) if size else 0
-            except OSError:  # the socket is full; or the transport finds out what is the matter
+            except OSError:  # the socket is full, or broken: the transport finds out
                 sent = 0
             viewer.written_bytes += size
             if sent < size:
@@ -4659,7 +4659,7 @@ class Viewers:
                 self._round.append(viewer)
 
     def _begin_round(self) -> None:
-        """Whoever waits, and everybody who wants to hear what is new."""
+        """Begin a round: with the waiting viewers, and with those that want the new events."""
         for audience in self._audiences.values() if self._news else ():
             if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
                 self._queue.update(audience.viewers)
@@ -4667,7 +4667,7 @@ class Viewers:
         self._round, self._queue = [*reversed(self._queue)], {}
 
     def flush_all(self) -> None:
-        """Serve everybody who is not stalled, however long it takes."""
+        """Serve all viewers that are not stalled, however long it takes."""
         self.flush()
         while self._round or self._queue:
             self.flush()
@@ -4675,7 +4675,7 @@ class Viewers:
     def _find_batch(
         self, viewer: Viewer, batches: dict[tuple[Audience, int], tuple[bytes, int]]
     ) -> tuple[bytes, int]:
-        """Return what a viewer gets next; if it has missed something, tell it first."""
+        """Return the next batch for a viewer; if it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
             if self.feed.has_dropped(viewer.cursor, audience.kinds):
