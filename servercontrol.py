@@ -7544,25 +7544,14 @@ async def read_rest(reader: asyncio.StreamReader) -> bytes:
         raise UnreachableError("disconnected in the middle of its answer") from None
 
 
-def parse_answer(answer: bytes, kind: type) -> Any:
-    """Return the JSON of an answer, which must be of a kind. Raises UnreachableError."""
-    try:
-        value = json.loads(answer)
-    except (ValueError, RecursionError):
-        raise foreign_error() from None
-    if not isinstance(value, kind):
-        raise foreign_error()
-    return value
-
-
 async def open_stream(
-    target: Target, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
+    target: Target, method: str, path: str, body: bytes
 ) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
     """Return the fields of a 200 answer, and where its body comes, until the connection ends.
 
     Raises UnreachableError, for any other answer too.
     """
-    fields = [("Content-Type", media_type)] if body else []
+    fields = [("Content-Type", "application/json")]
     request = encode_request(target, method, path, fields, body)
     reader, writer = await open_target(target, CONNECT_SECONDS)
     try:
@@ -7576,16 +7565,105 @@ async def open_stream(
     return answer_fields, reader, writer
 
 
+class Control:
+    """One kept connection to a server for short requests, each sent without waiting for the last.
+
+    Their answers come in the same order (RFC 9112, 9.3.2).
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        # Held while a request is sent, so that requests keep their order.
+        self._sending = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Future[None] | None = None
+        # The requests that wait for an answer, in order.
+        self._waiting: deque[asyncio.Future[tuple[int, bytes]]] = deque()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        media_type: str = "application/json",
+        kind: type = dict,
+    ) -> Any:
+        """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
+        fields = [("Content-Type", media_type)] if body else []
+        request = encode_request(self._target, method, path, fields, body, version="1.1")
+        async with self._sending:
+            if self._writer is None:
+                reader, self._writer = await open_target(self._target, CONNECT_SECONDS)
+                self._reading = asyncio.ensure_future(self._read_answers(reader, self._writer))
+            answer = asyncio.get_running_loop().create_future()
+            self._waiting.append(answer)
+            self._writer.write(request)
+        try:
+            status, data = await wait_within(ANSWER_SECONDS, answer)
+        except asyncio.TimeoutError:
+            self.close()
+            raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
+        if status != 200:
+            raise refused_error(self._target, status, data)
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            raise foreign_error() from None
+        if not isinstance(value, kind):
+            raise foreign_error()
+        return value
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _read_answers(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        error = UnreachableError("disconnected")
+        try:
+            while True:
+                answer = await self._read_answer(reader)
+                if not self._waiting:
+                    return
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_result(answer)
+        except UnreachableError as reason:
+            error = reason
+        finally:
+            writer.transport.abort()
+            self._writer = None
+            while self._waiting:
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_exception(error)
+
+    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
+        """Return the next answer, without a time limit: ask() has one."""
+        hint = "" if self._target.tls else " (is it https?)"
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            status, fields = parse_response_head(head[:-4])
+            length = fields.get("content-length")
+            if length is None:
+                return status, await read_rest(reader)
+            if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES:
+                raise foreign_error()
+            hint = ""
+            return status, await reader.readexactly(int(length))
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            raise UnreachableError(f"disconnected before it answered{hint}") from None
+
+
 async def fetch_json(target: Target, method: str, path: str, kind: type = dict) -> Any:
-    """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
-    fields, reader, writer = await open_stream(target, method, path)
+    """Return the same, on a connection that is for this alone. Raises UnreachableError."""
+    control = Control(target)
     try:
-        answer = await read_rest(reader)
+        return await control.ask(method, path, kind=kind)
     finally:
-        writer.transport.abort()
-    if fields.get("content-length", str(len(answer))) != str(len(answer)):
-        raise UnreachableError("disconnected in the middle of its answer")
-    return parse_answer(answer, kind)
+        control.close()
 
 
 # What parsing an answer, and using its fields, raises if they are not as the protocol says.
@@ -7776,87 +7854,6 @@ class Link:
         if kind == "gap" or (kind in EVENT_TYPES and seq > self.seq):
             await self._take(event)
         self.seq = max(self.seq, seq)
-
-
-class Control:
-    """One kept connection to a server for short requests, each sent without waiting for the last.
-
-    Their answers come in the same order (RFC 9112, 9.3.2).
-    """
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        # Held while a request is sent, so that requests keep their order.
-        self._sending = asyncio.Lock()
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Future[None] | None = None
-        # The requests that wait for an answer, in order.
-        self._waiting: deque[asyncio.Future[tuple[int, bytes]]] = deque()
-
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", media_type: str = "application/json"
-    ) -> Any:
-        """Return the JSON object of a 200 answer. Raises UnreachableError for any other."""
-        fields = [("Content-Type", media_type)] if body else []
-        request = encode_request(self._target, method, path, fields, body, version="1.1")
-        async with self._sending:
-            if self._writer is None:
-                reader, self._writer = await open_target(self._target, CONNECT_SECONDS)
-                self._reading = asyncio.ensure_future(self._read_answers(reader, self._writer))
-            answer = asyncio.get_running_loop().create_future()
-            self._waiting.append(answer)
-            self._writer.write(request)
-        try:
-            status, data = await wait_within(ANSWER_SECONDS, answer)
-        except asyncio.TimeoutError:
-            self.close()
-            raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
-        if status != 200:
-            raise refused_error(self._target, status, data)
-        return parse_answer(data, dict)
-
-    def close(self) -> None:
-        """Close the connection; the next request opens another."""
-        if self._reading is not None:
-            self._reading.cancel()
-
-    async def _read_answers(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        error = UnreachableError("disconnected")
-        try:
-            while True:
-                answer = await self._read_answer(reader)
-                if not self._waiting:
-                    return
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_result(answer)
-        except UnreachableError as reason:
-            error = reason
-        finally:
-            writer.transport.abort()
-            self._writer = None
-            while self._waiting:
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_exception(error)
-
-    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
-        """Return the next answer, without a time limit: ask() has one."""
-        hint = "" if self._target.tls else " (is it https?)"
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            status, fields = parse_response_head(head[:-4])
-            length = fields.get("content-length")
-            if length is None:
-                return status, await read_rest(reader)
-            if not DIGITS.fullmatch(length) or int(length) > MAX_EVENT_BYTES:
-                raise foreign_error()
-            hint = ""
-            return status, await reader.readexactly(int(length))
-        except (OSError, EOFError, asyncio.LimitOverrunError):
-            raise UnreachableError(f"disconnected before it answered{hint}") from None
 
 
 class RemoteTask:
