@@ -3759,6 +3759,8 @@ class Spawner:
     def spawn(self, task: Task) -> None:
         """Start a task's shell, and open the server's ends of its streams. Raises OSError."""
         request = task.request
+        cwd = read_cwd()
+        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         streams = open_streams(request)
         self._lower_descriptor_limit(streams.child_out)
         try:
@@ -4105,8 +4107,6 @@ class Tasks:
         # So that the windows of all tasks, and the rest of each pipe, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
-        cwd = read_cwd()
-        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
         try:
             self._spawner.spawn(task)
         except OSError as error:
