@@ -216,8 +216,9 @@ MIN_DEFLATE_BYTES = 100
 FINE_BYTES = 4 * KIB
 MAX_DEFLATE_BYTES = 256 * KIB
 # Compressing events may take this share of the time, and so much at once. Beyond that, events are
-# sent plain. So a flood to a viewer that compresses slows the others by a fifth at most.
-DEFLATE_SHARE = 0.2
+# sent plain, so that a flood to a viewer that compresses hardly slows the others. A tenth is some
+# 16 MB of output a second: for a slow link all of it is compressed.
+DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
