@@ -3400,7 +3400,8 @@ class TaskPhase(enum.Enum):
     ENDED = "ended"
 
 
-# Phase -> what happens -> the next phase. Anything else changes nothing.
+# Phase -> what happens -> the next phase. Anything else changes nothing. A task that is not being
+# stopped ends with its shell; one that is, with the last process of its session or with the KILL.
 TASK_PHASES = {
     TaskPhase.RUNNING: {"stop": TaskPhase.STOPPING, "shell ended": TaskPhase.ENDED},
     TaskPhase.STOPPING: {"shell ended": TaskPhase.DRAINING, "kill": TaskPhase.KILLING},
@@ -4219,11 +4220,7 @@ class Tasks:
             reap_orphans({task.pid for task in self.running.values()})
 
     def _advance(self, task: Task, event: str) -> None:
-        """Move a task to its next phase, and do what that needs. Nothing else sets a phase.
-
-        A task that is not being stopped ends with its shell. One that is being stopped ends with
-        the last process of its session, or with the KILL.
-        """
+        """Move a task to its next phase, and do what that needs. Nothing else sets a phase."""
         before, task.phase = task.phase, TASK_PHASES[task.phase].get(event, task.phase)
         if event == "kill" or before is TaskPhase.KILLING:
             task.cancel_timer("kill")
@@ -8148,10 +8145,10 @@ async def read_input() -> bytes:
 
 
 class Keyboard:
-    """Our terminal in raw mode, whose keys and size go to a task's. Ctrl-] lets go of the task.
+    """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it.
 
-    Keys that come while there is no connection wait for the next one, but Ctrl-C before the task
-    is there is meant for us.
+    Keys typed without a connection wait for the next one. Ctrl-C before the task has started ends
+    this client.
     """
 
     LEAVE = b"\x1d"
@@ -8169,10 +8166,10 @@ class Keyboard:
         self._interrupt = interrupt
         self._tell = tell
         self._before: list[Any] = []
-        # What was typed and is not sent, and the requests that are on their way.
+        # Keys that are not sent yet, and the requests that are under way.
         self._waiting = b""
         self._sending: set[asyncio.Future[None]] = set()
-        # Whether it was told that the task does not read.
+        # Whether the user was told that the task does not read its input.
         self._is_full = False
 
     def __enter__(self) -> Keyboard:
@@ -8216,7 +8213,7 @@ class Keyboard:
             self._send(self._task.send("/stdin", data=keys))
 
     def _send(self, request: Awaitable[None]) -> None:
-        """Do not wait for the answer: over a slow network the next key would wait as well."""
+        """Send without waiting for the answer, since on a slow network the next key would wait."""
 
         async def send() -> None:
             try:
@@ -8238,7 +8235,7 @@ class Keyboard:
 
 
 class LineWriter:
-    """Writes output line by line, each behind its server's name; half a line waits for its end."""
+    """Writes whole lines of output, each after its server's name; half a line waits for its end."""
 
     def __init__(self, prefix: bytes, write: Callable[[bytes], None]) -> None:
         self._prefix = prefix
@@ -8259,10 +8256,10 @@ class LineWriter:
 
 
 def write_some(fd: int, data: memoryview, milliseconds: int | None = 0) -> int:
-    """Write what a descriptor takes within a time (None: whenever); return how many bytes.
+    """Write as much as a descriptor takes within a time (None: no limit); return the bytes written.
 
-    A pipe that is writable takes PIPE_BUF at once (pipe(7)). O_NONBLOCK would be so for all
-    processes that share it. Raises OSError.
+    A writable pipe takes PIPE_BUF without blocking (pipe(7)). O_NONBLOCK is not set, since all
+    processes that share the descriptor would have it. Raises OSError.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -8270,7 +8267,7 @@ def write_some(fd: int, data: memoryview, milliseconds: int | None = 0) -> int:
         return 0
     try:
         return os.write(fd, data[: select.PIPE_BUF])
-    except BlockingIOError:  # somebody else has set O_NONBLOCK, and less fits
+    except BlockingIOError:  # another process has set O_NONBLOCK, and there is less room
         return 0
 
 
@@ -8290,31 +8287,31 @@ def write_output(data: bytes) -> None:
 
 
 def encode_note(text: str) -> bytes:
-    """Return what is told to a person on stderr."""
+    """Return a line for the user on stderr."""
     is_raw = os.isatty(2) and not termios.tcgetattr(2)[1] & termios.OPOST
     end = "\r\n" if is_raw else "\n"
     return f"servercontrol: {text}{end}".encode("utf-8", "replace")
 
 
 def write_note(text: str) -> None:
-    """Tell a person something; if stderr is gone nobody is there to be told."""
+    """Write a line for the user to stderr; do nothing if stderr is closed."""
     with contextlib.suppress(OSError):
         write_all(2, encode_note(text))
 
 
 class Output:
-    """A descriptor that is written to whole and in order, while everything else goes on."""
+    """Writes everything to a descriptor, in order, without blocking the event loop."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._waiting: deque[memoryview] = deque()
-        # How much that is.
+        # How many bytes wait.
         self.waiting_bytes = 0
         self._error: OutputError | None = None
         self._writing: asyncio.Future[None] | None = None
 
     def put(self, data: bytes) -> None:
-        """Write data, now or when that can be done."""
+        """Write data, now or when the descriptor takes it."""
         if data and self._error is None:
             self._waiting.append(memoryview(data))
             self.waiting_bytes += len(data)
@@ -8335,7 +8332,7 @@ class Output:
             raise self._error
 
     def finish(self, seconds: float) -> None:
-        """Write what waits still, without the event loop, if that takes no longer."""
+        """Write the waiting data without the event loop, for at most this long."""
         end = time.monotonic() + seconds
         while self._waiting and time.monotonic() < end:
             self._flush(milliseconds=20)
@@ -8368,19 +8365,19 @@ class Output:
 
 
 def wants_colours() -> bool:
-    """Whether our output may be coloured (no-color.org)."""
+    """Whether stdout may be coloured (no-color.org)."""
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Report:
-    """What `exec` shows: outputs as they come, or at the end, and how each command has ended.
+    """Shows the outputs for `exec`, at once or at the end, and how each command has ended.
 
-    fold: output of several is kept, and equal outputs are shown once.
+    fold: keep the outputs of several servers, and show equal ones once.
     """
 
     def __init__(self, targets: Sequence[Target], fold: bool) -> None:
         self.output, self._notes = Output(1), Output(2)
-        # What is kept for --fold, else half lines, where there are several servers.
+        # Server -> output that is kept for --fold.
         self._outputs: dict[str, list[bytes]] = {}
         self._lines: dict[str, LineWriter] = {}
         self._is_coloured = wants_colours()
@@ -8393,7 +8390,7 @@ class Report:
             colour = COLOURS[number % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{width}} |{PLAIN if colour else ''} "
             self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self.output.put)
-        # By server: exit codes, what kept one from giving any, and how its command has ended.
+        # By server: the exit code; why there is none; how its command has ended.
         self.codes: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
         self._is_shown = False
@@ -8419,16 +8416,16 @@ class Report:
     async def drain(self) -> None:
         """Wait until everything is written. Raises OutputError."""
         await self.output.drain()
-        with contextlib.suppress(OutputError):  # nobody is there to be told
+        with contextlib.suppress(OutputError):  # stderr is closed: nothing can be shown
             await self._notes.drain()
 
     def finish(self) -> None:
-        """We go: write what can be written in a moment."""
+        """Before this client ends: write what can be written in FINISH_SECONDS."""
         for output in (self.output, self._notes):
             output.finish(FINISH_SECONDS)
 
     def show(self) -> None:
-        """Show what was kept until now, once."""
+        """Show the kept outputs, once."""
         if self._is_shown:
             return
         self._is_shown = True
@@ -8465,7 +8462,7 @@ class Report:
         return code, "lost after the start" if task.exit_code is None else "not complete"
 
     def summarize(self, tasks: Sequence[RemoteTask]) -> None:
-        """Tell how many have ended how, if there are several."""
+        """Show how many servers ended with which exit code, if there are several."""
         if len(tasks) == 1:
             return
         groups: dict[tuple[int, str], list[str]] = {}
@@ -8481,8 +8478,8 @@ class Report:
 class Execution:
     """One command on one or several servers, with Ctrl-C.
 
-    fold: output of several is kept, and equal outputs are shown once; parallel: servers at a time;
-    once: two names of one server do not run it twice.
+    fold: see Report. parallel: servers at a time. once: if two names are of one server, it runs the
+    command once.
     """
 
     def __init__(
@@ -8498,13 +8495,13 @@ class Execution:
         self._places = asyncio.Semaphore(parallel)
         self._has_same_input = len(targets) > 1 or fold
         self._report = Report(targets, fold)
-        # Which name runs it on which server, by boot_id; None: whatever they are.
+        # boot_id -> the name that runs the command on this server; None if that may happen twice.
         self._claims: dict[str, str] | None = {} if once else None
         self._tasks = [self._make_task(target) for target in targets]
-        # Set when we go, whatever the commands do; Ctrl-C came once.
+        # Set when this client leaves, whatever the commands do; whether Ctrl-C came once.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._is_stopping = False
-        # Whether nobody takes our output any more.
+        # Whether stdout is closed.
         self._is_unread = False
 
     def _make_task(self, target: Target) -> RemoteTask:
@@ -8570,7 +8567,7 @@ class Execution:
         return contextlib.nullcontext()
 
     async def _read_all_input(self) -> list[bytes]:
-        """Each of several servers gets the same input, so it is read first."""
+        """Read all input first, since each of several servers gets the same."""
         pieces: list[bytes] = []
         try:
             while self._fields.get("stdin") and not (pieces and not pieces[-1]):
@@ -8609,14 +8606,14 @@ class Execution:
         task.control.close()
         report.end(name)
 
-    # What to do about why a server was not reached.
+    # What to do about the reasons for which a server is not reached.
     HINTS = {
         "connection refused": "; is it running there, on that port, with --host?",
         "no such host": "; is it a name of the list?",
     }
 
     def _find_hint(self, task: RemoteTask, error: UnreachableError) -> str:
-        """Return what else is to be said of a server, or of a command that was lost sight of."""
+        """Return what the user can do, or what is known about a command after contact was lost."""
         if not task.is_asked:
             return self.HINTS.get(str(error), "")
         if not task.is_running or error.status == ENDED_STATUS:
@@ -8654,7 +8651,7 @@ class Execution:
         )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
         self._report.note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
-        # Kept, since an event loop does not keep its tasks alive.
+        # Referenced here, since an event loop does not keep its tasks alive.
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     def _find_running(self) -> list[RemoteTask]:
@@ -8662,7 +8659,7 @@ class Execution:
         return [task for task in everybody if task.target.name not in self._report.codes]
 
     async def _stop_unread(self) -> None:
-        """Stop everything, as long as that takes no longer than an answer may, or a Ctrl-C."""
+        """Stop all commands since stdout is closed; wait ANSWER_SECONDS at most, or for Ctrl-C."""
         self._start_no_more()
 
         async def stop() -> None:
@@ -8680,7 +8677,7 @@ class Execution:
             self._tell_left()
 
     def _start_no_more(self) -> None:
-        """What is being started now is stopped as soon as it has a number."""
+        """Start nothing more, and stop commands that are starting as soon as they have an id."""
         for task in self._tasks:
             task.is_stopping = True
 
@@ -8688,7 +8685,7 @@ class Execution:
         await asyncio.gather(*(task.stop() for task in self._find_running()))
 
     def _tell_left(self) -> None:
-        """Show what there is, and say what runs on."""
+        """Show the outputs so far, and say which commands still run."""
         self._report.show()
         for task in self._find_running():
             what = "its command may have been started"
@@ -8704,11 +8701,11 @@ class Execution:
 
 
 class ServerState(enum.Enum):
-    """How a server stands with a monitor. Monitor._change() sets it, and tells it."""
+    """The state of a server for the monitor. Only Monitor._change() sets it."""
 
-    CONNECTING = "connecting"  # from the start of the monitor on
+    CONNECTING = "connecting"  # at the start of the monitor
     UP = "up"
-    SILENT = "silent"  # was up; nothing was heard of it for SILENCE_SECONDS
+    SILENT = "silent"  # was up, and has sent nothing for SILENCE_SECONDS
     REFUSED = "refused"
     UNREACHABLE = "unreachable"  # was never up, or only before it refused
 
@@ -8722,15 +8719,15 @@ class Watched:
         self.state = ServerState.CONNECTING
         # Why it is not up.
         self.reason = ""
-        # The newest `stats_update`, {} while there is none; the newest alert, for people, and its
-        # type and timestamp, since each `hello` repeats it.
+        # The newest `stats_update`, {} before the first; the newest alert as text, and its type and
+        # timestamp, since each `hello` repeats it.
         self.stats: dict[str, Any] = {}
         self.alert = ""
         self.last_alert: tuple[str, int] | None = None
         # The server's newest event at the last `hello`, which has told the alerts up to there.
         self.hello_seq = 0
         self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
-        # Open tasks by id, their size, and the ids of those whose end is on record.
+        # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
         self.tasks: dict[str, dict[str, Any]] = {}
         self.open_bytes = 0
         self.ended: OrderedDict[str, None] = OrderedDict()
@@ -8742,7 +8739,7 @@ class Watched:
         self.open_bytes += self._measure(task)
 
     def note_end(self, task_id: str) -> dict[str, Any] | None:
-        """Forget a task that has ended and return it; None if its end is on record already."""
+        """Remove a task that has ended and return it; None if its end is already recorded."""
         if task_id in self.ended:
             return None
         self.ended[task_id] = None
@@ -8770,12 +8767,12 @@ class Watched:
 
 
 class MonitorLog:
-    """Every task of every server as JSON lines; and, from an older run, where to go on.
+    """Records every task of every server as JSON lines. It is also the monitor's memory.
 
-    The log is the monitor's memory: each record names a server's run and its seq there, and at the
-    start the newest part of the file is read. So that this part is always enough, a `position` of
-    each server stands at the beginning of a file (it may be rotated, by rename or copytruncate) and
-    is repeated every few MiB. path "": there is no log.
+    Each record names the server's run and seq, and at its start the monitor reads the newest part
+    of the file to know where to continue. So that this part is enough, each file begins with a
+    `position` record for each server (the file may be rotated, by rename or copytruncate), and
+    these are repeated every few MiB. path "": there is no log.
     """
 
     TASK = ("task_id", "command", "cwd", "by", "started")
@@ -8783,34 +8780,34 @@ class MonitorLog:
     def __init__(self, path: str) -> None:
         self._path = path
         self._complained_at = -LOG_ERROR_SECONDS
-        # Records that are not written yet, and whether the file ends in the middle of one.
+        # Records that are not written yet, and whether the file ends inside a record.
         self._waiting: list[bytes] = []
         self._is_cut = False
-        # Why not; "" while all is well.
+        # Why they are not written; "" if all is well.
         self.problem = ""
-        # The file that is locked, and its (device, inode, size) when we last wrote.
+        # The locked file, and its (device, inode, size) after the last write.
         self._lock_fd = -1
         self._seen = (0, 0, 0)
-        # How much may be written before the next `position` of each server.
+        # How many bytes may be written before the next `position` records.
         self._left_bytes = 0
-        # Whether only the end of the file was read, and the servers with a `position` in it.
+        # Whether only the end of the file was read, and the servers that have a `position` there.
         self._is_partly_read = False
         self._placed: set[str] = set()
         self.everybody: Sequence[Watched] = ()
         # server -> (boot_id, seq) of its newest record.
         self.positions: dict[str, tuple[str, int]] = {}
-        # server -> task_id -> its start, None once its end is on record; server -> newest alert.
+        # server -> task_id -> its start, None after its end; server -> newest alert.
         self.tasks: dict[str, dict[str, dict[str, Any] | None]] = {}
         self.alerts: dict[str, tuple[str, int]] = {}
 
     def _open(self, access: int) -> int:
-        # Without O_NONBLOCK a FIFO that nobody reads would stop us.
+        # Without O_NONBLOCK the open of a FIFO would wait for a reader.
         flags = access | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(self._path, flags, 0o600)
 
     @staticmethod
     def _lock(fd: int) -> None:
-        """Raises BlockingIOError. A device, such as /dev/null, is everybody's."""
+        """Lock the file, unless it is a device such as /dev/null. Raises BlockingIOError."""
         if stat.S_ISREG(os.fstat(fd).st_mode):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -8836,13 +8833,13 @@ class MonitorLog:
         self._seen = status.st_dev, status.st_ino, status.st_size
         self._left_bytes = LOG_STEP_BYTES - status.st_size
         self._is_partly_read = status.st_size > LOG_TAIL_BYTES
-        # After a crash: the next record starts on its own line.
+        # After a crash the file may end with half a line; the next record starts on a new line.
         self._is_cut = bool(data) and not data.endswith(b"\n")
         for line in data.split(b"\n"):
             try:
                 self._learn(parse_json_object(line))
             except NOT_AS_AGREED:
-                pass  # half a line, or none of ours
+                pass  # half a line, or not a record
 
     def _learn(self, record: dict[str, Any]) -> None:
         server, boot_id, seq = record["server"], record["boot_id"], check_seq(record["seq"])
@@ -8863,7 +8860,7 @@ class MonitorLog:
             self._placed.add(server)
 
     def knows(self, server: str) -> bool:
-        """Whether what was read is all that was ever written of a server, or as good as that."""
+        """Whether the part of the log that was read tells where to continue with a server."""
         return not self._is_partly_read or server in self._placed
 
     def _encode(self, event: str, watched: Watched, **fields: Any) -> bytes:
@@ -8872,7 +8869,7 @@ class MonitorLog:
         return encode_json({**record, **where, **fields}) + b"\n"
 
     def write(self, event: str, watched: Watched, **fields: Any) -> None:
-        """Append a record. What fails is said once a minute, and tried again; nothing stops."""
+        """Append a record. If that fails it is retried; a line on stderr says so once a minute."""
         if not self._path:
             return
         self._waiting.append(self._encode(event, watched, **fields))
@@ -8880,11 +8877,11 @@ class MonitorLog:
         if len(self._waiting) > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
             gap = {"server": None, "records": len(self._waiting), "reason": self.problem}
             self._waiting = [self._encode("gap", watched, **gap)]
-            self._left_bytes = 0  # a position may be among what is lost
+            self._left_bytes = 0  # the lost records may include a position
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits, in one write, and find out whether the file was rotated."""
+        """Write the waiting records in one write; find out whether the file was rotated."""
         if not self._path:
             return
         try:
@@ -8909,7 +8906,7 @@ class MonitorLog:
         return (status.st_dev, status.st_ino) != self._seen[:2] or status.st_size < self._seen[2]
 
     def _begin(self) -> None:
-        """Lock another file than before, and write down first where each server stands."""
+        """Lock a new file, and begin it with the `position` records."""
         fd = self._open(os.O_RDWR)
         try:
             if not os.path.samestat(os.fstat(fd), os.fstat(self._lock_fd)):
@@ -8926,9 +8923,9 @@ class MonitorLog:
         self._waiting[:0] = self._encode_positions()
 
     def _encode_positions(self) -> list[bytes]:
-        """Return where each server stands, after which much else may be written before the next.
+        """Return the `position` records, and set how much may be written before the next ones.
 
-        At least as much as these records take: they shall not be most of the file.
+        That is at least their own size, so that they are not most of the file.
         """
         count = MAX_TOLD_ENDED // max(1, len(self.everybody))
         records = [
@@ -8960,8 +8957,8 @@ class MonitorLog:
 class Monitor:
     """Watches many servers at once.
 
-    emit: gets each event with the server it is of, also those of our own making: `server_up`,
-    `server_silent`, `server_back`, and what Link says.
+    emit: is called with a server and its event. Some events are made here: `server_up`,
+    `server_silent`, `server_back`; and some by Link.
     """
 
     def __init__(
@@ -8991,7 +8988,7 @@ class Monitor:
         return watched
 
     def _name_forgotten(self, watched: Watched) -> None:
-        """Write a gap for a server that only an older part of the log, not read, may speak of."""
+        """Record a gap for a server that may be only in an older part of the log, not read."""
         if not self._log.knows(watched.target.name):
             reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
             self._log.write("gap", watched, **{"from": 1, "to": None, "reason": reason})
@@ -9012,14 +9009,14 @@ class Monitor:
                     self._log.write("monitor_stop", watched)
 
     async def _look(self) -> None:
-        """Find out who has fallen silent, or speaks again on the same connection."""
+        """Find the servers that have fallen silent, or send again on the same connection."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(SILENCE_SECONDS / 8)
             now = time.monotonic()
             self._log.flush()
             for watched in self.all:
-                if now - before > SILENCE_SECONDS / 2:  # we did not listen: stopped by Ctrl-Z
+                if now - before > SILENCE_SECONDS / 2:  # the monitor itself was stopped by Ctrl-Z
                     watched.link.heard_at = now
                 is_silent = now - watched.link.heard_at > SILENCE_SECONDS
                 if watched.state is ServerState.UP and is_silent:
@@ -9035,7 +9032,7 @@ class Monitor:
         self._change(watched, ServerState.UP, "server_back", silent_ms=silent_ms)
 
     def _change(self, watched: Watched, state: ServerState, event: str, **fields: Any) -> None:
-        """Set a server's state, and tell and write down that it has changed."""
+        """Set a server's state, emit the event, and record it."""
         watched.state = state
         watched.stats = watched.stats if state is ServerState.UP else {}
         if event != "server_up":
@@ -9044,7 +9041,7 @@ class Monitor:
         self._emit(watched, {"type": event, "timestamp": int(time.time() * 1000), **fields})
 
     async def _take(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Take an event of Link. What takes it returns True for what is no news."""
+        """Handle an event of a Link. Its handler returns True if it is not new."""
         take = self.TAKES.get(event["type"])
         if take is None or not await take(self, watched, event):
             self._emit(watched, event)
@@ -9071,7 +9068,7 @@ class Monitor:
         watched.reason = event["reason"]
         is_refused = 400 <= event["status"] < 500
         state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
-        # Whoever was up is called silent first, in 5 s; most connections are back before.
+        # A server that was up is first called silent, after 5 s; most connections are back before.
         if is_refused or watched.state not in (ServerState.UP, ServerState.SILENT):
             watched.silent_at = watched.silent_at or time.monotonic()
             if watched.state is not state:
@@ -9079,19 +9076,18 @@ class Monitor:
         return is_old
 
     async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
-        """What came after the newest event of the old run, nobody can know.
+        """Record that the rest of the old run is unknown.
 
-        Not even after a goodbye: a run is over in a moment, so between that and this one there may
-        have been another.
+        That holds even after an orderly stop: between the two runs there may have been another.
         """
         fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
         self._log.write("gap", watched, **fields)
         for task_id in list(watched.tasks):
             self._note_lost(watched, task_id, "the server was restarted")
-        watched.ended.clear()  # a server that has lost its state folder counts from 1 again
+        watched.ended.clear()  # a server without its old state folder begins again with id 1
 
     async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Name the gap, and ask for the tasks that were in it."""
+        """Record the gap, and ask the server for the tasks that were in it."""
         tasks = await fetch_json(watched.target, "GET", "/tasks", kind=list)
         if event["to"] > 0:
             fields = {"from": max(1, event["from"]), "to": event["to"], "reason": "kept no more"}
@@ -9150,7 +9146,7 @@ class Monitor:
             await self._take(watched, {"type": change, **alert})
 
     async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> bool:
-        """With a threshold of our own the servers' do not count."""
+        """Handle a server's alert. If the monitor has a threshold of its own, ignore it."""
         is_ours = event.get("by") == "monitor"
         if is_ours == (watched.rule is None):
             return True
@@ -9194,7 +9190,7 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
 
 
 class EventWriter:
-    """Writes events as lines. Drops lines, and says how many, rather than let a monitor wait."""
+    """Writes events as lines. It drops lines rather than wait, and says how many."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -9211,7 +9207,7 @@ class EventWriter:
             now_ms = int(time.time() * 1000)
             self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
         if self._as_json:
-            # In ASCII: whatever a server says, no terminal takes it for its own.
+            # In ASCII, so that text from a server cannot control a terminal.
             line = (json.dumps({**event, "server": name}) + "\n").encode("ascii")
         else:
             line = format_event(name or "-", event)
@@ -9338,7 +9334,7 @@ class Screen:
         self._top = self._shown = 0
         self._is_coloured = wants_colours()
         self._is_touched = asyncio.Event()
-        # How the terminal was, [] where the keyboard is none.
+        # The terminal's attributes before, [] if stdin is not a terminal.
         self._before: list[Any] = []
         self._output = Output(1)
 
@@ -9444,7 +9440,7 @@ def to_json(value: Any) -> str:
 def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
     """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
 
-    Whoever is on the link can say anything here, so nothing is believed but its form.
+    Anybody on the link can send anything, so only the form of the reply is checked.
     """
     try:
         facts = parse_json_object(data)
@@ -9472,13 +9468,13 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
 
 
 def find_broadcasts() -> list[str]:
-    """Return the broadcast addresses of our networks, loopback's too."""
+    """Return the broadcast addresses of this machine's networks, also of loopback."""
     found = {str(net.broadcast_address) for net in read_link_networks() if net.prefixlen < 31}
     return sorted(found or {"255.255.255.255"}) + ["127.255.255.255"]
 
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
-    """Send a probe to each address; one that cannot be reached does not hinder the others."""
+    """Send a probe to each address; skip those that cannot be reached."""
     for address in addresses:
         try:
             udp.sendto(DISCOVERY_PROBE, (address, port))
@@ -9487,7 +9483,7 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 
 
 def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the servers in order, each once with all its addresses: replies of one id are of one.
+    """Return the servers in order, each once, with all its addresses (replies with the same id).
 
     Loopback's address comes last, since it means nothing to other machines.
     """
@@ -9505,10 +9501,10 @@ def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[dict[str, Any]]:
     """Ask who is there, and return what answered within `seconds`, each server once."""
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    # Replies of each address: one that makes up thousands must not keep the others out.
+    # Replies by address, so that one address with thousands of replies does not displace others.
     counts: Counter[str] = Counter()
     start = time.monotonic()
-    # A datagram may be lost, so all are asked three times in the first half of the time.
+    # A datagram may be lost, so each address is probed three times in the first half of the time.
     rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -9534,9 +9530,9 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
 def name_hosts(
     found: Sequence[dict[str, Any]], taken: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Return name -> server. Names are letters, digits, dot and hyphen alone, and none is taken.
+    """Return name -> server. Names have only letters, digits, dot, hyphen, and are not in `taken`.
 
-    Ansible would evaluate "{{ }}" in a variable, and anybody on the link can answer a probe.
+    Anybody on the link can answer a probe, and Ansible would evaluate "{{ }}" in a variable.
     """
     named: dict[str, dict[str, Any]] = {}
     for one in found:
@@ -9578,7 +9574,7 @@ def format_ansible(found: Sequence[dict[str, Any]]) -> str:
 
 
 def is_token_needed(one: dict[str, Any]) -> bool:
-    """Whether we need a token there; not so, by default, for our own server on loopback."""
+    """Whether a token is needed there. By default the same account on loopback needs none."""
     return bool(one["auth"]) and not is_loopback(one["address"])
 
 
@@ -9587,8 +9583,8 @@ def format_hosts(
 ) -> str:
     """Return lines for the list of servers, with a token file for each that needs one.
 
-    taken: names that are listed; kept: files that are there. These may be tokens of others, and
-    shall not go to whoever answers by their name.
+    taken: names that are listed. kept: files in the list's folder. Such a file may be another
+    server's token, which must not be sent to one that merely answers with its name.
     """
     lines = []
     for name, one in name_hosts(found, taken).items():
