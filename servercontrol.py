@@ -57,8 +57,8 @@ number is how many lines each has:
       19  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
-      81  Spawner                   how a command is started: session, environment, descriptors
-     252  Tasks                     how it is watched, stopped with all that it started, and ends
+      83  Spawner                   how a command is started: session, environment, descriptors
+     246  Tasks                     how it is watched, stopped with all that it started, and ends
      120  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
