@@ -3473,6 +3473,15 @@ class TestCompression:
             answer = server.exchange(upgrade_request("/ws", "permessage-deflate; ="))
             assert b" 400 " in answer and b"bad_extension" in answer
 
+    def test_it_works_over_tls(self, tmp_path: Path, certificates: list[Certificate]) -> None:
+        with TlsServer(tmp_path, certificates[0], "--compress=on") as server:
+            with RawPeer(server, wrap=server.wrap, offer=TAKEN) as peer:
+                assert TAKEN.encode() in peer.head
+                peer.send(make_frame(0xC1, squeeze(b'{"type":"hello"}')))
+                assert peer.receive(is_type("hello"))
+                peer.send(make_frame(0xC1, squeeze(b" " * 65537)))
+                assert peer.read_close()[0] == 1009
+
     def test_a_python_without_zlib_does_without(self, tmp_path: Path) -> None:
         script = make_launcher(tmp_path, zlib=None)
         with ServerProcess(tmp_path, script=script) as server:
