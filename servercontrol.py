@@ -4632,7 +4632,7 @@ class Viewers:
             self._serve_step(step, batches)
             if time.perf_counter() > end:
                 break
-        if self._round or self._queue:
+        if self._round or self._queue or self._news:
             self._schedule()
 
     def _serve_step(
@@ -4667,7 +4667,7 @@ class Viewers:
     def flush_all(self) -> None:
         """Serve all viewers that are not stalled, however long it takes."""
         self.flush()
-        while self._round or self._queue:
+        while self._round or self._queue or self._news:
             self.flush()
 
     def _find_batch(

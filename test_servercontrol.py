@@ -3324,6 +3324,25 @@ class TestRounds:
         monkeypatch.setattr(sc, "FLUSH_TURN_SECONDS", -1.0)
         asyncio.run(run())
 
+    def test_news_of_a_round_begin_the_next(self, monkeypatch: Any) -> None:
+        """Also for those who were served before the news came, and when nothing else comes."""
+
+        async def run() -> None:
+            viewers = sc.Viewers(asyncio.get_running_loop())
+            everybody = [self.Viewer() for _ in range(3 * sc.ROUND_STEP)]
+            for viewer in everybody:
+                viewers.join(viewer, None, True)
+            await asyncio.sleep(0.01)  # all have been served
+            viewers.publish("stats_update")
+            await asyncio.sleep(0)
+            viewers.publish("stats_update")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert [one.seqs() for one in everybody] == [[1, 2]] * len(everybody)
+
+        monkeypatch.setattr(sc, "FLUSH_TURN_SECONDS", -1.0)
+        asyncio.run(run())
+
     def test_few_are_served_at_once_but_not_in_a_flood(self, monkeypatch: Any) -> None:
         async def run() -> None:
             viewers = sc.Viewers(asyncio.get_running_loop())
