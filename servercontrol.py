@@ -10908,10 +10908,15 @@ class Terminal {
   // Takes what so many lines follow at once that it would leave before anybody sees it.
   pass(text, time) {
     const end = text.lastIndexOf("\n") + 1;
-    const isPlain = this.state === GROUND && !this.half && !/[^\n\x20-\x7e\xa0-\uffff]/.test(text);
-    if (!end || !isPlain) return this.write(text, time);
+    const isWhole = !this.main && !this.top && this.bottom === this.rows - 1;
+    const isPlain =
+      this.state === GROUND && !this.half && !/[^\r\n\x20-\x7e\xa0-\uffff]/.test(text);
+    const isLineEnd = this.isLog || text[end - 2] === "\r"; // or else x would not be known
+    if (!end || !isWhole || !isPlain || !isLineEnd) return this.write(text, time);
     this.dropped += this.lines.length - 1 + countLines(text);
-    Object.assign(this, { lines: [new Line(time)], base: 0, y: 0, atEnd: true });
+    Object.assign(this, { lines: [new Line(time)], base: 0, x: 0, y: 0 });
+    this.isPending = false;
+    this.atEnd = this.isLog;
     this.write(text.slice(end), time);
   }
   // Takes one character of a sequence; returns 0 where it is none, and is to be printed.
@@ -12134,7 +12139,7 @@ class Stream {
     const part = text.slice(0, SLICE);
     terminal.reply = isLive ? (data) => answer(task, data) : () => {};
     this.count(part, -1);
-    if (terminal.isLog && this.ends > MAX_LINES) terminal.pass(part, time);
+    if (this.ends > MAX_LINES) terminal.pass(part, time);
     else terminal.write(part, time);
     if (part.length < text.length) item.text = text.slice(SLICE);
     else this.queue.shift();
