@@ -687,7 +687,7 @@ def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
     return length, False
 
 
-def parse_query(query: str, repeatable: str = "") -> dict[str, str]:
+def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
     """Return the parameters of a query; a name without "=" has the value "".
 
     repeatable: a name that may occur more than once; its values are joined with commas.
