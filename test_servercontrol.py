@@ -13198,31 +13198,32 @@ class TestManyViewers:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard < count + spare:
             pytest.skip(f"the hard limit of {hard} descriptors is too low: NOT TESTED")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
         options = (f"--max-clients={count + spare}", "--interval=3600", "--loop=asyncio")
-        try:
-            with ServerProcess(tmp_path, *options) as server, contextlib.ExitStack() as stack:
-                upgrade = "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n" + (
-                    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-                )
-                peers = []
-                for _ in range(count):  # who has asked for nothing yet may have to leave
-                    peers.append(stack.enter_context(server.connect()))
-                    peers[-1].sendall(upgrade.encode())
-                assert all(peer.recv(12) == b"HTTP/1.1 101" for peer in peers)
-                wait_until(lambda: server.get("/info")["clients"] == count)
-                task_id = server.start("echo to everybody")
-                for peer in peers:
-                    received = b""
-                    while b'"task_complete"' not in received:
-                        data = peer.recv(65536)
-                        assert data
-                        received += data
-                    assert b'"task_id":"%b"' % task_id.encode() in received
-                    assert b"to everybody\\n" in received
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        script = make_launcher(tmp_path, PING_SECONDS=3600.0)  # nobody here answers a ping
+        upgrade = (
+            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
+            server = stack.enter_context(ServerProcess(tmp_path, *options, script=script))
+            peers = []
+            for _ in range(count):  # who has asked for nothing yet may have to leave
+                peers.append(stack.enter_context(server.connect()))
+                peers[-1].sendall(upgrade)
+            assert all(peer.recv(12) == b"HTTP/1.1 101" for peer in peers)
+            wait_until(lambda: server.get("/info")["clients"] == count)
+            task_id = server.start("echo to everybody")
+            for peer in peers:
+                received = b""
+                while b'"task_complete"' not in received:
+                    data = peer.recv(65536)
+                    assert data
+                    received += data
+                assert b'"task_id":"%b"' % task_id.encode() in received
+                assert b"to everybody\\n" in received
 
 
 class TestReadme:
