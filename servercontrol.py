@@ -5919,17 +5919,15 @@ class Deadlines:
     """
 
     def __init__(self) -> None:
-        # By seconds: monotonic times. And the seconds of each connection.
+        # By seconds: monotonic times.
         self._times: dict[float, dict[Connection, float]] = {}
-        self._seconds: dict[Connection, float] = {}
 
     def set(self, connection: Connection, seconds: float | None) -> None:
         """Set a deadline in place of the one before; None: there is none."""
-        before = self._seconds.pop(connection, None)
-        if before is not None:
-            del self._times[before][connection]
+        if connection.deadline_seconds is not None:
+            del self._times[connection.deadline_seconds][connection]
+        connection.deadline_seconds = seconds
         if seconds is not None:
-            self._seconds[connection] = seconds
             self._times.setdefault(seconds, {})[connection] = time.monotonic() + seconds
 
     def take_due(self, now: float) -> list[Connection]:
@@ -6330,7 +6328,7 @@ class Connection:
 
     __slots__ = (
         "server reader inbox writer transport peer address source role phase viewer task opened_at "
-        "has_sent_all _socket _taken_bytes _progress_at"
+        "has_sent_all deadline_seconds _socket _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -6352,6 +6350,8 @@ class Connection:
         self.viewer: Viewer | None = None
         # Whether the client has ended its side of the connection.
         self.has_sent_all = False
+        # Of the deadline that it has; Deadlines sets it.
+        self.deadline_seconds: float | None = None
         # While something waits to be written: how much the kernel had taken at the last sweep, and
         # when that last grew.
         self._taken_bytes = 0
