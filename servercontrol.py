@@ -2461,7 +2461,11 @@ def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
         only = check_choice("only", only, EVENT_TYPES.__contains__)
     if tasks is not before.tasks:
         tasks = check_choice("tasks", tasks, DIGITS.fullmatch)
-    return Choice(only, tasks)
+    choice = Choice(only, tasks)
+    return before if choice == before else choice
+
+
+EVERYTHING = Choice()  # one for all viewers that choose nothing
 
 
 def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
@@ -2471,7 +2475,7 @@ def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
         fields["only"] = parameters["only"].split(",")
     if "task" in parameters:
         fields["tasks"] = parameters["task"].split(",") if parameters["task"] != "none" else []
-    return parse_choice(fields, Choice())
+    return parse_choice(fields, EVERYTHING)
 
 
 SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not its alias CLD
@@ -5240,7 +5244,8 @@ def identify_peer(
         if not is_standing(connection):
             uid, inode = None, 0
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    peer = Peer(listener, address[0], local[0], uid if inode else None, inode, scheme)
+    here = sys.intern(local[0])  # one text for all connections
+    peer = Peer(listener, address[0], here, uid if inode else None, inode, scheme)
     return peer, f"{host}:{address[1]}"
 
 
