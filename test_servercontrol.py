@@ -11325,16 +11325,19 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             if number == 3:
                 cut.append(True)
 
-        command = f"while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; exit 4"
+        command = (
+            f"touch '{tmp_path}/begun'; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; exit 4"
+        )
         with Cutter(plain_server.port, choose) as cutter:
 
             def end() -> None:
-                time.sleep(1.5)  # longer than GIVE_UP
+                wait_until((tmp_path / "begun").exists)
+                time.sleep(3.5)  # longer than EXEC_GIVE_UP
                 cutter.cut_all()
                 (tmp_path / "go").touch()
 
             threading.Thread(target=end).start()
-            found = self.follow(cutter.port, command, monkeypatch, EXEC_GIVE_UP=1.0)
+            found = self.follow(cutter.port, command, monkeypatch, EXEC_GIVE_UP=3.0)
         assert (cut, found[2]) == ([True], 4)
 
     def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
@@ -12917,6 +12920,16 @@ class ScreenWatcher:
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
+    def is_stopped(self) -> bool:
+        """Whether Ctrl-S has had its effect, which it has a little later."""
+        fd = os.open(os.ttyname(self.slave), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            return os.write(fd, b"\0") == 0
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+
     def read_to(self, end: bytes) -> None:
         """Read up to what was written last: a terminal passes it on a little later."""
         wait_until(lambda: (self.read(), self.data.rstrip().endswith(end))[1])
@@ -12943,6 +12956,7 @@ class TestMonitorScreen:
             assert len(lines) == 24 and all(len(line) <= 80 for line in lines)
             if end == "stopped":
                 screen.type("\x13")  # Ctrl-S
+                wait_until(screen.is_stopped)
                 screen.process.terminate()
             elif end in ("TERM", "HUP"):
                 screen.process.send_signal(getattr(signal, f"SIG{end}"))
