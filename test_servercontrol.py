@@ -13275,7 +13275,7 @@ class TestReadme:
             assert failed.returncode == 1 and failed.stderr
 
     def test_python_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
-        self.run_example(server, [sys.executable], "client.py", tmp_path)
+        self.run_example(server, [sys.executable, "-u"], "client.py", tmp_path)
 
     def test_javascript_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
         node = node_command()
