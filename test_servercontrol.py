@@ -11319,26 +11319,22 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         self, plain_server: ServerProcess, tmp_path: Path, monkeypatch: Any
     ) -> None:
         """The time after which it gives up counts from when the connection was last good."""
-        cut = []
-
-        def choose(number: int) -> None:
-            if number == 3:
-                cut.append(True)
-
-        command = (
-            f"touch '{tmp_path}/begun'; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; exit 4"
-        )
-        with Cutter(plain_server.port, choose) as cutter:
+        go, counts = tmp_path / "go", []
+        command = f"touch {go}.begun; while [ ! -e {go} ]; do sleep 0.05; done; exit 4"
+        with Cutter(plain_server.port, lambda _: None) as cutter:
 
             def end() -> None:
-                wait_until((tmp_path / "begun").exists)
+                wait_until(Path(f"{go}.begun").exists)
                 time.sleep(3.5)  # longer than EXEC_GIVE_UP
+                counts.append(cutter.count)
                 cutter.cut_all()
-                (tmp_path / "go").touch()
+                wait_until(lambda: cutter.count > counts[0])
+                counts.append(cutter.count)
+                go.touch()
 
             threading.Thread(target=end).start()
             found = self.follow(cutter.port, command, monkeypatch, EXEC_GIVE_UP=3.0)
-        assert (cut, found[2]) == ([True], 4)
+        assert (len(counts), found[2]) == (2, 4)
 
     def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
         with ServerProcess(tmp_path) as server:
