@@ -3113,10 +3113,10 @@ class TestChoice:
             f"task={ids[0]}&only=task_output,task_complete&task={ids[1]}": lambda e: e["type"] in ("task_output", "task_complete"),
             "task=9": lambda e: e["type"] != "task_output",
         }  # fmt: skip
-        seq, boot = (server.get("/info")[name] for name in ("seq", "boot_id"))
         with contextlib.ExitStack() as stack:
             paths = ["/", *(f"/ws?{query}" for query in choices)]
             peers = [stack.enter_context(RawPeer(server, path)) for path in paths]
+            seq, boot = (server.get("/info")[name] for name in ("seq", "boot_id"))
             server.run("true")
             for task_id in ids:
                 assert server.request("POST", f"/stdin?id={task_id}", b"\n").status == 200
