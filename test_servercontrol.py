@@ -9344,11 +9344,13 @@ def find_systemd_tool(name: str) -> str:
 
 
 def print_unit(*options: str, script: Path = SCRIPT) -> tuple[str, str]:
-    """Return what `unit` prints, on stdout and stderr."""
-    command = [sys.executable, str(script), "unit", *options]
-    told = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    assert told.returncode == 0, told
-    return told.stdout, told.stderr
+    """Return what `unit` prints, on stdout and stderr; in this process, since it is asked often."""
+    out: list[bytes] = []
+    notes: list[str] = []
+    streams = {"write_output": out.append, "write_note": notes.append}
+    with mock.patch.multiple(sc, __file__=str(script), **streams):
+        assert sc.unit_command(options, {}) == 0
+    return b"".join(out).decode(), "".join(f"{note}\n" for note in notes)
 
 
 def read_unit(text: str) -> dict[str, list[str]]:
@@ -9410,7 +9412,9 @@ class TestUnit:
         unit = tmp_path / "servercontrol.service"
         more = ["--port=80", "--tls-cert=/a b%/c", "--host=::", "--allow-host=\"$%\\'"]
         for extra in ([], more):
-            unit.write_text(print_unit(*options, *extra)[0], encoding="utf-8")
+            printed = run_client("unit", *options, *extra, script=SCRIPT).stdout
+            assert printed.decode() == print_unit(*options, *extra)[0]
+            unit.write_bytes(printed)
             command = [find_systemd_tool("systemd-analyze"), "verify", str(unit)]
             told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
             assert (told.returncode, told.stdout) == (0, "")
@@ -9603,7 +9607,7 @@ class TestUnit:
         check_refusal(tmp_path, 2, [word], "unit", *options)
 
     def test_help_says_how_to_install_it(self) -> None:
-        text = print_unit("--help")[0]
+        text = run_client("unit", "--help").stdout.decode()
         for word in ("sudo tee /etc/systemd", "daemon-reload", "enable --now", "--user NAME"):
             assert word in text
 
@@ -9963,12 +9967,16 @@ socket.onmessage = (message) => {
 
 
 def run_client(
-    *arguments: str, stdin: Any = b"", prefix: Sequence[str] = (), **env: str
+    *arguments: str,
+    stdin: Any = b"",
+    prefix: Sequence[str] = (),
+    script: Path | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a client command to its end, with no list of servers unless `env` names one."""
     given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     finished = subprocess.run(
-        [*prefix, sys.executable, compiled_script(), *arguments],
+        [*prefix, sys.executable, str(script or compiled_script()), *arguments],
         env={**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent/hosts", **env},
         capture_output=True,
         timeout=PATIENCE_SECONDS * 3,
