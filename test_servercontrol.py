@@ -12652,7 +12652,9 @@ class TestMonitorLog:
             resource.prlimit(watcher.process.pid, resource.RLIMIT_FSIZE, limits)
             run(3)
             assert log.stat().st_size == size + 100
-            resource.prlimit(watcher.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+            resource.prlimit(
+                watcher.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2
+            )
             wait_until(lambda: ends_in_any_order(log, tasks))
             log.rename(tmp_path / "log.1")
             log.symlink_to("/dev/full")
