@@ -6306,7 +6306,7 @@ class TestUnixSocket:
 # Strangers ────────────────────────────────────────────────────────────────────────────────────
 
 
-CROWDED_GRACE_SECONDS = 1.5
+CROWDED_GRACE_SECONDS = 3.0
 
 
 @pytest.fixture(scope="class", params=[*loops(), *(f"{loop} no-auth" for loop in loops())])
@@ -6358,7 +6358,7 @@ class TestStrangers:
                 peers.append(stack.enter_context(crowded_server.connect()))
                 peers[-1].sendall(b"GET / HT")
             wait_until(lambda: len(select.select(peers, [], [], 0)[0]) >= 20)
-            assert select.select(peers[24:], [], [], CROWDED_GRACE_SECONDS * 1.5)[0] == []
+            assert select.select(peers[24:], [], [], CROWDED_GRACE_SECONDS * 1.2)[0] == []
             assert set(peers[:20]) <= set(select.select(peers, [], [], 0)[0])
 
     def test_readers_that_do_not_read_keep_nobody_out(self, crowded_server: ServerProcess) -> None:
@@ -6401,7 +6401,7 @@ class TestStrangers:
                 os.kill(crowded_server.pid, signal.SIGCONT)
             assert [AnswerStream(peer).next().status for peer in peers] == [200] * 300
             # And they stay: who has shown a token is no newcomer any more.
-            assert select.select(peers, [], [], CROWDED_GRACE_SECONDS * 1.5)[0] == []
+            assert select.select(peers, [], [], CROWDED_GRACE_SECONDS * 1.2)[0] == []
             for peer in peers:
                 peer.sendall(data)
             assert [AnswerStream(peer).next().status for peer in peers] == [200] * 300
