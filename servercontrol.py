@@ -45,12 +45,12 @@ Map (search for the number and a dot):
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, banner, signals, verify-audit, systemd unit, main
 
-May I run this as root? Read these places in this order, some 1,020 lines in all. The
+May I run this as root? Read these places in this order, some 990 lines in all. The
 number is how many lines each has:
 
      372  section 6                 who gets in: the gate, check_access, and its rules in order
-      28  load_tokens               where the two tokens come from
-      25  read_token_file           whose files are believed
+      26  load_tokens               where the two tokens come from
+      23  read_token_file           whose files are believed
       19  identify_peer             whose process is at the other end: the kernel is asked
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       17  Exchanges._admit          what the gate's answer lets a request reach
@@ -59,7 +59,7 @@ number is how many lines each has:
       36  answer_exec               where the gate and the tasks meet
       83  Spawner                   how a command is started: session, environment, descriptors
      246  Tasks                     how it is watched, stopped with all that it started, and ends
-     120  AuditLog                  how it is written down
+     101  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -285,7 +285,6 @@ WINDOW_SECONDS = 60.0
 # What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
 # reader's side (tcp_rmem). So of a task with a window more is kept, so many times --keep-output.
 KEEP_TIMES = 5
-TASK_ID_BLOCK = 100  # ids reserved at once, so the state file is written once per 100 tasks
 
 # Access.
 MIN_TOKEN_CHARACTERS = 16
@@ -2665,10 +2664,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
 # reads; the folder can be read-only; the disk can be full.
 #
 # The audit log has one JSON object per line. `prev` in each is the SHA-256 of the line before, so a
-# changed or missing line shows. The file is locked for each record, and opened again when its path
-# leads to another file: so it can be rotated by renaming, and several servers of one account share
-# it. FILE.head has the hash of the newest line: the first record after a rotation names it, and it
-# shows if lines at the end were cut off.
+# changed or missing line shows. The file is opened and locked for each record: so it can be rotated
+# by renaming, and several servers of one account share it. FILE.head has the hash of the newest
+# line: the first record after a rotation names it, and it shows if lines at the end were cut off.
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -2797,60 +2795,50 @@ def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
         time.sleep(0.001)
 
 
+def open_private_file(path: str, flags: int) -> int:
+    """Open a file that is made, with mode 0600, where there is none. Raises OSError."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    status = os.fstat(fd)
+    if status.st_size == 0 and not status.st_mode & 0o600:
+        os.fchmod(fd, 0o600)  # the umask has removed all rights
+    return fd
+
+
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all instances of this account.
 
-    Numbers are reserved in blocks, so most ids cost no I/O and a crash skips a few; at an orderly
-    stop the rest of the block is given back. Without a usable folder ids begin at the wall clock's
-    milliseconds, which rises across restarts too.
+    A file has the newest one. Without a usable folder ids follow the wall clock's milliseconds,
+    which rise across restarts too.
     """
 
     def __init__(self, folder: str | None, log: Log) -> None:
         self._path = None if folder is None else os.path.join(folder, "last-task-id")
         self._log = log
-        self._next = 1
-        self._end = 1
+        self._last = 0
 
     def take(self) -> str:
-        if self._next >= self._end:
-            self._reserve()
-        self._next += 1
-        return str(self._next - 1)
-
-    def _reserve(self) -> None:
+        """Return the next id."""
         last = None
         if self._path is not None:
             try:
-                last = self._reserve_in_file(self._path)
+                last = self._count_in_file(self._path)
             except OSError as error:
                 self._log.write("warning", "state_not_written", error=error.strerror or "")
                 self._path = None
-        if last is None:
-            last = max(self._next - 1, int(time.time() * 1000))
-        self._next, self._end = last + 1, last + 1 + TASK_ID_BLOCK
-
-    def close(self) -> None:
-        """Give back what is left of the block, unless another instance has reserved one since."""
-        if self._path is not None and self._next < self._end:
-            with contextlib.suppress(OSError):
-                self._reserve_in_file(self._path, self._end - 1, self._next - 1 - (self._end - 1))
+        self._last = last or max(self._last, int(time.time() * 1000)) + 1
+        return str(self._last)
 
     @staticmethod
-    def _reserve_in_file(path: str, expected: int = -1, count: int = TASK_ID_BLOCK) -> int:
-        """Add a count to the number in the file, under its lock; return the number before.
-
-        expected: what the number must be, or the file stays as it is; -1 is any.
-        """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def _count_in_file(path: str) -> int:
+        fd = open_private_file(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             lock_file(fd)
             text = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
             # If the number is damaged, go on from one that counting from 1 cannot have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = int(time.time() * 1000) if damaged else int(text or 0)
-            if expected in (-1, last):  # fixed width: one write replaces the number whole
-                os.pwrite(fd, b"%18d\n" % (last + count), 0)
-            return last
+            os.pwrite(fd, b"%18d\n" % (last + 1), 0)  # fixed width: one write replaces it whole
+            return last + 1
         finally:
             os.close(fd)
 
@@ -2914,20 +2902,18 @@ def read_token_file(path: str, is_credential: bool = False, is_client: bool = Fa
     follow = 0 if is_client else os.O_NOFOLLOW
     # Without O_NONBLOCK the open of a pipe would wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
-    try:
+    with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not is_client and not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "not a regular file")
-        owners = (os.geteuid(), 0) if is_credential else (os.geteuid(),)
-        if not is_client and status.st_uid not in owners:
-            raise PermissionError(errno.EPERM, "belongs to another account")
-        if status.st_mode & (0o037 if is_credential else 0o077):
-            raise PermissionError(errno.EPERM, "other accounts may use it (chmod 600 mends that)")
-        os.set_blocking(fd, True)  # the writer of a pipe may need a moment
-        with open(fd, "rb", closefd=False) as file:
+            problem = "not a regular file"
+        elif not is_client and status.st_uid not in (os.geteuid(), 0 if is_credential else -1):
+            problem = "belongs to another account"
+        elif status.st_mode & (0o037 if is_credential else 0o077):
+            problem = "other accounts may use it (chmod 600 mends that)"
+        else:
+            os.set_blocking(fd, True)  # the writer of a pipe may need a moment
             return file.read(4096).decode("ascii", "replace").strip()
-    finally:
-        os.close(fd)
+    raise PermissionError(errno.EPERM, problem)
 
 
 def check_token(source: str, token: str) -> str:
@@ -2957,7 +2943,7 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
     """Return the token in the state folder and its path; make it if it is missing.
 
-    (None, None) without a state folder.
+    (None, None) where none can be made or kept.
     """
     if folder is None:
         return None, None
@@ -2994,24 +2980,22 @@ def load_tokens(
 
     The environment wins, then the option, then the state folder, where tokens are made if needed.
     """
-    names = ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
-    values = [environ.pop(name, None) for name in names]
-    options = [config.token_file, config.view_token_file]
-    if config.no_auth:
-        if values != [None, None]:
-            raise ConfigError(NO_AUTH_AND_TOKENS)
-        return Tokens()
-
-    def load(number: int) -> tuple[str | None, str | None]:
-        value, option = values[number], options[number]
-        if value is not None:
-            return check_token(names[number], value), None
-        if option:
-            source = ("--token-file", "--view-token-file")[number]
-            return load_token_file(source, option, environ.get("CREDENTIALS_DIRECTORY", "")), option
-        return load_kept_token(folder, ("token", "view-token")[number], log)
-
-    (run, run_file), (view, view_file) = load(0), load(1)
+    found: list[tuple[str | None, str | None]] = []
+    for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
+        variable = "SERVERCONTROL_" + name.upper().replace("-", "_")
+        value = environ.pop(variable, None)
+        if config.no_auth:
+            if value is not None:
+                raise ConfigError(NO_AUTH_AND_TOKENS)
+            found.append((None, None))
+        elif value is not None:
+            found.append((check_token(variable, value), None))
+        elif path:
+            credentials = environ.get("CREDENTIALS_DIRECTORY", "")
+            found.append((load_token_file(f"--{name}-file", path, credentials), path))
+        else:
+            found.append(load_kept_token(folder, name, log))
+    (run, run_file), (view, view_file) = found
     if run is not None and run == view:
         raise ConfigError("--view-token-file: both roles have the same token")
     return Tokens(run, view, run_file, view_file)
@@ -3047,29 +3031,26 @@ def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
 
 def open_audit_file(path: str) -> int:
     """Return the descriptor of the audit log, which is made where there is none. Raises OSError."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-    fd = os.open(path, flags, 0o600)
+    fd = open_private_file(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK)
     status = os.fstat(fd)
-    problem = ""
     if not stat.S_ISREG(status.st_mode):
         problem = "not a regular file"
     elif status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
         problem = "other accounts could change it"
-    if problem:
-        os.close(fd)
-        raise PermissionError(errno.EPERM, problem)
-    if status.st_size == 0 and not status.st_mode & 0o600:
-        os.fchmod(fd, 0o600)  # the umask has removed all rights
-    return fd
+    else:
+        return fd
+    os.close(fd)
+    raise PermissionError(errno.EPERM, problem)
 
 
-def open_head_file(path: str) -> int:
-    """Return the descriptor of FILE.head, -1 if the folder (/var/log) does not allow the file."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path + ".head", flags, 0o600)
-    except OSError:
-        return -1
+def write_hash(path: str, line_hash: str) -> None:
+    """Write FILE.head, if the folder (such as /var/log) allows the file."""
+    with contextlib.suppress(OSError):
+        fd = open_private_file(path + ".head", os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            os.pwrite(fd, line_hash.encode("ascii") + b"\n", 0)
+        finally:
+            os.close(fd)
 
 
 class AuditLog:
@@ -3080,18 +3061,16 @@ class AuditLog:
 
     def __init__(self, path: str, boot_id: str, log: Log) -> None:
         self.path = path
+        self.is_file = path not in ("-", "none")
         self._boot_id = boot_id
         self._log = log
-        # Descriptors of the log and of its head; -1 is closed.
-        self._fd = self._head_fd = -1
-        # The hash of the newest line that was written, and (device, inode, size) of the file then.
+        # The hash of the newest line that was written.
         self._hash = ZERO_HASH
-        self._seen: tuple[int, int, int] | None = None
         # How long to wait for the file's lock.
         self._lock_seconds = LOCK_SECONDS
-        # How many refusals may be recorded at this time (monotonic), and how many were left out.
-        self._refusals_left = float(MAX_REFUSALS)
-        self._refused_at = time.monotonic()
+        # Each refusal takes up the log for a second, until this time (monotonic); the number of
+        # those that were left out.
+        self._refusals_until = 0.0
         self._skipped = 0
         # Records that could not be written.
         self.errors = 0
@@ -3120,12 +3099,11 @@ class AuditLog:
     def write_refusal(self, **fields: Any) -> None:
         """Record a refusal, unless there are too many."""
         now = time.monotonic()
-        grown = self._refusals_left + now - self._refused_at
-        self._refusals_left, self._refused_at = min(grown, float(MAX_REFUSALS)), now
-        if self._refusals_left < 1:
+        until = max(self._refusals_until, now)
+        if until > now + MAX_REFUSALS - 1:
             self._skipped += 1
             return
-        self._refusals_left -= 1
+        self._refusals_until = until + 1
         if self._skipped:
             fields["skipped"], self._skipped = self._skipped, 0
         self.write("refused", **fields)
@@ -3142,93 +3120,45 @@ class AuditLog:
         self._hash = hash_line(line)
 
     def _append(self, record: dict[str, Any]) -> None:
-        status = self._lock()
+        fd = self._open_locked()
         try:
-            is_whole = self._find_end(status)
+            size, is_whole = os.fstat(fd).st_size, True
+            if size:
+                last, is_whole = read_last_line(fd, size)
+                self._hash = hash_line(last)
+            else:
+                self._hash = read_hash(self.path) or self._hash
             line = encode_json({**record, "prev": self._hash})
             # After a crash or a full disk the file may end with half a line. It is left unchanged.
             data = line + b"\n" if is_whole else b"\n" + line + b"\n"
-            if os.write(self._fd, data) != len(data):
+            if os.write(fd, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._hash = hash_line(line)
-            self._seen = status.st_dev, status.st_ino, status.st_size + len(data)
-            if self._head_fd >= 0:
-                os.pwrite(self._head_fd, self._hash.encode("ascii") + b"\n", 0)
+            write_hash(self.path, self._hash)
         finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(fd)  # and so unlock it
 
-    def _lock(self) -> os.stat_result:
-        """Lock the file that the path names now.
-
-        A rotation may rename the file at any moment, also between opening and locking. So after
-        locking it checks that the path still leads to this file, and else opens it again.
-        """
+    def _open_locked(self) -> int:
+        """Open the log and lock it; a rotation between the two means that it is opened again."""
         while True:
-            if self._fd < 0:
-                self._fd = open_audit_file(self.path)
-                self._head_fd = open_head_file(self.path)
+            fd = open_audit_file(self.path)
             try:
-                lock_file(self._fd, self._lock_seconds)
-            except BlockingIOError:
+                lock_file(fd, self._lock_seconds)
+            except OSError:
                 self._lock_seconds = LOCKED_SECONDS
+                os.close(fd)
                 raise
             self._lock_seconds = LOCK_SECONDS
-            status = os.fstat(self._fd)
-            try:
-                if os.path.samestat(status, os.stat(self.path)):
-                    return status
-            except FileNotFoundError:
-                pass
-            close_fds((self._fd, self._head_fd))
-            self._fd = self._head_fd = -1
-
-    def _find_end(self, status: os.stat_result) -> bool:
-        """Set the hash of the last line; return whether that line is whole."""
-        if (status.st_dev, status.st_ino, status.st_size) == self._seen:
-            return True
-        if status.st_size == 0:
-            self._hash = read_hash(self.path) or self._hash
-            return True
-        line, is_whole = read_last_line(self._fd, status.st_size)
-        self._hash = hash_line(line)
-        return is_whole
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                    return fd
+            os.close(fd)
 
 
 def find_audit_log(config_value: str, folder: str | None) -> str:
     if config_value:
         return config_value if config_value in ("-", "none") else os.path.abspath(config_value)
     return "none" if folder is None else os.path.join(folder, "audit.log")
-
-
-class RunMark:
-    """A file in the state folder that is locked while this run of the server lives.
-
-    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
-    """
-
-    def __init__(self, folder: str | None, boot_id: str, audit_path: str) -> None:
-        self._path: str | None = None
-        self._fd = -1
-        if folder is None or audit_path in ("-", "none"):
-            return
-        path = os.path.join(folder, f"run-{boot_id}")
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._fd, os.fsencode(audit_path))
-            self._path = path
-        except OSError:
-            pass  # without the mark, a crash leaves its tasks open in the audit log
-
-    def remove(self) -> None:
-        """Remove the mark at an orderly stop."""
-        if self._path is not None:
-            try:
-                os.unlink(self._path)
-            except OSError:
-                pass
-            os.close(self._fd)
-            self._path = None
 
 
 def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
@@ -3238,35 +3168,31 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.read(fd, 4096) == os.fsencode(audit_path):
+        with open(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # this run is alive
+            if file.read(4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
-        except BlockingIOError:
-            pass  # this run is alive
-        finally:
-            os.close(fd)
     return crashed
 
 
 def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
     open_tasks: dict[str, tuple[str, int]] = {}
-    pattern = re.compile("|".join(boot_ids).encode("ascii"))
+    pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
     with open(path, "rb") as file:
-        for line in file:
-            if not pattern.search(line):
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-                boot_id, task_id = record["boot_id"], record.get("task_id")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if record["event"] == "task_start" and boot_id in boot_ids:
-                open_tasks[task_id] = boot_id, int(record["pid"])
+        lines = list(filter(pattern.search, file))
+    for line in lines:
+        try:
+            record = parse_json_object(line)
+            if record["event"] == "task_start" and record["boot_id"] in boot_ids:
+                open_tasks[record["task_id"]] = record["boot_id"], int(record["pid"])
             elif record["event"] == "task_complete":
-                open_tasks.pop(task_id, None)
+                open_tasks.pop(record["task_id"], None)
+        except (CommandError, KeyError):
+            pass  # half a line
     return open_tasks
 
 
@@ -3284,14 +3210,12 @@ def find_survivors(task_id: str, session: Iterable[int]) -> list[int]:
 
 
 def complete_crashed_runs(
-    folder: str | None, audit: AuditLog, log: Log, find_members: Callable[[int], list[int]]
+    folder: str, audit: AuditLog, log: Log, find_members: Callable[[int], list[int]]
 ) -> None:
     """Write `interrupted` for the tasks that a crash of the server left open.
 
     find_members: returns the processes of a session.
     """
-    if folder is None or audit.path in ("-", "none"):
-        return
     try:
         crashed = find_crashed_runs(folder, audit.path)
         if not crashed:
@@ -3304,38 +3228,42 @@ def complete_crashed_runs(
         return
     pids: list[int] = []
     for task_id, (boot_id, pid) in open_tasks.items():
-        try:
+        alive: list[int] = []
+        with contextlib.suppress(OSError):  # no /proc
             alive = find_survivors(task_id, find_members(pid))
-        except OSError:  # no /proc
-            alive = []
         pids += alive
-        audit.write(
-            "task_complete",
-            boot_id,
-            task_id=task_id,
-            exit_code=None,
-            signal=None,
-            state="interrupted",
-            reason="the server ended without stopping this task",
-            pids=alive,
-        )
+        how: dict[str, Any] = {"exit_code": None, "signal": None, "state": "interrupted"}
+        reason = "the server ended without stopping this task"
+        audit.write("task_complete", boot_id, task_id=task_id, **how, reason=reason, pids=alive)
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         some = " ".join(map(str, pids[:20])) + " ..." * (len(pids) > 20)
         message += f". They may still run; to end them: kill {some}"
-    log.write(
-        "warning", "crash_completed", runs=len(crashed), tasks=len(open_tasks), message=message
-    )
+    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
+    log.write("warning", "crash_completed", **counts, message=message)
+
+
+def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
+    """Lock a file while this run of the server lives; return its path.
+
+    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
+    """
+    path = os.path.join(folder, f"run-{boot_id}")
+    with contextlib.suppress(OSError):  # without the mark a crash leaves its tasks open
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        os.write(fd, os.fsencode(audit_path))
+    return path
 
 
 class ChainReport(NamedTuple):
-    """The result of check_chain(). problems: (line number, text); empty if the chain holds."""
+    """The result of check_chain(). notes: what is odd, in the order of the lines."""
 
     lines: int
     first_prev: str
     last_hash: str
-    problems: list[tuple[int, str]]
-    notes: list[tuple[int, str]]
+    notes: list[str]
+    is_broken: bool
 
 
 def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> ChainReport:
@@ -3344,7 +3272,7 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
     prev: the hash that the first record must name, None for any. head: the hash of the newest line
     according to FILE.head, None if unknown: some line must have it.
     """
-    count, first_prev, problems, notes = 0, "", [], []
+    count, first_prev, notes, is_broken = 0, "", [], False
     seen_head = head is None or head == prev
     last_hash = prev or ZERO_HASH
     for count, line in enumerate(lines, 1):
@@ -3353,16 +3281,22 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
             named = str(parse_json_object(line)["prev"])
         except (CommandError, KeyError):
             # A crash left half a line. The next record names its hash nevertheless.
-            notes.append((count, "is not a whole record"))
+            notes.append(f"line {count} is not a whole record")
         else:
             first_prev = first_prev or named
             if named != last_hash and not (count == 1 and prev is None):
-                problems.append((count, "does not follow: lines before it were changed or removed"))
+                is_broken = True
+                notes.append(
+                    f"line {count} does not follow: lines before it were changed or removed"
+                )
         last_hash = hash_line(line)
         seen_head = seen_head or last_hash == head
     if not seen_head:
-        problems.append((count, "is not the last that was written: changed, or lines are missing"))
-    return ChainReport(count, first_prev or ZERO_HASH, last_hash, problems, notes)
+        is_broken = True
+        notes.append(
+            f"line {count} is not the last that was written: changed, or lines are missing"
+        )
+    return ChainReport(count, first_prev or ZERO_HASH, last_hash, notes, is_broken)
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
@@ -4065,7 +3999,7 @@ class Tasks:
         spawner: Spawner,
     ) -> None:
         self._config = config
-        self.ids = ids
+        self._ids = ids
         self._publish = publish
         self._log = log
         self._audit = audit
@@ -4109,7 +4043,7 @@ class Tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
         keep_output = config.keep_output * (KEEP_TIMES if request.window else 1)
-        task = Task(self.ids.take(), request, by, keep_output)
+        task = Task(self._ids.take(), request, by, keep_output)
         # So that the windows of all tasks, and the rest of each pipe, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
@@ -6982,6 +6916,7 @@ class Server:
         # How many were refused, by error code.
         self.refused = Counter(dict.fromkeys(REFUSALS, 0))
         self._folder = parts.folder
+        self._mark = ""  # see mark_run()
         self.tokens = parts.tokens
         self._loop = asyncio.get_running_loop()
         # Names this run of the server: a seq means something only together with it.
@@ -7035,9 +6970,9 @@ class Server:
         }
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        # Before the first request.
-        complete_crashed_runs(self._folder, self.audit, self.log, find_session)
-        self._mark = RunMark(self._folder, self.boot_id, self.audit.path)
+        if self._folder is not None and self.audit.is_file:  # before the first request
+            complete_crashed_runs(self._folder, self.audit, self.log, find_session)
+            self._mark = mark_run(self._folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds():
             self._watch(listener, kind)
@@ -7175,8 +7110,8 @@ class Server:
             self.tasks.kill_all()
             await asyncio.sleep(STOP_ASK_SECONDS)
         self.audit.write("stop", reason=reason)
-        self._mark.remove()
-        self.tasks.ids.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._mark)
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
         while (self.connections or self._count_unsent()) and time.monotonic() < end:
@@ -13708,15 +13643,6 @@ async def serve(config: Config, log: Log) -> None:
     await server.stop(stopped.result())
 
 
-def print_report(path: str, report: ChainReport) -> None:
-    for number, text in sorted(report.problems + report.notes):
-        write_output(f"{path}: line {number} {text}\n".encode("utf-8", "surrogateescape"))
-    verdict = "the chain is BROKEN" if report.problems else "the chain holds"
-    start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
-    text = f"{path}: {report.lines} lines; {verdict}{start}\n"
-    write_output(text.encode("utf-8", "surrogateescape"))
-
-
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`verify-audit [FILE…]`: walk the chain, print what is found, return the exit status."""
     files = parse_arguments("verify-audit", argv).file
@@ -13724,7 +13650,7 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not files and path in ("-", "none"):
         raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
     files = files or (path,)
-    prev, is_whole = None, True
+    prev, status = None, 0
     for file in files:
         head = read_hash(file) if file == files[-1] else None
         try:
@@ -13732,9 +13658,12 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
                 report = check_chain(lines, prev, head)
         except OSError as error:
             raise StartError(f"{file}: {error.strerror}") from None
-        print_report(file, report)
-        prev, is_whole = report.last_hash, is_whole and not report.problems
-    return 0 if is_whole else 1
+        verdict = "the chain is BROKEN" if report.is_broken else "the chain holds"
+        start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
+        for text in (*report.notes, f"{report.lines} lines; {verdict}{start}"):
+            write_output(f"{file}: {text}\n".encode("utf-8", "surrogateescape"))
+        prev, status = report.last_hash, status or int(report.is_broken)
+    return status
 
 
 def find_hosts_file(environ: Mapping[str, str]) -> str:

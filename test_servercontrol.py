@@ -7986,7 +7986,6 @@ setattr(owner, name, fail_when_told(getattr(owner, name)))
     def test_full_disk_stops_no_task(self, tmp_path: Path) -> None:
         flag = tmp_path / "flag"
         code = self.CODE.format(owner="os", name="pwrite")
-        code += "sc.TASK_ID_BLOCK = 2\nowner, name = os, 'write'\n"
         code += "write, full = os.write, fail_when_told(os.write)\n"
         code += "os.write = lambda fd, data: (write if fd < 3 else full)(fd, data)\n"
         script = make_launcher(tmp_path, code)
