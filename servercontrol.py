@@ -10758,13 +10758,13 @@ const GRAPHICS = Object.fromEntries(
     .match(/../gu)
     .map((pair) => [...pair]),
 );
-// The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
-// that cannot be right, STRING is OSC, DCS, SOS, PM or APC.
 function countLines(text) {
   let count = 0;
   for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
   return count;
 }
+// The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
+// that cannot be right, STRING is OSC, DCS, SOS, PM or APC.
 const GROUND = 0;
 const ESCAPE = 1;
 const CSI_PART = 2;
@@ -11262,8 +11262,8 @@ const ESCAPES = {
 };
 
 // ── The document ──
-const $ = (id) => document.getElementById(id),
-  two = (n) => String(Math.floor(n)).padStart(2, "0");
+const $ = (id) => document.getElementById(id);
+const two = (n) => String(Math.floor(n)).padStart(2, "0");
 function make(tag, properties, ...children) {
   // strings become text, whatever they hold
   const element = Object.assign(document.createElement(tag), properties);
@@ -11968,11 +11968,12 @@ const EVENTS = {
 };
 
 // ── Output: what /logs has, then what comes live, joined by offset in bytes of UTF-8 ──
-const MAX_QUEUE = 16e6,
-  SLICE = 65536,
-  KEEP = { ignoreBOM: true }; // a byte order mark stays
-const encoder = new TextEncoder(),
-  decoder = new TextDecoder("utf-8", KEEP);
+const MAX_QUEUE = 16e6; // in UTF-16 units; what is older is not shown
+const SLICE = 16384; // as much is taken at once, so that SLICE_MS is kept
+const SLICE_MS = 20; // of each frame; a click waits for one frame, and is seen after the next
+const KEEP = { ignoreBOM: true }; // a byte order mark stays
+const encoder = new TextEncoder();
+const decoder = new TextDecoder("utf-8", KEEP);
 const ANSWER_MS = 5000; // older questions of programs are not answered: who asked has gone on
 class Stream {
   // queue: what is to be shown, in order; waiting: events that came while /logs is read
@@ -12057,7 +12058,7 @@ class Stream {
     requestAnimationFrame(() => {
       this.isPumping = false;
       if (stream !== this) return;
-      const end = performance.now() + (this.queued > 4 * SLICE ? 40 : 12);
+      const end = performance.now() + SLICE_MS;
       while (this.queue.length && performance.now() < end) this.step();
       view.render();
       this.pump();
@@ -12104,16 +12105,16 @@ function answer(task, data) {
 }
 
 // ── At a glance ──
-const past = [],
-  MIB = 1 << 20; // past: [timestamp, cpu, ram_used, net_recv, net_sent]
+const MIB = 1 << 20;
+const past = []; // [timestamp, cpu, ram_used, net_recv, net_sent]
 function bytes(count) {
-  const unit = clamp(Math.floor(Math.log2(count) / 10), 0, 4),
-    value = count / 1024 ** unit;
+  const unit = clamp(Math.floor(Math.log2(count) / 10), 0, 4);
+  const value = count / 1024 ** unit;
   return `${value.toFixed(unit && value < 100 ? 1 : 0)} ${["", "Ki", "Mi", "Gi", "Ti"][unit]}B`;
 }
 function span(ms) {
-  const s = Math.max(0, Math.floor(ms / 1000)),
-    days = Math.floor(s / 86400);
+  const s = Math.max(0, Math.floor(ms / 1000));
+  const days = Math.floor(s / 86400);
   if (s < 10) return ms < 1000 ? `${Math.max(0, ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
   if (s < 3600) return s < 60 ? `${s} s` : `${Math.floor(s / 60)} m ${two(s % 60)} s`;
   return `${days ? `${days} d ` : ""}${Math.floor(s / 3600) % 24} h ${two((s / 60) % 60)} m`;
@@ -12153,8 +12154,8 @@ function showStats(event) {
 }
 function drawChart(id, top, ...columns) {
   // x is time, so a time without samples stays empty
-  const newest = past.at(-1)?.[0] ?? 0,
-    rows = past.filter(([time]) => time > newest - 600000);
+  const newest = past.at(-1)?.[0] ?? 0;
+  const rows = past.filter(([time]) => time > newest - 600000);
   const high = top || 1.15 * Math.max(1024, ...rows.flatMap((row) => columns.map((n) => row[n])));
   const place = (time) => (600 + (time - newest) / 1000).toFixed(1);
   const paths = columns.map((column) =>
@@ -12184,8 +12185,8 @@ function notice(text) {
 }
 function setLink(text, look) {
   // also as a coloured dot and the title, for who looks at other tabs
-  const canvas = make("canvas", { width: 32, height: 32 }),
-    pen = canvas.getContext("2d");
+  const canvas = make("canvas", { width: 32, height: 32 });
+  const pen = canvas.getContext("2d");
   const mark = alerting ? "⚠ " : look === "bad" ? "✕ " : "";
   say("link", text);
   $("link").className = `badge ${look}`;
@@ -12783,6 +12784,7 @@ async function askForNotifications() {
     granted: "Desktop notifications are on",
     insecure: "Browsers notify only for https and localhost",
     denied: "Notifications are blocked: allow them in this site's settings",
+    default: "Not decided: click once more to be asked",
   };
   say("notify", words[answer] ?? "This browser cannot notify");
 }
@@ -12888,8 +12890,8 @@ for (const [name, handler] of Object.entries(HANDLERS)) {
 }
 for (const button of $("keybar").children) {
   // its words are names of keys
-  const name = button.ariaLabel ?? button.textContent,
-    lower = name.toLowerCase();
+  const name = button.ariaLabel ?? button.textContent;
+  const lower = name.toLowerCase();
   button.onpointerdown = (event) => event.preventDefault(); // so the phone's keyboard stays open
   button.onclick = () => {
     if (lower in held) button.ariaPressed = String((held[lower] = !held[lower]));
