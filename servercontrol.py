@@ -35,7 +35,7 @@ Map (search for the number and a dot):
     8. WebSocket connection: messages from frames, the closing handshake
     9. Statistics and alerts: parsers of /proc, rates, AlertRule
     10. Feed and kept output: the log of events, its cursors; output kept per task
-    11. Messages and datagrams: JSON, events, request fields, METRICS, discovery, webhook
+    11. Messages and datagrams: JSON, events, request fields, metrics, discovery, webhook
     12. Log, state folder and audit log: stderr, task ids, tokens, records in a chain
     13. Tasks: start, terminal, reading and its pauses, stopping, the end
     14. Viewers: publish, flush, viewers that are slow, pings
@@ -48,10 +48,10 @@ Map (search for the number and a dot):
 May I run this as root? Read these places in this order, some 990 lines in all. The
 number is how many lines each has:
 
-     372  section 6                 who gets in: the gate, check_access, and its rules in order
-      26  load_tokens               where the two tokens come from
-      23  read_token_file           whose files are believed
-      19  identify_peer             whose process is at the other end: the kernel is asked
+     363  section 6                 who gets in: the gate, check_access, and its rules in order
+      28  load_tokens               where the two tokens come from
+      25  read_token_file           whose files are believed
+      27  identify_peer             whose process is at the other end: the kernel is asked
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       17  Exchanges._admit          what the gate's answer lets a request reach
       19  find_route                which role each path needs
@@ -548,51 +548,46 @@ class Config:
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
 # Absolute-form (RFC 9112, 3.2.2) or origin-form (3.2.1), without "#" and control bytes.
-TARGET = re.compile(rb"(?:https?://([^/?#\x00-\x20\x7f-\xff]+))?(/?[\x21\x22\x24-\x7e]*)", re.I)
-VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])")
+TARGET = re.compile(rb"(?:https?://([^/?#\0-\x20\x7f-\xff]+)|(?=/))([\x21\x22\x24-\x7e]*)", re.I)
+VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]")
 DIGITS = re.compile(r"[0-9]{1,18}")  # int() alone takes "1_0", " +5 " and Arabic digits
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 
 
 @dataclass(frozen=True)
 class RequestHead:
-    """A request line and its header fields.
+    """A request line and its header fields, as (lower-case name, value) in the order received.
 
     target: in origin-form. authority: the server that an absolute-form target named, or "".
-
-    fields: (lower-case name, value) in the order received.
-    content_length: None when the request has no such field.
     """
 
     method: str
     target: str
     http_1_0: bool
-    fields: tuple[tuple[str, str], ...]
-    content_length: int | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+    content_length: int = 0
     chunked: bool = False
     authority: str = ""
 
     @property
     def path(self) -> str:
-        """The target up to the question mark, not decoded: routes match it exactly."""
+        """Not decoded: routes match it exactly."""
         return self.target.partition("?")[0]
 
     @property
     def query(self) -> str:
-        """The target after the question mark, not decoded."""
         return self.target.partition("?")[2]
 
     @property
     def has_body(self) -> bool:
-        return self.chunked or bool(self.content_length)
+        return self.chunked or self.content_length > 0
 
     def values(self, name: str) -> list[str]:
-        """All values of the field `name` (lower-case)."""
         return [value for key, value in self.fields if key == name]
 
     def value(self, name: str) -> str | None:
-        """The first value of the field `name` (lower-case), or None."""
-        return next((value for key, value in self.fields if key == name), None)
+        """The first value of that field."""
+        return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
         """The comma-separated members of a list field (RFC 9110, 5.6.1)."""
@@ -615,32 +610,27 @@ class RequestHead:
         return (self.value("content-type") or "").partition(";")[0].strip(" \t").lower()
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, str, bool]:
-    """Return (method, authority or "", target, is HTTP/1.0). RFC 9112, 3.
-
-    Raises HttpError 400 or 505.
-    """
+def parse_request_line(line: bytes) -> RequestHead:
+    """Return a head without fields (RFC 9112, 3). Raises HttpError 400 or 505."""
     parts = line.split(b" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
         raise HttpError(400, "bad_request", "the request line is malformed")
     method, target, version = parts
-    match = VERSION.fullmatch(version)
-    if match is None:
+    if not VERSION.fullmatch(version):
         raise HttpError(505, "bad_version", "the request line does not end with HTTP/1.1")
-    if match.groups() not in ((b"1", b"0"), (b"1", b"1")):
+    if version not in (b"HTTP/1.0", b"HTTP/1.1"):
         raise HttpError(505, "bad_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
     form = TARGET.fullmatch(target)
-    authority, path = form.groups(b"") if form else (b"", b"")
-    if not path.startswith(b"/"):
-        if not authority or path[:1] not in (b"", b"?"):
-            raise HttpError(400, "bad_target", "the request target must be a path")
-        path = b"/" + path
-    is_http_1_0 = match.group(2) == b"0"
-    return method.decode("ascii"), authority.decode("ascii"), path.decode("ascii"), is_http_1_0
+    if form is None:
+        raise HttpError(400, "bad_target", "the request target must be a path")
+    authority, path = (part.decode("ascii") for part in form.groups(b""))
+    path = path if path.startswith("/") else "/" + path
+    is_http_1_0 = version == b"HTTP/1.0"
+    return RequestHead(method.decode("ascii"), path, is_http_1_0, authority=authority)
 
 
 def parse_field(line: bytes) -> tuple[str, str]:
-    """Return (lower-case name, value) of a header field line. RFC 9112, 5.
+    """Return (lower-case name, value) of a header field line (RFC 9112, 5).
 
     Raises HttpError 400, also for obs-fold and for space before the colon.
     """
@@ -655,35 +645,35 @@ def check_transfer_encoding(head: RequestHead, codings: list[str]) -> None:
     """Accept exactly one `chunked`, on HTTP/1.1 (RFC 9112, 6.1)."""
     if head.http_1_0:
         raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
-    if len(codings) > 1 or codings[0].lower().count("chunked") > 1:
+    coding = codings[0].lower()
+    if len(codings) > 1 or coding.count("chunked") > 1:
         raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
-    if codings[0].lower() != "chunked":
+    if coding != "chunked":
         raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
 
 
-def parse_body_framing(head: RequestHead) -> tuple[int | None, bool]:
-    """Return (Content-Length or None, chunked) of a head. RFC 9112, 6.
+def parse_body_framing(head: RequestHead) -> RequestHead:
+    """Return the head with the length of its body (RFC 9112, 6).
 
     Raises HttpError 400, 413, 415 or 501.
     """
-    lengths = head.values("content-length")
-    codings = head.values("transfer-encoding")
+    lengths, codings = head.values("content-length"), head.values("transfer-encoding")
     if lengths and codings:
         raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
     if set(head.tokens("content-encoding")) - {"identity"}:
         raise HttpError(415, "bad_encoding", "a Content-Encoding is not understood here")
     if codings:
         check_transfer_encoding(head, codings)
-        return None, True
+        return dataclasses.replace(head, chunked=True)
     if not lengths:
-        return None, False
+        return head
     if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise HttpError(400, "bad_length", "Content-Length must be one number")
     # A longer number is too large anyway, and int() is slow on very long ones.
     length = int(lengths[0]) if len(lengths[0]) <= 18 else sys.maxsize
     if length > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
-    return length, False
+    return dataclasses.replace(head, content_length=length)
 
 
 def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
@@ -720,8 +710,8 @@ class HttpParser:
 
     Call feed() with what arrived, then next_head() until it returns a head, then next_body() until
     it returns that request's body, and so on. Both return None when they need more bytes, and raise
-    HttpError when nothing more of this connection can be used. Inside, each is a generator that
-    stops where bytes are missing, so a half-read message is kept in its local variables.
+    HttpError when the connection is of no more use. Inside, each is a generator that stops where
+    bytes are missing, so a half-read message is kept in its local variables.
     """
 
     def __init__(self) -> None:
@@ -744,9 +734,8 @@ class HttpParser:
 
     def take_rest(self) -> bytes:
         """Return the bytes after the head of an upgrade: they belong to the other protocol."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        return rest
+        rest, self._buffer = self._buffer, bytearray()
+        return bytes(rest)
 
     def next_head(self) -> RequestHead | None:
         """Return the next head, or None. Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
@@ -755,13 +744,10 @@ class HttpParser:
         return self.head
 
     def next_body(self) -> bytes | None:
-        """Return the whole body of the last head, b"" if it has none, or None.
-
-        Raises HttpError 400, 413 or 431.
-        """
+        """Return the whole body of the last head, or None. Raises HttpError 400, 413 or 431."""
         assert self.head is not None, "next_head() comes first"
-        read = self._read_chunked_body if self.head.chunked else self._read_plain_body
-        body: bytes | None = self._read_on(read)
+        plain = functools.partial(self._read_bytes, self.head.content_length)
+        body: bytes | None = self._read_on(self._read_chunked_body if self.head.chunked else plain)
         if body is not None:
             self.head = None
         return body
@@ -775,38 +761,33 @@ class HttpParser:
             return end.value
 
     def _read_head(self) -> Generator[None, None, RequestHead]:
-        lines: list[bytes] = []
-        size = 0
-        while not lines or lines[-1]:
-            line = yield from (self._read_field() if lines else self._read_request_line())
-            size += len(line) + 2
-            if size > MAX_HEAD_BYTES or len(lines) > MAX_FIELDS + (line == b""):
-                raise HttpError(431, "head_too_large", "there are too many header fields")
-            if line and not lines:
-                parse_request_line(line)  # an HTTP/0.9 client sends nothing else
-                self._is_in_head = True
-            if line or lines:  # an empty line before the request line is skipped (RFC 9112, 2.2)
-                lines.append(line)
-        self._is_in_head = False
-        method, authority, target, http_1_0 = parse_request_line(lines[0])
-        fields = tuple(parse_field(line) for line in lines[1:-1])
-        head = RequestHead(method, target, http_1_0, fields, authority=authority)
-        length, chunked = parse_body_framing(head)
-        return dataclasses.replace(head, content_length=length, chunked=chunked)
-
-    def _read_request_line(self) -> Generator[None, None, bytes]:
-        while not self._buffer:
-            yield
-        # What cannot begin a request (a TLS ClientHello, say) is refused at its first byte; an LF
-        # may never come.
-        if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
-            raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
+        line, size = b"", 0
+        too_many = HttpError(431, "head_too_large", "there are too many header fields")
         too_long = HttpError(414, "uri_too_long", "the request line is too long")
-        return (yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long))
-
-    def _read_field(self) -> Generator[None, None, bytes]:
+        while not line:  # an empty line before the request line is skipped (RFC 9112, 2.2)
+            while not self._buffer:
+                yield
+            # What cannot begin a request (a TLS ClientHello, say) is refused at its first byte; an
+            # LF may never come.
+            if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
+                raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
+            line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
+            size += len(line) + 2
+            if size > MAX_HEAD_BYTES:
+                raise too_many
+        head = parse_request_line(line)  # at once, since an HTTP/0.9 client sends nothing else
+        self._is_in_head = True
+        lines: list[bytes] = []
         too_long = HttpError(431, "field_too_large", "a header field is too long")
-        return (yield from self._read_line(MAX_FIELD_BYTES, too_long))
+        while line:
+            line = yield from self._read_line(MAX_FIELD_BYTES, too_long)
+            size += len(line) + 2
+            lines.append(line)
+            if size > MAX_HEAD_BYTES or len(lines) > MAX_FIELDS + (line == b""):
+                raise too_many
+        self._is_in_head = False
+        fields = tuple(map(parse_field, lines[:-1]))
+        return parse_body_framing(dataclasses.replace(head, fields=fields))
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
         """Take a line without its CRLF. A bare LF is an error everywhere in it."""
@@ -832,10 +813,6 @@ class HttpParser:
         del self._buffer[:count]
         return data
 
-    def _read_plain_body(self) -> Generator[None, None, bytes]:
-        assert self.head is not None
-        return (yield from self._read_bytes(self.head.content_length or 0))
-
     def _read_chunked_body(self) -> Generator[None, None, bytes]:
         """RFC 9112, 7.1."""
         body = bytearray()
@@ -856,32 +833,29 @@ class HttpParser:
                 raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_long = HttpError(431, "trailers_too_large", "the trailers are too long")
         left = MAX_TRAILER_BYTES
-        while True:
+        while line:
             line = yield from self._read_line(MAX_TRAILER_BYTES, too_long)
             left -= len(line) + 2
             if left < 0:
                 raise too_long
-            if not line:
-                return bytes(body)
-            parse_field(line)  # a trailer must be well-formed; its value is not used
+            if line:
+                parse_field(line)  # a trailer must be well-formed; its value is not used
+        return bytes(body)
+
+
+def encode_fields(fields: Iterable[tuple[str, str]]) -> bytes:
+    """Return header or trailer fields with the empty line that ends them (RFC 9112, 5)."""
+    return "".join([*(f"{name}: {value}\r\n" for name, value in fields), "\r\n"]).encode("latin-1")
 
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return the status line and the fields, with the empty line (RFC 9112, 4)."""
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in fields]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    line = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+    return line.encode("ascii") + encode_fields(fields)
 
 
 def encode_chunk(data: bytes) -> bytes:
     """Return one chunk of a chunked body; data must not be empty (RFC 9112, 7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def encode_last_chunk(trailers: Iterable[tuple[str, str]]) -> bytes:
-    """Return the end of a chunked body with its trailer fields."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in trailers)
-    return b"0\r\n" + lines.encode("latin-1") + b"\r\n"
 
 
 # 6. Access ───────────────────────────────────────────────────────────────────────────────────
@@ -960,16 +934,14 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address, local_address: IP literals of both ends, "" on a Unix socket. uid, inode: owner and
-    inode of the other end's socket, as the kernel said right after accept; uid is None if it did
-    not say.
+    address, local_address: IP literals of both ends, "" on a Unix socket. uid: the owner of the
+    other end's socket, as the kernel said right after accept; None if it did not say.
     """
 
     listener: ListenerKind
     address: str = ""
     local_address: str = ""
     uid: int | None = None
-    inode: int = 0
     scheme: str = "http"
 
 
@@ -994,37 +966,41 @@ def is_loopback(text: str) -> bool:
 def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
     """Return a netlink request for the TCP socket with these two ends: sock_diag(7)."""
     family = 2 if peer[0].version == 4 else 10  # AF_INET, AF_INET6
-    request = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
-    request += struct.pack("!HH16s16s", peer[1], local[1], peer[0].packed, local[0].packed)
-    request += struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface, no cookie
-    return struct.pack("=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, 1, 0, 0) + request
+    header = struct.pack("=IHHII", 72, SOCK_DIAG_BY_FAMILY, 1, 0, 0)
+    kind = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
+    ends = struct.pack("!HH16s16s", peer[1], local[1], peer[0].packed, local[0].packed)
+    return header + kind + ends + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)  # any interface
 
 
-def parse_diag_reply(reply: bytes) -> tuple[int, int]:
-    """Return (uid, inode) of the socket. Raises ValueError if there is no connected one."""
-    (kind,) = struct.unpack_from("=H", reply, 4)
-    if kind != SOCK_DIAG_BY_FAMILY or len(reply) < 88 or reply[17] not in CLIENT_STATES:
+def check_owner(state: int, uid: int, inode: int) -> int:
+    """Return the uid of a client's socket. Raises ValueError if it tells nothing.
+
+    A socket that its process has closed may be listed with uid 0, but then it has no inode.
+    """
+    if state not in CLIENT_STATES or inode == 0:
+        raise ValueError("no connected socket")
+    return uid
+
+
+def parse_diag_reply(reply: bytes) -> int:
+    """Return the uid of the socket. Raises ValueError."""
+    if len(reply) < 88 or struct.unpack_from("=H", reply, 4) != (SOCK_DIAG_BY_FAMILY,):
         raise ValueError("no such socket")
-    uid, inode = struct.unpack_from("=II", reply, 80)
-    return uid, inode
+    return check_owner(reply[17], *struct.unpack_from("=II", reply, 80))
 
 
-def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> tuple[int, int]:
+def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> int:
     """The same from the text of /proc/net/tcp or tcp6 (proc(5)). Raises ValueError."""
-
-    def encode_end(end: Endpoint) -> str:
-        packed = end[0].packed
-        words = (packed[at : at + 4] for at in range(0, len(packed), 4))
-        address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-        return f"{address}:{end[1]:04X}"
-
-    _, found, row = table.partition(f" {encode_end(peer)} {encode_end(local)} ")
+    ends = ""
+    for address, port in (peer, local):
+        words = re.findall(b"(?s)....", address.packed)
+        digits = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+        ends += f" {digits}:{port:04X}"
+    _, found, row = table.partition(ends + " ")
     if not found:
         raise ValueError("no such socket")
     columns = row.split(None, 7)
-    if int(columns[0], 16) not in CLIENT_STATES:
-        raise ValueError("no such socket")
-    return int(columns[4]), int(columns[6])
+    return check_owner(int(columns[0], 16), int(columns[4]), int(columns[6]))
 
 
 def parse_host(value: str) -> tuple[str, int | None]:
@@ -1056,17 +1032,9 @@ def check_host_syntax(head: RequestHead) -> str | None:
 
 def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
     """Whether the origin is `scheme://host`, an absent port being the scheme's default."""
-    prefix = scheme + "://"
-    if host is None or not origin.startswith(prefix):
-        return False
-    try:
-        name, port = parse_host(origin[len(prefix) :])
-    except HttpError:
-        return False
-    own_name, own_port = parse_host(host)
-    default = DEFAULT_PORTS[scheme]
-    own_port = default if own_port is None else own_port
-    return (name, default if port is None else port) == (own_name, own_port)
+    port = f":{DEFAULT_PORTS[scheme]}"
+    own = f"{scheme}://{host.lower().removesuffix(port)}" if host else None
+    return origin.lower().removesuffix(port) == own
 
 
 def is_top_level_visit(head: RequestHead) -> bool:
@@ -1081,11 +1049,11 @@ def is_top_level_visit(head: RequestHead) -> bool:
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
     """Rule 2. Raises HttpError 403 or 415."""
     origins = head.values("origin")
-    listed = len(origins) == 1 and origins[0] in policy.allow_origins
-    own = len(origins) == 1 and is_own_origin(origins[0], scheme, host)
-    if origins and not listed and not own:
-        origin = origins[0] if re.fullmatch(r"[!-~]{1,200}", origins[0]) else "ORIGIN"
-        message = f"this web page may not use this server, unless it has --allow-origin {origin}"
+    origin = origins[0] if len(origins) == 1 else ""
+    listed = origin in policy.allow_origins
+    if origins and not listed and not is_own_origin(origin, scheme, host):
+        name = origin if re.fullmatch(r"[!-~]{1,200}", origin) else "ORIGIN"
+        message = f"this web page may not use this server, unless it has --allow-origin {name}"
         raise HttpError(403, "bad_origin", message)
     site = head.value("sec-fetch-site")
     if site in ("cross-site", "same-site") and not listed and not is_top_level_visit(head):
@@ -1159,16 +1127,13 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that the peer is a process of the server's own account.
-
-    A socket that its process has closed may be listed with uid 0, but then it has no inode.
-    """
+    """Whether the kernel says that the peer is a process of the server's own account."""
     if policy.require_token or peer.uid is None or peer.uid != policy.own_uid:
         return False
     if peer.listener is ListenerKind.UNIX:
         return True
     ends_are_local = is_loopback(peer.address) and is_loopback(peer.local_address)
-    return peer.listener is ListenerKind.LOOPBACK and ends_are_local and peer.inode != 0
+    return peer.listener is ListenerKind.LOOPBACK and ends_are_local
 
 
 def is_preflight(head: RequestHead) -> bool:
@@ -2312,14 +2277,8 @@ class ExecRequest:
 
 
 def is_plain_text(value: Any) -> bool:
-    """Whether a value is text that the kernel accepts: encodable, and without NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a value is text that the kernel accepts: without NUL and lone surrogates."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 def check_command(value: Any) -> str:
@@ -2334,16 +2293,10 @@ def check_command(value: Any) -> str:
 
 
 def is_environment(value: Any) -> bool:
-    """Whether a value is an object of strings that the kernel accepts as variables."""
     return isinstance(value, dict) and all(
         key and "=" not in key and is_plain_text(key) and is_plain_text(text)
         for key, text in value.items()
     )
-
-
-def is_input(value: Any) -> bool:
-    """Whether a value is text (NUL is allowed) or a bool."""
-    return isinstance(value, (bool, str)) and is_plain_text(str(value).replace("\0", ""))
 
 
 TEXT: Rule = (lambda value: value != "" and is_plain_text(value), "non-empty text without NUL")
@@ -2365,7 +2318,10 @@ EXEC_FIELDS: dict[str, Rule] = {
         f"a number of seconds, 0 to {MAX_TIMEOUT_SECONDS:.0f}",
     ),
     "name": NAME,
-    "stdin": (is_input, "text, or true to keep it open"),
+    "stdin": (
+        lambda value: type(value) in (bool, str) and is_plain_text(str(value).replace("\0", "")),
+        "text, or true to keep it open",
+    ),
     "tty": FLAG,
     "cols": SIDE,
     "rows": SIDE,
@@ -2441,10 +2397,9 @@ def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozens
     """Return the list in a field of `watch`; None (JSON's null) is everything."""
     if value is None:
         return None
-    if not isinstance(value, list) or len(value) > MAX_CHOSEN_TASKS:
+    if not isinstance(value, (list, frozenset)) or len(value) > MAX_CHOSEN_TASKS:
         raise CommandError("bad_field", f"{name} must be null or a list, not too long")
-    unfit = [one for one in value if not isinstance(one, str) or not is_fit(one)]
-    if unfit:
+    if not all(isinstance(one, str) and is_fit(one) for one in value):
         known = f"event types: {', '.join(EVENT_TYPES)}" if name == "only" else "task ids"
         raise CommandError("bad_field", f"{name} must list {known}")
     return frozenset(value)
@@ -2455,12 +2410,10 @@ def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
 
     Raises CommandError `bad_field`.
     """
-    only, tasks = fields.get("only", before.only), fields.get("tasks", before.tasks)
-    if only is not before.only:
-        only = check_choice("only", only, EVENT_TYPES.__contains__)
-    if tasks is not before.tasks:
-        tasks = check_choice("tasks", tasks, DIGITS.fullmatch)
-    choice = Choice(only, tasks)
+    choice = Choice(
+        check_choice("only", fields.get("only", before.only), EVENT_TYPES.__contains__),
+        check_choice("tasks", fields.get("tasks", before.tasks), DIGITS.fullmatch),
+    )
     return before if choice == before else choice
 
 
@@ -2515,38 +2468,6 @@ def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
     return networks
 
 
-# /metrics: name -> (type, label or "", help). Metrics of the process have the names that all
-# exporters use; the names of the others begin with servercontrol_.
-METRICS = {
-    "build_info": ("gauge", "version", "Always 1; the version is the label."),
-    "cpu_usage_ratio": ("gauge", "", "CPU usage of all cores together in the newest interval."),
-    "memory_used_bytes": ("gauge", "", "Memory that is not available to programs."),
-    "memory_total_bytes": ("gauge", "", "Memory of the machine."),
-    "swap_used_bytes": ("gauge", "", "Swap in use."),
-    "filesystem_used_bytes": ("gauge", "mountpoint", "Used space of the file system."),
-    "filesystem_size_bytes": ("gauge", "mountpoint", "Size of the file system."),
-    "network_receive_bytes_total": ("counter", "", "Received by all interfaces but loopback."),
-    "network_transmit_bytes_total": ("counter", "", "Sent by all interfaces but loopback."),
-    "load1": ("gauge", "", "Load average of one minute."),
-    "uptime_seconds": ("gauge", "", "Since the machine was booted."),
-    "tasks_running": ("gauge", "", "Tasks that run now."),
-    "tasks_started_total": ("counter", "", "Tasks started."),
-    "tasks_completed_total": ("counter", "state", "Tasks ended, by how."),
-    "task_duration_seconds": ("histogram", "", "From start to end of the tasks that ended."),
-    "task_output_bytes_total": ("counter", "", "Output of all tasks."),
-    "viewers": ("gauge", "", "WebSocket clients that are connected."),
-    "events_total": ("counter", "type", "Events broadcast to viewers."),
-    "viewer_bytes_total": ("counter", "", "Bytes written to WebSocket clients, before TLS."),
-    "viewer_gaps_total": ("counter", "", "Times that a viewer was told that it missed events."),
-    "refused_total": ("counter", "reason", "Requests and messages refused, by error code."),
-    "audit_errors_total": ("counter", "", "Audit records that could not be written."),
-    "alerts_total": ("counter", "", "CPU alerts raised."),
-    "process_cpu_seconds_total": ("counter", "", "CPU time of the server itself."),
-    "process_resident_memory_bytes": ("gauge", "", "Resident memory of the server itself."),
-    "process_open_fds": ("gauge", "", "Open descriptors of the server itself."),
-}
-
-
 def encode_metric_sample(name: str, value: float, label: str = "", text: str = "") -> str:
     """Return one line of Prometheus' text format; text is the label's value."""
     text = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
@@ -2556,10 +2477,10 @@ def encode_metric_sample(name: str, value: float, label: str = "", text: str = "
 class Histogram:
     """Counts values by size, as Prometheus wants it. bounds: inclusive, ascending."""
 
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self._bounds = (*bounds, math.inf)
-        # How many values are above the previous bound and not above this one.
-        self._counts = [0] * len(self._bounds)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        # How many values are above the previous bound and not above this one, or above all.
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
     def add(self, value: float) -> None:
@@ -2568,33 +2489,33 @@ class Histogram:
 
     def encode(self, name: str) -> list[str]:
         """Return the lines of its samples; in them the counts are cumulative."""
-        lines, count = [], 0
-        for bound, more in zip(self._bounds, self._counts):
-            count += more
-            text = "+Inf" if bound == math.inf else f"{bound:g}"
-            lines.append(encode_metric_sample(f"{name}_bucket", count, "le", text))
-        lines.append(encode_metric_sample(f"{name}_sum", self._sum))
-        return [*lines, encode_metric_sample(f"{name}_count", count)]
+        bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        pairs = zip(counts, bounds)
+        lines = [encode_metric_sample(f"{name}_bucket", n, "le", bound) for n, bound in pairs]
+        return [*lines, f"{name}_sum {self._sum}", f"{name}_count {sum(self._counts)}"]
 
 
-def encode_metrics(values: Mapping[str, Any]) -> bytes:
-    """Return those METRICS that have a value, in Prometheus' text format 0.0.4.
+def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
+    """Return rows of (name, value, help) in Prometheus' text format 0.0.4.
 
-    A value is a number, a Histogram or, for a metric with a label, {its value: number}.
+    A value is a number, a Histogram, None if it is not known yet or, for a "name{label}", {value of
+    the label: number}. Names of the process are those that all exporters use.
     """
     lines: list[str] = []
-    for short, (kind, label, text) in METRICS.items():
-        if short not in values:
+    for title, value, text in rows:
+        if value is None:
             continue
-        value = values[short]
-        name = short if short.startswith("process_") else f"servercontrol_{short}"
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        name, _, label = title.rstrip("}").partition("{")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        name = name if name.startswith("process_") else f"servercontrol_{name}"
         if isinstance(value, Histogram):
-            lines += value.encode(name)
+            kind, samples = "histogram", value.encode(name)
         elif label:
-            lines += [encode_metric_sample(name, n, label, of) for of, n in value.items()]
+            samples = [encode_metric_sample(name, n, label, of) for of, n in value.items()]
         else:
-            lines.append(encode_metric_sample(name, value))
+            samples = [encode_metric_sample(name, value)]
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
     return "\n".join([*lines, ""]).encode("utf-8", "replace")
 
 
@@ -2606,7 +2527,7 @@ class WebhookUrl(NamedTuple):
     host: str
     port: int
     target: str
-    fields: tuple[tuple[str, str], ...]
+    fields: list[tuple[str, str]]
 
 
 def parse_webhook_url(url: str) -> WebhookUrl:
@@ -2617,29 +2538,26 @@ def parse_webhook_url(url: str) -> WebhookUrl:
     # Any other character could end a line of the request, or be parsed otherwise than it looks.
     if parts.scheme not in DEFAULT_PORTS or port == 0 or not re.fullmatch(r"[!-\[\]-~]+", url):
         raise ValueError("not an http or https URL")
-    fields = [("Host", host_field)]
+    fields = [
+        ("Host", host_field),
+        ("User-Agent", f"servercontrol/{__version__}"),
+        ("Content-Type", "application/json"),
+        ("Connection", "close"),
+    ]
     if at:  # RFC 7617
-        user, _, password = account.partition(":")
-        pair = ":".join(urllib.parse.unquote(text) for text in (user, password))
-        code = base64.b64encode(pair.encode("utf-8")).decode("ascii")
+        user, _, password = map(urllib.parse.unquote_to_bytes, account.partition(":"))
+        code = base64.b64encode(user + b":" + password).decode("ascii")
         fields.append(("Authorization", f"Basic {code}"))
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     port = port or DEFAULT_PORTS[parts.scheme]
     origin = f"{parts.scheme}://{host_field}"
-    return WebhookUrl(origin, parts.scheme == "https", host, port, target, tuple(fields))
+    return WebhookUrl(origin, parts.scheme == "https", host, port, target, fields)
 
 
 def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
     """Return the POST of a JSON body, the last request of its connection."""
-    fields = [
-        *url.fields,
-        ("User-Agent", f"servercontrol/{__version__}"),
-        ("Content-Type", "application/json"),
-        ("Content-Length", str(len(body))),
-        ("Connection", "close"),
-    ]
-    lines = [f"POST {url.target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields)]
-    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
+    fields = encode_fields([*url.fields, ("Content-Length", str(len(body)))])
+    return f"POST {url.target} HTTP/1.1\r\n".encode("ascii") + fields + body
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
@@ -4698,18 +4616,21 @@ def choose_source() -> Callable[[], Sample]:
     return read_proc_sample
 
 
-def read_own_usage() -> dict[str, float]:
-    """Return the metrics of this process, as far as the system has them."""
-    usage = {"process_cpu_seconds_total": time.process_time()}
+def read_own_usage() -> list[tuple[str, Any, str]]:
+    """Return the metrics of this process, as far as the system has them: rows of /metrics."""
+    resident = fds = None
     try:
         pages = int(read_proc_file("/proc/self/statm").split()[1])
-        usage["process_resident_memory_bytes"] = pages * resource.getpagesize()
+        resident = pages * resource.getpagesize()
         # Since Linux 6.2 the folder's size is the count. Listing 10,000 takes 12 ms.
-        count = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
-        usage["process_open_fds"] = count
+        fds = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
     except OSError:
         pass  # macOS has no /proc; or no descriptor is free
-    return usage
+    return [
+        ("process_cpu_seconds_total", time.process_time(), "CPU time of the server itself."),
+        ("process_resident_memory_bytes", resident, "Resident memory of the server itself."),
+        ("process_open_fds", fds, "Open descriptors of the server itself."),
+    ]
 
 
 class Webhook:
@@ -5061,8 +4982,8 @@ NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
 
 
-def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
-    """Ask the kernel for (uid, inode) of the socket whose own end is `peer`.
+def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
+    """Ask the kernel for the uid of the socket whose own end is `peer`.
 
     0.2 ms, however many sockets there are. Raises OSError or ValueError.
     """
@@ -5072,49 +4993,22 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
         return parse_diag_reply(netlink.recv(4096))
 
 
-def scan_socket_owner(peer: Endpoint, local: Endpoint) -> tuple[int, int]:
+def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
     """The same without netlink, from /proc: 33 ms among 16,000 sockets."""
     path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
-def has_sock_diag() -> bool:
-    """Whether netlink tells the owner of a socket; tried with one of this process."""
+def choose_owner_query() -> Callable[[Endpoint, Endpoint], int]:
+    """Return the one of both that works here; netlink is tried with a socket of this process."""
     try:
-        with socket.socket() as listener, socket.socket() as client:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
+        with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
-            names = (client.getsockname(), listener.getsockname())
-            ends = [(ipaddress.ip_address(host), port) for host, port in names]
-            return query_socket_owner(ends[0], ends[1])[1] != 0
-    except (OSError, ValueError, struct.error, AttributeError):
-        return False
-
-
-def find_owner(peer: Endpoint, local: Endpoint, may_scan: bool) -> tuple[int | None, int]:
-    """Return (uid, inode) of the other end of a connection on this machine; None is unknown.
-
-    may_scan: whether to read /proc/net/tcp*, since there is no netlink. IPv4 addresses that are
-    mapped into IPv6 are in the kernel's IPv4 tables, so parse_ip() returns them as IPv4.
-    """
-    try:
-        return scan_socket_owner(peer, local) if may_scan else query_socket_owner(peer, local)
-    except (OSError, ValueError, struct.error, AttributeError):
-        return None, 0
-
-
-def is_standing(connection: socket.socket) -> bool:
-    """Whether an accepted connection still has its other end. Called after find_owner().
-
-    A client that has reset its connection has freed its port, but its request can still be read. If
-    another process uses that port now, find_owner() has found that one, which did not send it.
-    """
-    try:
-        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]  # tcp(7)
-    except (OSError, AttributeError):
-        return False
-    return state in SERVER_STATES
+            ends = (client.getsockname(), listener.getsockname())
+            query_socket_owner(*((ipaddress.ip_address(host), port) for host, port in ends))
+    except (OSError, ValueError, AttributeError):  # the last on macOS
+        return scan_socket_owner
+    return query_socket_owner
 
 
 def read_trusted_uid() -> int:
@@ -5162,7 +5056,11 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 def identify_peer(
-    connection: socket.socket, listener: ListenerKind, address: Any, scheme: str, may_scan: bool
+    connection: socket.socket,
+    listener: ListenerKind,
+    address: Any,
+    scheme: str,
+    query_owner: Callable[[Endpoint, Endpoint], int],
 ) -> tuple[Peer, str]:
     """Return who is at the other end, and a name for logs.
 
@@ -5171,39 +5069,40 @@ def identify_peer(
     if listener is ListenerKind.UNIX:
         return Peer(listener, uid=find_unix_owner(connection), scheme=scheme), "unix"
     local = connection.getsockname()
+    # Mapped addresses are in the kernel's IPv4 tables; parse_ip() returns them as IPv4.
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
-    uid, inode = None, 0
+    uid = None
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
-        uid, inode = find_owner((peer_ip, address[1]), (local_ip, local[1]), may_scan)
-        if not is_standing(connection):
-            uid, inode = None, 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
+            # A client that has reset its connection has freed its port, but its request can still
+            # be read. If another process uses that port now, it is the owner that was found.
+            if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
+                uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     here = sys.intern(local[0])  # one text for all connections
-    peer = Peer(listener, address[0], here, uid if inode else None, inode, scheme)
-    return peer, f"{host}:{address[1]}"
+    return Peer(listener, address[0], here, uid, scheme), f"{host}:{address[1]}"
 
 
 class TlsFiles:
     """The certificate and its key, read again when the files change.
 
-    So a renewed certificate needs no signal. Open connections keep the old one, new ones get the
-    new one.
+    So a renewed certificate needs no signal. Open connections keep the old one.
     """
 
     def __init__(self, cert: str, key: str, log: Log) -> None:
-        self._cert = cert
-        self._key = key or cert
+        self._paths = cert, key or cert
         self._log = log
-        # Size and times of the files when they were read, and when they were last checked.
-        self._signature = self._last_look = self._look()
+        # What _look() returned when the files were read, and at the last check.
+        self._read = self._seen = self._look()
         self.context = self._load()
 
     def _look(self) -> list[tuple[int, int, int]] | None:
         try:
-            status = [os.stat(path) for path in (self._cert, self._key)]
+            status = map(os.stat, self._paths)
+            return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in status]
         except OSError:
             return None
-        return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in status]
 
     def _load(self) -> ssl.SSLContext:
         """Return a TLS context from the files. Raises OSError or ValueError."""
@@ -5212,23 +5111,21 @@ class TlsFiles:
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(["http/1.1"])
         # With this wrong password OpenSSL does not ask for one on the terminal.
-        context.load_cert_chain(self._cert, self._key, password="")
+        context.load_cert_chain(*self._paths, password="")
         return context
 
     def refresh(self) -> None:
         """Read the files again if they have changed, but not since the last check."""
-        look = self._look()
-        changed = look != self._signature and look == self._last_look
-        self._last_look = look
-        if not changed:
+        before, self._seen = self._seen, self._look()
+        if self._seen != before or self._seen == self._read:
             return
-        self._signature = look
+        self._read = self._seen
         try:
             self.context = self._load()
         except (OSError, ValueError) as error:
             self._log.write("error", "tls_not_reloaded", error=str(error))
         else:
-            self._log.write("info", "tls_reloaded", cert=self._cert)
+            self._log.write("info", "tls_reloaded", cert=self._paths[0])
 
 
 @dataclass
@@ -5633,37 +5530,50 @@ async def answer_info(server: Server, request: Request) -> Response:
     )
 
 
-def collect_metrics(server: Server) -> dict[str, Any]:
-    """Return the values of METRICS; those that are not known yet are absent."""
+def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
+    """Return the rows that encode_metrics() takes."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
-    sample, newest = sampler.sample, sampler.newest
-    return {
-        "build_info": {__version__: 1},
-        **({} if newest is None else {"cpu_usage_ratio": round(newest["cpu"] / 100, 3)}),
-        "memory_used_bytes": sample.ram_used,
-        "memory_total_bytes": sample.ram_total,
-        "swap_used_bytes": sample.swap_used,
-        "filesystem_used_bytes": {"/": sample.disk_used},
-        "filesystem_size_bytes": {"/": sample.disk_total},
-        "network_receive_bytes_total": sampler.net_recv,
-        "network_transmit_bytes_total": sampler.net_sent,
-        "load1": sample.load_avg[0],
-        "uptime_seconds": sample.uptime,
-        "tasks_running": len(tasks.running),
-        "tasks_started_total": tasks.started,
-        "tasks_completed_total": tasks.completed,
-        "task_duration_seconds": tasks.durations,
-        "task_output_bytes_total": tasks.outputs.total_bytes,
-        "viewers": len(viewers.all),
-        "events_total": viewers.published,
-        "viewer_bytes_total": viewers.written_bytes,
-        "viewer_gaps_total": viewers.gaps,
-        "refused_total": server.refused,
-        "audit_errors_total": server.audit.errors,
-        "alerts_total": viewers.published["cpu_alert"],
-        **read_own_usage(),
-    }
+    sample, newest, events = sampler.sample, sampler.newest, viewers.published
+    usage = None if newest is None else round(newest["cpu"] / 100, 3)
+    return [
+        ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
+        ("cpu_usage_ratio", usage, "CPU usage of all cores together in the newest interval."),
+        ("memory_used_bytes", sample.ram_used, "Memory that is not available to programs."),
+        ("memory_total_bytes", sample.ram_total, "Memory of the machine."),
+        ("swap_used_bytes", sample.swap_used, "Swap in use."),
+        (
+            "filesystem_used_bytes{mountpoint}",
+            {"/": sample.disk_used},
+            "Used space of the file system.",
+        ),
+        ("filesystem_size_bytes{mountpoint}", {"/": sample.disk_total}, "Size of the file system."),
+        (
+            "network_receive_bytes_total",
+            sampler.net_recv,
+            "Received by all interfaces but loopback.",
+        ),
+        ("network_transmit_bytes_total", sampler.net_sent, "Sent by all interfaces but loopback."),
+        ("load1", sample.load_avg[0], "Load average of one minute."),
+        ("uptime_seconds", sample.uptime, "Since the machine was booted."),
+        ("tasks_running", len(tasks.running), "Tasks that run now."),
+        ("tasks_started_total", tasks.started, "Tasks started."),
+        ("tasks_completed_total{state}", tasks.completed, "Tasks ended, by how."),
+        ("task_duration_seconds", tasks.durations, "From start to end of the tasks that ended."),
+        ("task_output_bytes_total", tasks.outputs.total_bytes, "Output of all tasks."),
+        ("viewers", len(viewers.all), "WebSocket clients that are connected."),
+        ("events_total{type}", events, "Events broadcast to viewers."),
+        (
+            "viewer_bytes_total",
+            viewers.written_bytes,
+            "Bytes written to WebSocket clients, before TLS.",
+        ),
+        ("viewer_gaps_total", viewers.gaps, "Times that a viewer was told that it missed events."),
+        ("refused_total{reason}", server.refused, "Requests and messages refused, by error code."),
+        ("audit_errors_total", server.audit.errors, "Audit records that could not be written."),
+        ("alerts_total", events["cpu_alert"], "CPU alerts raised."),
+        *read_own_usage(),
+    ]
 
 
 async def answer_metrics(server: Server, request: Request) -> Response:
@@ -6187,7 +6097,7 @@ class Exchanges:
             self._writer.write(piece if head.http_1_0 else encode_chunk(piece))
             await self._writer.drain()
         if not head.http_1_0:
-            self._writer.write(encode_last_chunk(response.trailers.items()))
+            self._writer.write(b"0\r\n" + encode_fields(response.trailers.items()))
 
     async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
         """Answer an error after which the input cannot be trusted, and end the connection."""
@@ -6277,7 +6187,7 @@ class Connection:
         self._socket = connection
         scheme = "https" if server.tls and listener is not ListenerKind.UNIX else "http"
         self.peer, self.address = identify_peer(
-            connection, listener, address, scheme, server.may_scan
+            connection, listener, address, scheme, server.query_owner
         )
         # Newcomers are counted by account, or by address if the account is unknown.
         self.source = self.peer.uid, find_host_key(self.peer.address)
@@ -6943,7 +6853,7 @@ class Server:
         self.stalled: set[Connection] = set()
         self.deadlines = Deadlines()
         # Asked once: a kernel's answer "no such socket" must not make us read long tables.
-        self.may_scan = not has_sock_diag()
+        self.query_owner = choose_owner_query()
         self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self.connections, self.max_clients // 2)
         self.is_stopping = False
