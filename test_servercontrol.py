@@ -265,14 +265,12 @@ class ServerProcess:
             self.process.wait()
             status = "killed: it did not stop"
         self.reader.join(PATIENCE_SECONDS)
-        assert self.process.stderr is not None
         self.process.stderr.close()
         if self.check and kind is None:
             assert status == 0
             assert not [line for line in self.stderr if "Traceback" in line or "never retr" in line]
 
     def _read_log(self) -> None:
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.stderr.append(line.decode("utf-8", "replace"))
             with contextlib.suppress(ValueError):
@@ -893,19 +891,15 @@ def expect_access(
     asks_host = policy.no_auth or peer.listener is not NETWORK
     trusted = own and not proxied and not policy.require_token
     rules = [
-        (host_kind == "broken", 400),
-        (origin == "foreign", 403),
+        (host_kind == "broken", 400), (origin == "foreign", 403),
         (fetch in ("cross", "visit") and not is_listed and not is_visit, 403),
-        (by_browser and fields is FORM, 415),
-        (token == "run" and not policy.no_auth, sc.Role.RUN),
+        (by_browser and fields is FORM, 415), (token == "run" and not policy.no_auth, sc.Role.RUN),
         (token == "view" and not policy.no_auth, sc.Role.VIEW),
         (token == "wrong" and not policy.no_auth, 401),
         (origin == "opaque" and not is_preflight, 401),
-        (asks_host and host_kind not in served, 403),
-        (policy.no_auth or trusted, sc.Role.RUN),
-        (is_open and fields is not UPGRADE, None),
-        (is_preflight, None),
-    ]
+        (asks_host and host_kind not in served, 403), (policy.no_auth or trusted, sc.Role.RUN),
+        (is_open and fields is not UPGRADE, None), (is_preflight, None),
+    ]  # fmt: skip
     return next((verdict for applies, verdict in rules if applies), 401)
 
 
@@ -1032,13 +1026,8 @@ class TestAccess:
     @pytest.mark.parametrize("policy", [POLICY, OPEN_POLICY], ids=["loopback", "no_auth"])
     def test_host_is_served_by_name(self, policy: sc.AccessPolicy) -> None:
         for host in [
-            "LocalHost",
-            "localhost:65535",
-            "127.255.0.1",
-            "[0:0::1]:1",
-            "BOX.test",
-            "port.test:9",
-        ]:
+            "LocalHost", "localhost:65535", "127.255.0.1", "[0:0::1]:1", "BOX.test", "port.test:9",
+        ]:  # fmt: skip
             assert check_get(policy, OWN_PEER, f"Host: {host}") is sc.Role.RUN, host
         refused = "port.test localhost. localhost.evil.test 127.0.0.1.evil.test 127.1 xbox.test"
         for host in (refused + " 0x7f000001 2130706433").split():
@@ -1078,10 +1067,9 @@ class TestAccess:
         assert check_get(POLICY, OWN_PEER, "Host: localhost", f"{name}:") == 401
         assert check_get(OPEN_POLICY, OWN_PEER, "Host: localhost", f"{name}:") is sc.Role.RUN
 
-    @pytest.mark.parametrize(
-        "query",
-        [f"token={RUN_TOKEN}", "a=b&token=x", "token", "token=", "%74oken=x", "to%6Ben"],
-    )
+    @pytest.mark.parametrize("query", [
+        f"token={RUN_TOKEN}", "a=b&token=x", "token", "token=", "%74oken=x", "to%6Ben",
+    ])  # fmt: skip
     def test_token_in_the_query_is_refused(self, query: str) -> None:
         shown = f"Authorization: Bearer {RUN_TOKEN}"
         for policy, path in itertools.product((POLICY, OPEN_POLICY), ("/", "/tasks", "/health")):
@@ -1777,9 +1765,8 @@ class TestStatistics:
 
     @cases(
         ("today's kernels", "cpu  10 20 30 400 50 6 7 8 9 9\ncpu0 1 1 1 1\n", (81, 531)),
-        ("no steal", "cpu 1 2 3 4 5 6 7\n", (19, 28)),
-        ("linux 2.4", "cpu 1 2 3 4", (6, 10)),
-    )
+        ("no steal", "cpu 1 2 3 4 5 6 7\n", (19, 28)), ("linux 2.4", "cpu 1 2 3 4", (6, 10)),
+    )  # fmt: skip
     def test_cpu_times(self, stat: str, expected: tuple[int, int]) -> None:
         assert sc.parse_cpu_times(stat) == expected
 
@@ -1796,14 +1783,10 @@ class TestStatistics:
         assert sc.parse_net_dev(text) == expected
 
     @cases(
-        ("a third", 1, 3, 33.3),
-        ("nothing elapsed", 0, 0, 0.0),
-        ("all", 7, 7, 100.0),
-        ("busy went back", -1, 10, 0.0),
-        ("total went back", 5, -10, 0.0),
-        ("more busy than total", 11, 10, 100.0),
-        ("seconds instead of ticks", 0.02, 0.16, 12.5),
-    )
+        ("a third", 1, 3, 33.3), ("nothing elapsed", 0, 0, 0.0), ("all", 7, 7, 100.0),
+        ("busy went back", -1, 10, 0.0), ("total went back", 5, -10, 0.0),
+        ("more busy than total", 11, 10, 100.0), ("seconds instead of ticks", 0.02, 0.16, 12.5),
+    )  # fmt: skip
     def test_cpu_percent(self, busy: float, total: float, expected: float) -> None:
         before = make_sample(busy_ticks=100, total_ticks=1000)
         after = make_sample(busy_ticks=100 + busy, total_ticks=1000 + total)
@@ -1850,9 +1833,7 @@ class TestStatistics:
         ("a dip begins anew", (90, 60, 2), [95, 95, 1, 95, 95, 95], "-----A"),
         ("no cool-down", (90, 0, 0), [95, 95, 1], "AAr"),
     )
-    def test_alert_rule(
-        self, options: tuple[float, float, float], values: list[float], expected: str
-    ) -> None:
+    def test_alert_rule(self, options: Any, values: Any, expected: str):
         rule = sc.AlertRule(*options)
         letters = {"cpu_alert": "A", "alert_resolved": "r", None: "-"}
         got = [letters[rule.update(value, 1000.0 + now)] for now, value in enumerate(values)]
@@ -1915,19 +1896,15 @@ class TestFeed:
         assert feed.read_batch(5)[0] is feed.read_batch(5)[0], "a single frame is not copied"
 
     @cases(
-        ("at least one", 1, b"<1>", 2),
-        ("exactly full", 3, b"<1>", 2),
-        ("one begins before the limit", 4, b"<1><2>", 3),
-        ("all", 99, b"<1><2><3><4>", 5),
-    )
+        ("at least one", 1, b"<1>", 2), ("exactly full", 3, b"<1>", 2),
+        ("one begins before the limit", 4, b"<1><2>", 3), ("all", 99, b"<1><2><3><4>", 5),
+    )  # fmt: skip
     def test_batch_size(self, max_bytes: int, frames: bytes, cursor: int) -> None:
         assert make_feed(4, sc.MIB)[0].read_batch(1, max_bytes=max_bytes) == (frames, cursor)
 
     @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
     @pytest.mark.parametrize("output", [None, b"x" * 3000], ids=["small", "output"])
-    def test_oldest_are_dropped_beyond_the_capacity(
-        self, is_read: bool, output: bytes | None
-    ) -> None:
+    def test_oldest_are_dropped_beyond_the_capacity(self, is_read: bool, output: bytes | None):
         capacity, cost = 100_000, 2 * sc.EVENT_OVERHEAD_BYTES + len(output or b"")
         feed, _ = make_feed(0, capacity)
         for seq in range(1, 6001):
@@ -1947,17 +1924,12 @@ class TestFeed:
 
     # Of 100 events 91 to 100 are kept.
     @cases(
-        ("nothing missed", 100, True, 101, None),
-        ("one missed", 99, True, 100, None),
-        ("all kept ones missed", 90, True, 91, None),
-        ("one too old", 89, True, 91, (90, 90)),
-        ("from the beginning", 0, True, 91, (1, 90)),
-        ("from the future", 101, True, 91, (0, 90)),
+        ("nothing missed", 100, True, 101, None), ("one missed", 99, True, 100, None),
+        ("all kept ones missed", 90, True, 91, None), ("one too old", 89, True, 91, (90, 90)),
+        ("from the beginning", 0, True, 91, (1, 90)), ("from the future", 101, True, 91, (0, 90)),
         ("other boot", 95, False, 91, (0, 90)),
-    )
-    def test_find_cursor(
-        self, since: int, same_boot: bool, cursor: int, gap: tuple[int, int] | None
-    ) -> None:
+    )  # fmt: skip
+    def test_find_cursor(self, since: int, same_boot: bool, cursor: int, gap: Any):
         feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
         assert (feed.first, feed.next) == (91, 101)
         assert feed.find_cursor(since, same_boot) == (cursor, gap)
@@ -2717,7 +2689,6 @@ class TestWebSocketHandshake:
         ) as process:
             watchdog = threading.Timer(PATIENCE_SECONDS, process.kill)
             watchdog.start()
-            assert process.stdout is not None
             messages = []
             for line in process.stdout:
                 messages.append(json.loads(line))
@@ -2763,9 +2734,7 @@ class TestWebSocketRules:
         ("binary", make_frame(0x82, b"{}"), 1003),
         ("HTTP request", b"POST /exec HTTP/1.1\r\nHost: localhost\r\n\r\nuptime" * 20, 1002),
     )  # fmt: skip
-    def test_ends_with_the_right_code(
-        self, server: ServerProcess, data: bytes, code: int | None
-    ) -> None:
+    def test_ends_with_the_right_code(self, server: ServerProcess, data: bytes, code: int | None):
         tasks = server.get("/tasks")
         with RawPeer(server) as peer:
             with contextlib.suppress(ConnectionError):  # what is too long need not be taken
@@ -2794,9 +2763,7 @@ class TestWebSocketRules:
         ("a violation", b"\xff\xff"), ("a bad text", make_frame(0x81, b"\xff")),
         ("a close", make_frame(0x88, b"\x03\xe8")), ("more", make_frame(0x82) + b"\x88\x80mask"),
     )  # fmt: skip
-    def test_nothing_after_a_binary_message_counts(
-        self, server: ServerProcess, later: bytes
-    ) -> None:
+    def test_nothing_after_a_binary_message_counts(self, server: ServerProcess, later: bytes):
         asked = make_frame(0x81, '{"type":"ping"}') + make_frame(0x89, b"x")
         with RawPeer(server) as peer:
             peer.send(make_frame(0x82, b"x") + asked + later)
@@ -3426,9 +3393,7 @@ class TestCompression:
     @pytest.mark.parametrize("mode, expected", [
         ("auto", (False, False, True)), ("on", (True, True, True)), ("off", (False, False, False)),
     ])  # fmt: skip
-    def test_it_is_negotiated_beyond_this_machine(
-        self, tmp_path: Path, mode: str, expected: tuple[bool, ...]
-    ) -> None:
+    def test_it_is_negotiated_beyond_this_machine(self, tmp_path: Path, mode: str, expected: Any):
         *_, address = find_addresses()  # the kernel does not call our own one loopback
         options = (f"--host={address}", "--host=127.0.0.1", "--no-auth", f"--compress={mode}")
         with UnixServer(tmp_path, *options) as server:
@@ -3560,13 +3525,9 @@ class TestSlowViewers:
             viewer = mock.Mock(audience=sc.Audience(None, 0), is_stalled=False)
             viewers._queue = {viewer: None}
             for cursor, is_pressed in (
-                (feed.middle, False),
-                (feed.middle - 1, True),
-                (feed.middle, True),
-                (feed.next - 1, True),
-                (feed.next, False),
-                (feed.next - 1, False),
-            ):
+                (feed.middle, False), (feed.middle - 1, True), (feed.middle, True),
+                (feed.next - 1, True), (feed.next, False), (feed.next - 1, False),
+            ):  # fmt: skip
                 viewer.cursor = cursor
                 viewers._find_pressure()
                 assert viewers.is_pressed() is is_pressed, cursor
@@ -3927,19 +3888,12 @@ OPEN_REQUESTS = [("GET /", (), b""), ("GET /health", (), b""), ("HEAD /", (), b"
 CLOSED_REQUESTS = [
     ("POST /exec", (), b"true"),
     ("POST /exec?wait", ("Content-Type: application/json",), b'{"cmd":"true"}'),
-    ("POST /exec?follow", (), b"true"),
-    ("GET /tasks", (), b""),
-    ("GET /tasks?id=1", (), b""),
-    ("GET /logs?id=1", (), b""),
-    ("POST /kill?id=1", (), b""),
-    ("GET /stats", (), b""),
-    ("GET /info", (), b""),
-    ("GET /metrics", (), b""),
-    ("GET /nothing", (), b""),
-    ("GET / ", UPGRADE_FIELDS, b""),
-    ("GET /ws", UPGRADE_FIELDS, b""),
+    ("POST /exec?follow", (), b"true"), ("GET /tasks", (), b""), ("GET /tasks?id=1", (), b""),
+    ("GET /logs?id=1", (), b""), ("POST /kill?id=1", (), b""), ("GET /stats", (), b""),
+    ("GET /info", (), b""), ("GET /metrics", (), b""), ("GET /nothing", (), b""),
+    ("GET / ", UPGRADE_FIELDS, b""), ("GET /ws", UPGRADE_FIELDS, b""),
     ("GET /?since=0", UPGRADE_FIELDS, b""),
-]
+]  # fmt: skip
 
 
 def make_request(
@@ -4179,19 +4133,15 @@ REFUSED = [
     ("trailers too long", chunks(b"0\r\n" + (b"a: " + b"b" * 1000 + b"\r\n") * 5 + b"\r\n"), 431),
     ("bare LF everywhere", head(b"A: b").replace(b"\r", b""), 400),
     ("bare LF in the head", head(b"A: b\nC: d"), 400),
-    ("bare CR in a value", head(b"A: b\rC: d"), 400),
-    ("obs-fold", head(b"A: b\r\n c"), 400),
+    ("bare CR in a value", head(b"A: b\rC: d"), 400), ("obs-fold", head(b"A: b\r\n c"), 400),
     ("space before the first field", b"GET /tasks HTTP/1.1\r\n Host: localhost\r\n\r\n", 400),
-    ("space before a colon", head(b"A : b"), 400),
-    ("no colon", head(b"A"), 400),
-    ("no name", head(b": b"), 400),
-    ("name with a slash", head(b"A/B: c"), 400),
+    ("space before a colon", head(b"A : b"), 400), ("no colon", head(b"A"), 400),
+    ("no name", head(b": b"), 400), ("name with a slash", head(b"A/B: c"), 400),
     ("name that is not ASCII", head(b"\xc3\xa4: b"), 400),
     *((f"value with {c!r}", head(b"A: b" + c), 400) for c in (b"\0", b"\x07", b"\x7f", b"\x1b")),
     *((f"target {t}", make_request("GET " + t), 400) for t in ("*", "foo", "/a#b", "/a\x01b")),
     *((f"target {t}", make_request("GET " + t), 400) for t in ("/\x7f", "/\xc3\xa4", "/a b", "")),
-    ("CONNECT", make_request("CONNECT x:1"), 400),
-    ("OPTIONS *", make_request("OPTIONS *"), 400),
+    ("CONNECT", make_request("CONNECT x:1"), 400), ("OPTIONS *", make_request("OPTIONS *"), 400),
     ("HTTP/0.9", b"GET /tasks\r\n\r\n", 400),
     ("two spaces", b"GET  /tasks HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     ("tab", b"GET\t/tasks\tHTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
@@ -4205,7 +4155,7 @@ REFUSED = [
     ("101 fields", head(b"\r\n".join([b"A: b"] * 100)), 431),
     ("head too long", head(b"\r\n".join([b"A: " + b"b" * 8000] * 5)), 431),
     ("5000 fields", make_request("GET /ws", *UPGRADE_FIELDS, *["A: b"] * 5000), 431),
-]
+]  # fmt: skip
 # (name, Host field or None, status); a body is there, so that the connection must end.
 BAD_HOSTS = [("no Host", None, 400)] + [
     (f"Host {h!r}", h, 400)
@@ -4217,9 +4167,7 @@ class TestHttpRefused(RunsNothing):
     """RFC 9112: what is not exactly one request is answered once, and the connection ends."""
 
     @pytest.mark.parametrize("data, status", [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
-    def test_malformed_request_ends_connection(
-        self, server: ServerProcess, data: bytes, status: int
-    ) -> None:
+    def test_malformed_request_ends_connection(self, server: Any, data: bytes, status: int):
         for send in (socket.socket.sendall, send_dripping)[: 1 if len(data) > 2000 else 2]:
             with server.connect() as connection:
                 with contextlib.suppress(ConnectionError):
@@ -4231,9 +4179,7 @@ class TestHttpRefused(RunsNothing):
     @pytest.mark.parametrize(
         "host, status", [c[1:] for c in BAD_HOSTS], ids=[c[0] for c in BAD_HOSTS]
     )
-    def test_bad_host_ends_connection(
-        self, server: ServerProcess, host: str | None, status: int
-    ) -> None:
+    def test_bad_host_ends_connection(self, server: ServerProcess, host: str | None, status: int):
         data = make_request("POST /exec", host=host, body=b"true") + SMUGGLED_HTTP
         (answer,) = AnswerStream(server.exchange(data)).rest()
         check_error(answer, status)
@@ -4246,20 +4192,12 @@ class TestHttpRefused(RunsNothing):
         (answer,) = AnswerStream(server.exchange(b"GET /tasks HTTP/1.0\r\n\r\n")).rest()
         check_error(answer, 403)
 
-    @pytest.mark.parametrize(
-        "line, fields, status",
-        [
-            ("POST /nothing", (), 404),
-            ("POST /tasks", (), 405),
-            ("POST /exec?id=1", (), 400),
-            ("POST /exec", ("Origin: http://evil.test",), 403),
-            ("POST /exec", ("Host: evil.test",), 400),
-            ("POST /exec", ("Via: 1.1 proxy",), 401),
-            ("POST /exec", ("Expect: the-unexpected",), 417),
-            ("POST /ws", (), 426),
-        ],
-        ids=lambda value: value if isinstance(value, str) else "",
-    )
+    @pytest.mark.parametrize("line, fields, status", [
+        ("POST /nothing", (), 404), ("POST /tasks", (), 405), ("POST /exec?id=1", (), 400),
+        ("POST /exec", ("Origin: http://evil.test",), 403),
+        ("POST /exec", ("Host: evil.test",), 400), ("POST /exec", ("Via: 1.1 proxy",), 401),
+        ("POST /exec", ("Expect: the-unexpected",), 417), ("POST /ws", (), 426),
+    ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
     def test_body_of_refused_request_is_no_request(
         self, server: ServerProcess, line: str, fields: tuple[str, ...], status: int
     ) -> None:
@@ -4312,19 +4250,14 @@ class TestHttpRefused(RunsNothing):
         too_long = {"request line": 414, "field": 431}[part]
         assert status == ({"request line": 400, "field": 200}[part] if size == 8192 else too_long)
 
-    @pytest.mark.parametrize(
-        "method, path, allow",
-        [
-            *((m, "/exec", {"POST"}) for m in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "BREW")),
-            *((m, "/kill?id=1", {"POST"}) for m in ("GET", "HEAD", "PATCH")),
-            *(("POST", p, {"GET", "HEAD"}) for p in ("/", "/health", "/tasks", "/logs?id=1")),
-            *(("DELETE", p, {"GET", "HEAD"}) for p in ("/stats", "/info")),
-            ("get", "/tasks", {"GET", "HEAD"}),
-        ],
-    )
-    def test_wrong_method_is_405_with_allow(
-        self, server: ServerProcess, method: str, path: str, allow: set[str]
-    ) -> None:
+    @pytest.mark.parametrize("method, path, allow", [
+        *((m, "/exec", {"POST"}) for m in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "BREW")),
+        *((m, "/kill?id=1", {"POST"}) for m in ("GET", "HEAD", "PATCH")),
+        *(("POST", p, {"GET", "HEAD"}) for p in ("/", "/health", "/tasks", "/logs?id=1")),
+        *(("DELETE", p, {"GET", "HEAD"}) for p in ("/stats", "/info")),
+        ("get", "/tasks", {"GET", "HEAD"}),
+    ])  # fmt: skip
+    def test_wrong_method_is_405_with_allow(self, server: Any, method: str, path: str, allow: Any):
         answer = server.request(method, path)
         assert answer.status == 405
         assert set(re.split(", *", answer.headers["allow"])) == allow
@@ -4343,21 +4276,13 @@ class TestHttpRefused(RunsNothing):
         check_error(server.request("POST", path, b"true"), 404)
 
     @pytest.mark.parametrize("path", ["/tasks", "/logs", "/kill"])
-    @pytest.mark.parametrize(
-        "query, status",
-        [
-            *((q, 400) for q in ("id=1&id=2", "xid=1", "ID=1", "id=", "id", "id=-1", "id=+1")),
-            *((q, 400) for q in ("id=1_0", "id=0x1", "id=%d9%a1", "id=1%20", "id=a", "id=1%00")),
-            *((q, 400) for q in ("id=%ff", "id=1;id=2", "id=%1b%0d%0a%7f", "id=" + "1" * 7000)),
-            ("id=1&unknown=1", 400),
-            ("id=999999999999", 404),
-            ("id=999999999999&", 404),
-        ],
-        ids=lambda value: str(value)[:20],
-    )
-    def test_unusable_id_is_refused(
-        self, server: ServerProcess, path: str, query: str, status: int
-    ) -> None:
+    @pytest.mark.parametrize("query, status", [
+        *((q, 400) for q in ("id=1&id=2", "xid=1", "ID=1", "id=", "id", "id=-1", "id=+1")),
+        *((q, 400) for q in ("id=1_0", "id=0x1", "id=%d9%a1", "id=1%20", "id=a", "id=1%00")),
+        *((q, 400) for q in ("id=%ff", "id=1;id=2", "id=%1b%0d%0a%7f", "id=" + "1" * 7000)),
+        ("id=1&unknown=1", 400), ("id=999999999999", 404), ("id=999999999999&", 404),
+    ], ids=lambda value: str(value)[:20])  # fmt: skip
+    def test_unusable_id_is_refused(self, server: Any, path: str, query: str, status: int):
         method = "POST" if path == "/kill" else "GET"
         answer = server.request(method, f"{path}?{query}")
         check_error(answer, status)
@@ -4436,9 +4361,7 @@ class TestHttpRefused(RunsNothing):
 
     @pytest.mark.parametrize("fields", [(), (LENGTH_5,)], ids=["bare", "with a body"])
     @pytest.mark.parametrize("path, status", [("/nothing", 404), ("/exec", 405), ("/tasks?a", 400)])
-    def test_head_of_error_has_no_body(
-        self, server: ServerProcess, path: str, status: int, fields: tuple[str, ...]
-    ) -> None:
+    def test_head_of_error_has_no_body(self, server: Any, path: str, status: int, fields: Any):
         data = make_request("HEAD " + path, "Connection: close", *fields) + b"hello"
         received = server.exchange(data)
         assert received.startswith(b"HTTP/1.1 %d " % status)
@@ -4501,30 +4424,22 @@ class TestHttpConnection(RunsTasks):
         assert answers[0].headers["connection"] == ("keep-alive" if fields else "close")
 
     @pytest.mark.parametrize("query, output", [("wait", b'"output":"x\\n"'), ("follow", b"x\n")])
-    def test_http_1_0_gets_no_chunks(
-        self, server: ServerProcess, query: str, output: bytes
-    ) -> None:
+    def test_http_1_0_gets_no_chunks(self, server: ServerProcess, query: str, output: bytes):
         data = post(line=f"POST /exec?{query} HTTP/1.0", body=b"echo x")
         fields, _, body = server.exchange(data).partition(b"\r\n\r\n")
         assert b"chunked" not in fields.lower() and fields.startswith(b"HTTP/1.1 200 ")
         assert body.rstrip(b"}\n").endswith(output.rstrip(b"\n"))
 
-    @pytest.mark.parametrize(
-        "data",
-        [
-            chunks(b"4\r\necho\r\n2\r\n y\r\n0\r\n\r\n"),
-            chunks(b"0006\r\necho y\r\n000\r\n\r\n"),
-            chunks(b'6;a=b;c="d"\r\necho y\r\n0;e\r\nTrailer: 1\r\nOther: 2\r\n\r\n'),
-            chunks(b"6;" + b"a" * 255 + b"\r\necho y\r\n0\r\n\r\n"),
-            post("transfer-encoding:CHUNKED", body=b"6\r\necho y\r\n0\r\n\r\n"),
-            post("CONTENT-LENGTH:6", body=b"echo y"),
-            post("Content-Length: \t 6 \t", body=b"echo y"),
-            post("Content-Length: 6", "Content-Encoding: identity", body=b"echo y"),
-            post("Content-Length: 6", "A:", "Expect: 100-Continue", body=b"echo y"),
-            b"\r\n\r\n" + post(body=b"echo y"),
-            post(*["A: b"] * 98, body=b"echo y"),
-        ],
-    )
+    @pytest.mark.parametrize("data", [
+        chunks(b"4\r\necho\r\n2\r\n y\r\n0\r\n\r\n"), chunks(b"0006\r\necho y\r\n000\r\n\r\n"),
+        chunks(b'6;a=b;c="d"\r\necho y\r\n0;e\r\nTrailer: 1\r\nOther: 2\r\n\r\n'),
+        chunks(b"6;" + b"a" * 255 + b"\r\necho y\r\n0\r\n\r\n"),
+        post("transfer-encoding:CHUNKED", body=b"6\r\necho y\r\n0\r\n\r\n"),
+        post("CONTENT-LENGTH:6", body=b"echo y"), post("Content-Length: \t 6 \t", body=b"echo y"),
+        post("Content-Length: 6", "Content-Encoding: identity", body=b"echo y"),
+        post("Content-Length: 6", "A:", "Expect: 100-Continue", body=b"echo y"),
+        b"\r\n\r\n" + post(body=b"echo y"), post(*["A: b"] * 98, body=b"echo y"),
+    ])  # fmt: skip
     def test_body_is_taken_however_it_is_framed(self, server: ServerProcess, data: bytes) -> None:
         data = data.replace(b"/exec", b"/exec?wait")
         for send in (socket.socket.sendall, send_dripping)[: 1 if b"Expect" in data else 2]:
@@ -4544,22 +4459,15 @@ class TestHttpConnection(RunsTasks):
             connection.sendall(b"echo y")
             assert AnswerStream(connection).next().json()["output"] == "y\n"
 
-    @pytest.mark.parametrize(
-        "line, fields, status",
-        [
-            ("POST /exec", ("Content-Length: 262145",), 413),
-            ("POST /exec", (LENGTH_5, "Via: 1.1 proxy"), 401),
-            ("POST /exec", (LENGTH_5, "Origin: http://evil.test"), 403),
-            ("POST /exec", (LENGTH_5, "Sec-Fetch-Site: same-origin"), 415),
-            ("POST /exec?a=b", (LENGTH_5,), 400),
-            ("POST /nothing", (LENGTH_5,), 404),
-            ("PUT /exec", (LENGTH_5,), 405),
-            ("POST /exec", (LENGTH_5, "Expect: more"), 417),
-        ],
-    )
-    def test_no_100_for_what_is_refused(
-        self, server: ServerProcess, line: str, fields: tuple[str, ...], status: int
-    ) -> None:
+    @pytest.mark.parametrize("line, fields, status", [
+        ("POST /exec", ("Content-Length: 262145",), 413),
+        ("POST /exec", (LENGTH_5, "Via: 1.1 proxy"), 401),
+        ("POST /exec", (LENGTH_5, "Origin: http://evil.test"), 403),
+        ("POST /exec", (LENGTH_5, "Sec-Fetch-Site: same-origin"), 415),
+        ("POST /exec?a=b", (LENGTH_5,), 400), ("POST /nothing", (LENGTH_5,), 404),
+        ("PUT /exec", (LENGTH_5,), 405), ("POST /exec", (LENGTH_5, "Expect: more"), 417),
+    ])  # fmt: skip
+    def test_no_100_for_what_is_refused(self, server: Any, line: str, fields: Any, status: int):
         before = server.get("/tasks")
         received = server.exchange(make_request(line, "Expect: 100-continue", *fields))
         assert received.startswith(b"HTTP/1.1 %d " % status)
@@ -4578,9 +4486,7 @@ class TestHttpConnection(RunsTasks):
 
     @pytest.mark.parametrize("expect", ["Expect: 100-continue", "Expect:"])
     @pytest.mark.parametrize("upload", [("--data-binary", "@-"), ("-X", "POST", "-T", "-")])
-    def test_curl_reads_why_its_upload_is_refused(
-        self, server: ServerProcess, upload: tuple[str, ...], expect: str
-    ) -> None:
+    def test_curl_reads_why_its_upload_is_refused(self, server: Any, upload: Any, expect: str):
         url = f"http://localhost:{server.port}/exec"
         told = curl("-w", "%{http_code}", *upload, "-H", expect, url, stdin=b"#" * 3000000)
         assert told.returncode == 0 and told.stdout.endswith(b"413"), told
@@ -4656,9 +4562,7 @@ class TestRoutes(RunsTasks):
     """SPEC 3: every route, its fields and what it does."""
 
     @pytest.mark.parametrize("media_type, body, output", EXEC_BODIES, ids=lambda v: str(v)[:40])
-    def test_exec_takes_body(
-        self, server: ServerProcess, media_type: str, body: bytes, output: str
-    ) -> None:
+    def test_exec_takes_body(self, server: Any, media_type: str, body: bytes, output: str):
         fields = {"Content_Type": media_type} if media_type else {}
         answer = server.request("POST", "/exec?wait", body, **fields)
         assert answer.status == 200 and answer.headers["content-type"] == JSON_TYPE
@@ -4689,20 +4593,12 @@ class TestRoutes(RunsTasks):
             *("task_id", "command", "pid")
         }
 
-    @pytest.mark.parametrize(
-        "query, status, body",
-        [
-            ("wait&raw", 200, "a\n"),
-            ("wait&raw&fail", 500, "a\n"),
-            ("wait&fail", 500, None),
-            ("wait&raw=0&fail=0", 200, None),
-            ("follow&raw", 200, "a\n"),
-            *((query, 400, None) for query in ("raw", "tie", "fail", "follow&fail", "wait&raw=x")),
-        ],
-    )
-    def test_exec_answers_for_scripts(
-        self, server: ServerProcess, query: str, status: int, body: str | None
-    ) -> None:
+    @pytest.mark.parametrize("query, status, body", [
+        ("wait&raw", 200, "a\n"), ("wait&raw&fail", 500, "a\n"), ("wait&fail", 500, None),
+        ("wait&raw=0&fail=0", 200, None), ("follow&raw", 200, "a\n"),
+        *((query, 400, None) for query in ("raw", "tie", "fail", "follow&fail", "wait&raw=x")),
+    ])  # fmt: skip
+    def test_exec_answers_for_scripts(self, server: Any, query: str, status: int, body: Any):
         answer = server.request("POST", f"/exec?{query}", "echo a; exit 3")
         is_text = body is not None
         assert (answer.status, answer.headers["content-type"]) == (
@@ -4749,9 +4645,7 @@ class TestRoutes(RunsTasks):
             server.request("POST", f"/kill?id={task_id}&signal=KILL")
             server.wait_for_end(task_id)
 
-    def test_curl_follows_live_and_sees_the_trailer(
-        self, server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_curl_follows_live_and_sees_the_trailer(self, server: ServerProcess, tmp_path: Path):
         curl("--version")
         url = f"http://localhost:{server.port}"
         command = (
@@ -4760,7 +4654,6 @@ class TestRoutes(RunsTasks):
         arguments = ["curl", "-qsSN", "--noproxy", "*", "-D", str(tmp_path / "fields")]
         arguments += ["--data-binary", command, f"{url}/exec?follow"]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
             assert process.stdout.readline() == b"first\n"  # while the task goes on
             (tmp_path / "go").touch()
             assert process.stdout.read() == b"last\n" and process.wait() == 0
@@ -4846,11 +4739,8 @@ class TestRoutes(RunsTasks):
         task_id = server.start("exec sleep 300")
         for method in ("GET", "HEAD"):
             for path in (
-                f"/kill?id={task_id}",
-                "/exec",
-                "/exec?wait",
-                f"/kill?id={task_id}&signal=9",
-            ):
+                f"/kill?id={task_id}", "/exec", "/exec?wait", f"/kill?id={task_id}&signal=9",
+            ):  # fmt: skip
                 assert server.request(method, path, b"true").status == 405
         task = server.get("/tasks")[-1]
         assert (task["task_id"], task["state"]) == (task_id, "running")
@@ -4934,21 +4824,11 @@ FORWARDED += [
 FORWARDED += ["True-Client-IP: 127.0.0.1", "X-Forwarded-Proto: http"]
 FOREIGN_HOSTS = ["evil.test", "evil.test:PORT", "localhost.evil.test:PORT", "127.0.0.1.evil.test"]
 FOREIGN_HOSTS += [
-    "192.168.0.1:PORT",
-    "0.0.0.0:PORT",
-    "[::2]:PORT",
-    "localhos",
-    "128.0.0.1",
-    "127.1",
-]
+    "192.168.0.1:PORT", "0.0.0.0:PORT", "[::2]:PORT", "localhos", "128.0.0.1", "127.1",
+]  # fmt: skip
 OWN_HOSTS = [
-    "localhost",
-    "LOCALHOST:PORT",
-    "localhost:1",
-    "127.0.0.1",
-    "127.0.0.1:PORT",
-    "127.9.9.9",
-]
+    "localhost", "LOCALHOST:PORT", "localhost:1", "127.0.0.1", "127.0.0.1:PORT", "127.9.9.9",
+]  # fmt: skip
 OWN_HOSTS += ["[::1]", "[::1]:PORT", "[0:0:0:0:0:0:0:1]:PORT"]
 FOREIGN_ORIGINS = ["http://evil.test", "null", "", "http://localhost:3000", "http://localhost"]
 FOREIGN_ORIGINS += ["http://localhost:PORT.evil.test", "http://localhost:PORT@evil.test", "file://"]
@@ -5008,17 +4888,11 @@ class TestGate(RunsNothing):
             data = make_request("GET /tasks", own, second, host=f"localhost:{server.port}")
             check_error(ask(server, data), 403)
 
-    @pytest.mark.parametrize(
-        "origin, host",
-        [
-            ("http://localhost:PORT", "localhost:PORT"),
-            ("http://127.0.0.1:PORT", "127.0.0.1:PORT"),
-            ("http://[::1]:PORT", "[::1]:PORT"),
-            ("http://localhost", "localhost"),
-            ("http://localhost:80", "localhost"),
-            ("http://localhost", "localhost:80"),
-        ],
-    )
+    @pytest.mark.parametrize("origin, host", [
+        ("http://localhost:PORT", "localhost:PORT"), ("http://127.0.0.1:PORT", "127.0.0.1:PORT"),
+        ("http://[::1]:PORT", "[::1]:PORT"), ("http://localhost", "localhost"),
+        ("http://localhost:80", "localhost"), ("http://localhost", "localhost:80"),
+    ])  # fmt: skip
     def test_own_origin_is_served(self, server: ServerProcess, origin: str, host: str) -> None:
         origin, host = (text.replace("PORT", str(server.port)) for text in (origin, host))
         for line, fields, body in PAGE_REQUESTS[1:]:
@@ -5047,9 +4921,7 @@ class TestGate(RunsNothing):
 
     @pytest.mark.parametrize("media_type", ["text/plain", FORM_TYPE, "multipart/form-data", None])
     @pytest.mark.parametrize("mark", ["Origin: http://localhost", "Sec-Fetch-Site: same-origin"])
-    def test_form_of_a_browser_is_415(
-        self, server: ServerProcess, mark: str, media_type: str | None
-    ) -> None:
+    def test_form_of_a_browser_is_415(self, server: ServerProcess, mark: str, media_type: Any):
         fields = [mark] + ([f"Content-Type: {media_type}"] if media_type else [])
         check_error(ask(server, make_request("POST /exec", *fields, body=RUN_TRUE)), 415)
         cross = ["Sec-Fetch-Site: cross-site", *fields[1:]]
@@ -5064,9 +4936,7 @@ class TestGate(RunsNothing):
     @pytest.mark.parametrize(
         "line, fields, body", CLOSED_REQUESTS, ids=[r[0] for r in CLOSED_REQUESTS]
     )
-    def test_other_account_is_401(
-        self, server: ServerProcess, line: str, fields: tuple[str, ...], body: bytes
-    ) -> None:
+    def test_other_account_is_401(self, server: ServerProcess, line: str, fields: Any, body: bytes):
         data = make_request(line, "Connection: close", *fields, body=body)
         (answer,) = ask_as_nobody(server, data)
         check_error(answer, 401)
@@ -5211,14 +5081,11 @@ class TestAccessOptions:
             for origin in listed:
                 marks = (f"Origin: {origin}", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors")
                 for line, fields, body, status in [
-                    ("GET /tasks", (), b"", 200),
-                    ("POST /exec?wait", (JSON_FIELD,), RUN_TRUE, 200),
-                    ("GET /nothing", (), b"", 404),
-                    ("POST /exec?wait", (JSON_FIELD,), b"[]", 400),
-                    ("POST /nothing", (JSON_FIELD,), b"{}", 404),
-                    ("POST /exec", (), b"true", 415),
+                    ("GET /tasks", (), b"", 200), ("POST /exec?wait", (JSON_FIELD,), RUN_TRUE, 200),
+                    ("GET /nothing", (), b"", 404), ("POST /exec?wait", (JSON_FIELD,), b"[]", 400),
+                    ("POST /nothing", (JSON_FIELD,), b"{}", 404), ("POST /exec", (), b"true", 415),
                     ("OPTIONS /exec", ("Access-Control-Request-Method: POST",), b"", 204),
-                ]:
+                ]:  # fmt: skip
                     answer = ask(server, make_request(line, *marks, *fields, body=body))
                     assert answer.status == status, line
                     assert answer.headers.get("access-control-allow-origin") == origin, line
@@ -5264,12 +5131,8 @@ class TestAccessOptions:
         with ServerProcess(tmp_path, "--no-auth", f"--host={address}") as server, unharmed(server):
             assert server.wait_for_log("no_auth")["level"] == "warning"
             for host in (
-                "127.0.0.1:1",
-                "10.1.2.3",
-                "[fe80::1]:80",
-                socket.gethostname(),
-                "localhost",
-            ):
+                "127.0.0.1:1", "10.1.2.3", "[fe80::1]:80", socket.gethostname(), "localhost",
+            ):  # fmt: skip
                 assert ask(server, make_request("GET /tasks", host=host)).status == 200, host
                 data = make_request("GET /tasks", "X-Forwarded-For: 1.2.3.4", host=host)
                 assert ask(server, data).status == 200
@@ -5287,9 +5150,7 @@ class TestAccessOptions:
 
     @pytest.mark.parametrize("loop", loops())
     @pytest.mark.parametrize("hosts", [["127.0.0.2"], ["::1"], ["localhost"], ["127.0.0.1", "::1"]])
-    def test_any_loopback_address_is_trusted(
-        self, tmp_path: Path, hosts: list[str], loop: str
-    ) -> None:
+    def test_any_loopback_address_is_trusted(self, tmp_path: Path, hosts: list[str], loop: str):
         if "::1" in hosts and not os.path.exists("/proc/net/if_inet6"):
             pytest.skip("no IPv6 here")
         options = [f"--host={host}" for host in hosts]
@@ -5453,9 +5314,7 @@ class TestTokens:
     """SPEC 4 where tokens are needed; CASES 16, 44 to 49."""
 
     @pytest.mark.parametrize("address", find_addresses())
-    def test_every_request_without_token_is_401(
-        self, network_server: TokenServer, address: str
-    ) -> None:
+    def test_every_request_without_token_is_401(self, network_server: TokenServer, address: str):
         with unharmed(network_server):
             for line, fields, body in CLOSED_REQUESTS:
                 data = make_request(line, *fields, body=body, host=address)
@@ -5469,26 +5328,18 @@ class TestTokens:
                 assert answer.status == 200
 
     @pytest.mark.parametrize("name, fields", WRONG_TOKENS + NO_TOKENS)
-    def test_what_is_no_token_is_401(
-        self, network_server: TokenServer, name: str, fields: tuple[str, ...]
-    ) -> None:
+    def test_what_is_no_token_is_401(self, network_server: TokenServer, name: str, fields: Any):
         with unharmed(network_server):
             for line, more, body in CLOSED_REQUESTS[:4] + CLOSED_REQUESTS[-2:]:
                 data = make_request(line, *fields, *more, body=body)
                 check_error(ask_from(network_server, fresh_source(), data), 401)
 
-    @pytest.mark.parametrize(
-        "field",
-        [
-            bearer(SERVER_RUN_TOKEN),
-            f"authorization: bearer  {SERVER_RUN_TOKEN}",
-            protocol("bearer." + SERVER_RUN_TOKEN),
-        ],
-    )
+    @pytest.mark.parametrize("field", [
+        bearer(SERVER_RUN_TOKEN), f"authorization: bearer  {SERVER_RUN_TOKEN}",
+        protocol("bearer." + SERVER_RUN_TOKEN),
+    ])  # fmt: skip
     @pytest.mark.parametrize("address", find_addresses())
-    def test_run_token_opens_everything(
-        self, network_server: TokenServer, address: str, field: str
-    ) -> None:
+    def test_run_token_opens_everything(self, network_server: Any, address: str, field: str):
         statuses = []
         with unharmed(network_server, runs=True):
             for line, fields, body in CLOSED_REQUESTS:
@@ -5579,9 +5430,7 @@ class TestTokens:
             (answer,) = ask_as_nobody(network_server, data)
             assert (answer.status, answer.json()["role"]) == (200, "run")
 
-    def test_many_wrong_tokens_are_429_and_the_right_one_200(
-        self, network_server: TokenServer
-    ) -> None:
+    def test_many_wrong_tokens_are_429_and_the_right_one_200(self, network_server: TokenServer):
         source = fresh_source()
         wrong = make_request("GET /tasks", bearer("x" * 20))
         with unharmed(network_server):
@@ -5643,11 +5492,8 @@ class TestTokens:
         with unharmed(network_server), network_server.connect() as connection:
             stream, statuses = AnswerStream(connection), []
             for fields in (
-                (bearer(SERVER_RUN_TOKEN),),
-                (),
-                (bearer(SERVER_VIEW_TOKEN),),
-                ("A: b",),
-            ):
+                (bearer(SERVER_RUN_TOKEN),), (), (bearer(SERVER_VIEW_TOKEN),), ("A: b",),
+            ):  # fmt: skip
                 connection.sendall(make_request("GET /tasks", *fields))
                 statuses.append(stream.next().status)
         assert statuses == [200, 401, 200, 401]
@@ -5772,21 +5618,11 @@ class TestTokenPieces:
             path.chmod(0o400)
 
     BAD_TOKENS = [
-        "",
-        "a" * 15,
-        "a" * 15 + " ",
-        " " * 20,
-        "a" * 16 + "\n" + "b" * 16,
-        "a" * 16 + " b",
-    ]
+        "", "a" * 15, "a" * 15 + " ", " " * 20, "a" * 16 + "\n" + "b" * 16, "a" * 16 + " b",
+    ]  # fmt: skip
     BAD_TOKENS += [
-        "a" * 16 + "=b",
-        "=" * 20,
-        "ä" * 20,
-        "a" * 16 + "\0",
-        "a" * 16 + ",",
-        "\x1c" * 20,
-    ]
+        "a" * 16 + "=b", "=" * 20, "ä" * 20, "a" * 16 + "\0", "a" * 16 + ",", "\x1c" * 20,
+    ]  # fmt: skip
 
     @pytest.mark.parametrize("text", BAD_TOKENS)
     def test_bad_token_is_refused(self, tmp_path: Path, text: str) -> None:
@@ -5813,9 +5649,7 @@ class TestTokenPieces:
         assert made is not None and len(made) == 43 and path.read_text() == made + "\n"
         assert [file.name for file in tmp_path.iterdir()] == ["token"] and place == str(path)
 
-    def test_folder_that_takes_no_token_matters_only_where_one_is_needed(
-        self, tmp_path: Path
-    ) -> None:
+    def test_folder_that_takes_no_token_matters_only_where_one_is_needed(self, tmp_path: Path):
         code = "import errno, os\ndef link(*_):\n    raise OSError(errno.EROFS, 'read-only')\n"
         script = make_launcher(tmp_path, code + "os.link = link")
         with ServerProcess(tmp_path, script=script) as server:
@@ -5950,9 +5784,7 @@ class TestTls(RunsTasks):
         with unharmed(tls_server, runs=True):
             yield
 
-    def test_curl_and_websockets_get_through(
-        self, tls_server: TlsServer, certificates: list[Certificate]
-    ) -> None:
+    def test_curl_and_websockets_get_through(self, tls_server: TlsServer, certificates: Any):
         for port in (tls_server.port, tls_server.ws_port):
             url = f"https://localhost:{port}/exec?wait"
             told = curl("--cacert", str(certificates[0].cert), "-d", "echo ok", url)
@@ -5990,13 +5822,7 @@ class TestTls(RunsTasks):
     @pytest.mark.parametrize(
         "version, served", [("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)]
     )
-    def test_versions(
-        self,
-        tls_server: TlsServer,
-        certificates: list[Certificate],
-        version: str,
-        served: bool,
-    ) -> None:
+    def test_versions(self, tls_server: TlsServer, certificates: Any, version: str, served: bool):
         context = certificates[0].context()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the old version
@@ -6019,11 +5845,9 @@ class TestTls(RunsTasks):
         else:
             assert "NO_PROTOCOLS" not in told, told  # our own side would speak it
 
-    @pytest.mark.parametrize(
-        "data",
-        [make_request("GET /tasks"), bytes(range(256)) * 40, b"\x16\x03\x01\xff\xff" + b"x" * 99],
-        ids=["http", "noise", "broken hello"],
-    )
+    @pytest.mark.parametrize("data", [
+        make_request("GET /tasks"), bytes(range(256)) * 40, b"\x16\x03\x01\xff\xff" + b"x" * 99,
+    ], ids=["http", "noise", "broken hello"])  # fmt: skip
     def test_what_is_no_tls_is_closed(self, tls_server: TlsServer, data: bytes) -> None:
         for port in (tls_server.port, tls_server.ws_port):
             with tls_server.connect_plain(port) as plain:
@@ -6066,9 +5890,7 @@ class TestTls(RunsTasks):
         data = make_request("GET /tasks", "Origin: https://localhost:443")
         assert ask(tls_server, data).status == 200
 
-    def test_large_output_comes_whole(
-        self, tls_server: TlsServer, certificates: list[Certificate]
-    ) -> None:
+    def test_large_output_comes_whole(self, tls_server: TlsServer, certificates: list[Certificate]):
         """Less than is kept: else curl, if it is slow, would be cut off."""
         url = f"https://localhost:{tls_server.port}/exec?follow"
         told = curl("--cacert", str(certificates[0].cert), "-N", "-d", "seq 1 1000000", url)
@@ -6092,9 +5914,7 @@ class TestTlsFiles:
     """SPEC 1: certificates that change or cannot be used; each test has a server of its own."""
 
     @pytest.mark.parametrize("loop", loops())
-    def test_burst_of_token_holders_gets_in(
-        self, tmp_path: Path, certificates: list[Certificate], loop: str
-    ) -> None:
+    def test_burst_of_token_holders_gets_in(self, tmp_path: Path, certificates: Any, loop: str):
         """Handshakes take long when many come at once: that makes nobody an idle newcomer."""
         data = make_request("GET /info", bearer(SERVER_RUN_TOKEN))
         options = ("--require-token", f"--loop={loop}")
@@ -6135,9 +5955,7 @@ class TestTlsFiles:
                 assert server.shown_certificate(new.context())
             assert all(r["level"] == "error" for r in server.log("tls_not_reloaded"))
 
-    def test_bad_files_are_refused_with_status_2(
-        self, tmp_path: Path, certificates: list[Certificate]
-    ) -> None:
+    def test_bad_files_are_refused_with_status_2(self, tmp_path: Path, certificates: Any):
         one, two = certificates
         locked = ["openssl", "ec", "-aes256", "-passout", "pass:secret", "-in", str(one.key)]
         for path in ("locked", "empty", "noise"):
@@ -6158,9 +5976,7 @@ class TestTlsFiles:
             options = [f"--tls-cert={cert}"] + ([f"--tls-key={key}"] if key else [])
             check_refusal(state, 2, ["--tls-cert", str(cert)], "--port=0", "--ws-port=0", *options)
 
-    def test_transport_is_closed_once(
-        self, tmp_path: Path, certificates: list[Certificate]
-    ) -> None:
+    def test_transport_is_closed_once(self, tmp_path: Path, certificates: list[Certificate]):
         """After a second close asyncio forgets what the sweep asks for: an AttributeError."""
         code = """
 import asyncio.sslproto
@@ -6335,9 +6151,7 @@ class TestStrangers:
         assert crowded_server.resident_kib() - before < 24 * 1024
 
     @pytest.mark.parametrize("data", [b"", b"GET / HT", make_request("GET /health")])
-    def test_half_open_connections_keep_nobody_out(
-        self, crowded_server: ServerProcess, data: bytes
-    ) -> None:
+    def test_half_open_connections_keep_nobody_out(self, crowded_server: Any, data: bytes):
         with contextlib.ExitStack() as stack:
             for _ in range(1000):
                 peer = stack.enter_context(crowded_server.connect())
@@ -6423,19 +6237,11 @@ def hasty_server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProcess]
 class TestTimeouts:
     """Every phase of a connection has its deadline, on the monotonic clock."""
 
-    @pytest.mark.parametrize(
-        "data",
-        [
-            make_request("GET /tasks", *["A: b"] * 90),
-            make_request("POST /exec", body=b"#" * 500),
-            chunks(b"1\r\n#\r\n" * 90),
-            b"\r\n" * 300,
-        ],
-        ids=["head", "body", "chunks", "empty lines"],
-    )
-    def test_dripping_request_ends_at_the_total_deadline(
-        self, hasty_server: ServerProcess, data: bytes
-    ) -> None:
+    @pytest.mark.parametrize("data", [
+        make_request("GET /tasks", *["A: b"] * 90), make_request("POST /exec", body=b"#" * 500),
+        chunks(b"1\r\n#\r\n" * 90), b"\r\n" * 300,
+    ], ids=["head", "body", "chunks", "empty lines"])  # fmt: skip
+    def test_dripping_request_ends_at_the_total_deadline(self, hasty_server: Any, data: bytes):
         start = data.index(b"\r\n\r\n") + 4 if data[:4] == b"POST" else 0
         with unharmed(hasty_server), hasty_server.connect() as connection:
             connection.sendall(data[:start])
@@ -6447,20 +6253,11 @@ class TestTimeouts:
             check_error(answer, 408)
             assert answer.headers["connection"] == "close"
 
-    @pytest.mark.parametrize(
-        "data, status",
-        [
-            (make_request("GET /tasks")[:-2], 408),
-            (post(body=b"true")[:-2], 408),
-            (chunks(b"4\r\ntr"), 408),
-            (b"", None),
-            (make_request("GET /health"), 200),
-        ],
-        ids=["head", "body", "chunk", "nothing", "nothing after an answer"],
-    )
-    def test_stalled_connection_is_closed(
-        self, hasty_server: ServerProcess, data: bytes, status: int | None
-    ) -> None:
+    @pytest.mark.parametrize("data, status", [
+        (make_request("GET /tasks")[:-2], 408), (post(body=b"true")[:-2], 408),
+        (chunks(b"4\r\ntr"), 408), (b"", None), (make_request("GET /health"), 200),
+    ], ids=["head", "body", "chunk", "nothing", "nothing after an answer"])  # fmt: skip
+    def test_stalled_connection_is_closed(self, hasty_server: Any, data: bytes, status: Any):
         with unharmed(hasty_server), hasty_server.connect() as connection:
             connection.sendall(data)
             answers = AnswerStream(read_all(connection)).rest()
@@ -6789,7 +6586,6 @@ class TestLimits:
                 wait_until(lambda: server.get("/tasks"))
                 task_id = server.get("/tasks")[-1]["task_id"]
                 wait_until(lambda: server.task(task_id)["output_bytes"] == 22888896)
-                assert client.stdout is not None
                 received = client.stdout.read()
             assert client.returncode == 18  # the transfer ended in its middle
             whole = "".join(f"{number}\n" for number in range(1, 3000001)).encode()
@@ -7085,23 +6881,16 @@ class TestTaskProcess:
         answer = server.run("for i in $(seq 200); do echo o$i; echo e$i >&2; done")
         assert answer["output"] == "".join(f"o{i}\ne{i}\n" for i in range(1, 201))
 
-    @cases_task(
-        "command, exit_code, signal_name",
-        {
-            "success": ("exit 0", 0, None),
-            "failure": ("exit 7", 7, None),
-            "largest": ("exit 255", 255, None),
-            "not found": ("/nonexistent-command", 127, None),
-            "not an option": ("-x", 127, None),
-            "nor this": ("+x; exit 4", 4, None),
-            "only looks like TERM": ("exit 143", 143, None),
-            "TERM": ("kill -TERM $$", 143, "TERM"),
-            "KILL": ("kill -KILL $$", 137, "KILL"),
-            "core signal": ("ulimit -c 0; kill -SEGV $$", 139, "SEGV"),
-            "signal with two names": ("ulimit -c 0; kill -ABRT $$", 134, "ABRT"),
-            "signal without a name": ("kill -35 $$", 163, "35"),
-        },
-    )
+    @cases_task("command, exit_code, signal_name", {
+        "success": ("exit 0", 0, None), "failure": ("exit 7", 7, None),
+        "largest": ("exit 255", 255, None), "not found": ("/nonexistent-command", 127, None),
+        "not an option": ("-x", 127, None), "nor this": ("+x; exit 4", 4, None),
+        "only looks like TERM": ("exit 143", 143, None), "TERM": ("kill -TERM $$", 143, "TERM"),
+        "KILL": ("kill -KILL $$", 137, "KILL"),
+        "core signal": ("ulimit -c 0; kill -SEGV $$", 139, "SEGV"),
+        "signal with two names": ("ulimit -c 0; kill -ABRT $$", 134, "ABRT"),
+        "signal without a name": ("kill -35 $$", 163, "35"),
+    })  # fmt: skip
     def test_exit_code(self, server: Any, command: str, exit_code: int, signal_name: Any) -> None:
         answer = server.run(command)
         task = server.task(answer["task_id"])
@@ -7109,22 +6898,15 @@ class TestTaskProcess:
         assert (task["exit_code"], task["signal"]) == (exit_code, signal_name)
         assert task["state"] == "done" and task["started"] <= task["ended"]
 
-    @cases_task(
-        "command, output, replaced",
-        {
-            "invalid byte": ("printf 'a\\377b'", "a\ufffdb", 1),
-            "cut at the end": ("printf 'a\\303'", "a\ufffd", 1),
-            "replaced before": (
-                "printf '\\377\\357\\277\\275\\357\\277a'",
-                "\ufffd\ufffd\ufffda",
-                2,
-            ),
-            "control": ("printf '\\000\\033\\r\\t\\177\"\\\\'", '\0\x1b\r\t\x7f"\\', 0),
-            "command not ASCII": ("echo 'ž€😀'", "ž€😀\n", 0),
-            "SIGPIPE is the default": ("yes | head -n 1", "y\n", 0),
-            "cut by every read": ("printf '\ufffd€%.0s' $(seq 50000)", "\ufffd€" * 50000, 0),
-        },
-    )
+    @cases_task("command, output, replaced", {
+        "invalid byte": ("printf 'a\\377b'", "a\ufffdb", 1),
+        "cut at the end": ("printf 'a\\303'", "a\ufffd", 1),
+        "replaced before": ("printf '\\377\\357\\277\\275\\357\\277a'", "\ufffd\ufffd\ufffda", 2),
+        "control": ("printf '\\000\\033\\r\\t\\177\"\\\\'", '\0\x1b\r\t\x7f"\\', 0),
+        "command not ASCII": ("echo 'ž€😀'", "ž€😀\n", 0),
+        "SIGPIPE is the default": ("yes | head -n 1", "y\n", 0),
+        "cut by every read": ("printf '\ufffd€%.0s' $(seq 50000)", "\ufffd€" * 50000, 0),
+    })  # fmt: skip
     def test_output_is_utf_8(self, server: Any, command: str, output: str, replaced: int) -> None:
         answer = server.run(command)
         assert answer["output"] == output
@@ -7171,14 +6953,11 @@ class TestTaskProcess:
         assert server.wait_for_end(task_id)["exit_code"] == 0
         assert server.get(f"/logs?id={task_id}")["logs"] == "one\ntwo\n"
 
-    @cases_task(
-        "fields, status, code",
-        {
-            "no such folder": ({"cwd": "/nonexistent-folder"}, 400, "bad_cwd"),
-            "no folder": ({"cwd": "/dev/null"}, 400, "bad_cwd"),
-            "E2BIG": ({"env": {"BIG": "x" * 140000}}, 413, "too_large"),
-        },
-    )
+    @cases_task("fields, status, code", {
+        "no such folder": ({"cwd": "/nonexistent-folder"}, 400, "bad_cwd"),
+        "no folder": ({"cwd": "/dev/null"}, 400, "bad_cwd"),
+        "E2BIG": ({"env": {"BIG": "x" * 140000}}, 413, "too_large"),
+    })  # fmt: skip
     def test_start_that_fails(self, server: Any, fields: Any, status: int, code: str) -> None:
         before = server.get("/tasks")
         answer = server.request("POST", "/exec", json.dumps({"cmd": "echo", **fields}))
@@ -7213,18 +6992,14 @@ class TestTaskStop:
     DEAF = "(trap '' TERM; echo ready; exec sleep 60)"
     DEAF_SHELL = "trap '' TERM; echo ready; while :; do :; done"
 
-    @cases_task(
-        "command, signal_name",
-        {
-            "child": ("sleep 60 & echo ready; wait", "TERM"),
-            "orphan": ("(sleep 60 &); echo ready; sleep 60", "TERM"),
-            "groups": ("exec bash -c 'set -m; sleep 60 & sleep 60 & echo ready; wait'", "TERM"),
-            "stopped": ("sleep 60 & echo ready; kill -STOP $$", "TERM"),
-            "deaf": (DEAF_SHELL, "KILL"),
-            "deaf child of a shell that dies": (f"{DEAF} & exec sleep 60", "TERM"),
-            "deaf group": (f'exec bash -c "set -m; {DEAF} & wait"', "TERM"),
-        },
-    )
+    @cases_task("command, signal_name", {
+        "child": ("sleep 60 & echo ready; wait", "TERM"),
+        "orphan": ("(sleep 60 &); echo ready; sleep 60", "TERM"),
+        "groups": ("exec bash -c 'set -m; sleep 60 & sleep 60 & echo ready; wait'", "TERM"),
+        "stopped": ("sleep 60 & echo ready; kill -STOP $$", "TERM"), "deaf": (DEAF_SHELL, "KILL"),
+        "deaf child of a shell that dies": (f"{DEAF} & exec sleep 60", "TERM"),
+        "deaf group": (f'exec bash -c "set -m; {DEAF} & wait"', "TERM"),
+    })  # fmt: skip
     def test_kill_takes_the_whole_tree(self, server: Any, command: str, signal_name: str) -> None:
         """CASES 54, fact 9."""
         task_id, pids = start_ready(server, command)
@@ -7235,13 +7010,10 @@ class TestTaskStop:
         assert (task["state"], task["signal"]) == ("killed", signal_name)
         assert task["exit_code"] == 128 + signal.Signals[f"SIG{signal_name}"]
 
-    @cases_task(
-        "command, exit_code, name, low, high",
-        {
-            "hears": ("sleep 60 & echo ready; wait", 143, "TERM", 200, 3000),
-            "deaf": (DEAF_SHELL, 137, "KILL", 3200, 10000),
-        },
-    )
+    @cases_task("command, exit_code, name, low, high", {
+        "hears": ("sleep 60 & echo ready; wait", 143, "TERM", 200, 3000),
+        "deaf": (DEAF_SHELL, 137, "KILL", 3200, 10000),
+    })  # fmt: skip
     def test_time_out(
         self, server: Any, command: str, exit_code: int, name: str, low: int, high: int
     ) -> None:
@@ -7528,9 +7300,7 @@ class TestTaskInput:
             answer = server.request("POST", path, b"late")
             assert (answer.status, answer.json()["error"]) == (409, "no_input")
 
-    def test_input_that_is_not_read_waits_up_to_a_limit(
-        self, server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_input_that_is_not_read_waits_up_to_a_limit(self, server: Any, tmp_path: Path):
         os.mkfifo(tmp_path / "gate")
         command = f"exec 3>{tmp_path}/gate; wc -c"
         with Typist(server, command, stdin=True) as typist:
@@ -7704,10 +7474,8 @@ class TestTerminal:
             assert again["not_repeated"] == ["stdin"]
             kill_task(server, again["task_id"], "KILL")
         for target, body in (
-            ("again=1x", b""),
-            ("again=999999", b""),
-            (f"again={old['task_id']}", b"ls"),
-        ):
+            ("again=1x", b""), ("again=999999", b""), (f"again={old['task_id']}", b"ls"),
+        ):  # fmt: skip
             assert server.request("POST", f"/exec?{target}", body).status in (400, 404), target
 
     def test_end_is_typed_as_control_d(self, server: ServerProcess) -> None:
@@ -7766,14 +7534,11 @@ class TestTerminal:
             for rows in ("", "0", "10000", "1.0", "x"):
                 check_error(server.request("POST", path + rows), 400)
 
-    @cases_task(
-        "program, begin, keys",
-        {
-            "vim": ("vim -u NONE -n file", "second line", ["ihello\x1b", ":wq\r"]),
-            "less": ("LESSOPEN= less file", "second line", ["/line\r", "q"]),
-            "top": ("top -d 0.2", "PID", ["q"]),
-        },
-    )
+    @cases_task("program, begin, keys", {
+        "vim": ("vim -u NONE -n file", "second line", ["ihello\x1b", ":wq\r"]),
+        "less": ("LESSOPEN= less file", "second line", ["/line\r", "q"]),
+        "top": ("top -d 0.2", "PID", ["q"]),
+    })  # fmt: skip
     def test_full_screen_program(
         self, server: ServerProcess, tmp_path: Path, program: str, begin: str, keys: list[str]
     ) -> None:
@@ -7955,18 +7720,15 @@ setattr(owner, name, fail_when_told(getattr(owner, name)))
 """
 
     @pytest.mark.parametrize("loop", loops())
-    @cases_task(
-        "owner, name, tty, kind, status",
-        {
-            "fork, no process": ("subprocess", "Popen", False, "EAGAIN", 503),
-            "fork, no memory": ("subprocess", "Popen", True, "ENOMEM", 503),
-            "fork, our own memory": ("subprocess", "Popen", False, "MEMORY", 500),
-            "no pipe": ("os", "pipe", False, "EMFILE", 503),
-            "no terminal": ("os", "openpty", True, "ENOSPC", 503),
-            "no terminal left": ("os", "dup", True, "EMFILE", 503),
-            "terminal fails": ("termios", "tcgetattr", True, "EIO", 500),
-        },
-    )
+    @cases_task("owner, name, tty, kind, status", {
+        "fork, no process": ("subprocess", "Popen", False, "EAGAIN", 503),
+        "fork, no memory": ("subprocess", "Popen", True, "ENOMEM", 503),
+        "fork, our own memory": ("subprocess", "Popen", False, "MEMORY", 500),
+        "no pipe": ("os", "pipe", False, "EMFILE", 503),
+        "no terminal": ("os", "openpty", True, "ENOSPC", 503),
+        "no terminal left": ("os", "dup", True, "EMFILE", 503),
+        "terminal fails": ("termios", "tcgetattr", True, "EIO", 500),
+    })  # fmt: skip
     def test_task_that_cannot_start(
         self, tmp_path: Path, loop: str, owner: str, name: str, tty: bool, kind: str, status: int
     ) -> None:
@@ -8289,27 +8051,20 @@ class TestAuditChain:
         write_chain(path, 1)
         assert verify(path) == (0, f"{path}: 4 lines; the chain holds\n")
 
-    @cases_task(
-        "damage, number",
-        {
-            "nothing": (lambda lines: lines, None),
-            "changed": (
-                lambda lines: [*lines[:2], lines[2].replace(b"true", b"evil"), *lines[3:]],
-                4,
-            ),
-            "first changed": (lambda lines: [lines[0].replace(b"true", b"evil"), *lines[1:]], 2),
-            "last changed": (lambda lines: [*lines[:-1], lines[-1].replace(b"true", b"false")], 6),
-            "removed": (lambda lines: lines[:2] + lines[3:], 3),
-            "inserted": (lambda lines: lines[:3] + lines[2:], 4),
-            "noise inserted": (lambda lines: [*lines[:3], b"noise", *lines[3:]], 5),
-            "swapped": (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
-            "end cut off": (lambda lines: lines[:-1], 5),
-            "all but one cut off": (lambda lines: lines[:1], 1),
-            "all cut off": (lambda lines: [], 0),
-            "space added": (lambda lines: [*lines[:2], lines[2] + b" ", *lines[3:]], 4),
-            "no prev": (lambda lines: [*lines[:2], b'{"time":"x"}', *lines[3:]], 4),
-        },
-    )
+    @cases_task("damage, number", {
+        "nothing": (lambda lines: lines, None),
+        "changed": (lambda lines: [*lines[:2], lines[2].replace(b"true", b"evil"), *lines[3:]], 4),
+        "first changed": (lambda lines: [lines[0].replace(b"true", b"evil"), *lines[1:]], 2),
+        "last changed": (lambda lines: [*lines[:-1], lines[-1].replace(b"true", b"false")], 6),
+        "removed": (lambda lines: lines[:2] + lines[3:], 3),
+        "inserted": (lambda lines: lines[:3] + lines[2:], 4),
+        "noise inserted": (lambda lines: [*lines[:3], b"noise", *lines[3:]], 5),
+        "swapped": (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
+        "end cut off": (lambda lines: lines[:-1], 5),
+        "all but one cut off": (lambda lines: lines[:1], 1), "all cut off": (lambda lines: [], 0),
+        "space added": (lambda lines: [*lines[:2], lines[2] + b" ", *lines[3:]], 4),
+        "no prev": (lambda lines: [*lines[:2], b'{"time":"x"}', *lines[3:]], 4),
+    })  # fmt: skip
     def test_break_is_found_where_it_is(self, tmp_path: Path, damage: Any, number: Any) -> None:
         path = tmp_path / "audit.log"
         lines = damage(write_chain(path, 6))
@@ -8562,9 +8317,7 @@ class TestAuditLog:
             assert record["level"] == "error" and record["error"]
 
     @pytest.mark.parametrize("written", ["data[:0]", "data[:20]"])
-    def test_full_disk_stops_nothing_and_is_gone_on_from(
-        self, tmp_path: Path, written: str
-    ) -> None:
+    def test_full_disk_stops_nothing_and_is_gone_on_from(self, tmp_path: Path, written: str):
         flag = tmp_path / "full"
         code = f"""
 write = os.write
@@ -8748,40 +8501,35 @@ class TestCommandLine:
     def test_environment_is_named_when_its_value_is_bad(self, tmp_path: Path) -> None:
         check_refusal(tmp_path, 2, ["--port", "environment"], SERVERCONTROL_PORT="x")
 
-    @cases_task(
-        "options, env, word",
-        {
-            "unknown option": (["--bogus"], {}, "--bogus"),
-            "line end in an option": (["--bo\ngus"], {}, "gus"),
-            "no abbreviations": (["--max-t=1"], {}, "--max-t"),
-            "value missing": (["--shell"], {}, "--shell"),
-            "flag with a value": (["--no-exec=1"], {}, "--no-exec"),
-            "unknown command": (["sevre"], {}, "did you mean serve?"),
-            "another name": (["start"], {}, "'start' is no command; did you mean serve?"),
-            "a port alone": (["9000"], {}, "did you mean --port 9000?"),
-            "a short option": (["-p", "9000"], {}, "did you mean --port?"),
-            "misspelt": (["--prot=1"], {}, "did you mean --port?"),
-            "no such shell": (["--shell=/bin/nosuch"], {}, "--shell"),
-            "too many words": (["serve", "more"], {}, "more"),
-            "bad flag by twin": ([], {"SERVERCONTROL_NO_EXEC": "maybe"}, "NO_EXEC"),
-            "host empty": (["--host="], {}, "--host"),
-            "no_auth and a token file": (["--no-auth", "--token-file=x"], {}, "--no-auth"),
-            "no_auth and a view token": (["--no-auth", "--view-token-file=x"], {}, "--no-auth"),
-            "no_auth and require": (["--no-auth", "--require-token"], {}, "--no-auth"),
-            "no_auth and a token": (["--no-auth"], {"SERVERCONTROL_TOKEN": "t" * 16}, "--no-auth"),
-            "token too short": ([], {"SERVERCONTROL_TOKEN": "t" * 15}, "SERVERCONTROL_TOKEN"),
-            "token empty": ([], {"SERVERCONTROL_VIEW_TOKEN": ""}, "SERVERCONTROL_VIEW_TOKEN"),
-            "token with space": ([], {"SERVERCONTROL_TOKEN": "t" * 16 + " t"}, "SERVERCONTROL_TOK"),
-            "no token file": (["--token-file=/nonexistent/t"], {}, "--token-file"),
-            "token file is a folder": (["--token-file=/etc"], {}, "--token-file"),
-            "key without certificate": (["--tls-key=x"], {}, "--tls-key"),
-            "no certificate": (["--tls-cert=/nonexistent/x"], {}, "--tls-cert"),
-            "no certificate in it": (["--tls-cert=/etc/hostname"], {}, "no certificate in it"),
-        },
-    )
-    def test_refused_with_status_2(
-        self, tmp_path: Path, options: list[str], env: dict[str, str], word: str
-    ) -> None:
+    @cases_task("options, env, word", {
+        "unknown option": (["--bogus"], {}, "--bogus"),
+        "line end in an option": (["--bo\ngus"], {}, "gus"),
+        "no abbreviations": (["--max-t=1"], {}, "--max-t"),
+        "value missing": (["--shell"], {}, "--shell"),
+        "flag with a value": (["--no-exec=1"], {}, "--no-exec"),
+        "unknown command": (["sevre"], {}, "did you mean serve?"),
+        "another name": (["start"], {}, "'start' is no command; did you mean serve?"),
+        "a port alone": (["9000"], {}, "did you mean --port 9000?"),
+        "a short option": (["-p", "9000"], {}, "did you mean --port?"),
+        "misspelt": (["--prot=1"], {}, "did you mean --port?"),
+        "no such shell": (["--shell=/bin/nosuch"], {}, "--shell"),
+        "too many words": (["serve", "more"], {}, "more"),
+        "bad flag by twin": ([], {"SERVERCONTROL_NO_EXEC": "maybe"}, "NO_EXEC"),
+        "host empty": (["--host="], {}, "--host"),
+        "no_auth and a token file": (["--no-auth", "--token-file=x"], {}, "--no-auth"),
+        "no_auth and a view token": (["--no-auth", "--view-token-file=x"], {}, "--no-auth"),
+        "no_auth and require": (["--no-auth", "--require-token"], {}, "--no-auth"),
+        "no_auth and a token": (["--no-auth"], {"SERVERCONTROL_TOKEN": "t" * 16}, "--no-auth"),
+        "token too short": ([], {"SERVERCONTROL_TOKEN": "t" * 15}, "SERVERCONTROL_TOKEN"),
+        "token empty": ([], {"SERVERCONTROL_VIEW_TOKEN": ""}, "SERVERCONTROL_VIEW_TOKEN"),
+        "token with space": ([], {"SERVERCONTROL_TOKEN": "t" * 16 + " t"}, "SERVERCONTROL_TOK"),
+        "no token file": (["--token-file=/nonexistent/t"], {}, "--token-file"),
+        "token file is a folder": (["--token-file=/etc"], {}, "--token-file"),
+        "key without certificate": (["--tls-key=x"], {}, "--tls-key"),
+        "no certificate": (["--tls-cert=/nonexistent/x"], {}, "--tls-cert"),
+        "no certificate in it": (["--tls-cert=/etc/hostname"], {}, "no certificate in it"),
+    })  # fmt: skip
+    def test_refused_with_status_2(self, tmp_path: Path, options: Any, env: Any, word: str):
         any_ports = {"SERVERCONTROL_PORT": "0", "SERVERCONTROL_WS_PORT": "0"}
         check_refusal(tmp_path, 2, [word], *options, **any_ports, **env)
 
@@ -8798,19 +8546,13 @@ class TestCommandLine:
             assert [word for word in words if word not in result.stdout.decode()] == []
 
     TWINS = {
-        "SERVERCONTROL_HOST": "127.0.0.1,127.0.0.2",
-        "SERVERCONTROL_PORT": "0",
-        "SERVERCONTROL_WS_PORT": "0",
-        "SERVERCONTROL_NO_DISCOVERY": "yes",
-        "SERVERCONTROL_NO_EXEC": "1",
-        "SERVERCONTROL_MAX_TASKS": "3",
-        "SERVERCONTROL_MAX_CLIENTS": "70",
-        "SERVERCONTROL_KEEP_OUTPUT": "2MiB",
-        "SERVERCONTROL_KEEP_TASKS": "5",
-        "SERVERCONTROL_INTERVAL": "0.25",
-        "SERVERCONTROL_ALLOW_HOST": "one.test two.test",
-        "SERVERCONTROL_LOG_FORMAT": "json",
-    }
+        "SERVERCONTROL_HOST": "127.0.0.1,127.0.0.2", "SERVERCONTROL_PORT": "0",
+        "SERVERCONTROL_WS_PORT": "0", "SERVERCONTROL_NO_DISCOVERY": "yes",
+        "SERVERCONTROL_NO_EXEC": "1", "SERVERCONTROL_MAX_TASKS": "3",
+        "SERVERCONTROL_MAX_CLIENTS": "70", "SERVERCONTROL_KEEP_OUTPUT": "2MiB",
+        "SERVERCONTROL_KEEP_TASKS": "5", "SERVERCONTROL_INTERVAL": "0.25",
+        "SERVERCONTROL_ALLOW_HOST": "one.test two.test", "SERVERCONTROL_LOG_FORMAT": "json",
+    }  # fmt: skip
 
     def test_environment_twins(self, tmp_path: Path) -> None:
         server = ServerProcess(tmp_path, env=self.TWINS)
@@ -8889,9 +8631,7 @@ class TestPorts:
         ("127.0.0.1", ["127.0.0.1", "127.0.0.2"]), ("127.0.0.2", ["127.0.0.1", "127.0.0.2"]),
         pytest.param("::1", [], marks=needs_ipv6), pytest.param("127.0.0.1", [], marks=needs_ipv6),
     ])  # fmt: skip
-    def test_busy_port_gives_the_next_free_one(
-        self, tmp_path: Path, other: str, hosts: list[str]
-    ) -> None:
+    def test_busy_port_gives_the_next_free_one(self, tmp_path: Path, other: str, hosts: list[str]):
         """CASES 80; the same one at all addresses, by default of both families."""
         with bind(address=other) as holder:
             busy = holder.getsockname()[1]
@@ -8917,15 +8657,10 @@ class TestPorts:
         with bind(65535):
             check_refusal(tmp_path, 1, ["cannot listen"], "--port=65535", "--no-discovery")
 
-    @cases_task(
-        "hosts",
-        {
-            "not ours": ["192.0.2.1"],
-            "one of two is not ours": ["127.0.0.1", "192.0.2.1"],
-            "empty label": ["a..b"],
-            "label too long": ["a" * 64],
-        },
-    )
+    @cases_task("hosts", {
+        "not ours": ["192.0.2.1"], "one of two is not ours": ["127.0.0.1", "192.0.2.1"],
+        "empty label": ["a..b"], "label too long": ["a" * 64],
+    })  # fmt: skip
     def test_address_that_cannot_be_bound_is_status_1(self, tmp_path: Path, hosts: Any) -> None:
         options = [f"--host={host}" for host in hosts]
         check_refusal(tmp_path, 1, [hosts[-1]], *options, "--port=0", "--ws-port=0")
@@ -8960,9 +8695,7 @@ class TestPorts:
             assert (reply["port"], reply["ws_port"]) == (server.port, server.ws_port)
 
     @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-    def test_a_machine_without_ipv6_is_served_all_the_same(
-        self, tmp_path: Path, number: int
-    ) -> None:
+    def test_a_machine_without_ipv6_is_served_all_the_same(self, tmp_path: Path, number: int):
         code = (
             "make = sc.socket.create_server\n"
             "def refuse(address, **options):\n"
@@ -9060,17 +8793,10 @@ class TestLogging:
             "warning"
         ]
 
-    @cases_task(
-        "redirect",
-        {
-            "full": "2>/dev/full",
-            "stderr closed": "2>&-",
-            "stdout closed": ">&-",
-            "stdin closed": "<&-",
-            "all closed": "<&- >&- 2>&-",
-            "both full": ">/dev/full 2>&1",
-        },
-    )
+    @cases_task("redirect", {
+        "full": "2>/dev/full", "stderr closed": "2>&-", "stdout closed": ">&-",
+        "stdin closed": "<&-", "all closed": "<&- >&- 2>&-", "both full": ">/dev/full 2>&1",
+    })  # fmt: skip
     @both_loops
     def test_log_that_cannot_be_written(self, tmp_path: Path, redirect: str, loop: str) -> None:
         """What is opened later must not become descriptor 0, 1 or 2: the log would go there."""
@@ -9374,23 +9100,14 @@ class TestUnit:
 
     PROFILES: tuple[tuple[str, ...], ...] = ((), ("--no-exec",), ("--user=root",))
 
-    @cases_task(
-        "text, quoted",
-        {
-            "plain": ("--host=127.0.0.1", "--host=127.0.0.1"),
-            "space": ("a b", '"a b"'),
-            "empty": ("", '""'),
-            "specifier": ("50%h", '"50%%h"'),
-            "variable": ("$HOME${X}", '"$$HOME$${X}"'),
-            "quotes": ("a\"b'c", '"a\\"b\'c"'),
-            "backslash": ("\\x41", '"\\\\x41"'),
-            "separator": (";", '";"'),
-            "line end": ("a\nb", '"a\\x0ab"'),
-            "no text": ("\udcff", '"\\xff"'),
-            "umlaut": ("ä", '"ä"'),
-            "line separator": ("\u2028", '"\\xe2\\x80\\xa8"'),
-        },
-    )
+    @cases_task("text, quoted", {
+        "plain": ("--host=127.0.0.1", "--host=127.0.0.1"), "space": ("a b", '"a b"'),
+        "empty": ("", '""'), "specifier": ("50%h", '"50%%h"'),
+        "variable": ("$HOME${X}", '"$$HOME$${X}"'), "quotes": ("a\"b'c", '"a\\"b\'c"'),
+        "backslash": ("\\x41", '"\\\\x41"'), "separator": (";", '";"'),
+        "line end": ("a\nb", '"a\\x0ab"'), "no text": ("\udcff", '"\\xff"'), "umlaut": ("ä", '"ä"'),
+        "line separator": ("\u2028", '"\\xe2\\x80\\xa8"'),
+    })  # fmt: skip
     def test_word_is_quoted(self, text: str, quoted: str) -> None:
         assert sc.quote_command_word(text) == quoted
 
@@ -9534,19 +9251,12 @@ class TestUnit:
 
             assert as_nobody(ask) == b"01"
 
-    @cases_task(
-        "name, begins",
-        {
-            "space": ("a b", '"{}/a b/python3"'),
-            "specifier": ("50%h", '"{}/50%%h/python3"'),
-            "dollar": ("a$b", "/usr/bin/python3"),
-            "apostrophe": ("a'b", "/usr/bin/python3"),
-            "quote": ('a"b', "/usr/bin/python3"),
-            "backslash": ("a\\b", "/usr/bin/python3"),
-            "line end": ("a\nb", "/usr/bin/python3"),
-            "no text": ("\udcff", "/usr/bin/python3"),
-        },
-    )
+    @cases_task("name, begins", {
+        "space": ("a b", '"{}/a b/python3"'), "specifier": ("50%h", '"{}/50%%h/python3"'),
+        "dollar": ("a$b", "/usr/bin/python3"), "apostrophe": ("a'b", "/usr/bin/python3"),
+        "quote": ('a"b', "/usr/bin/python3"), "backslash": ("a\\b", "/usr/bin/python3"),
+        "line end": ("a\nb", "/usr/bin/python3"), "no text": ("\udcff", "/usr/bin/python3"),
+    })  # fmt: skip
     def test_python_is_one_that_systemd_takes(
         self, tmp_path: Path, capfd: Any, name: str, begins: str
     ) -> None:
@@ -9596,19 +9306,13 @@ class TestUnit:
             assert read_unit(text)["BindReadOnlyPaths"] == [str(script)]
             assert "emptied" in told and "cannot read" not in told
 
-    @cases_task(
-        "options, word",
-        {
-            "bad option": (["--port=x"], "--port"),
-            "unknown option": (["--bogus"], "--bogus"),
-            "a word": (["serve"], "serve"),
-            "no account": (["--user=no such account"], "--user"),
-            "no name": (["--user"], "--user"),
-            "key alone": (["--tls-key=x"], "--tls-key"),
-            "no_auth and a token file": (["--no-auth", "--token-file=x"], "--no-auth"),
-            "line end in a path": (["--token-file=a\nb"], "--token-file"),
-        },
-    )
+    @cases_task("options, word", {
+        "bad option": (["--port=x"], "--port"), "unknown option": (["--bogus"], "--bogus"),
+        "a word": (["serve"], "serve"), "no account": (["--user=no such account"], "--user"),
+        "no name": (["--user"], "--user"), "key alone": (["--tls-key=x"], "--tls-key"),
+        "no_auth and a token file": (["--no-auth", "--token-file=x"], "--no-auth"),
+        "line end in a path": (["--token-file=a\nb"], "--token-file"),
+    })  # fmt: skip
     def test_refused_with_status_2(self, tmp_path: Path, options: list[str], word: str) -> None:
         check_refusal(tmp_path, 2, [word], "unit", *options)
 
@@ -9838,19 +9542,14 @@ class TestPassedSockets:
                 assert one.getsockname()[1] not in (server.port, server.ws_port)
                 assert "LISTEN_" not in server.run("env")["output"]
 
-    @cases_task(
-        "kinds, names, word",
-        {
-            "datagrams": (["udp"], "http", "descriptor 3"),
-            "not listening": (["tcp", "idle"], "http:ws", "descriptor 4"),
-            "no socket": (["file"], "http", "descriptor 3"),
-            "two unknown names": (["tcp", "tcp"], "http:web", "FileDescriptorName="),
-            "no names": (["tcp", "tcp"], "", "FileDescriptorName="),
-        },
-    )
-    def test_refused_with_status_2(
-        self, tmp_path: Path, kinds: list[str], names: str, word: str
-    ) -> None:
+    @cases_task("kinds, names, word", {
+        "datagrams": (["udp"], "http", "descriptor 3"),
+        "not listening": (["tcp", "idle"], "http:ws", "descriptor 4"),
+        "no socket": (["file"], "http", "descriptor 3"),
+        "two unknown names": (["tcp", "tcp"], "http:web", "FileDescriptorName="),
+        "no names": (["tcp", "tcp"], "", "FileDescriptorName="),
+    })  # fmt: skip
+    def test_refused_with_status_2(self, tmp_path: Path, kinds: list[str], names: str, word: str):
         make = {
             "tcp": bind,
             "idle": socket.socket,
@@ -9894,17 +9593,11 @@ class TestCredentials:
     """A token that systemd hands over: systemd.exec(5), CREDENTIALS."""
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
-    @cases_task(
-        "owner, mode, folder, is_taken",
-        {
-            "ours": (NOBODY, 0o400, "c", True),
-            "root's with an access list": (0, 0o440, "c", True),
-            "for all": (0, 0o444, "c", False),
-            "the group may write": (0, 0o460, "c", False),
-            "a third account's": (1, 0o440, "c", False),
-            "root's elsewhere": (0, 0o440, "other", False),
-        },
-    )
+    @cases_task("owner, mode, folder, is_taken", {
+        "ours": (NOBODY, 0o400, "c", True), "root's with an access list": (0, 0o440, "c", True),
+        "for all": (0, 0o444, "c", False), "the group may write": (0, 0o460, "c", False),
+        "a third account's": (1, 0o440, "c", False), "root's elsewhere": (0, 0o440, "other", False),
+    })  # fmt: skip
     def test_file_of_the_folder(self, owner: int, mode: int, folder: str, is_taken: bool) -> None:
         with tempfile.TemporaryDirectory() as name:
             os.chmod(name, 0o755)
@@ -10170,12 +9863,8 @@ class Player(Impostor):
         super().__init__(b"")
         info, running = {"boot_id": "b"}, {"state": "running", "output_bytes": 3}
         self.answers = {
-            "/info": info,
-            "/exec": STREAM,
-            "/logs": STREAM,
-            "/tasks": running,
-            **answers,
-        }
+            "/info": info, "/exec": STREAM, "/logs": STREAM, "/tasks": running, **answers,
+        }  # fmt: skip
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -10307,22 +9996,14 @@ class TestTargets:
         assert sc.clean_text("a\x1b[31mb\nc\u202e") == "a?[31mb?c?"
         assert sc.clean_text("x" * 10, 4) == "xxx…"
 
-    @pytest.mark.parametrize(
-        "data",
-        [
-            b"",
-            b"{}",
-            b"[]",
-            b"\xff\xfe",
-            b'{"type":"SERVER_RESPONSE"}',
-            b'{"type":"SERVER_RESPONSE","port":0,"ws_port":1}',
-            b'{"type":"SERVER_RESPONSE","port":"80","ws_port":1}',
-            b'{"type":"SERVER_RESPONSE","port":true,"ws_port":1}',
-            b'{"type":"SERVER_RESPONSE","port":80,"ws_port":65536}',
-            b'{"type":"X","port":80,"ws_port":81}',
-            b"[" * 200,
-        ],
-    )
+    @pytest.mark.parametrize("data", [
+        b"", b"{}", b"[]", b"\xff\xfe", b'{"type":"SERVER_RESPONSE"}',
+        b'{"type":"SERVER_RESPONSE","port":0,"ws_port":1}',
+        b'{"type":"SERVER_RESPONSE","port":"80","ws_port":1}',
+        b'{"type":"SERVER_RESPONSE","port":true,"ws_port":1}',
+        b'{"type":"SERVER_RESPONSE","port":80,"ws_port":65536}',
+        b'{"type":"X","port":80,"ws_port":81}', b"[" * 200,
+    ])  # fmt: skip
     def test_takes_no_false_reply(self, data: bytes) -> None:
         assert sc.parse_discovery_reply(data, "10.0.0.1") is None
 
@@ -10446,20 +10127,14 @@ INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGKILL)
 class TestExec:
     """SPEC 11: `exec`."""
 
-    @pytest.mark.parametrize(
-        "words, status, output",
-        [
-            (["echo a; echo b >&2; exit 7"], 7, b"a\nb\n"),
-            (["printf", "%s|", "a  b", "$HOME", "*", "'"], 0, b"a  b|$HOME|*|'|"),
-            (["kill -9 $$"], 137, b""),
-            (["true"], 0, b""),
-            (["printf 'a\\000\\033\\r\\n'"], 0, b"a\0\x1b\r\n"),
-            (["printf 'p\\303\\244\\357\\277\\275'"], 0, "pä\ufffd".encode()),
-        ],
-    )
-    def test_is_as_if_run_here(
-        self, place: str, words: list[str], status: int, output: bytes
-    ) -> None:
+    @pytest.mark.parametrize("words, status, output", [
+        (["echo a; echo b >&2; exit 7"], 7, b"a\nb\n"),
+        (["printf", "%s|", "a  b", "$HOME", "*", "'"], 0, b"a  b|$HOME|*|'|"),
+        (["kill -9 $$"], 137, b""), (["true"], 0, b""),
+        (["printf 'a\\000\\033\\r\\n'"], 0, b"a\0\x1b\r\n"),
+        (["printf 'p\\303\\244\\357\\277\\275'"], 0, "pä\ufffd".encode()),
+    ])  # fmt: skip
+    def test_is_as_if_run_here(self, place: str, words: list[str], status: int, output: bytes):
         finished = run_client("exec", place, "--", *words)
         assert (finished.returncode, finished.stdout, finished.stderr) == (status, output, b"")
 
@@ -10484,7 +10159,6 @@ class TestExec:
         (tmp_path / "data").write_bytes(data)
         places = (place, f"localhost:{plain_server.port}")[:count]
         with running_client("exec", *places, "--", f"cat {tmp_path}/data") as process:
-            assert process.stdout is not None and process.stderr is not None
             got = process.stdout.read(10_000_000)
             wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
             time.sleep(1)
@@ -10518,9 +10192,7 @@ class TestExec:
         summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not started (127.0.0.1:1)"
         assert summary in finished.stderr.decode()
 
-    def test_runs_once_on_a_server_that_is_listed_twice(
-        self, plain_server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_runs_once_on_a_server_that_is_listed_twice(self, plain_server: Any, tmp_path: Path):
         port, before = plain_server.port, len(plain_server.get("/tasks"))
         lines = (f"web1 127.0.0.1:{port}", f"web2 localhost:{port}", f"web3 127.0.0.1:{port}")
         env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
@@ -10582,15 +10254,10 @@ class TestExec:
             finished = run_client("exec", f"127.0.0.1:{flood.port}", "--", "true")
         assert (finished.returncode, b"not answer like Server" in finished.stderr) == (125, True)
 
-    @pytest.mark.parametrize(
-        "name, reason",
-        [
-            ("127.0.0.1:1", b"connection refused"),
-            ("no-such-host.invalid", b"no such host"),
-            ("web1..x", b"no such host"),
-            ("/nonexistent/socket", b"no such file"),
-        ],
-    )
+    @pytest.mark.parametrize("name, reason", [
+        ("127.0.0.1:1", b"connection refused"), ("no-such-host.invalid", b"no such host"),
+        ("web1..x", b"no such host"), ("/nonexistent/socket", b"no such file"),
+    ])  # fmt: skip
     def test_names_what_is_not_reached(self, name: str, reason: bytes) -> None:
         finished = run_client("exec", name, "--", "true")
         assert finished.returncode == 125
@@ -10655,30 +10322,27 @@ class TestExec:
         assert finished.returncode == 125
         assert here.received and not there.received
 
-    @pytest.mark.parametrize(
-        "arguments, told",
-        [
-            (["exec", "web1", "uptime"], "exec: the command stands behind --, as in: exec web1 "),
-            (["exec", "--all", "uname", "-r"], "exec: the command stands behind --, as in: exec "),
-            (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- date"),
-            (["exec", "web1,web2", "--", "x"], "'web1,web2' is no server: say host"),
-            (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
-            (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
-            (["exec", "a", "--parallel=0", "--", "x"], "--parallel: "),
-            (["exec", "a", "--timeout=x", "--", "x"], "--timeout: "),
-            (["exec", "a", "--", ""], "exec: the command is empty"),
-            (["exec", "a", "--", "x" * 70000], "exec: a command may have 65536 bytes"),
-            (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
-            (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
-            (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
-            (["monitor", "--log="], "--log: name a file"),
-            (["monitor", "--log=-"], "--log: name a file"),
-            (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
-            (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
-            (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
-            (["frobnicate"], "'frobnicate' is no command (see --help)"),
-        ],
-    )
+    @pytest.mark.parametrize("arguments, told", [
+        (["exec", "web1", "uptime"], "exec: the command stands behind --, as in: exec web1 "),
+        (["exec", "--all", "uname", "-r"], "exec: the command stands behind --, as in: exec "),
+        (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- date"),
+        (["exec", "web1,web2", "--", "x"], "'web1,web2' is no server: say host"),
+        (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
+        (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
+        (["exec", "a", "--parallel=0", "--", "x"], "--parallel: "),
+        (["exec", "a", "--timeout=x", "--", "x"], "--timeout: "),
+        (["exec", "a", "--", ""], "exec: the command is empty"),
+        (["exec", "a", "--", "x" * 70000], "exec: a command may have 65536 bytes"),
+        (["exec", "http://a/?b", "--", "x"], "'http://a/?b' is no server"),
+        (["exec", "a", "--token-file=/nonexistent/t", "--", "x"], "--token-file: /nonexist"),
+        (["monitor", "--log=/nonexistent/x"], "--log: /nonexistent/x: No such file"),
+        (["monitor", "--log="], "--log: name a file"),
+        (["monitor", "--log=-"], "--log: name a file"),
+        (["monitor", "--cpu-alert=x"], "--cpu-alert: "),
+        (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
+        (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
+        (["frobnicate"], "'frobnicate' is no command (see --help)"),
+    ])  # fmt: skip
     def test_names_a_bad_option(self, arguments: list[str], told: str) -> None:
         finished = run_client(*arguments)
         assert (finished.returncode, finished.stdout) == (2, b"")
@@ -10784,7 +10448,6 @@ class TestExec:
 
     def test_tells_who_killed_it(self, place: str, plain_server: ServerProcess) -> None:
         with running_client("exec", place, "--", "echo hi; sleep 63") as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == b"hi\n"
             plain_server.request("POST", f"/kill?id={plain_server.get('/tasks')[-1]['task_id']}")
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
@@ -10794,18 +10457,14 @@ class TestExec:
 
     def test_ends_with_a_closed_pipe(self, place: str, plain_server: ServerProcess) -> None:
         with running_client("exec", place, "--", "yes") as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.read(4) == b"y\ny\n"
             process.stdout.close()
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
             assert process.stderr.read() == b""
         wait_until(lambda: plain_server.get("/tasks")[-1]["state"] == "killed")
 
-    def test_ends_with_a_closed_pipe_of_several(
-        self, place: str, plain_server: ServerProcess
-    ) -> None:
+    def test_ends_with_a_closed_pipe_of_several(self, place: str, plain_server: ServerProcess):
         with running_client("exec", place, f"localhost:{plain_server.port}", "--", "yes") as one:
-            assert one.stdout is not None and one.stderr is not None
             assert one.stdout.read(4)
             one.stdout.close()
             assert one.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
@@ -10822,7 +10481,6 @@ class TestExec:
         with first, second:
             words = (f"127.0.0.1:{first.port}", f"127.0.0.1:{second.port}", "--", "yes")
             with running_client("exec", *words) as process:
-                assert process.stdout is not None and process.stderr is not None
                 assert process.stdout.read(4)
                 wait_until(lambda: second.cut)
                 process.stdout.close()
@@ -10848,27 +10506,20 @@ class TestExec:
             assert (b"\x1b[" in terminal.read(4096)) is is_coloured
 
     @pytest.mark.parametrize("words", [("exec", "place", "--", "yes"), ("verify-audit", "file")])
-    def test_says_that_the_disk_is_full(
-        self, place: str, tmp_path: Path, words: tuple[str, ...]
-    ) -> None:
+    def test_says_that_the_disk_is_full(self, place: str, tmp_path: Path, words: tuple[str, ...]):
         (tmp_path / "file").touch()
         places = {"place": place, "file": str(tmp_path / "file")}
         with open("/dev/full", "wb") as full:
             with running_client(*(places.get(w, w) for w in words), stdout=full) as process:
                 assert process.wait(PATIENCE_SECONDS) == 1
-                assert process.stderr is not None
                 assert b"servercontrol.py: standard output: No space left" in process.stderr.read()
 
-    @pytest.mark.parametrize(
-        "words, status",
-        [
-            (("exec", "PLACE", "--", "echo a; exit 4"), 4),
-            (("exec", "PLACE", "PLACE2", "--", "echo a; exit 4"), 4),
-            (("monitor", "--once", "PLACE"), 0),
-            (("discover", "--timeout=0.1", "--json"), None),
-            (("unit",), 0),
-        ],
-    )
+    @pytest.mark.parametrize("words, status", [
+        (("exec", "PLACE", "--", "echo a; exit 4"), 4),
+        (("exec", "PLACE", "PLACE2", "--", "echo a; exit 4"), 4),
+        (("monitor", "--once", "PLACE"), 0), (("discover", "--timeout=0.1", "--json"), None),
+        (("unit",), 0),
+    ])  # fmt: skip
     def test_works_without_standard_output(
         self, place: str, plain_server: ServerProcess, words: tuple[str, ...], status: int | None
     ) -> None:
@@ -10913,11 +10564,8 @@ class TestExec:
                              " (no-such-host.invalid)\n")  # fmt: skip
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_hears_signals_while_nobody_reads(
-        self, place: str, plain_server: ServerProcess, number: signal.Signals
-    ) -> None:
+    def test_hears_signals_while_nobody_reads(self, place: str, plain_server: Any, number: Any):
         with running_client("exec", place, "--", "yes") as process:
-            assert process.stdout is not None and process.stderr is not None
             wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
             process.send_signal(number)
             if number == signal.SIGINT:
@@ -10942,7 +10590,6 @@ class TestExec:
         words = ("exec", place, "--stdin", *words[2:])
         options = {"preexec_fn": ignore, "stdin": subprocess.PIPE}
         with running_client(*words, **options) as process:
-            assert process.stdin is not None and process.stdout is not None
             assert process.stdout.readline() == b"hi\n"
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGHUP)
@@ -10951,16 +10598,13 @@ class TestExec:
             assert process.wait(PATIENCE_SECONDS) == 3
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_shows_what_it_has_when_it_goes(
-        self, plain_server: ServerProcess, number: signal.Signals
-    ) -> None:
+    def test_shows_what_it_has_when_it_goes(self, plain_server: Any, number: Any):
         """--fold has kept the output of one server, and another never answers."""
         with bind() as dead, Cutter(plain_server.port, lambda _: None) as cutter:
             dead.listen(1)
             place, other = (f"127.0.0.1:{n}" for n in (cutter.port, dead.getsockname()[1]))
             words = ("exec", place, other, "--fold", "--", f"echo result {number:d}")
             with running_client(*words) as process:
-                assert process.stdout is not None and process.stderr is not None
                 wait_until(lambda: cutter.count == 2 and not cutter.open)  # /info, /exec
                 process.send_signal(number)
                 assert process.wait(PATIENCE_SECONDS) == 128 + number
@@ -10972,7 +10616,6 @@ class TestExec:
     def test_shows_half_a_line_when_it_goes(self, place: str, plain_server: ServerProcess) -> None:
         names = (place, f"localhost:{plain_server.port}")
         with running_client("exec", *names, "--", "printf 'one\\nhalf'; sleep 66") as process:
-            assert process.stdout is not None
             assert [process.stdout.readline()[-5:] for _ in names] == [b" one\n"] * 2
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
@@ -10988,7 +10631,6 @@ class TestExec:
                 server.process.wait(PATIENCE_SECONDS)
                 with ServerProcess(tmp_path, f"--port={server.port}", "--ws-port=0"):
                     assert process.wait(PATIENCE_SECONDS) == 125
-                assert process.stdout is not None and process.stderr is not None
                 shown, told = process.stdout.read().decode(), process.stderr.read().decode()
         assert f"── {place} (exit code 0)\nresult\n" in shown
         assert f"── {other} (it was restarted)\nresult\n" in shown
@@ -11002,7 +10644,6 @@ class TestExec:
             lines = "seq 10000000 14000000 | sed s/$/-row/"
             command = f"printf first; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; {lines}"
             with running_client("exec", place, "--", command) as process:
-                assert process.stdout is not None and process.stderr is not None
                 assert process.stdout.read(5) == b"first"
                 process.send_signal(signal.SIGSTOP)
                 (tmp_path / "go").touch()
@@ -11020,19 +10661,15 @@ class TestExec:
     def test_stops_the_command_on_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
         command = "trap 'echo bye; exit 9' INT; echo hi; while :; do sleep 0.05; done"
         with running_client("exec", place, "--", command) as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == b"hi\n"
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE_SECONDS) == 9
             assert process.stdout.read() == b"bye\n"
             assert b"stopping task " in process.stderr.read()
 
-    def test_leaves_the_command_on_a_second_ctrl_c(
-        self, place: str, plain_server: ServerProcess
-    ) -> None:
+    def test_leaves_the_command_on_a_second_ctrl_c(self, place: str, plain_server: ServerProcess):
         command = "trap '' INT; echo hi; sleep 61"
         with running_client("exec", place, "--", command) as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == b"hi\n"
             process.send_signal(signal.SIGINT)
             assert b"Ctrl-C again" in process.stderr.readline()
@@ -11045,7 +10682,6 @@ class TestExec:
         names = (place, f"localhost:{plain_server.port}", "--parallel=1")
         before = len(plain_server.get("/tasks"))
         with running_client("exec", *names, "--", "echo hi; sleep 63") as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline().endswith(b" | hi\n")
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
@@ -11057,7 +10693,6 @@ class TestExec:
         with Cutter(plain_server.port, lambda _: None) as cutter:
             words = ("exec", f"127.0.0.1:{cutter.port}", "--", "echo hi; exec sleep 65")
             with running_client(*words) as process:
-                assert process.stdout is not None and process.stderr is not None
                 assert process.stdout.readline() == b"hi\n"
                 cutter.target = 1  # nobody listens there
                 cutter.cut_all()
@@ -11077,7 +10712,6 @@ class TestExec:
         with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
             stalled = f"127.0.0.1:{cutter.port}"
             with running_client("exec", place, stalled, "--", "exec yes") as process:
-                assert process.stdout is not None and process.stderr is not None
                 assert process.stdout.read(1)
                 wait_until(lambda: cutter.cut)
                 process.stdout.close()
@@ -11098,7 +10732,6 @@ class TestExec:
             assert run_client(*words).returncode == 125
         assert run_client("monitor", "--once", path).returncode == 1
         with running_client("monitor", path) as process:
-            assert process.stdout is not None
             assert b"server_unreachable" in process.stdout.readline()
 
     @pytest.mark.parametrize("is_again", [False, True])
@@ -11107,7 +10740,6 @@ class TestExec:
         command = f"sleep 64.{is_again:d}"
         with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
             with running_client("exec", f"127.0.0.1:{cutter.port}", "--", command) as process:
-                assert process.stderr is not None
                 wait_until(
                     lambda: [t for t in plain_server.get("/tasks") if t["command"] == command]
                 )
@@ -11126,7 +10758,6 @@ class TestExec:
 
     def test_tells_what_a_signal_leaves(self, place: str, plain_server: ServerProcess) -> None:
         with running_client("exec", place, "--", "echo hi; sleep 65") as process:
-            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == b"hi\n"
             process.terminate()
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
@@ -11165,9 +10796,7 @@ class TestExec:
             assert [turns for turns in range(20) if not asyncio.run(run(target, turns))] == []
 
     @pytest.mark.parametrize("command", ["exec", "monitor"])
-    def test_signal_at_the_very_end_leaves_no_trace(
-        self, place: str, tmp_path: Path, command: str
-    ) -> None:
+    def test_signal_at_the_very_end_leaves_no_trace(self, place: str, tmp_path: Path, command: str):
         code = """
 import asyncio, os, signal
 close = asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe
@@ -11181,7 +10810,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         with subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
-            assert process.stdout is not None and process.stderr is not None
             if command == "monitor":
                 assert process.stdout.readline()
                 process.terminate()
@@ -11201,7 +10829,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
                 with running_client(*words) as process:
                     wait_until(lambda: cutter.count == 2)
                     process.send_signal(signal.SIGINT)
-                    assert process.stderr is not None
                     assert b"stopping task" in process.stderr.readline()
                     server.process.send_signal(signal.SIGCONT)
                     assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
@@ -11249,9 +10876,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         assert finished.stdout == lines
         assert (tmp_path / "count").read_text() == "once\n"
 
-    def test_starts_once_when_the_answer_is_lost(
-        self, plain_server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_starts_once_when_the_answer_is_lost(self, plain_server: ServerProcess, tmp_path: Path):
         with Cutter(plain_server.port, lambda number: 20 if number == 1 else None) as cutter:
             place = f"127.0.0.1:{cutter.port}"
             finished = run_client("exec", place, "--", f"echo x >>{tmp_path}/count; echo done")
@@ -11320,9 +10945,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             os.close(reading)
             os.close(writing)
 
-    def test_keeps_a_connection_while_its_reader_pauses(
-        self, plain_server: ServerProcess, monkeypatch: Any
-    ) -> None:
+    def test_keeps_a_connection_while_its_reader_pauses(self, plain_server: Any, monkeypatch: Any):
         command = "echo hi; sleep 1; exit 4"  # its end comes after the silence allowed
         found = self.follow(
             plain_server.port, command, monkeypatch, 2.0, BEAT=0.2, EXEC_GIVE_UP=1.0
@@ -11364,7 +10987,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         with ServerProcess(tmp_path) as server:
             command = "seq 200000; sleep 0.3; seq 200000; exit 7"
             with running_client("exec", f"127.0.0.1:{server.port}", "--", command) as one:
-                assert one.stdout is not None and one.stderr is not None
                 read = one.stdout.readline()
                 server.process.send_signal(signal.SIGSTOP)
                 time.sleep(3)
@@ -11475,7 +11097,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             with running_client(
                 "exec", f"127.0.0.1:{server.port}", "--", "echo hi; sleep 62"
             ) as one:
-                assert one.stdout is not None and one.stderr is not None
                 assert one.stdout.readline() == b"hi\n"
                 server.process.kill()
                 server.process.wait()
@@ -11490,7 +11111,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         with ServerProcess(tmp_path) as server:
             place = f"127.0.0.1:{server.port}"
             with running_client("exec", place, "--", "echo hi; sleep 64") as one:
-                assert one.stdout is not None and one.stderr is not None
                 assert one.stdout.readline() == b"hi\n"
                 server.process.terminate()
                 assert one.wait(PATIENCE_SECONDS) == 125
@@ -11662,10 +11282,9 @@ class TestExecTerminal:
                 person.read_until("got through\r\n")
                 assert person.wait() == 0
 
-    @pytest.mark.parametrize(
-        "end, status",
-        [("\x1d", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
-    )
+    @pytest.mark.parametrize("end, status", [
+        ("\x1d", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130),
+    ])  # fmt: skip
     def test_leaves_the_terminal_as_it_was(
         self, place: str, plain_server: ServerProcess, end: Any, status: int
     ) -> None:
@@ -11837,7 +11456,6 @@ class Watcher:
         self.context.__exit__(*exc_info)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         with contextlib.suppress(ValueError):  # closed
             for line in self.process.stdout:
                 self.events.append(json.loads(line))
@@ -11850,7 +11468,6 @@ class Watcher:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(PATIENCE_SECONDS) == 0
-        assert self.process.stderr is not None
         assert self.process.stderr.read() == b""
 
 
@@ -11905,14 +11522,9 @@ def frame(value: Any) -> bytes:
 
 HELLO = dict(type="hello", boot_id="b", seq=1, tasks=[], version="\x1b[2J", alert=None)  # noqa: C408
 STATS = {
-    "type": "stats_update",
-    "seq": 2,
-    "timestamp": 5,
-    "cpu": 5.0,
-    "ram_used": 1,
-    "ram_total": 2,
+    "type": "stats_update", "seq": 2, "timestamp": 5, "cpu": 5.0, "ram_used": 1, "ram_total": 2,
     "load_avg": [0.1, 0.2, 0.3],
-}
+}  # fmt: skip
 STATS_RUBBISH = [
     *({"cpu": "x"}, {"cpu": -1}, {"cpu": 10**400}, {"cpu": None}, {"seq": 1.5}, {"seq": "3"}),
     *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
@@ -12052,7 +11664,6 @@ class TestMonitor:
 
     def test_says_it_in_words(self, place: str, plain_server: ServerProcess) -> None:
         with running_client("monitor", place) as process:
-            assert process.stdout is not None
             assert b"server_up" in process.stdout.readline()
             plain_server.start("echo a\x1bb")
             lines: list[str] = []
@@ -12179,9 +11790,7 @@ class TestMonitor:
         ("context taken over", "permessage-deflate", b"x", False, "not offered"),
         ("bomb", TAKEN, bytes(2**25), False, "1009"),
     ])  # fmt: skip
-    def test_takes_compressed_events(
-        self, extension: str, text: bytes, taken: bool, reason: str
-    ) -> None:
+    def test_takes_compressed_events(self, extension: str, text: bytes, taken: bool, reason: str):
         event = json.dumps({**STATS, "seq": 2, "more": text.decode()}).encode()
         said = sc.encode_frame(sc.Opcode.TEXT, squeeze(event), is_deflated=True)
         with Babbler(said + sc.encode_frame(sc.Opcode.CLOSE, b"")) as babbler:
@@ -12194,12 +11803,8 @@ class TestMonitor:
         """A server cannot say that it is silent, or lines of the output dropped."""
         kinds = ["lost", "restarted", "server_up", "server_silent", "server_back", "lines_dropped"]
         ours = {
-            "reason": "\x1b]0;evil\x07",
-            "status": 0,
-            "boot_id": "Q",
-            "lines": 1,
-            "silent_ms": 1,
-        }
+            "reason": "\x1b]0;evil\x07", "status": 0, "boot_id": "Q", "lines": 1, "silent_ms": 1,
+        }  # fmt: skip
         hello = {**HELLO, "alert": {**ours, "type": "lost"}}
         said = [{**ours, "type": kind, "seq": 2 + n} for n, kind in enumerate([*kinds, "newer"])]
         events = [hello, *said, {**STATS, "seq": 99}]
@@ -12289,7 +11894,6 @@ class TestMonitor:
         with Babbler(frame(said)) as babbler:
             for options in ([], ["--json"]):
                 with running_client("monitor", *options, f"127.0.0.1:{babbler.port}") as process:
-                    assert process.stdout is not None
                     lines = [process.stdout.readline() for _ in range(2)]
                 assert b"u001b[2J" in lines[1]
                 assert all(32 <= byte < 127 for line in lines for byte in line.rstrip(b"\n"))
@@ -12388,9 +11992,7 @@ class TestMonitor:
             finished = run_client("monitor", "--once", f"127.0.0.1:{mute.getsockname()[1]}")
             assert (finished.returncode, b"no answer in time" in finished.stdout) == (1, True)
 
-    def test_waits_for_nobody_who_reads(
-        self, place: str, plain_server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_waits_for_nobody_who_reads(self, place: str, plain_server: Any, tmp_path: Path):
         """Its log and its ears stay open; events that find no room are counted."""
         log = tmp_path / "log"
         with contextlib.ExitStack() as stack:
@@ -12633,13 +12235,10 @@ class TestMonitorLog:
             watcher.wait_for("task_complete", 4)
             watcher.process.send_signal(signal.SIGINT)
             assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            assert watcher.process.stderr is not None
             complaint = f"servercontrol: --log: {log}: Is a directory\n"
             assert watcher.process.stderr.read().decode() == complaint
 
-    def test_makes_up_for_a_full_disk(
-        self, place: str, plain_server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_makes_up_for_a_full_disk(self, place: str, plain_server: Any, tmp_path: Path):
         """What could not be written is written when there is room, also after half a record."""
         log, full = tmp_path / "log", tmp_path / "full"
         tasks: list[str] = []
@@ -12669,7 +12268,6 @@ class TestMonitorLog:
             wait_until(lambda: log.exists() and ends_in_any_order(log, tasks[4:]))
             watcher.process.send_signal(signal.SIGINT)
             assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            assert watcher.process.stderr is not None
             assert watcher.process.stderr.read().decode() == (
                 f"servercontrol: --log: {log}: No space left on device\n"
             )
@@ -12714,7 +12312,6 @@ class TestMonitorLog:
             watcher.wait_for("stats_update")
             watcher.process.send_signal(signal.SIGINT)
             assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            assert watcher.process.stderr is not None
             assert watcher.process.stderr.read().count(b"--log: /dev/full: No space left") == 1
 
     def test_device_is_everybodys(self, place: str) -> None:
@@ -12782,9 +12379,7 @@ class TestMonitorLog:
         assert gaps == ["new", "quiet"]
         end_monitor()
 
-    def test_tells_positions_that_do_not_fill_the_log(
-        self, tmp_path: Path, monkeypatch: Any
-    ) -> None:
+    def test_tells_positions_that_do_not_fill_the_log(self, tmp_path: Path, monkeypatch: Any):
         monkeypatch.setattr(sc, "LOG_STEP_BYTES", 1000)
         monkeypatch.setattr(sc, "MAX_TOLD_ENDED", 400)
         log = tmp_path / "log"
@@ -12801,9 +12396,7 @@ class TestMonitorLog:
 
     @pytest.mark.parametrize("field", ["seq", "boot_id", "server", "task_id", "event"])
     @pytest.mark.parametrize("value", ["1", "-1", "1.5", "1e999", "NaN", "null", "[]", "{}", '"x"'])
-    def test_learns_nothing_from_foreign_lines(
-        self, tmp_path: Path, field: str, value: str
-    ) -> None:
+    def test_learns_nothing_from_foreign_lines(self, tmp_path: Path, field: str, value: str):
         log = tmp_path / "log"
         fields = {"server": "web1", "boot_id": "b", "seq": 1, "event": "task_complete"}
         line = json.dumps({**fields, "task_id": "1", field: "@"}).replace('"@"', value)
@@ -12979,12 +12572,8 @@ class TestMonitorScreen:
 
     def test_names_of_any_script_take_their_cells(self) -> None:
         names = {
-            "a": 1,
-            "\u6f22\u5b57": 4,
-            "e\u0301": 1,
-            "\u304b\u3099": 2,
-            "a\u200b\u2060\ufeffb": 2,
-        }
+            "a": 1, "\u6f22\u5b57": 4, "e\u0301": 1, "\u304b\u3099": 2, "a\u200b\u2060\ufeffb": 2,
+        }  # fmt: skip
         names.update({"\u1112\u1161\u11ab": 2, "\u2764\ufe0f": 1, "\u0e2a\u0e31": 1, "\u202eab": 2})
         assert {name: sc.count_cells(name) for name in names} == names
         assert {sc.count_cells(sc.fit_text(name * 9, 5)) for name in names} == {5}
@@ -13209,7 +12798,6 @@ class TestRealRun:
         url = f"ws://127.0.0.1:{server.ws_port}/"
         collector = [*node, "--no-warnings", "-e", NODE_COLLECTOR, url]
         with subprocess.Popen(collector, stdout=-1, stderr=-1) as client:
-            assert client.stderr is not None
             assert client.stderr.readline() == b"open\n"
             self.run_job(server, tmp_path)
             collected = client.communicate(timeout=PATIENCE_SECONDS)[0]
@@ -13259,7 +12847,6 @@ class TestReadme:
         """Run a client, then a task, until the client has printed all it should."""
         printed = ""
         with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
-            assert client.stdout is not None
             try:
                 for raw in client.stdout:
                     if "CPU" in raw.decode() and "exit code" not in printed:
@@ -13684,9 +13271,7 @@ class TestWebhook:
             assert failed["url"] == f"http://{place}"
 
     @pytest.mark.parametrize("trusted", [True, False])
-    def test_certificate_is_checked(
-        self, tmp_path: Path, certificates: list[Certificate], trusted: bool
-    ) -> None:
+    def test_certificate_is_checked(self, tmp_path: Path, certificates: Any, trusted: bool):
         usage = Usage(tmp_path, **QUICK_TRIES)
         env = {"SSL_CERT_FILE": str(certificates[not trusted].cert)}
         with Receiver(200, certificate=certificates[0]) as receiver:
@@ -14154,7 +13739,6 @@ class TestNetwork:
         hosts = {"SERVERCONTROL_HOSTS": f"{network.folder}/hosts"}
         options = {"prefix": network.at("4"), "env": hosts}
         with running_client("monitor", "--all", "--json", **options) as monitor:
-            assert monitor.stdout is not None
 
             def wait_for(*wanted: str) -> dict[str, Any]:
                 for line in monitor.stdout or ():
@@ -15366,18 +14950,10 @@ class TestPage:
 
     def test_nothing_is_blank_and_hits_are_seen_in_any_script(self, visit: Visit):
         letters = [
-            "x",
-            "\u6f22",
-            "Vi\u1ec7t ",
-            "Vie\u0323\u0302t ",
-            "\u0645\u0631\u062d\u0628\u0627 ",
-            "\U0001f600",
-            "a\u0301\u0302\u0303",
-            "\u0e2a\u0e27\u0e31",
-            "\t",
-            "\u1112\u1161\u11ab",
+            "x", "\u6f22", "Vi\u1ec7t ", "Vie\u0323\u0302t ", "\u0645\u0631\u062d\u0628\u0627 ",
+            "\U0001f600", "a\u0301\u0302\u0303", "\u0e2a\u0e27\u0e31", "\t", "\u1112\u1161\u11ab",
             "\u2764\ufe0f",
-        ]
+        ]  # fmt: skip
         script = """async ([piece, columns]) => { const t = new Terminal(0, 0), output = document.getElementById("output");
           const line = piece.repeat(130).slice(0, 130 * piece.length);
           for (let i = 0; i < 400; i++) t.write(`${i} ${[...line].slice(0, 130).join("")}${i === 200 ? " needle" : ""}\\n`);
@@ -15456,10 +15032,8 @@ class TestPage:
         assert visit.page.evaluate("sent.splice(0)") == ["\u306b\u307b"]
         assert visit.page.evaluate(seen)[0] == "0"
         for held, is_composing, sent in (
-            ("ctrl", False, "\x03"),
-            ("alt", True, "\x1bc"),
-            ("ctrl", True, "\x03"),
-        ):
+            ("ctrl", False, "\x03"), ("alt", True, "\x1bc"), ("ctrl", True, "\x03"),
+        ):  # fmt: skip
             visit.page.evaluate(f"held.{held} = true")
             assert not visit.page.evaluate(key, {"key": "Unidentified", "keyCode": 229})
             visit.page.evaluate(text, ["c", is_composing])
@@ -15723,10 +15297,8 @@ class TestPage:
                 visit.page.press("#token", "Enter")
                 visit.wait_for("#login-error", "not right")
                 for odd, words in (
-                    ("\u201cx\u201d", "U\\+201C"),
-                    ("a/b", "U\\+002F"),
-                    ("\u0436", "U\\+0436"),
-                ):
+                    ("\u201cx\u201d", "U\\+201C"), ("a/b", "U\\+002F"), ("\u0436", "U\\+0436"),
+                ):  # fmt: skip
                     visit.page.fill("#token", token + odd)
                     visit.page.press("#token", "Enter")
                     visit.wait_for("#login-error", words)
@@ -15762,9 +15334,7 @@ class TestPage:
                 assert visit.find_barriers() == [], state
 
     @pytest.mark.parametrize("look", [PHONE, {"viewport": {"width": 640, "height": 400}}])
-    def test_phone_and_large_print_lose_nothing(
-        self, browser: Any, server: ServerProcess, look: dict[str, Any]
-    ):
+    def test_phone_and_large_print_lose_nothing(self, browser: Any, server: Any, look: Any):
         """Zoomed to 200 %, 1280 x 800 are 640 x 400."""
         with Visit(browser, f"http://127.0.0.1:{server.port}/", **look) as visit:
             visit.wait_live()
@@ -15980,9 +15550,7 @@ class TestPage:
         visit.wait_for("#tasks li:first-child small:last-child", r"^(\d+ ms|\d\.\d s)$")
 
     @pytest.mark.parametrize("how", ["forbidden", "full"])
-    def test_works_without_storage(
-        self, browser: Any, server: ServerProcess, how: str, tmp_path: Path
-    ):
+    def test_works_without_storage(self, browser: Any, server: Any, how: str, tmp_path: Path):
         scripts = {
             "forbidden": """for (const name of ["localStorage", "sessionStorage"])
               Object.defineProperty(window, name, {
@@ -16398,7 +15966,6 @@ class BenchPeer:
         child = await asyncio.create_subprocess_shell(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        assert child.stdout is not None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         offset = 0
         while not child.stdout.at_eof():
