@@ -187,10 +187,10 @@ MAX_BODY_BYTES = 256 * KIB  # beyond: 413, before the body is read where Content
 MAX_CHUNK_EXTENSION_BYTES = 256
 MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
-BODY_SECONDS = 30.0  # for the whole body
+BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0  # between two requests of one connection
-# After an early error the rest of the request is read and dropped, within these two limits: a
-# client that is still sending would not read the answer from a connection that is reset.
+# After an early error so much of the request is read and dropped: a client that is still sending
+# would not read the answer from a connection that is reset.
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
 WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
@@ -209,15 +209,14 @@ WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
 MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
-# permessage-deflate, RFC 7692. Compressing shorter messages gains next to nothing. Up to FINE_BYTES
-# the best compression takes less than 0.03 ms; for 64 KiB the fastest one takes 0.3 to 1.3 ms.
-# Longer messages are not compressed, since that would take more than 5 ms at once.
+# permessage-deflate, RFC 7692. Shorter messages gain next to nothing. Up to FINE_BYTES the best
+# compression takes less than 0.03 ms; for 64 KiB the fastest takes 0.3 to 1.3 ms; longer messages
+# would take more than 5 ms at once, so they are sent plain.
 MIN_DEFLATE_BYTES = 100
 FINE_BYTES = 4 * KIB
 MAX_DEFLATE_BYTES = 256 * KIB
-# Compressing events may take this share of the time, and so much at once. Beyond that, events are
-# sent plain, so that a flood to a viewer that compresses hardly slows the others. A tenth is some
-# 16 MB of output a second: for a slow link all of it is compressed.
+# Compressing events may take this share of the time, and so much at once; beyond that they are sent
+# plain, so that a flood hardly slows other viewers. A tenth compresses some 16 MB a second.
 DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
@@ -228,11 +227,10 @@ STOP_CLOSE_SECONDS = 0.6  # CLOSE_SECONDS while the server stops: idle, that tak
 # Sending: one write to a viewer has about this size. It limits what a stalled viewer costs beyond
 # the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
-# asyncio's default: above it our client answers no ping.
-HIGH_WATER_BYTES = 64 * KIB
+HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. It is more than broadcasts alone can leave in a buffer: one batch, which may end
-# with the largest frame.
+# tasks) is closed. Broadcasts alone leave less in a buffer: one batch, which may end with the
+# largest frame.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -240,11 +238,10 @@ UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
 # is done. A new connection needs six turns of the loop, and must be answered within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
-# A round of many viewers takes several turns. Tasks are not read meanwhile, for so long at most.
-ROUND_SECONDS = 0.05
+ROUND_SECONDS = 0.05  # tasks are not read during a round of many viewers, for so long at most
 ROUND_STEP = 16  # viewers between two looks at the clock
-# So few viewers are served in the turn in which the output was read: that is worth 15 us, one turn
-# of the loop. But not more often than this, since in a flood one write for many events costs less.
+# So few viewers are served in the turn in which the output was read, which saves 15 us; but not
+# more often than this, since in a flood one write for many events costs less.
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
 # If a viewer that still reads falls half a feed behind, tasks pause until it has caught up, for at
@@ -254,9 +251,8 @@ PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
 PRESSURE_SECONDS = 0.002  # between two checks
 
-# What a client sends is parsed in pieces of this size, for at most this long in one turn of the
-# event loop; then the client waits for another turn. Each turn serves this many waiting clients. So
-# many tiny frames, requests or chunks from one client delay nobody else.
+# What a client sends is parsed in pieces of this size, for so long in one turn of the event loop,
+# which serves so many waiting clients: many tiny frames or requests from one delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
@@ -265,8 +261,9 @@ CLIENTS_PER_TURN = 2
 KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
-READ_CHUNK_BYTES = 64 * KIB  # a pipe's capacity. Even fully escaped as JSON it stays below 1 MiB,
-# the largest message that common WebSocket clients accept by default
+# A pipe's capacity. Even fully escaped as JSON it stays below 1 MiB, the largest message that
+# common WebSocket clients accept by default.
+READ_CHUNK_BYTES = 64 * KIB
 OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
@@ -280,21 +277,19 @@ TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread
 TERMINAL_LOOK_SECONDS = 0.1  # between two checks whether a process has opened the terminal again
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
 DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a background child writes after the end
-# A task with a window waits this long for a reader that takes something; then it goes on without.
-WINDOW_SECONDS = 60.0
+WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
 # What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
 # reader's side (tcp_rmem). So of a task with a window more is kept, so many times --keep-output.
 KEEP_TIMES = 5
 
 # Access.
 MIN_TOKEN_CHARACTERS = 16
-MAX_WRONG_TOKENS = 10  # a minute, from one address; more are told to wait
+MAX_WRONG_TOKENS = 10  # in WRONG_TOKEN_SECONDS, from one address; more are told to wait
 WRONG_TOKEN_SECONDS = 60.0
 MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second, so that nobody can fill the disk
-AUDIT_ERROR_SECONDS = 60.0  # between two complaints about a log that cannot be written
 LOCK_SECONDS = 0.1  # to wait for a file's lock, which another instance holds for some 0.05 ms
 LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the event loop waits too
 
@@ -324,7 +319,6 @@ LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
-TLS_BUFFER_BYTES = 32 * KIB
 TLS_GOODBYE_SECONDS = 0.5
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
 # In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
@@ -350,20 +344,17 @@ REFUSED_RETRY_SECONDS = 20.0  # longer, since a wrong token does not become righ
 START_RETRY_SECONDS = (0.2, 1.0, 3.0)
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
 BEAT_SECONDS = 5.0  # `exec` asks how its task stands
-EXEC_GIVE_UP_SECONDS = 60.0  # without a connection
-# Windows of `exec`: for one server (64 tasks with such windows fill a server's kept output), and
-# for all servers together.
-EXEC_WINDOW_BYTES = 1 * MIB
-EXEC_WINDOWS_BYTES = 16 * MIB
+EXEC_GIVE_UP_SECONDS = WINDOW_SECONDS  # without a connection
+EXEC_WINDOW_BYTES = 1 * MIB  # for one server: 64 such tasks fill a server's kept output
+EXEC_WINDOWS_BYTES = 16 * MIB  # for all servers together
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # to write what is left when a command of the client ends
 # Two states of an UnreachableError that no server has sent.
 SAME_STATUS = 208  # the server was named twice, and its other name runs the command
 ENDED_STATUS = 410  # contact was lost, but the command has ended
 UNREACHABLE_STATUS = 125  # the exit status of `docker run` and `timeout` for their own failures
-MAX_PARALLEL = 100
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
-LOG_ERROR_SECONDS = 60.0  # between two complaints that the monitor's log cannot be written
+LOG_ERROR_SECONDS = 60.0  # between two complaints about an audit or monitor's log
 MAX_WAITING_RECORDS = 10000  # queued while that log cannot be written; beyond, a gap is recorded
 MAX_WAITING_BYTES = 64 * MIB  # of all queued records: commands may be long
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
@@ -388,17 +379,8 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# Errors that somebody else causes: a user, a peer, the machine. Each type knows how it is told to
-# the peer, and exactly one place does that. Any other exception is a bug in this file.
-#
-#   ServerControlError
-#   ├── ConfigError       bad option or configuration: one line on stderr, exit status 2
-#   ├── StartError        a port or folder cannot be had: one line on stderr, exit status 1
-#   ├── UnreachableError  client: a server cannot be reached; `exec` ends with status 125
-#   ├── OutputError       client: stdout takes no more; status 141 for a closed pipe (128 + SIGPIPE)
-#   ├── HttpError         answered with a status and a JSON body; the connection may close
-#   ├── WebSocketError    closes the WebSocket connection with a code
-#   └── CommandError      a request that cannot be carried out: an HTTP answer or `error` message
+# Errors that somebody else causes: a user, a peer, the machine. Exactly one place tells each type
+# to the peer. Any other exception is a bug in this file.
 
 
 class ServerControlError(Exception):
@@ -406,31 +388,31 @@ class ServerControlError(Exception):
 
 
 class ConfigError(ServerControlError):
-    """An option, environment variable or file that cannot be used."""
+    """An option, variable or file that cannot be used: one line on stderr, exit status 2."""
 
 
 class StartError(ServerControlError):
-    """The options are fine, but the server cannot start on this machine."""
+    """The options are fine, but this machine refuses: one line on stderr, exit status 1."""
 
 
+@dataclass(eq=False)
 class HttpError(ServerControlError):
-    """A request that is answered with an error.
+    """A request that is answered with a status and a JSON body; the connection may close.
 
     fields: header fields that the answer must carry, e.g. `Allow` with 405 (RFC 9110, 15.5.6).
     """
 
-    def __init__(
-        self, status: int, code: str, message: str, fields: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        super().__init__(status, code, message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.fields = tuple(fields)
+    status: int
+    code: str
+    message: str
+    fields: Sequence[tuple[str, str]] = ()
 
 
 class UnreachableError(ServerControlError):
-    """A server that the client cannot reach, or that refuses. status: of its answer, else 0."""
+    """A server that the client cannot reach, or that refuses; `exec` ends with status 125.
+
+    status: of its answer, else 0.
+    """
 
     def __init__(self, reason: str, status: int = 0) -> None:
         super().__init__(reason)
@@ -438,32 +420,30 @@ class UnreachableError(ServerControlError):
 
 
 class OutputError(ServerControlError):
-    """Standard output takes no more: the pipe is closed, or the disk is full."""
+    """Standard output takes no more: its disk is full, or its pipe closed (exit status 141)."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
         self.is_closed = error.errno == errno.EPIPE
 
 
+@dataclass(eq=False)
 class WebSocketError(ServerControlError):
     """A violation of RFC 6455, or of a limit, that ends the connection."""
 
-    def __init__(self, close_code: int, reason: str) -> None:
-        super().__init__(close_code, reason)
-        self.close_code = close_code
-        self.reason = reason
+    close_code: int
+    reason: str
 
 
+@dataclass(eq=False)
 class CommandError(ServerControlError):
-    """A well-formed request that cannot be carried out. COMMAND_STATUS has its HTTP status."""
+    """A well-formed request that cannot be carried out: an HTTP answer, or an `error` message."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
+    code: str
+    message: str
 
 
-# The HTTP status of each CommandError code; any other code is 400.
+# CommandError.code -> status of the HTTP answer; any other code is 400.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -2809,14 +2789,17 @@ def make_token_file(path: str) -> None:
         os.unlink(temporary)
 
 
-def read_token_file(path: str, is_credential: bool = False, is_client: bool = False) -> str:
-    """Return the token in a file that nobody else can read or replace. Raises OSError.
+def check_token(source: str, token: str) -> str:
+    """Return a well-formed token. source: for the error message. Raises ConfigError."""
+    if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
+        message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
+        problem = f"{message} + / (then =)" if token else "it is empty"
+        raise ConfigError(f"{source}: {problem}")
+    return token
 
-    is_credential: it is in the folder that systemd made for this service alone. There a file may be
-    root's, with an access list for the service's account, which shows as the group's right to read.
-    is_client: the token is sent to a server, and gives no rights here. So the file may belong to
-    any account (root may use a service's token), and be a link or a pipe, as of `<(…)`.
-    """
+
+def read_token_file(path: str, is_credential: bool, is_client: bool) -> str:
+    """Return what is in a file that nobody else can read or replace. Raises OSError."""
     follow = 0 if is_client else os.O_NOFOLLOW
     # Without O_NONBLOCK the open of a pipe would wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
@@ -2834,20 +2817,14 @@ def read_token_file(path: str, is_credential: bool = False, is_client: bool = Fa
     raise PermissionError(errno.EPERM, problem)
 
 
-def check_token(source: str, token: str) -> str:
-    """Return a well-formed token. source: for the error message. Raises ConfigError."""
-    if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
-        message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
-        problem = f"{message} + / (then =)" if token else "it is empty"
-        raise ConfigError(f"{source}: {problem}")
-    return token
-
-
 def load_token_file(source: str, path: str, credentials: str = "", is_client: bool = False) -> str:
     """Return the token in a file. source: for the error message. Raises ConfigError.
 
-    credentials: systemd's folder of them ($CREDENTIALS_DIRECTORY), "" for none. is_client: see
-    read_token_file().
+    credentials: the folder that systemd made for this service alone ($CREDENTIALS_DIRECTORY). There
+    a file may be root's, with an access list for the service's account, which shows as the group's
+    right to read.
+    is_client: the token is sent to a server, and gives no rights here. So the file may belong to
+    any account (root may use a service's token), and be a link or a pipe, as of `<(…)`.
     """
     is_credential = bool(credentials) and os.path.dirname(path) == credentials
     try:
@@ -3012,7 +2989,7 @@ class AuditLog:
         except OSError as error:
             self.errors += 1
             reason = error.strerror or ""
-            self._log.write_limited("error", "audit_failed", AUDIT_ERROR_SECONDS, error=reason)
+            self._log.write_limited("error", "audit_failed", LOG_ERROR_SECONDS, error=reason)
 
     def write_refusal(self, **fields: Any) -> None:
         """Record a refusal, unless there are too many."""
@@ -12927,20 +12904,6 @@ FLAG_WORDS = {
 }
 
 
-def parse_port(text: str) -> int:
-    """For argparse: a port number, 0 for any."""
-    if not DIGITS.fullmatch(text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
-    return int(text)
-
-
-def parse_count(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
-    if not DIGITS.fullmatch(text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def parse_size(text: str) -> int:
     """For argparse: a number of bytes, also as 512K, 8M, 1GiB."""
     match = SIZE.fullmatch(text)
@@ -12949,21 +12912,24 @@ def parse_size(text: str) -> int:
     return int(match.group(1)) * int(1024 ** " kmg".index(match.group(2).lower() or " "))
 
 
-def parse_number(low: float, high: float) -> Callable[[str], float]:
-    """For argparse: a number in a range."""
+def parse_number(low: float, high: float, whole: str = "") -> Callable[[str], Any]:
+    """For argparse: a number in a range. whole: what it is called if it has only digits."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number, {low:g} to {high:g}")
-        return value
+            value = math.nan
+        if not low <= value <= high or whole and not DIGITS.fullmatch(text):
+            what = whole or f"a number, {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text) if whole else value
 
     return parse
 
 
+parse_port = parse_number(0, 65535, "a port (0 to 65535)")
+parse_count = parse_number(1, math.inf, "a whole number from 1 on")
 parse_timeout = parse_number(0, MAX_TIMEOUT_SECONDS)
 parse_percent = parse_number(0, 100)
 
@@ -13167,7 +13133,7 @@ Output is text: send binary files by base64.
                 "--stdin": (None, "", "send your standard input to the command"),
                 "--timeout": (parse_timeout, "SECONDS", "then it is stopped; 0 is never", 0.0),
                 "--fold": (None, "", "show equal outputs once, at the end"),
-                "--parallel": (parse_count, "N", "servers at a time", MAX_PARALLEL),
+                "--parallel": (parse_count, "N", "servers at a time", 100),
             }
         },
     ),
@@ -13302,21 +13268,27 @@ def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
 
 
+# Environment twin -> field of Config. --no-auth must be typed, so that nobody inherits it unseen.
+TWINS = {
+    f"SERVERCONTROL_{one.name.upper()}": one
+    for one in dataclasses.fields(Config)
+    if one.name != "no_auth"
+}
+OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
+
+
 def read_environment(environ: Mapping[str, str]) -> list[str]:
     """Return the environment twins as options. Raises ConfigError."""
     arguments: list[str] = []
-    for option in [option for group in OPTIONS.values() for option in group]:
-        name, default = find_default(option, ())
-        twin = f"SERVERCONTROL_{name.upper()}"
-        # --no-auth must be typed, so that nobody inherits it without seeing it.
-        if twin not in environ or option == "--no-auth":
+    for twin, one in TWINS.items():
+        if twin not in environ:
             continue
-        value = environ[twin]
-        if isinstance(default, bool):
+        option, value = "--" + one.name.replace("_", "-"), environ[twin]
+        if isinstance(one.default, bool):
             if value.lower() not in FLAG_WORDS:
                 raise ConfigError(f"{twin}: {value!r} is neither 1 nor 0")
             arguments += [option] * FLAG_WORDS[value.lower()]
-        elif isinstance(default, tuple):
+        elif isinstance(one.default, tuple):
             arguments += [f"{option}={item}" for item in value.replace(",", " ").split()]
         else:
             arguments.append(f"{option}={value}")
@@ -13348,6 +13320,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("--loop: uvloop is not installed (python3 -m pip install uvloop)")
     if config.compress == "on" and zlib is None:
         raise ConfigError("--compress: this Python was built without zlib")
+    if config.tls_cert and ssl is None:
+        raise ConfigError("--tls-cert: this Python was built without OpenSSL")
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
     if not config.no_exec and find_program(config.shell, environ) is None:
@@ -13355,17 +13329,6 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if config.no_auth and (config.token_file or config.view_token_file or config.require_token):
         raise ConfigError(NO_AUTH_AND_TOKENS)
     return config
-
-
-def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the variables SERVERCONTROL_… that mean nothing: most likely misspelt."""
-    options = [name.upper() for name in Config.__dataclass_fields__ if name != "no_auth"]
-    known = {
-        f"SERVERCONTROL_{name}" for name in [*options, "TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS"]
-    }
-    return sorted(
-        name for name in environ if name.startswith("SERVERCONTROL_") and name not in known
-    )
 
 
 def explain_tls_files(cert: str, key: str) -> str:
@@ -13382,11 +13345,9 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
     """Return the TLS context, None without TLS. Raises ConfigError."""
     if not config.has_tls:
         return None
-    if ssl is None:
-        raise ConfigError("--tls-cert: this Python was built without OpenSSL")
     # asyncio's buffer per connection: its 256 KiB are far more than a TLS record needs.
     if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
-        asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
+        asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
     try:
         return TlsFiles(config.tls_cert, config.tls_key, log)
     except (OSError, ValueError) as error:
@@ -13429,23 +13390,24 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
     who = "processes of this account on this machine"
     who += "; others need the token" if tokens.run else ", nobody else: there is no token"
     page, option = "", ""
+    is_open = not listeners.is_loopback and not config.has_tls
     if config.no_auth:
         who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
     elif needs_token(config, listeners):
         who, page = "whoever has the token", f"#token={tokens.run}"
         option = f"-H 'Authorization: Bearer {tokens.run}' "
-    print(f"ServerControl {__version__}")
-    print(f"  page     {http}/{page}")
-    print(f"  run      curl {option}-d 'date' -N '{http}/exec?follow'")
-    print(f"  watch    {ws}/")
-    print(f"  open to  {who}")
-    if tokens.run_file is not None:
-        print(f"  token    {tokens.run_file}")
-    if audit_path == "none":
-        print("  audit    none is kept")
-    if not listeners.is_loopback and not config.has_tls:
-        print(f"  safer    listen on loopback; {advise_tunnel(listeners)}")
-    print("  stop     Ctrl-C", flush=True)
+    lines = {
+        "page": f"{http}/{page}",
+        "run": f"curl {option}-d 'date' -N '{http}/exec?follow'",
+        "watch": f"{ws}/",
+        "open to": who,
+        "token": tokens.run_file or "",
+        "audit": "none is kept" if audit_path == "none" else "",
+        "safer": f"listen on loopback; {advise_tunnel(listeners)}" if is_open else "",
+        "stop": "Ctrl-C",
+    }
+    shown = [f"  {name:8} {text}" for name, text in lines.items() if text]
+    print("\n".join([f"ServerControl {__version__}", *shown]), flush=True)
 
 
 def reset_signals() -> set[int]:
@@ -13475,13 +13437,6 @@ def open_standard_descriptors() -> None:
     os.close(fd)
 
 
-def make_loop(config: Config) -> asyncio.AbstractEventLoop:
-    if uvloop is not None and config.loop != "asyncio":
-        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        return loop
-    return asyncio.new_event_loop()
-
-
 def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
     """Return a future of the first signal's name; a second signal ends the process at once."""
     loop = asyncio.get_running_loop()
@@ -13502,8 +13457,9 @@ def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
 
 def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) -> Server:
     """Return the server with its sockets bound. Raises ConfigError or StartError."""
-    for name in find_unknown_variables(os.environ):
-        log.write("warning", "unknown_variable", name=name)
+    for name in sorted(os.environ.keys() - TWINS.keys() - OTHER_VARIABLES):
+        if name.startswith("SERVERCONTROL_"):
+            log.write("warning", "unknown_variable", name=name)
     os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # often secret, and no task needs it
     tls = load_tls(config, log)
     kept = (
@@ -13963,28 +13919,24 @@ def quote_command_word(text: str) -> str:
     return quote_unit_word(text).replace("$", "$$")
 
 
-def find_path(name: str, value: Any) -> Any:
-    """Return an option's value; a path is made absolute, since a service starts in `/`."""
-    is_path = name in CREDENTIALS or name in ("unix", "audit_log", "shell")
-    if not is_path or value in (None, "", "-", "none") or (name == "shell" and os.sep not in value):
-        return value
-    return os.path.abspath(value)
-
-
-def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], list[str]]:
+def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
     """Return the options as words of ExecStart=, and the lines for files that are handed over.
 
-    hands_over: the service's account may not be able to read these files, so systemd gives it
-    copies at the start, in $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
+    Their paths are absolute, since a service starts in `/`. hands_over: the service's account may
+    not be able to read these files, so systemd gives it copies at the start, in
+    $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
     """
     words: list[str] = []
-    lines: list[str] = []
-    for name, given in parse_given("serve", argv).items():
-        option, value = "--" + name.replace("_", "-"), find_path(name, given)
+    lines = ""
+    for name, value in parse_given("serve", argv).items():
+        option = "--" + name.replace("_", "-")
+        is_path = name in (*CREDENTIALS, "unix", "audit_log") or name == "shell" and "/" in value
+        if is_path and value not in ("", "-", "none"):
+            value = os.path.abspath(value)
         if name in CREDENTIALS and hands_over and value:
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
-            lines.append(f"LoadCredential={CREDENTIALS[name]}:{value.replace('%', '%%')}")
+            lines += f"LoadCredential={CREDENTIALS[name]}:{value.replace('%', '%%')}\n"
             words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{CREDENTIALS[name]}")
         elif value is True:
             words.append(option)
@@ -13992,16 +13944,8 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
             items = value if isinstance(value, tuple) else (value,)
             words += [quote_command_word(f"{option}={item}") for item in items]
     if lines:
-        lines.insert(0, "# Read by systemd as root, at each start: restart after a change.")
+        lines = "# Read by systemd as root, at each start: restart after a change.\n" + lines
     return words, lines
-
-
-def find_account(name: str | None) -> pwd.struct_passwd | None:
-    """Return an account of this machine, None for no name. Raises ConfigError."""
-    try:
-        return None if name is None else pwd.getpwnam(name)
-    except (KeyError, ValueError):
-        raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
 
 
 def is_hidden(path: str) -> bool:
@@ -14024,17 +13968,13 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
 def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
     """Return the interpreter for the unit, and why it is that one."""
     python = os.path.abspath(sys.executable)
-    if not os.path.isfile(python):
-        hindrance = "nobody knows where to find"
-    elif is_sandboxed and is_hidden(python):
-        hindrance = "the sandbox hides"
-    elif not is_permitted(python, uid, 1):
-        hindrance = "the service's account cannot run"
-    elif not python.isprintable() or re.search(r"[$\"'\\]", python):
-        hindrance = "no ExecStart= can begin with"  # no quoting or escaping helps
-    else:
+    # What ExecStart= begins with may not have these characters, however they are quoted.
+    is_fit = python.isprintable() and not re.search(r"[$\"'\\]", python)
+    is_seen = os.path.isfile(python) and not (is_sandboxed and is_hidden(python))
+    if is_fit and is_seen and is_permitted(python, uid, 1):
         return python, "The Python that printed this"
-    return "/usr/bin/python3", f"The system's Python: {hindrance} the one that printed this"
+    hindrance = "the service's account cannot run the one that printed this"
+    return "/usr/bin/python3", f"The system's Python: {hindrance}"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
@@ -14043,12 +13983,10 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
     capability = "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in ports) else ""
     ambient = f"# for a port below 1024\nAmbientCapabilities={capability}\n" if capability else ""
     if account is not None and not config.no_exec:
-        has_home = (
-            os.path.isdir(account.pw_dir) and os.stat(account.pw_dir).st_uid == account.pw_uid
-        )
-        state = UNIT_OWN_STATE if has_home else UNIT_STATE
+        home, uid = account.pw_dir, account.pw_uid
+        has_home = os.path.isdir(home) and os.stat(home).st_uid == uid
         text = UNIT_ACCOUNT.format(user=account.pw_name)
-        return text + state + (ambient if account.pw_uid else "")
+        return text + (UNIT_OWN_STATE if has_home else UNIT_STATE) + (ambient if uid else "")
     bind = ""
     if is_hidden(script):
         # A colon would separate source and target, and BindReadOnlyPaths= has no escapes.
@@ -14078,8 +14016,7 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
     is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
-    is_enough = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
-    if not is_enough:
+    if not (os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)):
         doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
     if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
@@ -14101,17 +14038,22 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
     config = parse_config(["serve", *rest], {})  # without the environment of the caller
-    account, script = find_account(getattr(given, "user", None)), os.path.abspath(__file__)
+    name, account = getattr(given, "user", None), None
+    try:
+        account = None if name is None else pwd.getpwnam(name)
+    except (KeyError, ValueError):
+        raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
+    script = os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
     python, reason = choose_python(is_sandboxed, uid)
-    words, lines = format_serve_options(rest, is_sandboxed or uid != 0)
+    words, credentials = format_serve_options(rest, is_sandboxed or uid != 0)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
         reason=reason,
         command=" ".join([quote_command_word(python), "-I", quote_command_word(script), *words]),
-        credentials="".join(line + "\n" for line in lines),
+        credentials=credentials,
         account=format_account(config, account, script),
     )
     write_output(unit.encode("utf-8"))
@@ -14160,7 +14102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command_line(argv)
         config = parse_config(argv, os.environ)
         log = Log(config.log_format, config.log_level)
-        loop = make_loop(config)
+        has_uvloop = uvloop is not None and config.loop != "asyncio"
+        loop = uvloop.new_event_loop() if has_uvloop else asyncio.new_event_loop()
         try:
             loop.run_until_complete(serve(config, log))
         finally:

@@ -5678,7 +5678,7 @@ class TestTokenPieces:
         def meet(source: str, target: str) -> None:
             with mock.patch.object(sc.os, "link", link):
                 link(source, target)
-                told.append(sc.read_token_file(path))
+                told.append(sc.load_token_file("X", path))
                 try:
                     sc.make_token_file(path)  # the other one, in the same moment
                 except OSError as error:
@@ -5686,7 +5686,7 @@ class TestTokenPieces:
 
         with mock.patch.object(sc.os, "link", meet):
             sc.make_token_file(path)
-        assert told == [sc.read_token_file(path)]
+        assert told == [sc.load_token_file("X", path)]
 
 
 # TLS and the Unix socket ──────────────────────────────────────────────────────────────────────
