@@ -49,8 +49,8 @@ May I run this as root? Read these places in this order, some 990 lines in all. 
 number is how many lines each has:
 
      363  section 6                 who gets in: the gate, check_access, and its rules in order
-      28  load_tokens               where the two tokens come from
-      25  read_token_file           whose files are believed
+      26  load_tokens               where the two tokens come from
+      17  read_token_file           whose files are believed
       27  identify_peer             whose process is at the other end: the kernel is asked
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       17  Exchanges._admit          what the gate's answer lets a request reach
