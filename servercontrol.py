@@ -90,6 +90,7 @@ import base64
 import binascii
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -332,7 +333,7 @@ LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much wi
 
 # Client.
 CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
-ANSWER_SECONDS = 15.0  # for a piece of an answer
+ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
@@ -7088,14 +7089,12 @@ class Target:
         return "localhost" if self.unix else re.sub("%[^]]*", "", self.url.split("/")[2])
 
 
-# Scheme -> (whether it uses TLS, its default port).
-SCHEMES = {
-    "http": (False, 80),
-    "ws": (False, 80),
-    "https": (True, 443),
-    "wss": (True, 443),
-    "bare": (False, Config.port),
-}
+# A scheme, its s, a host, a port, a path.
+SERVER_NAME = re.compile(
+    r"(?!unix:)(?=[!-~]+\Z)(?:(http|ws)(s?)://)?"
+    r"(\[[0-9a-f:.]+(?:%[^]]+)?\]|[^][:/?#@,]+)(?::([0-9]{0,5}))?(/[^?#]*)?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def parse_target(name: str, text: str) -> Target:
@@ -7106,53 +7105,40 @@ def parse_target(name: str, text: str) -> Target:
     path = re.sub("^unix:(//)?", "", text)
     if path and text.startswith(("/", "./", "../", "unix:")):
         return Target(name, "", 0, unix=path)
-    is_bare = "://" not in text
-    literal = f"[{text}]" if ":" in text and parse_ip(text.partition("%")[0]) else text
-    try:
-        parts = urllib.parse.urlsplit(f"bare://{literal}" if is_bare else text)
-        tls, port = SCHEMES[parts.scheme]
-        port = port if parts.port is None else parts.port
-    except (ValueError, KeyError):
-        parts, port = urllib.parse.urlsplit(""), 0
-    more = (
-        text.startswith("unix:")
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-        or (is_bare and parts.path)
-        or "," in parts.netloc
-    )
-    if not parts.hostname or not port or more or not re.fullmatch(r"[!-~]*", text):
+    match = SERVER_NAME.fullmatch(f"[{text}]" if ":" in text and parse_ip(text) else text)
+    scheme, secure, host, digits, path = match.groups("") if match else [""] * 5
+    port = int(digits or (443 if secure else 80 if scheme else Config.port))
+    if not host or not 0 < port < 65536 or (path and not scheme):
         raise ConfigError(
             f"{text!r} is no server: say host, host:port, a URL, a socket's path, or a listed name"
         )
-    host = parts.hostname.replace("%25", "%")  # before an IPv6 zone (RFC 6874, 2)
-    return Target(name, host, port, tls, parts.path.rstrip("/"))
+    # %25 stands before an IPv6 zone (RFC 6874, 2).
+    host, percent, zone = host.strip("[]").replace("%25", "%").partition("%")
+    return Target(name, host.lower() + percent + zone, port, bool(secure), path.rstrip("/"))
 
 
-def parse_hosts(text: str, source: str) -> dict[str, tuple[Target, str]]:
-    """Return name -> (server, its token file or "") from lines `name url [token-file]`.
-
-    source: the file's name, for errors. Raises ConfigError.
-    """
-    listed: dict[str, tuple[Target, str]] = {}
-    lines: dict[str, int] = {}
+def parse_hosts(text: str, source: str) -> dict[str, Target]:
+    """Return name -> server from lines `name url [token-file]` of a file. Raises ConfigError."""
+    listed: dict[str, Target] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = re.split(r"(?:^|\s)#", line)[0].split(None, 2)
         if not words:
             continue
-        if len(words) < 2 or words[0] in listed or not "".join(words).isprintable():
-            problem = "needs: name url [token-file]"
-            if words[0] in listed:
-                problem = f"stands in line {lines[words[0]]} already"
-            raise ConfigError(f"{source}: line {number}: {words[0]!r} {problem}")
+        name, url, token_file = (*words, "", "")[:3]
         try:
-            target = parse_target(words[0], words[1])
+            if name in listed:
+                raise ConfigError(
+                    f"{name!r} stands in {listed[name].line.split(' of ')[0]} already"
+                )
+            if not url or not "".join(words).isprintable():
+                raise ConfigError(f"{name!r} needs: name url [token-file]")
+            target = parse_target(name, url)
         except ConfigError as error:
             raise ConfigError(f"{source}: line {number}: {error}") from None
-        lines[words[0]] = number
-        target = dataclasses.replace(target, line=f"line {number} of {source}")
-        listed[words[0]] = (target, words[2].strip() if len(words) > 2 else "")
+        path = os.path.join(os.path.dirname(source), os.path.expanduser(token_file.strip()))
+        listed[name] = dataclasses.replace(
+            target, token_file=token_file and path, line=f"line {number} of {source}"
+        )
     return listed
 
 
@@ -7168,9 +7154,9 @@ def encode_request(
     path: str,
     fields: Iterable[tuple[str, str]] = (),
     body: bytes = b"",
-    version: str = "1.0",
+    version: str = "1.1",
 ) -> bytes:
-    """Return a request. With HTTP/1.0 its answer is not chunked, and ends with the connection."""
+    """Return a request with the server's token. Raises UnreachableError if that cannot be read."""
     lines = [f"{method} {target.path}{path} HTTP/{version}", f"Host: {target.authority}"]
     token = target.read_token()
     if token is not None:
@@ -7201,7 +7187,7 @@ def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
     try:
         message = clean_text(parse_json_object(body)["message"])
     except (CommandError, KeyError):
-        message = "it does not answer like ServerControl"
+        message = str(foreign_error())
     if status == 401 and target.token_file:
         message += f" (the one in {target.token_file})"
     elif status == 401 and target.token is None:
@@ -7244,6 +7230,11 @@ def explain_failure(error: Exception) -> str:
     return os.strerror(number).lower() if number else str(error) or "disconnected"
 
 
+def spread(seconds: float) -> float:
+    """Return about as many seconds, so that after a switch was restarted not all come at once."""
+    return seconds * (0.75 + secrets.randbelow(500) / 1000)
+
+
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
     """Return the result of something. Raises asyncio.TimeoutError, and what it raises.
 
@@ -7267,26 +7258,20 @@ async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     Each look-up has a thread of its own: names that no server answers for would occupy asyncio's
     few threads, and asyncio would wait for these at the end.
     """
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
-
-    def tell(result: Any) -> None:
-        if not found.done():
-            (found.set_exception if isinstance(result, Exception) else found.set_result)(result)
+    found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
+    found.set_running_or_notify_cancel()  # it cannot be cancelled, so the thread may always set it
 
     def ask() -> None:
         try:
-            result: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            result = error
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            loop.call_soon_threadsafe(tell, result)
+            found.set_exception(error)
 
     try:
         threading.Thread(target=ask, daemon=True).start()
     except RuntimeError:  # no thread can be started
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-    return await found
+    return await asyncio.wrap_future(found)
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
@@ -7294,26 +7279,19 @@ async def connect_socket(host: str, port: int) -> socket.socket:
 
     Raises OSError: the error of the first address.
     """
-    failure: OSError | None = None
+    failure = None
     for family, kind, protocol, _, address in await look_up(host, port):
         try:
-            connection = socket.socket(family, kind, protocol)
-        except OSError as error:  # the kernel has no IPv6
+            with contextlib.ExitStack() as stack:  # closes what is not connected
+                connection = stack.enter_context(socket.socket(family, kind, protocol))
+                connection.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(connection, address)
+                stack.pop_all()
+                return connection
+        except OSError as error:
             failure = failure or error
-            continue
-        try:
-            connection.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(connection, address)
-            keep_alive(connection)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
-            return connection
-        except BaseException as error:
-            connection.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = failure or error
-    raise failure or OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+    assert failure is not None  # getaddrinfo() returns an address, or raises
+    raise failure
 
 
 async def open_target(
@@ -7325,8 +7303,12 @@ async def open_target(
         if target.unix:
             return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
         tls = make_client_tls() if target.tls else None
+        connection = await connect_socket(target.host, target.port)
+        keep_alive(connection)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
         return await asyncio.open_connection(
-            sock=await connect_socket(target.host, target.port),
+            sock=connection,
             ssl=tls,
             server_hostname=target.host if tls else None,
             limit=CLIENT_BUFFER_BYTES,
@@ -7339,55 +7321,67 @@ async def open_target(
 
 
 async def read_response_head(
-    reader: asyncio.StreamReader, is_tls: bool = True
+    reader: asyncio.StreamReader, target: Target
 ) -> tuple[int, dict[str, str]]:
-    """Return (status, fields) of the next answer. Raises UnreachableError.
-
-    is_tls: whether this connection uses TLS. If not, a server that hangs up may expect TLS.
-    """
+    """Return (status, fields) of the next answer. Raises UnreachableError."""
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
     except asyncio.TimeoutError:
         raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
     except (OSError, EOFError, asyncio.LimitOverrunError):
-        hint = "" if is_tls else " (is it https?)"
+        hint = "" if target.tls else " (is it https?)"
         raise UnreachableError(f"disconnected before it answered{hint}") from None
     return parse_response_head(head[:-4])
 
 
-async def read_rest(reader: asyncio.StreamReader) -> bytes:
-    """Return all bytes until the end of the connection. Raises UnreachableError."""
-    answer = bytearray()
-    try:
-        while len(answer) <= MAX_ANSWER_BYTES:
-            piece = await wait_within(ANSWER_SECONDS, reader.read(READ_CHUNK_BYTES))
-            if not piece:
-                return bytes(answer)
-            answer += piece
+async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> bytes:
+    """Return the body of an answer. Without a length it ends with the connection.
+
+    Raises UnreachableError.
+    """
+    length = fields.get("content-length", str(MAX_ANSWER_BYTES + 1))
+    if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES + 1:
         raise foreign_error()
-    except (OSError, asyncio.TimeoutError):
+    try:
+        body = await wait_within(ANSWER_SECONDS, reader.readexactly(int(length)))
+    except (OSError, EOFError, asyncio.TimeoutError) as error:
+        if isinstance(error, asyncio.IncompleteReadError) and "content-length" not in fields:
+            return error.partial
         raise UnreachableError("disconnected in the middle of its answer") from None
+    if len(body) > MAX_ANSWER_BYTES:
+        raise foreign_error()
+    return body
 
 
 async def open_stream(
-    target: Target, method: str, path: str, body: bytes
+    target: Target, method: str, path: str, body: bytes = b""
 ) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
     """Return the fields of a 200 answer, and where its body comes, until the connection ends.
 
     Raises UnreachableError, for any other answer too.
     """
     fields = [("Content-Type", "application/json")]
-    request = encode_request(target, method, path, fields, body)
+    # An answer to HTTP/1.0 is not chunked.
+    request = encode_request(target, method, path, fields, body, version="1.0")
     reader, writer = await open_target(target, CONNECT_SECONDS)
     try:
         writer.write(request)
-        status, answer_fields = await read_response_head(reader, is_tls=target.tls)
+        status, answer_fields = await read_response_head(reader, target)
         if status != 200:
-            raise refused_error(target, status, await read_rest(reader))
+            raise refused_error(target, status, await read_response_body(reader, answer_fields))
     except BaseException:
         writer.transport.abort()
         raise
     return answer_fields, reader, writer
+
+
+async def fetch(target: Target, path: str) -> bytes:
+    """Return the body of a 200 answer to a GET. Raises UnreachableError."""
+    fields, reader, writer = await open_stream(target, "GET", path)
+    try:
+        return await read_response_body(reader, fields)
+    finally:
+        writer.transport.abort()
 
 
 class Control:
@@ -7400,95 +7394,55 @@ class Control:
         self._target = target
         # Held while a request is sent, so that requests keep their order.
         self._sending = asyncio.Lock()
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Future[None] | None = None
-        # The requests that wait for an answer, in order.
-        self._waiting: deque[asyncio.Future[tuple[int, bytes]]] = deque()
+        # The open connection, and the last answer on it, which may still have to come.
+        self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._last: asyncio.Future[tuple[int, bytes]] | None = None
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        media_type: str = "application/json",
-        kind: type = dict,
-    ) -> Any:
-        """Return the JSON of a 200 answer, which must be of a kind. Raises UnreachableError."""
-        fields = [("Content-Type", media_type)] if body else []
-        request = encode_request(self._target, method, path, fields, body, version="1.1")
+    async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
+        """Return the JSON object of a 200 answer. Raises UnreachableError."""
+        fields = [("Content-Type", "application/octet-stream")] if body else []
+        request = encode_request(self._target, method, path, fields, body)
         async with self._sending:
-            if self._writer is None:
-                reader, self._writer = await open_target(self._target, CONNECT_SECONDS)
-                self._reading = asyncio.ensure_future(self._read_answers(reader, self._writer))
-            answer = asyncio.get_running_loop().create_future()
-            self._waiting.append(answer)
-            self._writer.write(request)
-        try:
-            status, data = await wait_within(ANSWER_SECONDS, answer)
-        except asyncio.TimeoutError:
-            self.close()
-            raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
+            if (
+                self._connection is None
+                or self._connection[0].at_eof()
+                or self._connection[0].exception()
+            ):
+                self.close()
+                self._connection = await open_target(self._target, CONNECT_SECONDS)
+                self._last = None
+            reader, writer = self._connection
+            writer.write(request)
+            self._last = answer = asyncio.ensure_future(self._read_answer(reader, self._last))
+        # Nobody may wait for it in the end; then asyncio shall not log an error.
+        answer.add_done_callback(lambda one: one.cancelled() or one.exception())
+        await asyncio.wait({answer})
+        status, data = answer.result()
         if status != 200:
             raise refused_error(self._target, status, data)
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
+            return parse_json_object(data)
+        except CommandError:
             raise foreign_error() from None
-        if not isinstance(value, kind):
-            raise foreign_error()
-        return value
+
+    async def _read_answer(
+        self, reader: asyncio.StreamReader, before: asyncio.Future[tuple[int, bytes]] | None
+    ) -> tuple[int, bytes]:
+        try:
+            if before is not None:
+                await before
+            status, fields = await read_response_head(reader, self._target)
+            return status, await read_response_body(reader, fields)
+        except UnreachableError:
+            if self._connection is not None and self._connection[0] is reader:
+                self.close()
+            raise
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        if self._reading is not None:
-            self._reading.cancel()
-
-    async def _read_answers(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        error = UnreachableError("disconnected")
-        try:
-            while True:
-                answer = await self._read_answer(reader)
-                if not self._waiting:
-                    return
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_result(answer)
-        except UnreachableError as reason:
-            error = reason
-        finally:
-            writer.transport.abort()
-            self._writer = None
-            while self._waiting:
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_exception(error)
-
-    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
-        """Return the next answer, without a time limit: ask() has one."""
-        hint = "" if self._target.tls else " (is it https?)"
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            status, fields = parse_response_head(head[:-4])
-            length = fields.get("content-length")
-            if length is None:
-                return status, await read_rest(reader)
-            if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES:
-                raise foreign_error()
-            hint = ""
-            return status, await reader.readexactly(int(length))
-        except (OSError, EOFError, asyncio.LimitOverrunError):
-            raise UnreachableError(f"disconnected before it answered{hint}") from None
-
-
-async def fetch_json(target: Target, method: str, path: str, kind: type = dict) -> Any:
-    """Return the same, on a connection that is for this alone. Raises UnreachableError."""
-    control = Control(target)
-    try:
-        return await control.ask(method, path, kind=kind)
-    finally:
-        control.close()
+        if self._connection is not None:
+            self._connection[1].transport.abort()
+            self._connection = None
 
 
 # What parsing an answer, and using its fields, raises if they are not as the protocol says.
@@ -7556,9 +7510,8 @@ class Link:
                 delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
                 if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
-            # Outside of `except`, so that the exception and its data are freed before. The random
-            # part spreads the reconnections after a switch was restarted.
-            await asyncio.sleep(delay * (0.75 + secrets.randbelow(500) / 1000))
+            # Outside of `except`, so that the exception and its data are freed before.
+            await asyncio.sleep(spread(delay))
 
     def send(self, message: dict[str, Any]) -> None:
         self._write(Opcode.TEXT, encode_json(message))
@@ -7609,11 +7562,10 @@ class Link:
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
             *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
         ]
-        writer.write(encode_request(self.target, "GET", path, fields, version="1.1"))
-        status, answer = await read_response_head(reader, is_tls=self.target.tls)
+        writer.write(encode_request(self.target, "GET", path, fields))
+        status, answer = await read_response_head(reader, self.target)
         if status != 101:
-            body = await wait_within(ANSWER_SECONDS, reader.read(MAX_FIELD_BYTES))
-            raise refused_error(self.target, status, body)
+            raise refused_error(self.target, status, await read_response_body(reader, answer))
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
         return check_deflate_answer(answer.get("sec-websocket-extensions", ""))
@@ -7685,10 +7637,9 @@ class RemoteTask:
     """A command on a server, from its start to its exit code.
 
     It is `curl …/exec?follow` that continues after a break. fields: the body of `POST /exec`.
-    write: takes output. drain: waits until it is written. tell: shows a line to the user.
-    connected: called whenever output can come (again). With a `window` the server waits for this
-    reader, as a pipe does: so nothing is lost, however slow the network or the reader of stdout is,
-    unless this client is gone for a minute.
+    write: takes output. drain: waits until it is written. tell: shows a line to the user. With a
+    `window` the server waits for this reader, as a pipe does: so nothing is lost, however slow the
+    network or the reader of stdout is, unless this client is gone for a minute.
     """
 
     def __init__(
@@ -7702,43 +7653,45 @@ class RemoteTask:
         self.target = target
         # A repeated request has the same `ref`, so it starts nothing twice.
         self._fields = {**fields, "ref": secrets.token_urlsafe(12)}
-        self._write = write
-        self._drain = drain
-        self._tell = tell
+        self._write, self._drain, self._tell = write, drain, tell
         self.control = Control(target)
-        # The run of the server that has the task.
+        # The run of the server that has the task, "" as long as it is not known.
         self._boot_id = ""
         # Whether the server was asked to start it.
         self.is_asked = False
-        # Whether this client stops it, and whether the server could not be told.
-        self.is_stopping = False
-        self._is_stop_owed = False
+        # Whether this client stops it, and whether the server has not been told so yet.
+        self.is_stopping = self.is_stop_owed = False
         # The task's id, None before the start; its exit code, None before the end.
         self.task_id: str | None = None
         self.exit_code: int | None = None
-        # The connection with its output, and when output last came (monotonic seconds).
+        # Why there is no exit code, or not all of the output.
+        self.failure: UnreachableError | None = None
+        # The connection with its output, and when the server was last heard (monotonic seconds).
         self.stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._good_at = time.monotonic()
-        # Bytes of output that have come, and that are lost.
-        self._position = 0
-        self.lost_bytes = 0
+        # Bytes of output that have come or are lost; those that are lost.
+        self._position = self.lost_bytes = 0
         # Whether the output so far ends inside a line.
         self._is_in_line = False
+        # Called whenever output can come (again).
         self.connected: Callable[[], None] = lambda: None
 
     @property
     def is_running(self) -> bool:
         """Whether it may have been started, and is not known to have ended."""
-        return self.is_asked and self.exit_code is None
+        return self.is_asked and self.exit_code is None and self.failure is None
 
     # Starting
 
     async def learn(self) -> dict[str, Any]:
-        """Return what the server says of itself. Raises UnreachableError."""
-        info: dict[str, Any] = await self.control.ask("GET", "/info")
-        self._boot_id = info.get("boot_id", "")
-        if not self._boot_id or not isinstance(self._boot_id, str):
+        """Return what the server says of itself. Raises UnreachableError, also at another run."""
+        info = await self.control.ask("GET", "/info")
+        boot_id = info.get("boot_id")
+        if not boot_id or not isinstance(boot_id, str):
             raise foreign_error()
+        if self._boot_id not in ("", boot_id):
+            raise UnreachableError("it was restarted", 404)
+        self._boot_id = boot_id
         return info
 
     async def start(self) -> None:
@@ -7746,29 +7699,17 @@ class RemoteTask:
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (*START_RETRY_SECONDS, None):
+            was_asked, self.is_asked = self.is_asked, True
             try:
-                await self._ask()
+                if was_asked:  # another run of the server may have started it, too
+                    await self.learn()
+                await self._open("POST", "/exec?follow", encode_json(self._fields))
                 return
             except UnreachableError as error:
+                self.is_asked = was_asked or not error.status
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
-
-    async def _ask(self) -> None:
-        """Ask the server to start it, or again: but another run of it may have started it, too."""
-        if self.is_asked:
-            await self._check_run()
-        was_asked, self.is_asked = self.is_asked, True
-        try:
-            await self._open("POST", "/exec?follow", encode_json(self._fields))
-        except UnreachableError as error:
-            self.is_asked = was_asked or not error.status
-            raise
-
-    async def _check_run(self) -> None:
-        info = await self.control.ask("GET", "/info")
-        if info.get("boot_id") != self._boot_id:
-            raise UnreachableError("it was restarted", 404)
 
     async def _open(self, method: str, path: str, body: bytes = b"") -> None:
         """Let the output come, from its start or from where we are."""
@@ -7779,9 +7720,15 @@ class RemoteTask:
             raise foreign_error()
         self.task_id, self.stream = task_id, (reader, writer)
         self._good_at = time.monotonic()
-        self._note_lost(int(offset) - self._position)
+        lost = int(offset) - self._position
+        if lost > 0:
+            self._position += lost
+            self.lost_bytes += lost
+            self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
+            if self._is_in_line:  # its end is lost, and what comes is of another one
+                self._write(b"\n")
         self.connected()
-        if self._is_stop_owed:
+        if self.is_stop_owed:
             await self.stop()
 
     # Following
@@ -7796,7 +7743,9 @@ class RemoteTask:
             was_good_at = self._good_at
             try:
                 if self.stream is None:
-                    await self._resume()
+                    await self.learn()
+                    path = f"/logs?id={self.task_id}&offset={self._position}&follow"
+                    await self._expect(self._open("GET", path))
                 await self._read_stream()
                 task = await self._ask_task()
                 if task["state"] != "running" and task["output_bytes"] <= self._position:
@@ -7809,42 +7758,53 @@ class RemoteTask:
                 if str(error) != trouble:
                     trouble = str(error)
                     self._tell(f"connection lost ({clean_text(trouble)}), trying again")
-                delay = RETRY_SECONDS if self._good_at > was_good_at else delay * 2
+                is_new = self._good_at > was_good_at
+                delay = RETRY_SECONDS if is_new else min(delay * 2, MAX_RETRY_SECONDS)
             else:
                 continue
-            await asyncio.sleep(
-                min(delay, MAX_RETRY_SECONDS) * (0.75 + secrets.randbelow(500) / 1000)
-            )
+            await asyncio.sleep(spread(delay))
         return self.exit_code
 
-    async def _resume(self) -> None:
-        await self._check_run()
-        path = f"/logs?id={self.task_id}&offset={self._position}&follow"
+    async def _expect(self, answer: Awaitable[Result]) -> Result:
+        """Return an answer about the task. Raises UnreachableError, also if it is forgotten."""
         try:
-            await self._open("GET", path)
+            return await answer
         except UnreachableError as error:
             if error.status != 404:
                 raise
-            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
+        await self.learn()
+        raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS)
+
+    async def _ask_task(self) -> dict[str, Any]:
+        task = await self._expect(self.control.ask("GET", f"/tasks?id={self.task_id}"))
+        if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
+            raise foreign_error()
+        return task
 
     async def _read_stream(self) -> None:
-        """Write what comes, until that ends, or stands still although there is more."""
+        """Write what comes, until that ends, or stands still for some time although there is more.
+
+        Then the connection is dead, though no end says so: a proxy or firewall has forgotten it. Or
+        our reader pauses: coming again, we say that we are there, and the task goes on waiting.
+        """
         assert self.stream is not None
         reader, writer = self.stream
-        halves = [
-            asyncio.ensure_future(self._take_output(reader)),
-            asyncio.ensure_future(self._notice_standstill()),
-        ]
+        taking = asyncio.ensure_future(self._take_output(reader))
+        stood_at = -1
         try:
-            done, _ = await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
-            for half in done:
-                half.result()
+            while not (await asyncio.wait({taking}, timeout=BEAT_SECONDS))[0]:
+                task = await self._ask_task()
+                self._good_at = time.monotonic()
+                has_more = task["state"] != "running" or task["output_bytes"] > self._position
+                if has_more and stood_at == self._position:
+                    return
+                stood_at = self._position if has_more else -1
+            taking.result()
         finally:
             self.stream = None
             writer.transport.abort()
-            for half in halves:
-                half.cancel()
-            await asyncio.gather(*halves, return_exceptions=True)
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
 
     async def _take_output(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -7859,34 +7819,6 @@ class RemoteTask:
             self._position += len(data)
             self._is_in_line = not data.endswith(b"\n")
             self._write(data)
-
-    async def _notice_standstill(self) -> None:
-        """End when for some time nothing has come of what there is.
-
-        Then the connection is dead, though no end says so: a proxy or firewall has forgotten it. Or
-        our reader pauses: coming again, we say that we are there, and the task goes on waiting.
-        """
-        stood_at = -1
-        while True:
-            await asyncio.sleep(BEAT_SECONDS)
-            task = await self._ask_task()
-            self._good_at = time.monotonic()
-            has_more = task["state"] != "running" or task["output_bytes"] > self._position
-            if has_more and stood_at == self._position:
-                return
-            stood_at = self._position if has_more else -1
-
-    async def _ask_task(self) -> dict[str, Any]:
-        try:
-            task: dict[str, Any] = await self.control.ask("GET", f"/tasks?id={self.task_id}")
-        except UnreachableError as error:
-            if error.status != 404:
-                raise
-            await self._check_run()
-            raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS) from None
-        if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
-            raise foreign_error()
-        return task
 
     async def _end(self, task: Mapping[str, Any]) -> None:
         await self._drain()  # what is told stands behind the output
@@ -7903,48 +7835,44 @@ class RemoteTask:
         if task.get("replaced") and not self._fields.get("tty"):
             self._tell("part of the output is no UTF-8 and was replaced: send that by base64")
 
-    def _note_lost(self, lost: int) -> None:
-        if lost > 0:
-            self._position += lost
-            self.lost_bytes += lost
-            self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
-            if self._is_in_line:  # its end is lost, and what comes is of another one
-                self._write(b"\n")
-
     # What the one who waits for it wants
 
     async def stop(self) -> None:
-        """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed."""
-        self.is_stopping = True
-        if self.task_id is None:  # who starts it stops it then
+        """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed.
+
+        If that cannot be told now, it is told with the next connection.
+        """
+        self.is_stopping = self.is_stop_owed = True
+        if self.task_id is None:
             return
         try:
             await self.send("/kill", "&signal=INT")
-            self._is_stop_owed = False
+            self.is_stop_owed = False
         except UnreachableError as error:
-            self._is_stop_owed = not error.status
-            again = ", trying again" if self._is_stop_owed else ""
+            self.is_stop_owed = not error.status
+            again = ", trying again" if self.is_stop_owed else ""
             if error.status != 409:  # it has ended already
                 self._tell(f"could not be stopped ({error}){again}")
 
+    async def feed(self, data: bytes) -> None:
+        """Send input, b"" for its end; wait while the task is not reading it.
+
+        Raises UnreachableError.
+        """
+        while True:
+            try:
+                await self.send("/stdin", "" if data else "&eof", data)
+                return
+            except UnreachableError as error:
+                if error.status == 409:  # it has ended, or closed its input
+                    return
+                if error.status != 429:
+                    raise
+            await asyncio.sleep(INPUT_PAUSE_SECONDS)
+
     async def send(self, path: str, more: str = "", data: bytes = b"") -> None:
         """POST something to it. Raises UnreachableError."""
-        path = f"{path}?id={self.task_id}{more}"
-        await self.control.ask("POST", path, data, "application/octet-stream")
-
-
-async def send_input(task: RemoteTask, data: bytes, more: str = "") -> None:
-    """Send standard input; wait while the task does not read. Raises UnreachableError."""
-    while True:
-        try:
-            await task.send("/stdin", more, data)
-            return
-        except UnreachableError as error:
-            if error.status == 409:  # it has ended, or closed its input
-                return
-            if error.status != 429:
-                raise
-        await asyncio.sleep(INPUT_PAUSE_SECONDS)
+        await self.control.ask("POST", f"{path}?id={self.task_id}{more}", data)
 
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
@@ -7956,19 +7884,22 @@ def read_terminal_size(fd: int) -> tuple[int, int]:
     return cols or 80, rows or 24
 
 
-async def read_input() -> bytes:
-    """Return what comes next on standard input, b"" at its end, without blocking the event loop."""
+async def read_input() -> AsyncIterator[bytes]:
+    """Yield standard input as it comes, at last b"". Raises OSError."""
     loop = asyncio.get_running_loop()
     is_ready = asyncio.Event()
-    try:
-        loop.add_reader(0, is_ready.set)
-    except PermissionError:  # a regular file is always ready, and epoll does not take it
-        return os.read(0, READ_CHUNK_BYTES)
-    try:
-        await is_ready.wait()
-    finally:
-        loop.remove_reader(0)
-    return os.read(0, READ_CHUNK_BYTES)
+    data = b"?"
+    while data:
+        is_ready.clear()
+        try:
+            loop.add_reader(0, is_ready.set)
+            await is_ready.wait()
+        except PermissionError:  # a regular file is always ready, and epoll does not take it
+            pass
+        finally:
+            loop.remove_reader(0)
+        data = os.read(0, READ_CHUNK_BYTES)
+        yield data
 
 
 class Keyboard:
@@ -7989,9 +7920,7 @@ class Keyboard:
         tell: Callable[[str], None],
     ) -> None:
         self._task = task
-        self._leave = leave
-        self._interrupt = interrupt
-        self._tell = tell
+        self._leave, self._interrupt, self._tell = leave, interrupt, tell
         self._before: list[Any] = []
         # Keys that are not sent yet, and the requests that are under way.
         self._waiting = b""
@@ -8014,10 +7943,8 @@ class Keyboard:
         loop.remove_signal_handler(signal.SIGWINCH)
         for one in self._sending:
             one.cancel()
-        try:
+        with contextlib.suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(0, termios.TCSADRAIN, self._before)
-        except termios.error:  # the terminal is gone
-            pass
 
     def _read(self) -> None:
         try:
@@ -8027,24 +7954,29 @@ class Keyboard:
         if not data or self.LEAVE in data:
             asyncio.get_running_loop().remove_reader(0)
             self._leave()
-            return
-        if self.INTERRUPT in data and self._task.task_id is None:
+        elif self.INTERRUPT in data and self._task.task_id is None:
             self._interrupt()
-            return
-        self._waiting += data
-        self._send_keys()
+        else:
+            self._waiting += data
+            self._send_keys()
+
+    def _resize(self) -> None:
+        if self._task.stream is not None:
+            cols, rows = read_terminal_size(0)
+            self._send("/resize", f"&cols={cols}&rows={rows}")
+            self._send_keys()
 
     def _send_keys(self) -> None:
         while self._waiting and self._task.stream is not None:
-            keys, self._waiting = self._waiting[:READ_CHUNK_BYTES], self._waiting[READ_CHUNK_BYTES:]
-            self._send(self._task.send("/stdin", data=keys))
+            self._send("/stdin", data=self._waiting[:READ_CHUNK_BYTES])
+            self._waiting = self._waiting[READ_CHUNK_BYTES:]
 
-    def _send(self, request: Awaitable[None]) -> None:
+    def _send(self, path: str, more: str = "", data: bytes = b"") -> None:
         """Send without waiting for the answer, since on a slow network the next key would wait."""
 
         async def send() -> None:
             try:
-                await request
+                await self._task.send(path, more, data)
             except UnreachableError as error:
                 if error.status == 429 and not self._is_full:  # of a long paste every piece is
                     self._is_full = True
@@ -8054,19 +7986,12 @@ class Keyboard:
         self._sending.add(sending)
         sending.add_done_callback(self._sending.discard)
 
-    def _resize(self) -> None:
-        if self._task.stream is not None:
-            cols, rows = read_terminal_size(0)
-            self._send(self._task.send("/resize", f"&cols={cols}&rows={rows}"))
-            self._send_keys()
-
 
 class LineWriter:
     """Writes whole lines of output, each after its server's name; half a line waits for its end."""
 
     def __init__(self, prefix: bytes, write: Callable[[bytes], None]) -> None:
-        self._prefix = prefix
-        self._write = write
+        self._prefix, self._write = prefix, write
         self._rest = b""
 
     def write(self, data: bytes) -> None:
@@ -8082,7 +8007,7 @@ class LineWriter:
             self.write(b"\n")
 
 
-def write_some(fd: int, data: memoryview, milliseconds: int | None = 0) -> int:
+def write_some(fd: int, data: bytearray, milliseconds: int | None = 0) -> int:
     """Write as much as a descriptor takes within a time (None: no limit); return the bytes written.
 
     A writable pipe takes PIPE_BUF without blocking (pipe(7)). O_NONBLOCK is not set, since all
@@ -8100,9 +8025,9 @@ def write_some(fd: int, data: memoryview, milliseconds: int | None = 0) -> int:
 
 def write_all(fd: int, data: bytes) -> None:
     """Write everything, however long that takes. Raises OSError."""
-    rest = memoryview(data)
+    rest = bytearray(data)
     while rest:
-        rest = rest[write_some(fd, rest, None) :]
+        del rest[: write_some(fd, rest, None)]
 
 
 def write_output(data: bytes) -> None:
@@ -8131,64 +8056,52 @@ class Output:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._waiting: deque[memoryview] = deque()
-        # How many bytes wait.
-        self.waiting_bytes = 0
-        self._error: OutputError | None = None
-        self._writing: asyncio.Future[None] | None = None
+        # What is not written yet. As long as there is something, the event loop watches the
+        # descriptor, and this will be set.
+        self.waiting = bytearray()
+        self._is_written: asyncio.Event | None = None
+        self.error: OutputError | None = None
 
     def put(self, data: bytes) -> None:
         """Write data, now or when the descriptor takes it."""
-        if data and self._error is None:
-            self._waiting.append(memoryview(data))
-            self.waiting_bytes += len(data)
-            if self._writing is None:
+        if self.error is None:
+            self.waiting += data
+            if self._is_written is None:
                 self._flush()
-                if self._waiting:
-                    self._writing = asyncio.ensure_future(self._write())
 
     async def drain(self) -> None:
         """Wait until everything is written. Raises OutputError."""
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
+        if self._is_written is not None:
+            await self._is_written.wait()
         self.check()
 
     def check(self) -> None:
         """Raise OutputError if writing has failed."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
     def finish(self, seconds: float) -> None:
-        """Write the waiting data without the event loop, for at most this long."""
+        """Block until everything is written, for at most this long."""
         end = time.monotonic() + seconds
-        while self._waiting and time.monotonic() < end:
+        while self.waiting and time.monotonic() < end:
             self._flush(milliseconds=20)
 
     def _flush(self, milliseconds: int = 0) -> None:
+        count = 1
         try:
-            while self._waiting:
-                count = write_some(self._fd, self._waiting[0], milliseconds)
-                if not count:
-                    return
-                self.waiting_bytes -= count
-                self._waiting[0] = self._waiting[0][count:]
-                if not self._waiting[0]:
-                    self._waiting.popleft()
+            while self.waiting and count:
+                count = write_some(self._fd, self.waiting, milliseconds)
+                del self.waiting[:count]
         except OSError as error:
-            self._error = OutputError(error)
-            self._waiting.clear()
-
-    async def _write(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            is_ready = asyncio.Event()
-            loop.add_writer(self._fd, is_ready.set)
-            try:
-                await is_ready.wait()
-            finally:
-                loop.remove_writer(self._fd)
-            self._flush()
-        self._writing = None
+            self.error = OutputError(error)
+            self.waiting.clear()
+        if self.waiting and self._is_written is None:
+            self._is_written = asyncio.Event()
+            asyncio.get_running_loop().add_writer(self._fd, self._flush)
+        elif not self.waiting and self._is_written is not None:
+            asyncio.get_running_loop().remove_writer(self._fd)
+            self._is_written.set()
+            self._is_written = None
 
 
 def wants_colours() -> bool:
@@ -8204,32 +8117,23 @@ class Report:
 
     def __init__(self, targets: Sequence[Target], fold: bool) -> None:
         self.output, self._notes = Output(1), Output(2)
-        # Server -> output that is kept for --fold.
-        self._outputs: dict[str, list[bytes]] = {}
-        self._lines: dict[str, LineWriter] = {}
         self._is_coloured = wants_colours()
+        # Server -> its output that is kept for --fold, or who writes its lines beside others.
+        self._kept: dict[str, list[bytes]] = {target.name: [] for target in targets if fold}
+        self._lines: dict[str, LineWriter] = {}
         width = max(len(target.name) for target in targets)
-        for number, target in enumerate(targets if len(targets) > 1 or fold else ()):
-            name = target.name
-            if fold:
-                self._outputs[name] = []
-                continue
+        for number, target in enumerate(targets if len(targets) > 1 and not fold else ()):
             colour = COLOURS[number % len(COLOURS)] if self._is_coloured else ""
-            prefix = f"{colour}{name:{width}} |{PLAIN if colour else ''} "
-            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), self.output.put)
-        # By server: the exit code; why there is none; how its command has ended.
-        self.codes: dict[str, int] = {}
-        self.reasons: dict[str, str] = {}
-        self._is_shown = False
+            prefix = f"{colour}{target.name:{width}} |{PLAIN if colour else ''} "
+            self._lines[target.name] = LineWriter(
+                prefix.encode("utf-8", "replace"), self.output.put
+            )
 
-    def write(self, name: str, data: bytes) -> None:
-        """Take output of a server."""
-        if name in self._outputs:
-            self._outputs[name].append(data)
-        elif name in self._lines:
-            self._lines[name].write(data)
-        else:
-            self.output.put(data)
+    def choose_writer(self, name: str) -> Callable[[bytes], None]:
+        """Return what takes the output of a server."""
+        if name in self._kept:
+            return self._kept[name].append
+        return self._lines[name].write if name in self._lines else self.output.put
 
     def note(self, text: str) -> None:
         """Tell a person something."""
@@ -8251,47 +8155,30 @@ class Report:
         for output in (self.output, self._notes):
             output.finish(FINISH_SECONDS)
 
-    def show(self) -> None:
-        """Show the kept outputs, once."""
-        if self._is_shown:
-            return
-        self._is_shown = True
-        for name in self._lines:
-            self.end(name)
-        self._write_folded()
-
-    def _write_folded(self) -> None:
+    def show(self, tasks: Sequence[RemoteTask]) -> None:
+        """Show what is not shown yet."""
+        for writer in self._lines.values():
+            writer.end()
         groups: dict[tuple[str, bytes], list[str]] = {}
-        for name, pieces in self._outputs.items():
-            code, output = self.codes.get(name), b"".join(pieces)
-            result = "it has not ended" if code is None else f"exit code {code}"
-            result = self.reasons.get(name, result)
-            if output or result.startswith("exit"):
+        for task in tasks:
+            name, result = task.target.name, "it has not ended"
+            if task.failure is not None:
+                result = str(task.failure)
+            elif task.exit_code is not None:
+                result = f"exit code {task.exit_code}"
+            output = b"".join(self._kept.get(name, ()))
+            if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
+        self._kept.clear()
+        bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
         for (result, output), names in groups.items():
-            bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
             count = f"{len(names)} servers, " if len(names) > 1 else ""
             title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
             end = b"" if output.endswith(b"\n") or not output else b"\n"
             self.output.put(title.encode("utf-8", "replace") + output + end)
 
-    def _name_end(self, task: RemoteTask) -> tuple[int, str]:
-        name = task.target.name
-        code = self.codes.get(name)
-        if name in self.reasons and code is None:
-            return 255, "listed twice"
-        if code is None:
-            return 256, "not ended"
-        if name not in self.reasons:
-            return code, f"exit code {code}"
-        if not task.is_asked:
-            return code, "not started"
-        return code, "lost after the start" if task.exit_code is None else "not complete"
-
     def summarize(self, tasks: Sequence[RemoteTask]) -> None:
         """Show how many servers ended with which exit code, if there are several."""
-        if len(tasks) == 1:
-            return
         groups: dict[tuple[int, str], list[str]] = {}
         for task in tasks:
             groups.setdefault(self._name_end(task), []).append(task.target.name)
@@ -8299,7 +8186,19 @@ class Report:
         for (code, what), names in sorted(groups.items()):
             shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
             parts.append(f"{len(names)} {what}{shown}")
-        self.note(f"{len(tasks)} servers: {'; '.join(parts)}")
+        if len(tasks) > 1:
+            self.note(f"{len(tasks)} servers: {'; '.join(parts)}")
+
+    @staticmethod
+    def _name_end(task: RemoteTask) -> tuple[int, str]:
+        """Return how a command has ended, after a number for the order in the summary."""
+        code, failure = task.exit_code, task.failure
+        if failure is None:
+            return (256, "not ended") if code is None else (code, f"exit code {code}")
+        if failure.status == SAME_STATUS:
+            return 255, "listed twice"
+        lost = "lost after the start" if code is None else "not complete"
+        return UNREACHABLE_STATUS, lost if task.is_asked else "not started"
 
 
 class Execution:
@@ -8319,17 +8218,16 @@ class Execution:
     ) -> None:
         window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // min(len(targets), parallel))
         self._fields = {**fields, "window": window}
+        self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
         self._places = asyncio.Semaphore(parallel)
-        self._has_same_input = len(targets) > 1 or fold
         self._report = Report(targets, fold)
         # boot_id -> the name that runs the command on this server; None if that may happen twice.
         self._claims: dict[str, str] | None = {} if once else None
         self._tasks = [self._make_task(target) for target in targets]
-        # Set when this client leaves, whatever the commands do; whether Ctrl-C came once.
+        # Set when this client leaves, whatever the commands do.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._is_stopping = False
-        # Whether stdout is closed.
-        self._is_unread = False
+        # What the first Ctrl-C has begun.
+        self._stopping: asyncio.Future[None] | None = None
 
     def _make_task(self, target: Target) -> RemoteTask:
         report, name = self._report, target.name
@@ -8337,38 +8235,31 @@ class Execution:
         def tell(text: str) -> None:
             report.note(f"{name}: {text}")
 
-        write = functools.partial(report.write, name)
+        write = report.choose_writer(name)
         return RemoteTask(target, self._fields, write, report.output.drain, tell)
 
-    def _claim(self, name: str, info: Mapping[str, Any]) -> None:
-        """Raise UnreachableError if another name has the command run on this server already."""
-        if self._claims is not None and info.get("role") == "run":
-            other = self._claims.setdefault(info["boot_id"], name)
-            if other != name:
-                raise UnreachableError(f"the same server as {other}", SAME_STATUS)
-
-    def _handle_signals(self) -> None:
+    async def run(self) -> int:
+        """Return the exit status. Raises OutputError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 loop.add_signal_handler(number, self._leave, 128 + number)
                 if number == signal.SIGINT:
                     loop.add_signal_handler(number, self._interrupt)
-
-    async def run(self) -> int:
-        """Return the exit status. Raises OutputError."""
-        self._handle_signals()
         everything = asyncio.ensure_future(self._run_all())
         try:
-            with self._open_keyboard():
-                ends: set[asyncio.Future[Any]] = {everything, self._left}
+            with contextlib.ExitStack() as stack:
+                if self._has_keyboard:
+                    leave = functools.partial(self._leave, 0)
+                    task, tell = self._tasks[0], self._report.note
+                    stack.enter_context(Keyboard(task, leave, self._interrupt, tell))
+                ends: set[asyncio.Future[int]] = {everything, self._left}
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._left.done():
-                self._tell_left()
+                self._conclude()
                 return self._left.result()
             return everything.result()
         except OutputError:
-            self._is_unread = True
             await self._stop_unread()
             raise
         finally:
@@ -8377,61 +8268,48 @@ class Execution:
             self._report.finish()
 
     async def _run_all(self) -> int:
-        pieces = await self._read_all_input() if self._has_same_input else None
+        pieces = None
+        if self._fields.get("stdin") and len(self._tasks) > 1:  # each gets the same input
+            try:
+                pieces = [piece async for piece in read_input()]
+            except OSError as error:
+                raise StartError(f"standard input: {error.strerror}") from None
         await asyncio.gather(*(self._run_one(task, pieces) for task in self._tasks))
-        self._report.show()
-        self._report.summarize(self._tasks)
+        self._conclude()
         await self._report.drain()
-        return max(self._report.codes.values())
-
-    def _has_keyboard(self) -> bool:
-        return bool(self._fields.get("tty")) and os.isatty(0)
-
-    def _open_keyboard(self) -> contextlib.AbstractContextManager[Any]:
-        if self._has_keyboard():
-            task, note = self._tasks[0], self._report.note
-            return Keyboard(task, lambda: self._leave(0), self._interrupt, note)
-        return contextlib.nullcontext()
-
-    async def _read_all_input(self) -> list[bytes]:
-        """Read all input first, since each of several servers gets the same."""
-        pieces: list[bytes] = []
-        try:
-            while self._fields.get("stdin") and not (pieces and not pieces[-1]):
-                pieces.append(await read_input())
-        except OSError as error:
-            raise StartError(f"standard input: {error.strerror}") from None
-        return pieces[:-1]
+        failures = {task.failure.status for task in self._tasks if task.failure is not None}
+        codes = [task.exit_code or 0 for task in self._tasks if task.failure is None]
+        return max([*codes, *([UNREACHABLE_STATUS] if failures - {SAME_STATUS} else [])])
 
     async def _run_one(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
-        name, report = task.target.name, self._report
-        feeding = None
+        name, feeding = task.target.name, None
         async with self._places:
             try:
-                if task.is_stopping:
-                    raise UnreachableError("not started")
-                self._claim(name, await task.learn())
+                if not task.is_stopping:
+                    self._claim(name, await task.learn())
                 await task.start()
-                if task.is_stopping and not self._is_unread:
-                    await task.stop()
-                if self._fields.get("stdin") is True and not self._has_keyboard():
+                if self._fields.get("stdin") and not self._has_keyboard:
                     feeding = asyncio.ensure_future(self._feed(task, pieces))
                 code = await task.follow()
                 if task.lost_bytes:
                     raise UnreachableError(f"its output is not complete (exit code {code})")
-                report.codes[name] = code
             except UnreachableError as error:
-                report.reasons[name] = str(error)
-                if error.status != SAME_STATUS:
-                    report.codes[name] = UNREACHABLE_STATUS
+                task.failure = error
                 where = "" if name == task.target.url else f" ({task.target.url})"
-                if task.is_asked or not self._is_unread:
-                    report.note(f"{name}{where}: {error}{self._find_hint(task, error)}")
+                if task.is_asked or self._report.output.error is None:
+                    self._report.note(f"{name}{where}: {error}{self._find_hint(task, error)}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
         task.control.close()
-        report.end(name)
+        self._report.end(name)
+
+    def _claim(self, name: str, info: Mapping[str, Any]) -> None:
+        """Raise UnreachableError if another name has the command run on this server already."""
+        if self._claims is not None and info.get("role") == "run":
+            other = self._claims.setdefault(info["boot_id"], name)
+            if other != name:
+                raise UnreachableError(f"the same server as {other}", SAME_STATUS)
 
     # What to do about the reasons for which a server is not reached.
     HINTS = {
@@ -8443,7 +8321,7 @@ class Execution:
         """Return what the user can do, or what is known about a command after contact was lost."""
         if not task.is_asked:
             return self.HINTS.get(str(error), "")
-        if not task.is_running or error.status == ENDED_STATUS:
+        if task.exit_code is not None or error.status == ENDED_STATUS:
             return ""
         if task.task_id is None:
             return "; whether the command was started is not known"
@@ -8451,69 +8329,56 @@ class Execution:
 
     async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
         try:
-            for piece in pieces or []:
-                await send_input(task, piece)
-            while pieces is None:
-                piece = await read_input()
-                if not piece:
-                    break
-                await send_input(task, piece)
-            await send_input(task, b"", "&eof")
+            if pieces is None:
+                async for piece in read_input():
+                    await task.feed(piece)
+            for piece in pieces or ():
+                await task.feed(piece)
         except (UnreachableError, OSError) as error:
             reason = explain_failure(error)
             name = task.target.name
             self._report.note(f"{name}: its input is not complete ({reason}); stopping it")
             await task.stop()
 
+    def _find_running(self) -> list[RemoteTask]:
+        return [task for task in self._tasks if task.is_running]
+
     def _interrupt(self) -> None:
         """Ctrl-C: stop the commands; a second one leaves them."""
         running = self._find_running()
-        if self._is_stopping or not running:
+        if self._stopping is not None or not running:
             self._leave(128 + signal.SIGINT)
             return
-        self._is_stopping = True
-        self._start_no_more()
         names = ", ".join(
             f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
         )
         more = f" and {len(running) - 5} more" if len(running) > 5 else ""
         self._report.note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
-        # Referenced here, since an event loop does not keep its tasks alive.
         self._stopping = asyncio.ensure_future(self._stop_all())
 
-    def _find_running(self) -> list[RemoteTask]:
-        everybody = (task for task in self._tasks if task.is_running)
-        return [task for task in everybody if task.target.name not in self._report.codes]
+    async def _stop_all(self) -> None:
+        """Stop what runs, and what is starting as soon as it has an id; start nothing more."""
+        tasks = [task for task in self._tasks if task.exit_code is None and task.failure is None]
+        await asyncio.gather(*(task.stop() for task in tasks))
 
     async def _stop_unread(self) -> None:
         """Stop all commands since stdout is closed; wait ANSWER_SECONDS at most, or for Ctrl-C."""
-        self._start_no_more()
 
         async def stop() -> None:
-            starting = [task for task in self._find_running() if task.task_id is None]
             await self._stop_all()
-            while any(task.is_running and task.task_id is None for task in starting):
+            while any(task.is_stop_owed for task in self._find_running()):
                 await asyncio.sleep(INPUT_PAUSE_SECONDS)
-            await asyncio.gather(*(task.stop() for task in starting if task.is_running))
 
-        stopping: asyncio.Future[Any] = asyncio.ensure_future(stop())
-        ends = {stopping, self._left}
+        stopping = asyncio.ensure_future(stop())
+        ends: set[asyncio.Future[Any]] = {stopping, self._left}
         await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             stopping.cancel()
-            self._tell_left()
+            self._conclude()
 
-    def _start_no_more(self) -> None:
-        """Start nothing more, and stop commands that are starting as soon as they have an id."""
-        for task in self._tasks:
-            task.is_stopping = True
-
-    async def _stop_all(self) -> None:
-        await asyncio.gather(*(task.stop() for task in self._find_running()))
-
-    def _tell_left(self) -> None:
-        """Show the outputs so far, and say which commands still run."""
-        self._report.show()
+    def _conclude(self) -> None:
+        """Show the outputs so far, which commands still run, and the summary."""
+        self._report.show(self._tasks)
         for task in self._find_running():
             what = "its command may have been started"
             if task.task_id is not None:
@@ -8915,7 +8780,7 @@ class Monitor:
 
     async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
         """Record the gap, and ask the server for the tasks that were in it."""
-        tasks = await fetch_json(watched.target, "GET", "/tasks", kind=list)
+        tasks = json.loads(await fetch(watched.target, "/tasks"))
         if event["to"] > 0:
             fields = {"from": max(1, event["from"]), "to": event["to"], "reason": "kept no more"}
             self._log.write("gap", watched, **fields)
@@ -9026,7 +8891,7 @@ class EventWriter:
 
     def write(self, name: str | None, event: dict[str, Any]) -> None:
         """Write an event of a server, None for none. Raises OutputError."""
-        if self._output.waiting_bytes > MAX_EVENT_BYTES:
+        if len(self._output.waiting) > MAX_EVENT_BYTES:
             self._dropped += 1
             return
         if self._dropped:
@@ -13548,17 +13413,11 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            listed = parse_hosts(file.read(), path)
+            return list(parse_hosts(file.read(), path).values())
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
-    folder = os.path.dirname(path)
-    targets = []
-    for target, token_file in listed.values():
-        place = token_file and os.path.join(folder, os.path.expanduser(token_file))
-        targets.append(dataclasses.replace(target, token_file=place))
-    return targets
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
@@ -13567,14 +13426,14 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     --token-file, or else SERVERCONTROL_TOKEN, is the token of the named servers (without a name: of
     this machine's) that are not listed with a token of their own.
     """
-    listed, hosts = read_hosts(environ), find_hosts_file(environ)
+    listed = read_hosts(environ)
     if given.all:
         if given.server or given.token_file:
             raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
         if not listed:
             raise ConfigError(
-                f"--all: no server is listed; write lines `name url [token-file]` to "
-                f"{hosts} (discover --hosts prints some)"
+                "--all: no server is listed; write lines `name url [token-file]` to "
+                f"{find_hosts_file(environ)} (discover --hosts prints some)"
             )
         return listed
     token = environ.get("SERVERCONTROL_TOKEN") or None
@@ -13582,12 +13441,12 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
         token = load_token_file("--token-file", given.token_file, is_client=True)
     elif token is not None:
         check_token("SERVERCONTROL_TOKEN", token)
-    targets: dict[str, Target] = {}
+    named = {target.name: target for target in listed if given.server}
+    targets = {}
     for name in given.server or ["localhost"]:
-        own = [one for one in listed if one.name == name and given.server]
-        target = own[0] if own else parse_target(name, name)
+        target = named.get(name) or parse_target(name, name)
         # A server that is named by its URL may be listed with a token, too.
-        files = [one.token_file for one in own + listed if one.url == target.url]
+        files = [one.token_file for one in (target, *listed) if one.url == target.url]
         token_file = next(filter(None, files), "")
         targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
     return list(targets.values())

@@ -9975,7 +9975,7 @@ class TestTargets:
     def test_reads_the_list(self) -> None:
         text = "# mine\n\n web1\thttp://a:1  t.token \nweb2 b:2\n"
         listed = sc.parse_hosts(text, "hosts")
-        assert [(t.url, file) for t, file in listed.values()] == [
+        assert [(t.url, t.token_file) for t in listed.values()] == [
             ("http://a:1", "t.token"),
             ("http://b:2", ""),
         ]
@@ -10060,7 +10060,7 @@ class TestTargets:
         hosts = json.loads(sc.format_ansible(found))["all"]["children"]["servercontrol"]["hosts"]
         assert "{" not in "".join(hosts)
         lines = sc.parse_hosts(sc.format_hosts(found, {"a-b"}, {"id.token"}), "")
-        files = {name: token_file for name, (_, token_file) in lines.items()}
+        files = {name: target.token_file for name, target in lines.items()}
         assert list(files.items())[1:] == [
             *[("a-b-10.0.0.1-80", "a-b-10.0.0.1-80.token"), ("web1", "web1.token")],
             *[("web1-10.0.0.3-80", ""), ("10.0.0.4", "10.0.0.4.token")],
@@ -10938,9 +10938,9 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             os.set_blocking(writing, False)
             os.write(writing, bytes(1 << 20))
             monkeypatch.setattr(sc.select, "poll", Ready)
-            assert sc.write_some(writing, memoryview(b"x")) == 0
+            assert sc.write_some(writing, bytearray(b"x")) == 0
             os.read(reading, 1 << 20)
-            assert sc.write_some(writing, memoryview(b"x")) == 1
+            assert sc.write_some(writing, bytearray(b"x")) == 1
         finally:
             os.close(reading)
             os.close(writing)
