@@ -87,7 +87,6 @@ import argparse
 import asyncio
 import asyncio.sslproto
 import base64
-import binascii
 import bisect
 import codecs
 import concurrent.futures
@@ -158,6 +157,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
         Collection,
         Generator,
         Iterable,
+        Iterator,
         Mapping,
         MutableMapping,
         Sequence,
@@ -165,6 +165,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
     IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
     Endpoint = tuple[IpAddress, int]  # with a port
+    Place = tuple[int, tuple[Any, ...]]  # family and address of a socket
     Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
     Publish = Callable[..., dict[str, Any]]  # Viewers.publish
     Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
@@ -1238,7 +1239,7 @@ class CloseCode(enum.IntEnum):
 
 # What a close frame may carry: registered codes, and 3000 to 4999 for libraries and applications.
 # 1004 to 1006 and 1015 are reserved and never sent (7.4.1).
-VALID_CLOSE_CODES = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014}
+VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015)}
 
 
 class FrameHeader(NamedTuple):
@@ -1284,19 +1285,15 @@ def check_upgrade(head: RequestHead) -> str:
     if head.values("sec-websocket-version") != [WEBSOCKET_VERSION]:
         raise upgrade_required("WebSocket version 13 is needed")
     keys = head.values("sec-websocket-key")
-    try:
-        decoded = base64.b64decode(keys[0], validate=True) if len(keys) == 1 else b""
-    except (binascii.Error, ValueError):
-        decoded = b""
-    if len(decoded) != 16:
+    if len(keys) != 1 or not re.fullmatch("[A-Za-z0-9+/]{22}==", keys[0]):
         raise HttpError(400, "bad_key", "one Sec-WebSocket-Key of 16 bytes is needed")
     return keys[0]
 
 
-# The name of an extension or a parameter, with a value, which may be quoted, and what ends it
-# (RFC 6455, 9.1, with the white space of RFC 2616).
+# The name of an extension or a parameter, with a value, which may be quoted (RFC 6455, 9.1, with
+# the white space of RFC 2616).
 EXTENSION_WORD = re.compile(
-    r"""[\t ]*(T+)[\t ]*(?:=[\t ]*(?:(T+)|"((?:\\?T)+)")[\t ]*)?(?:([;,])|\Z)""".replace(
+    r"""[\t ]*(T+)[\t ]*(?:=[\t ]*(?:(T+)|"((?:\\?T)+)")[\t ]*)?""".replace(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
     )
 )
@@ -1314,22 +1311,19 @@ Extension = tuple[str, list[tuple[str, "str | None"]]]  # name, parameters with 
 def parse_extensions(text: str) -> list[Extension]:
     """Return the members of a Sec-WebSocket-Extensions field. Raises ValueError."""
     extensions: list[Extension] = []
-    at, is_first = 0, True
-    while at < len(text):
-        if is_first and text[at] in ", \t":  # empty members are allowed
-            at += 1
+    for member in text.split(","):  # a quoted value has no comma or semicolon, it is a token too
+        if not member.strip("\t "):  # empty members are allowed
             continue
-        word = EXTENSION_WORD.match(text, at)
-        value = word and (word[2] or word[3])
-        if word is None or (is_first and value):
+        words: list[tuple[str, str | None]] = []
+        for parameter in member.split(";"):
+            word = EXTENSION_WORD.fullmatch(parameter)
+            if word is None:
+                raise ValueError("an extension is malformed")
+            value = word[2] or word[3]
+            words.append((word[1], value and value.replace("\\", "")))
+        if words[0][1] is not None:  # the name has no value
             raise ValueError("an extension is malformed")
-        if is_first:
-            extensions.append((word[1], []))
-        else:
-            extensions[-1][1].append((word[1], value and value.replace("\\", "")))
-        at, is_first = word.end(), word[4] != ";"
-    if not is_first:
-        raise ValueError("an extension is malformed")
+        extensions.append((words[0][0], words[1:]))
     return extensions
 
 
@@ -1401,8 +1395,7 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
 
     It is one XOR of two long integers: some 400 MB/s. A loop over bytes takes 20 MB/s.
     """
-    size = len(data)
-    start = offset % 4
+    size, start = len(data), offset % 4
     key = (mask * (size // 4 + 2))[start : start + size]
     xored = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
     return xored.to_bytes(size, "little")
@@ -1461,17 +1454,6 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 OPCODES = frozenset(int(opcode) for opcode in Opcode)
 
 
-def check_frame_start(first: int, opcode: int, length: int, deflates: bool) -> None:
-    """Check the first two bytes of a frame (RFC 6455, 5.2, 5.5; RFC 7692, 6)."""
-    may_deflate = deflates and opcode in (Opcode.TEXT, Opcode.BINARY)
-    if first & (0x30 if may_deflate else 0x70):
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-    if opcode not in OPCODES:
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
-    if opcode >= Opcode.CLOSE and (not first & 0x80 or length > MAX_CONTROL_PAYLOAD_BYTES):
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
-
-
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
     """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
 
@@ -1480,23 +1462,26 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
     """
     if len(data) < 2:
         return None
-    fin, opcode = bool(data[0] & 0x80), data[0] & 0x0F
-    length = data[1] & 0x7F
-    check_frame_start(data[0], opcode, length, deflates)
-    size = 2 + {126: 2, 127: 8}.get(length, 0)
-    masked = bool(data[1] & 0x80)
-    if len(data) < size:
+    fin, opcode, length = bool(data[0] & 0x80), data[0] & 0x0F, data[1] & 0x7F
+    may_deflate = deflates and opcode in (Opcode.TEXT, Opcode.BINARY)  # RFC 7692, 6
+    if data[0] & (0x30 if may_deflate else 0x70):
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+    if opcode not in OPCODES:
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
+    if opcode >= Opcode.CLOSE and (not fin or length > MAX_CONTROL_PAYLOAD_BYTES):  # 5.5
+        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
+    start = 2 + {126: 2, 127: 8}.get(length, 0)
+    if len(data) < start:
         return None
-    if size > 2:
-        form, least = ("!H", 126) if size == 4 else ("!Q", 65536)
-        (length,) = struct.unpack_from(form, data, 2)
-        if not least <= length < 2**63:
+    if start > 2:
+        length = int.from_bytes(data[2:start], "big")
+        if not (126 if start == 4 else 65536) <= length < 2**63:
             raise WebSocketError(CloseCode.PROTOCOL_ERROR, "frame length not in its shortest form")
-    if masked and len(data) < size + 4:
+    end = start + (4 if data[1] & 0x80 else 0)
+    if len(data) < end:
         return None
-    mask = bytes(data[size : size + 4]) if masked else None
-    is_deflated = bool(data[0] & 0x40)
-    return FrameHeader(fin, Opcode(opcode), mask, length, size + 4 * masked, is_deflated)
+    mask = bytes(data[start:end]) or None
+    return FrameHeader(fin, Opcode(opcode), mask, length, end, bool(data[0] & 0x40))
 
 
 def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
@@ -1553,6 +1538,112 @@ class Message(NamedTuple):
     data: str | bytes
 
 
+class DataMessage:
+    """A text or binary message whose fragments are arriving (5.4)."""
+
+    def __init__(self, first: FrameHeader, max_bytes: int, max_fragments: int) -> None:
+        self._opcode = first.opcode
+        self._max_bytes = max_bytes
+        self._max_fragments = max_fragments
+        self._parts: list[Any] = []
+        # The size of the parts, and that of the frames according to their headers.
+        self._bytes = 0
+        self._wire_bytes = 0
+        self._fragments = 0
+        is_text = first.opcode is Opcode.TEXT
+        self._decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
+        # It also reads all windows that are smaller than 2**15 bytes.
+        self._inflater = zlib.decompressobj(-15) if first.is_deflated else None
+
+    def begin_frame(self, header: FrameHeader) -> None:
+        """Raises WebSocketError if the message is too large with the next frame."""
+        self._wire_bytes += header.length
+        self._fragments += 1
+        # Compressing may make incompressible data a little longer.
+        if self._wire_bytes > self._max_bytes * (2 if self._inflater else 1):
+            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+        if self._fragments > self._max_fragments:
+            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+
+    def add(self, part: bytes, is_last: bool) -> None:
+        """Take a part of a frame's payload. Raises WebSocketError."""
+        left = self._max_bytes - self._bytes
+        if self._inflater:
+            part = self._inflate(self._inflater, part, left, is_last)
+        self._bytes += len(part)
+        is_too_big = len(part) > left
+        try:
+            is_end = is_last and not is_too_big
+            self._parts.append(self._decoder.decode(part, is_end) if self._decoder else part)
+        except UnicodeDecodeError:
+            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
+        if is_too_big:  # after inflating; a plain message was measured by its headers
+            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+
+    def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
+        """Return a part of a compressed message, inflated (RFC 7692, 7.2.2).
+
+        At most one byte beyond the limit is inflated, so a small frame cannot fill the memory.
+        """
+        try:
+            data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
+        except zlib.error:
+            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
+        # If the peer sent a final block, only the bytes of 7.2.3.4 may follow it.
+        is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
+        if is_last and not is_whole and len(data) <= left:
+            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA)
+        return data
+
+    def finish(self) -> Message:
+        return Message(self._opcode, ("" if self._decoder else b"").join(self._parts))
+
+
+def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
+    """Take what has arrived of a frame's payload, of which `start` bytes were taken before."""
+    part = bytes(buffer[: header.length - start])
+    del buffer[: len(part)]
+    return part if header.mask is None else apply_mask(part, header.mask, start)
+
+
+def take_messages(
+    buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
+) -> Iterator[Message | None]:
+    """Yield the messages in the buffer, and None whenever all that it has was taken.
+
+    Raises WebSocketError as soon as the bytes cannot become valid.
+    """
+    message: DataMessage | None = None
+    while True:
+        header = parse_frame_header(buffer, deflates)
+        if header is None:
+            yield None
+            continue
+        del buffer[: header.size]
+        if (header.mask is not None) != is_server:  # 5.1
+            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "wrongly masked frame")
+        if header.opcode >= Opcode.CLOSE:  # it may stand between two fragments
+            while len(buffer) < header.length:
+                yield None
+            yield Message(header.opcode, take_payload(buffer, header, 0))
+            continue
+        if (header.opcode is Opcode.CONTINUATION) == (message is None):  # 5.4
+            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "fragment out of sequence")
+        message = message or DataMessage(header, max_bytes, max_fragments)
+        message.begin_frame(header)
+        taken, is_whole = 0, False
+        while not is_whole:
+            part = take_payload(buffer, header, taken)
+            taken += len(part)
+            is_whole = taken == header.length
+            message.add(part, is_whole and header.fin)
+            if not is_whole:
+                yield None
+        if header.fin:
+            yield message.finish()
+            message = None
+
+
 class WebSocketConnection:
     """One end of a WebSocket connection.
 
@@ -1561,9 +1652,7 @@ class WebSocketConnection:
     """
 
     __slots__ = (
-        "state close_code close_reason deflate_bits _make_mask _max_message_bytes _max_fragments "
-        "_buffer _header _payload_read _control _message_opcode _message _wire_bytes "
-        "_message_bytes _fragments _decoder _inflater _outgoing"
+        "state close_code close_reason deflate_bits _make_mask _buffer _messages _outgoing"
     ).split()
 
     def __init__(
@@ -1579,25 +1668,11 @@ class WebSocketConnection:
         self.close_reason = ""
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        self._max_message_bytes = max_message_bytes
-        self._max_fragments = max_fragments
-        # Bytes that were received and are not parsed yet.
+        # Bytes that were received and are not parsed yet, and what parses them.
         self._buffer = bytearray()
-        # The frame whose payload is arriving, and how much of it has arrived.
-        self._header: FrameHeader | None = None
-        self._payload_read = 0
-        # The payload of a control frame, which may come between two fragments of a message.
-        self._control = b""
-        # The data message that is arriving: TEXT or BINARY, its parts, the size of its frames
-        # according to their headers, and the size of its parts.
-        self._message_opcode: Opcode | None = None
-        self._message: list[Any] = []
-        self._wire_bytes = 0
-        self._message_bytes = 0
-        self._fragments = 0
-        self._decoder: codecs.IncrementalDecoder | None = None
-        # Inflates the message that is arriving; None if it is not compressed.
-        self._inflater: zlib._Decompress | None = None
+        self._messages = take_messages(
+            self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
+        )
         # The close frame that answers what was received, until take_outgoing().
         self._outgoing = b""
 
@@ -1621,7 +1696,6 @@ class WebSocketConnection:
         return outgoing
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes from the peer."""
         self._buffer += data
 
     def next_message(self) -> Message | None:
@@ -1632,17 +1706,19 @@ class WebSocketConnection:
         caller may close the connection because of it, and then the rest is ignored (1.4).
         """
         try:
-            while self.state is not WebSocketState.CLOSED and self._has_header():
-                message = self._take_payload()
-                if message is not None:
+            while self.state is not WebSocketState.CLOSED:
+                message: Message | None = next(self._messages)
+                if message is not None and message.opcode is Opcode.CLOSE:
+                    assert isinstance(message.data, bytes)
+                    # The answer echoes the code (5.5.1).
+                    self._end(*parse_close_payload(message.data), message.data[:2])
                     return message
-                if self._header is not None:
-                    return None
+                if message is None or self.state is WebSocketState.OPEN:
+                    return message
         except WebSocketError as error:
             answer = encode_close_payload(error.close_code, error.reason)
             self._end(error.close_code, error.reason, answer)
-        if self.state is WebSocketState.CLOSED:
-            self._buffer.clear()
+        self._buffer.clear()
         return None
 
     def receive(self, data: bytes) -> list[Message]:
@@ -1655,105 +1731,6 @@ class WebSocketConnection:
         if self.state is WebSocketState.OPEN:
             self._outgoing = self.encode(Opcode.CLOSE, answer)
         self.state = WebSocketState.CLOSED
-
-    def _has_header(self) -> bool:
-        """Return whether the header of the present frame is known; parse it if it is whole."""
-        if self._header is None:
-            self._header = parse_frame_header(self._buffer, self.deflate_bits > 0)
-            if self._header is not None:
-                del self._buffer[: self._header.size]
-                self._begin_frame(self._header)
-        return self._header is not None
-
-    def _begin_frame(self, header: FrameHeader) -> None:
-        """Check a header against this end's role and the message that is arriving (5.1, 5.4)."""
-        if (header.mask is None) == (self._make_mask is None):
-            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "wrongly masked frame")
-        self._payload_read = 0
-        if header.opcode >= Opcode.CLOSE:
-            self._control = b""
-            return
-        if (header.opcode is Opcode.CONTINUATION) == (self._message_opcode is None):
-            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "fragment out of sequence")
-        if header.opcode is not Opcode.CONTINUATION:
-            self._message_opcode = header.opcode
-            if header.opcode is Opcode.TEXT:
-                self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
-            if header.is_deflated:
-                self._inflater = zlib.decompressobj(-15)  # also reads all smaller windows
-        self._wire_bytes += header.length
-        self._fragments += 1
-        # Compressing may make incompressible data a little longer.
-        limit = self._max_message_bytes * (1 if self._inflater is None else 2)
-        if self._wire_bytes > limit:
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
-        if self._fragments > self._max_fragments:
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
-
-    def _take_payload(self) -> Message | None:
-        """Take the payload bytes that have arrived; return the message if that completes it."""
-        header = self._header
-        assert header is not None
-        part = bytes(self._buffer[: header.length - self._payload_read])
-        del self._buffer[: len(part)]
-        if header.mask is not None:
-            part = apply_mask(part, header.mask, self._payload_read)
-        self._payload_read += len(part)
-        whole = self._payload_read == header.length
-        if whole:
-            self._header = None
-        if header.opcode < Opcode.CLOSE:
-            return self._take_data(part, whole and header.fin)
-        self._control += part
-        return self._finish_control(header.opcode) if whole else None
-
-    def _finish_control(self, opcode: Opcode) -> Message | None:
-        payload, is_closing = self._control, self.state is WebSocketState.CLOSING
-        if opcode is Opcode.CLOSE:
-            code, reason = parse_close_payload(payload)
-            # The answer echoes the code (5.5.1).
-            self._end(code, reason, answer=payload[:2])
-        elif is_closing:
-            return None
-        return Message(opcode, payload)
-
-    def _take_data(self, part: bytes, last: bool) -> Message | None:
-        if self._inflater is not None:
-            part = self._inflate(self._inflater, part, last)
-        self._message_bytes += len(part)
-        is_too_big = self._message_bytes > self._max_message_bytes
-        ends = last and not is_too_big
-        try:
-            self._message.append(self._decoder.decode(part, ends) if self._decoder else part)
-        except UnicodeDecodeError:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
-        if is_too_big:  # after inflating; a plain message was measured by its headers
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
-        if not last:
-            return None
-        assert self._message_opcode is not None
-        data = "".join(self._message) if self._decoder else b"".join(self._message)
-        message = Message(self._message_opcode, data)
-        self._message_opcode, self._decoder, self._inflater = None, None, None
-        self._message, self._wire_bytes, self._message_bytes, self._fragments = [], 0, 0, 0
-        # What arrives after our close frame is ignored (1.4).
-        return message if self.state is WebSocketState.OPEN else None
-
-    def _inflate(self, inflater: zlib._Decompress, part: bytes, last: bool) -> bytes:
-        """Return a part of a compressed message, inflated (RFC 7692, 7.2.2).
-
-        At most one byte beyond the limit is inflated, so a small frame cannot fill the memory.
-        """
-        left = self._max_message_bytes - self._message_bytes
-        try:
-            data = inflater.decompress(part + INFLATE_TAIL if last else part, left + 1)
-        except zlib.error:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
-        # If the peer sent a final block, only the bytes of 7.2.3.4 may follow it.
-        is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
-        if last and not is_whole and len(data) <= left:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA)
-        return data
 
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
@@ -4529,59 +4506,59 @@ class Viewers:
 # and answering discovery probes. A failure in one round is logged, and the next round follows.
 
 
-def read_uptime() -> float:
-    """Return the seconds since boot, including those in which the machine was suspended."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.time() - float(psutil.boot_time())  # macOS
-
-
 def read_proc_file(path: str) -> str:
     with open(path, encoding="ascii", errors="replace") as file:
         return file.read()
+
+
+def read_basics() -> dict[str, Any]:
+    """Return the fields of a Sample that Python itself can tell; the uptime counts suspension."""
+    disk = os.statvfs("/")
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    else:  # macOS
+        uptime = time.time() - psutil.boot_time()
+    return {
+        "now": time.monotonic(),
+        "disk_used": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        "disk_total": disk.f_blocks * disk.f_frsize,
+        "load_avg": os.getloadavg(),
+        "uptime": uptime,
+    }
 
 
 def read_proc_sample() -> Sample:
     """Read a Sample from /proc."""
     busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
     memory = parse_meminfo(read_proc_file("/proc/meminfo"))
-    disk = os.statvfs("/")
     return Sample(
-        now=time.monotonic(),
         busy_ticks=busy,
         total_ticks=total,
         ram_used=memory["MemTotal"] - memory["MemAvailable"],
         ram_total=memory["MemTotal"],
         swap_used=memory["SwapTotal"] - memory["SwapFree"],
         swap_total=memory["SwapTotal"],
-        disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-        disk_total=disk.f_blocks * disk.f_frsize,
         net=parse_net_dev(read_proc_file("/proc/net/dev")),
-        load_avg=os.getloadavg(),
-        uptime=read_uptime(),
+        **read_basics(),
     )
 
 
 def read_psutil_sample() -> Sample:
-    """Read a Sample with psutil."""
+    """The same with psutil, also where there is no /proc."""
     times = psutil.cpu_times()
     # Guest time is already part of user time; waiting for a disk is idle time.
     total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
-    memory, swap, disk = psutil.virtual_memory(), psutil.swap_memory(), os.statvfs("/")
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     nics = psutil.net_io_counters(pernic=True).items()
     return Sample(
-        now=time.monotonic(),
         busy_ticks=total - times.idle - getattr(times, "iowait", 0),
         total_ticks=total,
         ram_used=memory.total - memory.available,
         ram_total=memory.total,
         swap_used=swap.used,
         swap_total=swap.total,
-        disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-        disk_total=disk.f_blocks * disk.f_frsize,
         net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
-        load_avg=os.getloadavg(),
-        uptime=read_uptime(),
+        **read_basics(),
     )
 
 
@@ -4714,10 +4691,10 @@ class Sampler:
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # Monotonic time of the first alert that is not resolved yet, else 0.
-        self._alert_since = 0.0
-        # The newest event of that alert, for clients that connect later; else None.
+        # The newest event of the alert that is not resolved yet, for clients that connect later;
+        # and the monotonic time of its first one.
         self.alert: dict[str, Any] | None = None
+        self._alert_since = 0.0
         # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
         self.alerts: deque[dict[str, Any]] = deque(maxlen=KEEP_ALERTS)
         self.hostname = read_hostname()
@@ -4761,9 +4738,8 @@ class Sampler:
         self._ticked = sample
         stats = build_stats(before, sample)
         self.hostname = read_hostname()
-        event = self._publish(
-            "stats_update", **stats, hostname=self.hostname, cpus=os.cpu_count() or 1
-        )
+        cpus = os.cpu_count() or 1
+        event = self._publish("stats_update", **stats, hostname=self.hostname, cpus=cpus)
         columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
         self.history.append([event[name] for name in columns])
         self.newest = event
@@ -4773,34 +4749,23 @@ class Sampler:
 
     def _check_alert(self, cpu: float, now: float) -> None:
         change = self._rule.update(cpu, now)
+        facts = {"cpu": cpu, "hostname": self.hostname}
         if change == "cpu_alert":
-            self._alert_since = self._alert_since or now
             message = f"CPU usage exceeded {self._config.cpu_alert:g}%!"
-            self.alert = self._publish(
-                "cpu_alert",
-                cpu=cpu,
-                hostname=self.hostname,
-                message=message,
-                tasks=list(self._running),
-            )
-            if self._alert_since == now:  # a new alert, not a repetition
+            tasks, is_new = list(self._running), self.alert is None
+            self.alert = self._publish("cpu_alert", **facts, message=message, tasks=tasks)
+            if is_new:
+                self._alert_since = now
                 self.alerts.append({**self.alert, "resolved": None})
             self._notify(self.alert)
             self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
         elif change == "alert_resolved":
-            duration_ms = int((now - self._alert_since) * 1000)
-            self._alert_since = 0.0
+            facts["duration_ms"] = int((now - self._alert_since) * 1000)
             self.alert = None
-            event = self._publish(
-                "alert_resolved",
-                alert="cpu_alert",
-                cpu=cpu,
-                hostname=self.hostname,
-                duration_ms=duration_ms,
-            )
+            event = self._publish("alert_resolved", alert="cpu_alert", **facts)
             self.alerts[-1]["resolved"] = event
             self._notify(event)
-            self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=duration_ms)
+            self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=facts["duration_ms"])
 
 
 def read_link_networks() -> list[ipaddress.IPv4Network]:
@@ -4811,108 +4776,92 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
         return []
 
 
-def find_source(address: str) -> str:
-    """Return this machine's address from which a datagram to an IPv4 address is sent, or ""."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            udp.connect((address, 9))  # sends nothing
-            return str(udp.getsockname()[0])
-    except OSError:
-        return ""
+class Discovery:
+    """Answers probes, on a UDP socket for each of `places` and one more.
 
-
-def make_reply_limit() -> Callable[[str, float], bool]:
-    """Return a function that counts an answer to a source, and says whether it is allowed."""
-    each, all_together = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
-    return lambda source, now: not each.take(source, now) and not all_together.take("", now)
-
-
-class DiscoveryEndpoint(asyncio.DatagramProtocol):
-    """Answers probes on one UDP socket.
-
-    make_facts: returns the reply's fields. may_answer: whether a source may get one more reply.
-    loopback_only: the server does not listen on the network. places: address -> transport, if HTTP
-    listens on certain addresses only; shared by all endpoints, and filled after each is created.
-    The prober takes a reply's source for the server's address, so it must be one of these.
+    places: the IPv4 addresses where HTTP listens, [] if that is every one. The prober takes a
+    reply's source for the server's address, so it must be one of these.
+    loopback_only: the server does not listen on the network.
+    make_facts: returns the reply's fields.
+    Raises OSError.
     """
 
     def __init__(
         self,
-        make_facts: Callable[[], dict[str, Any]],
-        may_answer: Callable[[str, float], bool],
+        port: int,
+        places: Sequence[str],
         loopback_only: bool,
-        places: Mapping[str, asyncio.DatagramTransport],
+        make_facts: Callable[[], dict[str, Any]],
     ) -> None:
-        self._make_facts = make_facts
-        self._may_answer = may_answer
-        self._loopback_only = loopback_only
         self._places = places
-        self._transport: asyncio.DatagramTransport | None = None
+        self._loopback_only = loopback_only
+        self._make_facts = make_facts
+        self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
+        # The networks that are on-link, and until when they are taken to be the same.
         self._networks: list[ipaddress.IPv4Network] = []
         self._networks_until = 0.0
+        # By address. A socket that is bound to one address receives no broadcasts, hence the last.
+        self._sockets: dict[str, socket.socket] = {}
+        try:
+            for address in (*places, "127.255.255.255" if loopback_only else "0.0.0.0"):
+                self._bind(address, port)
+                port = self.port
+        except OSError:
+            self.close()
+            raise
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.DatagramTransport", transport)
+    def _bind(self, address: str, port: int) -> None:
+        udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.setblocking(False)
+        # Servers on one host share the port: each receives every broadcast, one every unicast.
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "darwin":
+            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
+        udp.bind((address, port))
+        self.port = int(udp.getsockname()[1])
+        asyncio.get_running_loop().add_reader(udp, self._receive, address)
 
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+    def _receive(self, place: str) -> None:
         """Answer an exact probe from a host on the same link; ignore anything else."""
-        if data != DISCOVERY_PROBE or self._transport is None:
-            return
-        now = time.monotonic()
-        if self._is_neighbour(addr[0], now) and self._may_answer(addr[0], now):
-            transport = self._choose(self._transport, addr[0])
-            transport.sendto(encode_discovery_reply(self._make_facts()), addr)
+        try:
+            data, source = self._sockets[place].recvfrom(len(DISCOVERY_PROBE) + 1)
+            if data == DISCOVERY_PROBE and self.may_answer(source[0], time.monotonic()):
+                udp = self._sockets[place if place in self._places else self._choose(source[0])]
+                udp.sendto(encode_discovery_reply(self._make_facts()), source)
+        except OSError:
+            pass  # a prober cannot be reached
 
-    def _choose(self, asked: asyncio.DatagramTransport, source: str) -> asyncio.DatagramTransport:
-        if not self._places or asked in self._places.values():
-            return asked
-        return self._places.get(find_source(source)) or next(iter(self._places.values()))
+    def may_answer(self, source: str, now: float) -> bool:
+        """Whether a host is a neighbour that may get one more reply now."""
+        each, all_together = self._limits
+        is_fit = is_loopback(source) or (not self._loopback_only and self._is_on_link(source, now))
+        return is_fit and not each.take(source, now) and not all_together.take("", now)
 
-    def error_received(self, exc: Exception) -> None:
-        """Ignore that a prober cannot be reached."""
-
-    def _is_neighbour(self, source: str, now: float) -> bool:
-        if is_loopback(source):
-            return True
-        if self._loopback_only:
-            return False
+    def _is_on_link(self, source: str, now: float) -> bool:
         if now >= self._networks_until:
             self._networks_until = now + ROUTES_CACHE_SECONDS
             self._networks = read_link_networks()
         address = parse_ip(source)
         return any(address in network for network in self._networks)
 
+    def _choose(self, source: str) -> str:
+        """Return the address to answer a broadcast from: that from which it leaves anyway."""
+        here = ""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.connect((source, 9))  # sends nothing
+            here = udp.getsockname()[0]
+        return here if here in self._sockets else next(iter(self._sockets))
+
+    def close(self) -> None:
+        for udp in self._sockets.values():
+            asyncio.get_running_loop().remove_reader(udp)
+            udp.close()
+
 
 def close_all(sockets: Iterable[socket.socket]) -> None:
     for one in sockets:
         one.close()
-
-
-def open_discovery_sockets(
-    port: int, places: Sequence[str], loopback_only: bool
-) -> list[socket.socket]:
-    """Return the bound UDP sockets: those of `places` first. Raises OSError.
-
-    A socket that is bound to one address receives no broadcasts, so there is one more socket for
-    them. Servers on one host share the port: each of them receives every broadcast, and one of them
-    every unicast.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        for address in (*places, "127.255.255.255" if loopback_only else "0.0.0.0"):
-            udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            sockets.append(udp)
-            udp.setblocking(False)
-            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if sys.platform == "darwin":
-                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
-            udp.bind((address, port))
-            port = udp.getsockname()[1]
-    except OSError:
-        close_all(sockets)
-        raise
-    return sockets
 
 
 class SystemdNotifier:
@@ -5767,45 +5716,6 @@ class Deadlines:
         return due
 
 
-class ConnectionProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's stream protocol, which also passes on what a Viewer wants to know."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection: Connection | None = connection
-        super().__init__(connection.reader, loop=asyncio.get_running_loop())
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands; with TLS, the handshake is over."""
-        super().connection_made(transport)
-        if self._connection is not None:
-            self._connection.take_transport(cast("asyncio.Transport", transport), self)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._connection is not None:
-            self._connection.stall()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._connection is not None:
-            self._connection.resume()
-
-    def eof_received(self) -> bool | None:
-        """The client sends nothing more. One that waits for a task has most likely gone."""
-        if self._connection is not None:
-            self._connection.has_sent_all = True
-            if self._connection.phase is Phase.WAITING:
-                self._connection.task.cancel()
-        return super().eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        # Why is no news to anybody, and an exception that nobody fetches would be logged.
-        super().connection_lost(None)
-        if self._connection is not None:
-            self._connection.forget()
-            self._connection = None
-
-
 class Turns:
     """A queue of clients that have had their share of this turn of the event loop."""
 
@@ -5860,38 +5770,34 @@ class Inbox:
         self._since = now
 
 
-def list_cors_fields(policy: AccessPolicy, head: RequestHead | None) -> list[tuple[str, str]]:
-    """Only a listed origin is told anything (the Fetch standard, CORS protocol)."""
-    if not policy.allow_origins:
-        return []
-    origin = head.value("origin") if head is not None else None
-    if origin not in policy.allow_origins or origin is None:
-        return [("Vary", "Origin")]
-    return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin)]
-
-
-def encode_head(
+def encode_answer(
     server: Server, head: RequestHead | None, response: Response, keep_alive: bool
 ) -> bytes:
-    """Return the head of an answer."""
+    """Return the head of an answer, and the body, as far as it is known. head: what it answers."""
+    is_http_1_0 = head is not None and head.http_1_0
     fields = [
         ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
-        *list_cors_fields(server.policy, head),
-        *response.fields,
     ]
+    if server.policy.allow_origins:  # the Fetch standard, CORS protocol
+        fields.append(("Vary", "Origin"))
+        origin = head.value("origin") if head is not None else None
+        if origin and origin in server.policy.allow_origins:
+            fields.append(("Access-Control-Allow-Origin", origin))
+    fields += response.fields
     if response.status not in (204, 304):  # these two have no body
         fields.append(("Content-Type", response.media_type))
         if response.pieces is None:
             fields.append(("Content-Length", str(len(response.body))))
-        elif head is not None and not head.http_1_0:
+        elif not is_http_1_0:
             fields.append(("Transfer-Encoding", "chunked"))
     if not keep_alive:
         fields.append(("Connection", "close"))
-    elif head is not None and head.http_1_0:
+    elif is_http_1_0:
         fields.append(("Connection", "keep-alive"))
-    return encode_response_head(response.status, fields)
+    body = b"" if head is not None and head.method == "HEAD" else response.body
+    return encode_response_head(response.status, fields) + body
 
 
 def make_error_response(server: Server, error: Exception) -> Response:
@@ -5925,6 +5831,9 @@ async def linger(connection: Connection) -> None:
         left -= len(data)
 
 
+Received = TypeVar("Received")
+
+
 class Exchanges:
     """The HTTP requests of one connection and their answers, one after the other."""
 
@@ -5943,19 +5852,22 @@ class Exchanges:
             while await self._serve_request():
                 await self._connection.inbox.rest()
         except Exception as error:
-            await self._refuse(self._parser.head, error)
+            await self._refuse(error)
         return self._parser.take_rest()
 
     async def _serve_request(self) -> bool:
         """Answer one request. False when no other can follow."""
-        if self._connection.phase is not Phase.READING:  # not the first request
+        connection = self._connection
+        if connection.phase is not Phase.READING:  # not the first request
             if self._parser.is_idle:
-                self._connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
+                connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
             else:
-                self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
-        head = await self._read_head()
+                connection.begin_phase(Phase.READING, HEAD_SECONDS)
+        head = await self._receive(self._parser.next_head)
         if head is None:
-            return False
+            if self._parser.is_idle:
+                return False
+            raise HttpError(400, "bad_request", "the request ends in its middle")
         try:
             request = self._admit(head)
             if request is None:
@@ -5963,56 +5875,39 @@ class Exchanges:
         except (HttpError, CommandError) as error:
             if is_refusal(error):
                 request_line = f"{head.method} {head.path}"[:200]
-                self._server.note_refusal(self._connection.name_client(), error.code, request_line)
+                self._server.note_refusal(connection.name_client(), error.code, request_line)
             if head.has_body:
                 raise
             self._parser.next_body()
-            self._connection.begin_phase(Phase.ANSWERING, None)
-            response = make_error_response(self._server, error)
-        else:
-            request.body = await self._read_body()
-            if not request.parameters.keys().isdisjoint(("wait", "follow")):
-                self._connection.begin_phase(Phase.WAITING, None)
-                if self._connection.has_sent_all:  # its end came with the request
-                    self._connection.task.cancel()
-                keep_alive(self._connection.transport.get_extra_info("socket"))
-            else:
-                self._connection.begin_phase(Phase.ANSWERING, None)
-            return await self._answer(request)
-        return await self._write_response(head, response)
+            connection.begin_phase(Phase.ANSWERING, None)
+            return await self._write_response(head, make_error_response(self._server, error))
+        connection.begin_phase(Phase.READING, BODY_SECONDS)
+        body = await self._receive(self._parser.next_body)
+        if body is None:
+            raise HttpError(400, "bad_request", "the body ends too early")
+        request.body = body
+        return await self._answer(request)
 
-    async def _read(self) -> bytes:
-        """Read what there is; b"" at the end. Raises HttpError 408 when time is up."""
-        try:
-            data = await self._connection.inbox.read()
-        except asyncio.CancelledError:
-            if self._connection.phase is not Phase.EXPIRED or self._parser.is_idle:
-                raise
-            raise HttpError(408, "timeout", "the request took too long to arrive") from None
-        self._parser.feed(data)
-        return data
+    async def _receive(self, parse: Callable[[], Received | None]) -> Received | None:
+        """Read until parse() has found something; None if the input ends before. Raises HttpError.
 
-    async def _read_head(self) -> RequestHead | None:
-        """Read the next head; None when the client has nothing more to say."""
+        It is 408 when time is up.
+        """
         while True:
-            head = self._parser.next_head()
-            if head is not None:
-                return head
-            if not await self._read():
-                if self._parser.is_idle:
-                    return None
-                raise HttpError(400, "bad_request", "the request ends in its middle")
+            found = parse()
+            if found is not None:
+                return found
+            try:
+                data = await self._connection.inbox.read()
+            except asyncio.CancelledError:
+                if self._connection.phase is not Phase.EXPIRED or self._parser.is_idle:
+                    raise
+                raise HttpError(408, "timeout", "the request took too long to arrive") from None
+            if not data:
+                return None
+            self._parser.feed(data)
             if self._connection.phase is Phase.IDLE:
                 self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
-
-    async def _read_body(self) -> bytes:
-        self._connection.begin_phase(Phase.READING, BODY_SECONDS)
-        while True:
-            body = self._parser.next_body()
-            if body is not None:
-                return body
-            if not await self._read():
-                raise HttpError(400, "bad_request", "the body ends too early")
 
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
@@ -6044,6 +5939,14 @@ class Exchanges:
 
     async def _answer(self, request: Request) -> bool:
         """Carry a request out and write its answer. Whether another request may follow."""
+        connection = self._connection
+        if request.parameters.keys().isdisjoint(("wait", "follow")):
+            connection.begin_phase(Phase.ANSWERING, None)
+        else:
+            connection.begin_phase(Phase.WAITING, None)
+            if connection.has_sent_all:  # its end came with the request
+                connection.task.cancel()
+            keep_alive(connection.transport.get_extra_info("socket"))
         try:
             try:
                 response = await request.route.answer(self._server, request)
@@ -6057,34 +5960,26 @@ class Exchanges:
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
         """Write an answer, at the pace of the client. Whether another request may follow."""
         keep_alive = head.keep_alive and not self._server.is_stopping
-        if response.pieces is not None and head.http_1_0:
+        pieces = response.pieces
+        if pieces is not None and head.http_1_0:
             keep_alive = False  # the end of the connection is the end of the body
-        answer = encode_head(self._server, head, response, keep_alive)
-        if head.method == "HEAD":
-            self._writer.write(answer)
-        else:
-            self._writer.write(answer + response.body)
-            await self._write_pieces(head, response)
+        self._writer.write(encode_answer(self._server, head, response, keep_alive))
+        if pieces is not None and head.method != "HEAD":
+            async for piece in pieces:
+                self._writer.write(piece if head.http_1_0 else encode_chunk(piece))
+                await self._writer.drain()
+            if not head.http_1_0:
+                self._writer.write(b"0\r\n" + encode_fields(response.trailers.items()))
         await self._writer.drain()
         return keep_alive
 
-    async def _write_pieces(self, head: RequestHead, response: Response) -> None:
-        if response.pieces is None:
-            return
-        async for piece in response.pieces:
-            self._writer.write(piece if head.http_1_0 else encode_chunk(piece))
-            await self._writer.drain()
-        if not head.http_1_0:
-            self._writer.write(b"0\r\n" + encode_fields(response.trailers.items()))
-
-    async def _refuse(self, head: RequestHead | None, error: Exception) -> None:
+    async def _refuse(self, error: Exception) -> None:
         """Answer an error after which the input cannot be trusted, and end the connection."""
         if isinstance(error, ConnectionError) or self._connection.transport.is_closing():
             return
         response = make_error_response(self._server, error)
-        answer = encode_head(self._server, head, response, keep_alive=False)
-        is_head = head is not None and head.method == "HEAD"
-        self._writer.write(answer if is_head else answer + response.body)
+        answer = encode_answer(self._server, self._parser.head, response, keep_alive=False)
+        self._writer.write(answer)
         await linger(self._connection)
 
 
@@ -6128,12 +6023,10 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
         if data:
             viewer.heard_at = time.monotonic()
             websocket.feed(data)
-            message = websocket.next_message()
-            while message is not None:
+            while (message := websocket.next_message()) is not None:
                 is_done = message.opcode is Opcode.CLOSE
                 handle_message(connection.server, viewer, message)
                 await connection.inbox.rest()
-                message = websocket.next_message()
             connection.writer.write(websocket.take_outgoing())
         if websocket.state is not WebSocketState.OPEN:
             connection.server.viewers.leave(viewer)
@@ -6150,8 +6043,11 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
             return
 
 
-class Connection:
-    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
+class Connection(asyncio.StreamReaderProtocol):
+    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them.
+
+    For the event loop it is a protocol, which passes on what a Viewer wants to know.
+    """
 
     __slots__ = (
         "server reader inbox writer transport peer address source role phase viewer task opened_at "
@@ -6161,6 +6057,12 @@ class Connection:
     def __init__(
         self, server: Server, connection: socket.socket, listener: ListenerKind, address: Any
     ) -> None:
+        loop = asyncio.get_running_loop()
+        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
+        super().__init__(self.reader, loop=loop)
+        self.inbox = Inbox(self.reader, server.turns)
+        self.writer: asyncio.StreamWriter
+        self.transport: asyncio.Transport
         self.server = server
         self._socket = connection
         scheme = "https" if server.tls and listener is not ListenerKind.UNIX else "http"
@@ -6170,7 +6072,6 @@ class Connection:
         # Newcomers are counted by account, or by address if the account is unknown.
         self.source = self.peer.uid, find_host_key(self.peer.address)
         tune_socket(connection)
-        self.transport: asyncio.Transport
         # What the newest request may do, None before the first that has passed the gate.
         self.role: Role | None = None
         self.phase = Phase.OPENING
@@ -6187,10 +6088,6 @@ class Connection:
         if not is_trusted_process(server.policy, self.peer):
             server.newcomers.add(self)
         is_extra = len(server.connections) > server.max_clients
-        loop = asyncio.get_running_loop()
-        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
-        self.inbox = Inbox(self.reader, server.turns)
-        self.writer: asyncio.StreamWriter
         self.task = loop.create_task(self._run(is_extra))
 
     # Life
@@ -6202,20 +6099,17 @@ class Connection:
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = make_error_response(self.server, error)
-                self.writer.write(
-                    encode_head(self.server, None, response, keep_alive=False) + response.body
-                )
-            else:
-                # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
-                backlog = await Exchanges(self).serve()
-                if self.viewer is not None:
-                    await serve_websocket(self, self.viewer, backlog)
+                self.writer.write(encode_answer(self.server, None, response, keep_alive=False))
+                return
+            # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
+            backlog = await Exchanges(self).serve()
+            if self.viewer is not None:
+                await serve_websocket(self, self.viewer, backlog)
         except (asyncio.CancelledError, ConnectionError):
             pass  # the peer has gone, or its deadline has passed
         except Exception:
-            self.server.log.write_limited(
-                "error", "connection_failed", trace=traceback.format_exc()
-            )
+            trace = traceback.format_exc()
+            self.server.log.write_limited("error", "connection_failed", trace=trace)
         finally:
             self.end(End.WRITTEN)
 
@@ -6229,12 +6123,10 @@ class Connection:
                 raise ConnectionAbortedError
             options["ssl"] = self.server.tls.context
             options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
-        protocol = ConnectionProtocol(self)
         plain = None
         try:
-            # asyncio closes its own after a failure
-            plain = self._socket.dup() if options else None
-            await loop.connect_accepted_socket(lambda: protocol, self._socket, **options)
+            plain = self._socket.dup() if options else None  # asyncio closes its own when it fails
+            await loop.connect_accepted_socket(lambda: self, self._socket, **options)
         except OSError as error:
             reason = error.strerror or str(error)
             if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
@@ -6249,23 +6141,10 @@ class Connection:
         if self.phase is Phase.OPENING:  # the peer has gone in the same moment
             raise ConnectionAbortedError
 
-    def take_transport(
-        self, transport: asyncio.Transport, protocol: asyncio.StreamReaderProtocol
-    ) -> None:
-        """Begin to serve: the transport is ready, with TLS after the handshake."""
-        self.transport = transport
-        # 0: we are told whenever something cannot be written at once, and when all is written.
-        # asyncio's TLS would tell us of 0 bytes, too.
-        transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
-        loop = asyncio.get_running_loop()
-        self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
-        self.opened_at = time.monotonic()
-        self.begin_phase(Phase.READING, HEAD_SECONDS)
-
     def end(self, how: End) -> None:
-        """End the connection; nothing else does. forget() follows when the transport is gone.
+        """End the connection; nothing else does. connection_lost() follows.
 
-        A client that does not take what is still to be written is ended by sweep().
+        A client that does not take what is still to be written is ended by check_progress().
         """
         if self.phase is Phase.OPENING:
             try:  # the event loop has the descriptor, and closes it when the handshake ends
@@ -6273,9 +6152,8 @@ class Connection:
             except OSError:
                 pass  # the peer has reset it
             if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
-                self.forget()
-            return
-        if how is End.WRITTEN:
+                self._forget()
+        elif how is End.WRITTEN:
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
@@ -6285,15 +6163,13 @@ class Connection:
                 self.transport.close()
             if self.peer.scheme == "https":
                 self._end_tls()
-            return
-        if how is End.RESET and count_waiting_bytes(self.transport):
+        else:
             # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
-            try:
-                reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            except OSError:
-                pass  # it is closed already
-        self.transport.abort()
+            if how is End.RESET and count_waiting_bytes(self.transport):
+                with contextlib.suppress(OSError):  # it is closed already
+                    reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            self.transport.abort()
 
     def _end_tls(self) -> None:
         """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
@@ -6305,8 +6181,7 @@ class Connection:
         self.phase = Phase.ENDING
         asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
 
-    def forget(self) -> None:
-        """The connection is gone."""
+    def _forget(self) -> None:
         self.server.connections.discard(self)
         self.server.newcomers.discard(self)
         self.server.stalled.discard(self)
@@ -6316,18 +6191,49 @@ class Connection:
         if not self.task.done():
             self.task.cancel()
 
-    def stall(self) -> None:
+    # What the event loop says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands; with TLS, the handshake is over."""
+        super().connection_made(transport)
+        self.transport = cast("asyncio.Transport", transport)
+        # 0: we are told whenever something cannot be written at once, and when all is written.
+        # asyncio's TLS would tell us of 0 bytes, too.
+        self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
+        loop = asyncio.get_running_loop()
+        self.writer = asyncio.StreamWriter(self.transport, self, self.reader, loop)
+        self.opened_at = time.monotonic()
+        self.begin_phase(Phase.READING, HEAD_SECONDS)
+
+    def pause_writing(self) -> None:
         """The transport cannot write all that it has at once."""
+        super().pause_writing()
         self.server.stalled.add(self)
         self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
         if self.viewer is not None:
             self.server.viewers.stall(self.viewer)
 
-    def resume(self) -> None:
+    def resume_writing(self) -> None:
         """The transport has written everything."""
+        super().resume_writing()
         self.server.stalled.discard(self)
         if self.viewer is not None:
             self.server.viewers.resume(self.viewer)
+
+    def eof_received(self) -> bool | None:
+        """The client sends nothing more. One that waits for a task has most likely gone."""
+        self.has_sent_all = True
+        if self.phase is Phase.WAITING:
+            self.task.cancel()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # Why is no news to anybody, and an exception that nobody fetches would be logged.
+        super().connection_lost(None)
+        self._forget()
+        del self.writer  # which would keep us in memory, as we keep it
+
+    # Deadlines
 
     def check_progress(self, now: float) -> None:
         """End a connection whose peer has taken nothing for too long, while something waits."""
@@ -6340,7 +6246,7 @@ class Connection:
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """End the connection: the deadline of its present phase has passed."""
+        """The deadline of the present phase has passed: end the connection."""
         if self.viewer is not None and self.viewer.is_open:
             if self.viewer.keep_alive(now):
                 self.server.deadlines.set(self, PING_SECONDS)
@@ -6413,99 +6319,78 @@ class Newcomers:
         self._half = half
         # Oldest first.
         self._all: dict[Connection, None] = {}
-        # Looks again when the oldest had its time.
-        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: Connection) -> None:
         self._all[connection] = None
-        self._make_room()
+        self.make_room(time.monotonic())
 
     def discard(self, connection: Connection) -> None:
         """A connection has passed the gate, or is gone."""
         self._all.pop(connection, None)
 
-    def _make_room(self) -> None:
+    def make_room(self, now: float) -> None:
+        """End those who are too many. The sweep asks again for those who had a grace."""
         while len(self._all) > min(MAX_NEWCOMERS, self._half):
             counts = Counter(one.source for one in self._all)
             most = max(counts.values())
             loser = next(one for one in self._all if counts[one.source] == most)
-            grace = loser.opened_at + NEWCOMER_GRACE_SECONDS - time.monotonic()
-            if grace > 0 and len(self._connections) <= self._half and len(self._all) <= MAX_BURST:
-                loop = asyncio.get_running_loop()
-                self._timer = self._timer or loop.call_later(grace, self._look_again)
+            is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
+            if is_spared and len(self._connections) <= self._half and len(self._all) <= MAX_BURST:
                 return
             # Now, and not only when the transport is gone: many may be accepted in one turn.
             self.discard(loser)
             self._connections.discard(loser)
             loser.end(End.RESET)
 
-    def _look_again(self) -> None:
-        self._timer = None
-        self._make_room()
 
-
-def resolve_hosts(hosts: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """Return the (family, address) pairs of each host, none twice. Raises OSError, UnicodeError.
-
-    The address of a link has its zone as a number, `fe80::1%2` (RFC 4007, 11).
-    """
-    found: list[list[tuple[int, str]]] = []
+def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
+    """Return the families and addresses of each host, none twice. Raises OSError, UnicodeError."""
+    found: list[list[Place]] = []
     for host in hosts:
         rows = socket.getaddrinfo(
             host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        zones = [f"%{row[4][3]}" if len(row[4]) > 3 and row[4][3] else "" for row in rows]
-        addresses = [str(row[4][0]).partition("%")[0] + zone for row, zone in zip(rows, zones)]
-        pairs = dict.fromkeys((int(row[0]), one) for row, one in zip(rows, addresses))
-        found.append([pair for pair in pairs if not any(pair in other for other in found)])
+        places = dict.fromkeys((family, address) for family, _, _, _, address in rows)
+        found.append([place for place in places if not any(place in one for one in found)])
     return found
 
 
-def bind_one(family: int, address: str, port: int, v6_only: bool) -> socket.socket:
-    """Return a listening socket. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it."""
-    host, _, zone = address.partition("%")
-    listener = socket.create_server(
-        (host, port, 0, int(zone)) if zone else (host, port),
-        family=family,
-        backlog=LISTEN_BACKLOG,
-        dualstack_ipv6=address == "::" and not v6_only,
-    )
-    listener.setblocking(False)
-    return listener
-
-
 def bind_host(
-    addresses: Sequence[tuple[int, str]], port: int, v6_only: bool
-) -> list[socket.socket]:
-    """Bind and listen on all addresses of one host. Raises OSError; then nothing is bound.
+    places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
+) -> None:
+    """Bind and listen on all addresses of one host, and add the sockets to `bound`.
 
     An address that this machine lacks is left out where there is another one: `localhost` is
-    ::1 too, also where there is no IPv6.
+    ::1 too, also where there is no IPv6. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it.
+    Raises OSError.
     """
-    bound: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, address in addresses:
-        try:
-            bound.append(bind_one(family, address, port, v6_only))
+    missing, before = None, len(bound)
+    for family, (host, _, *more) in places:
+        if bound:
             port = bound[0].getsockname()[1]
+        is_dual = host == "::" and not v6_only
+        try:
+            listener = socket.create_server(
+                (host, port, *more), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=is_dual
+            )
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                close_all(bound)
                 raise
             missing = error
-    if missing is not None and not bound:
+            continue
+        listener.setblocking(False)
+        bound.append(listener)
+    if missing is not None and len(bound) == before:
         raise missing
-    return bound
 
 
-def bind_all(hosts: Sequence[Sequence[tuple[int, str]]], port: int) -> list[socket.socket]:
+def bind_all(hosts: Sequence[Sequence[Place]], port: int) -> list[socket.socket]:
     """Bind and listen on one port at all hosts. Raises OSError; then nothing is bound."""
-    v6_only = [(socket.AF_INET, "0.0.0.0")] in hosts
+    v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in hosts
     bound: list[socket.socket] = []
     try:
-        for addresses in hosts:
-            bound += bind_host(addresses, port, v6_only)
-            port = bound[0].getsockname()[1]
+        for places in hosts:
+            bind_host(places, port, v6_only, bound)
     except OSError:
         close_all(bound)
         raise
@@ -6532,16 +6417,10 @@ def adopt_socket(fd: int) -> socket.socket:
 
 def is_stale_socket(path: str) -> bool:
     """Whether there is a socket on which nobody listens."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any other file
+        return is_refused and stat.S_ISSOCK(os.lstat(path).st_mode)
     return False
 
 
@@ -6560,7 +6439,7 @@ def bind_unix(path: str) -> socket.socket:
         listener.listen(LISTEN_BACKLOG)
     except OSError as error:
         listener.close()
-        if "too long" in str(error):  # Python's own message, without errno
+        if error.errno is None:  # Python's own message: the path is too long
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
         raise
     finally:
@@ -6608,78 +6487,69 @@ class Listeners:
     ) -> None:
         self._log = log
         self._scheme_end = "s" if config.has_tls else ""
-        passed = passed or {"http": [], "ws": [], "unix": []}
-        self.sockets: list[socket.socket] = [*passed["http"], *passed["ws"]]
-        # The Unix sockets, the path of the first, and what is there (device, inode) if it is ours.
-        self.unix: list[socket.socket] = list(passed["unix"])
-        self.unix_path: str | None = None
-        self._unix_file: os.stat_result | None = None
-        # Real ports; discovery is None when it is off.
-        self.ports: dict[str, int | None] = {"http": 0, "ws": 0, "discovery": None}
-        if not self.sockets:
-            self._open_ports(config)
-        # A socket of each, to ask for its address.
-        self._first = {
-            "http": (passed["http"] or self.sockets)[0],
-            "ws": (passed["ws"] or self.sockets)[0],
-        }
-        if passed["http"] or passed["ws"]:
-            for name, one in self._first.items():
-                self.ports[name] = one.getsockname()[1]
-        if self.unix:
-            self.unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
-        elif config.unix:
-            self._open_unix(os.path.abspath(config.unix))
-
-    def _open_ports(self, config: Config) -> None:
+        bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
+        # All sockets of TCP, and those of Unix.
+        self.sockets: list[socket.socket] = [*bound["http"], *bound["ws"]]
+        self.unix: list[socket.socket] = [*bound["unix"]]
+        # The Unix socket's file, if it is ours: its path and what is there.
+        self._unix_file: tuple[str, os.stat_result] | None = None
+        place = " ".join(config.host)
         try:
-            self.ports["http"] = self._open("http", config.host, config.port)
-            same = config.port == config.ws_port and config.port != 0
-            self.ports["ws"] = (
-                self.ports["http"] if same else self._open("ws", config.host, config.ws_port)
-            )
+            if not self.sockets:
+                bound["http"] = self._bind("http", config.host, config.port)
+                if config.ws_port != config.port or config.port == 0:
+                    bound["ws"] = self._bind("ws", config.host, config.ws_port)
+            if config.unix and not self.unix:
+                place = os.path.abspath(config.unix)
+                self.unix.append(bind_unix(place))
+                self._unix_file = place, os.stat(place)
         except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
             reason = str(getattr(error, "strerror", None) or error)
             reason = reason.partition(" (while")[0]  # create_server() names the address again
-            raise StartError(f"cannot listen on {' '.join(config.host)}: {reason}") from None
+            raise StartError(f"cannot listen on {place}: {reason}") from None
+        # A socket of each, to ask for its address.
+        self._first = {name: (bound[name] or self.sockets)[0] for name in ("http", "ws")}
+        # Real ports; discovery is None when it is off.
+        self.ports: dict[str, int | None] = {
+            **{name: one.getsockname()[1] for name, one in self._first.items()},
+            "discovery": None,
+        }
+        self.unix_path: str | None = None
+        if self.unix:
+            self.unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
 
-    def _open_unix(self, path: str) -> None:
-        try:
-            self.unix.append(bind_unix(path))
-        except OSError as error:
-            self.close()
-            reason = error.strerror or error
-            raise StartError(f"cannot listen on {path}: {reason}") from None
-        self.unix_path, self._unix_file = path, os.stat(path)
-
-    def _open(self, name: str, hosts: Sequence[str], port: int) -> int:
+    def _bind(self, name: str, hosts: Sequence[str], port: int) -> list[socket.socket]:
         """Bind the first port from `port` on that is free at all hosts. Raises OSError."""
-        addresses = resolve_hosts(hosts)
+        places = resolve_hosts(hosts)
         if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
-            addresses = [[pair for pairs in addresses for pair in pairs]]
-        last = min(port + PORT_TRIES - 1, 65535)
-        for candidate in range(port, last + 1):
-            try:  # a port that the kernel chooses is free at the first address alone
-                sockets = bind_all(addresses, candidate if port else 0)
+            places = [[*itertools.chain(*places)]]
+        # A port that the kernel chooses is free at the first address alone.
+        ports = range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES
+        for candidate in ports:
+            try:
+                bound = bind_all(places, candidate)
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or candidate == last:
+                if error.errno != errno.EADDRINUSE:
                     raise
+                busy = error
                 continue
-            if port and candidate != port:
+            if candidate != port:
                 self._log.write("warning", "port_busy", port=port, used=candidate, listener=name)
-            self.sockets += sockets
-            return int(sockets[0].getsockname()[1])
-        raise OSError(errno.EADDRINUSE, f"no port from {port} to {last} is free")
+            self.sockets += bound
+            return bound
+        raise busy
 
     @property
     def is_loopback(self) -> bool:
         """Whether every socket is bound to loopback: asked of the sockets, not the options."""
         return all(is_loopback(listener.getsockname()[0]) for listener in self.sockets)
 
-    def url(self, name: str, host: str = "") -> str:
-        """Return the URL of the listener `name` ("http" or "ws")."""
-        host = host or self._first[name].getsockname()[0]
+    def url(self, name: str, is_typed: bool = False) -> str:
+        """Return the URL of "http" or "ws". is_typed: a name stands for what nobody can type."""
+        host = self._first[name].getsockname()[0]
+        if is_typed and host in ("0.0.0.0", "::"):
+            host = read_hostname()
         host = f"[{host}]" if ":" in host else host
         return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
 
@@ -6691,70 +6561,21 @@ class Listeners:
         places = list(dict.fromkeys(str(one) for one in found if one and one.version == 4))
         return places or ["127.0.0.1"] * self.is_loopback  # on ::1 alone
 
-    @property
-    def is_wildcard(self) -> bool:
-        """Whether the first address is one that nobody can type, such as 0.0.0.0."""
-        address = parse_ip(self.sockets[0].getsockname()[0])
-        return address is not None and address.is_unspecified
-
     def kinds(self) -> list[tuple[socket.socket, ListenerKind]]:
         """Return every listening socket with what it is bound to."""
-        kinds = [
-            (
-                one,
-                ListenerKind.LOOPBACK
-                if is_loopback(one.getsockname()[0])
-                else ListenerKind.NETWORK,
-            )
-            for one in self.sockets
-        ]
-        return kinds + [(one, ListenerKind.UNIX) for one in self.unix]
+        near, far = ListenerKind.LOOPBACK, ListenerKind.NETWORK
+        tcp = [(one, near if is_loopback(one.getsockname()[0]) else far) for one in self.sockets]
+        return tcp + [(one, ListenerKind.UNIX) for one in self.unix]
 
     def close(self) -> None:
         """Stop listening, and remove the Unix socket if it is still ours."""
         close_all(self.sockets)
         close_all(self.unix)
-        self.unix.clear()
-        try:
-            path, ours = self.unix_path, self._unix_file
-            if path and ours and os.path.samestat(os.stat(path), ours):
-                os.unlink(path)
-        except OSError:
-            pass  # it has been removed already
-
-
-@dataclass
-class ServerParts:
-    """The objects that build_server() makes for the Server."""
-
-    config: Config
-    log: Log
-    audit: AuditLog
-    tokens: Tokens
-    ids: TaskIds
-    listeners: Listeners
-    tls: TlsFiles | None
-    environment: Mapping[str, str]
-    boot_id: str
-    # The state folder, or None.
-    folder: str | None
-    page: Page
-    # RLIMIT_NOFILE before the server raised its own.
-    descriptor_limit: tuple[int, int]
-
-
-def make_webhook(config: Config, listeners: Listeners, boot_id: str, log: Log) -> Webhook | None:
-    """Return what posts alerts, None where nobody wants them."""
-    if not config.alert_webhook:
-        return None
-    host = read_hostname() if listeners.is_wildcard else ""
-    facts = {
-        "hostname": read_hostname(),
-        "version": __version__,
-        "boot_id": boot_id,
-        "http": listeners.url("http", host),
-    }
-    return Webhook(parse_webhook_url(config.alert_webhook), facts, log)
+        if self._unix_file is not None:
+            path, ours = self._unix_file
+            with contextlib.suppress(OSError):  # it has been removed already
+                if os.path.samestat(os.stat(path), ours):
+                    os.unlink(path)
 
 
 def limit_clients(config: Config, log: Log) -> int:
@@ -6780,17 +6601,29 @@ def log_loop_error(log: Log, loop: asyncio.AbstractEventLoop, context: dict[str,
     log.write_limited("error", "loop_error", **fields)
 
 
+@dataclass(eq=False, repr=False)
 class Server:
-    """All parts together, from the listening sockets to the last byte."""
+    """All parts together, from the listening sockets to the last byte. folder: the state folder.
 
-    def __init__(self, parts: ServerParts) -> None:
-        config, log = parts.config, parts.log
-        self.config = config
-        self.log = log
-        self.audit = parts.audit
-        self.listeners = parts.listeners
-        self.tls = parts.tls
-        self.page = parts.page
+    boot_id: names this run of the server; a seq means something only together with it.
+    descriptor_limit: RLIMIT_NOFILE before the server raised its own.
+    """
+
+    config: Config
+    log: Log
+    audit: AuditLog
+    tokens: Tokens
+    ids: TaskIds
+    listeners: Listeners
+    tls: TlsFiles | None
+    environment: Mapping[str, str]
+    boot_id: str
+    folder: str | None
+    page: Page
+    descriptor_limit: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        config, log = self.config, self.log
         self.policy = AccessPolicy(
             own_uid=read_trusted_uid(),
             require_token=config.require_token,
@@ -6798,32 +6631,31 @@ class Server:
             allow_origins=frozenset(config.allow_origin),
             allow_hosts=frozenset(host.lower() for host in config.allow_host),
             hostname=read_hostname().lower(),
-            tokens=parts.tokens.by_role(),
+            tokens=self.tokens.by_role(),
         )
         self._wrong_tokens = RateLimit(MAX_WRONG_TOKENS, WRONG_TOKEN_SECONDS)
         # How many were refused, by error code.
         self.refused = Counter(dict.fromkeys(REFUSALS, 0))
-        self._folder = parts.folder
         self._mark = ""  # see mark_run()
-        self.tokens = parts.tokens
         self._loop = asyncio.get_running_loop()
-        # Names this run of the server: a seq means something only together with it.
-        self.boot_id = parts.boot_id
         self.started_at = time.monotonic()
         self.viewers = Viewers(self._loop)
         self.turns = Turns()
         self.tasks = Tasks(
             config,
-            parts.ids,
+            self.ids,
             self.viewers.publish,
             self.viewers.is_pressed,
             self.viewers.is_serving,
             log,
             self.audit,
-            Spawner(config.shell, parts.environment, parts.descriptor_limit),
+            Spawner(config.shell, self.environment, self.descriptor_limit),
         )
         # Where alerts are posted, if anywhere.
-        self.webhook = make_webhook(config, self.listeners, self.boot_id, log)
+        self.webhook: Webhook | None = None
+        if config.alert_webhook:
+            url = parse_webhook_url(config.alert_webhook)
+            self.webhook = Webhook(url, self._describe_for_alert(), log)
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
@@ -6835,7 +6667,7 @@ class Server:
         self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self.connections, self.max_clients // 2)
         self.is_stopping = False
-        self._discovery: list[asyncio.BaseTransport] = []
+        self._discovery: Discovery | None = None
         self._background: list[asyncio.Task[None]] = []
 
     # Starting
@@ -6847,7 +6679,7 @@ class Server:
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
         if not self.config.no_discovery:
-            await self._start_discovery()
+            self._start_discovery()
         discovery = self.listeners.ports["discovery"]
         address = self.listeners.find_places()[0] if self.listeners.is_loopback else "0.0.0.0"
         places = {
@@ -6858,9 +6690,9 @@ class Server:
         }
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        if self._folder is not None and self.audit.is_file:  # before the first request
-            complete_crashed_runs(self._folder, self.audit, self.log, find_session)
-            self._mark = mark_run(self._folder, self.boot_id, self.audit.path)
+        if self.folder is not None and self.audit.is_file:  # before the first request
+            complete_crashed_runs(self.folder, self.audit, self.log, find_session)
+            self._mark = mark_run(self.folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds():
             self._watch(listener, kind)
@@ -6890,29 +6722,24 @@ class Server:
         if not self.is_stopping:
             self._loop.add_reader(listener, self._accept, listener, kind)
 
-    async def _start_discovery(self) -> None:
-        loopback_only = self.listeners.is_loopback
-        addresses = self.listeners.find_places()
-        limit = make_reply_limit()
+    def _start_discovery(self) -> None:
+        port, listeners = self.config.discovery_port, self.listeners
+        places, facts = listeners.find_places(), self._describe_for_probe
         try:
-            sockets = open_discovery_sockets(self.config.discovery_port, addresses, loopback_only)
+            self._discovery = Discovery(port, places, listeners.is_loopback, facts)
         except OSError as error:
-            port = self.config.discovery_port
             reason = error.strerror or str(error)
             self.log.write("warning", "discovery_off", port=port, error=reason)
-            return
-        self.listeners.ports["discovery"] = sockets[0].getsockname()[1]
-        facts = self._describe_for_probe
-        places: dict[str, asyncio.DatagramTransport] = {}
-        for udp in sockets:
-            transport, _ = await self._loop.create_datagram_endpoint(
-                lambda: DiscoveryEndpoint(facts, limit, loopback_only, places),
-                sock=udp,
-            )
-            self._discovery.append(transport)
-            address = udp.getsockname()[0]
-            if address in addresses:
-                places[address] = transport
+        else:
+            listeners.ports["discovery"] = self._discovery.port
+
+    def _describe_for_alert(self) -> dict[str, Any]:
+        return {
+            "hostname": read_hostname(),
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "http": self.listeners.url("http", is_typed=True),
+        }
 
     def _describe_for_probe(self) -> dict[str, Any]:
         return {
@@ -6956,7 +6783,8 @@ class Server:
             if self.tls is not None:
                 self.tls.refresh()
             due = [one.expire for one in self.deadlines.take_due(now)]
-            for look in [*due, *(one.check_progress for one in self.stalled)]:
+            late = [one.check_progress for one in self.stalled]
+            for look in [*due, *late, self.newcomers.make_room]:
                 try:
                     look(now)
                 except Exception:
@@ -6989,8 +6817,8 @@ class Server:
         for listener, _ in self.listeners.kinds():
             self._loop.remove_reader(listener)
         self.listeners.close()
-        for transport in self._discovery:
-            transport.close()
+        if self._discovery:
+            self._discovery.close()
         self.tasks.stop_all()
         completions = [task.completed for task in self.tasks.running.values()]
         if completions:
@@ -13250,8 +13078,7 @@ def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Lo
 
 def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_path: str) -> None:
     """Print what to do next, for a person at a terminal. Only here the token is shown."""
-    host = read_hostname() if listeners.is_wildcard else ""
-    http, ws = listeners.url("http", host), listeners.url("ws", host)
+    http, ws = listeners.url("http", is_typed=True), listeners.url("ws", is_typed=True)
     who = "processes of this account on this machine"
     who += "; others need the token" if tokens.run else ", nobody else: there is no token"
     page, option = "", ""
@@ -13335,23 +13162,22 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     tokens = load_tokens(config, os.environ, folder, log)
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
-    parts = ServerParts(
-        config=config,
-        log=log,
-        audit=AuditLog(find_audit_log(config.audit_log, folder), boot_id, log),
-        tokens=tokens,
-        ids=TaskIds(folder, log),
-        listeners=listeners,
-        tls=tls,
-        environment=os.environ,
-        boot_id=boot_id,
-        folder=folder,
-        page=Page(),
-        descriptor_limit=descriptor_limit,
-    )
     try:
         check_exposure(config, listeners, tokens, log)
-        return Server(parts)
+        return Server(
+            config=config,
+            log=log,
+            audit=AuditLog(find_audit_log(config.audit_log, folder), boot_id, log),
+            tokens=tokens,
+            ids=TaskIds(folder, log),
+            listeners=listeners,
+            tls=tls,
+            environment=os.environ,
+            boot_id=boot_id,
+            folder=folder,
+            page=Page(),
+            descriptor_limit=descriptor_limit,
+        )
     except ServerControlError:
         listeners.close()
         raise

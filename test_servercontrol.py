@@ -2197,10 +2197,27 @@ class TestMessages:
         assert [str(network) for network in sc.parse_link_routes(table)] == expected
         assert sc.parse_link_routes(table.split("\n", 1)[0]) == []
 
+    @staticmethod
+    def discover(run: Callable[[Any], Any], only: bool) -> Any:
+        async def serve() -> Any:
+            discovery = sc.Discovery(0, [], only, lambda: {"hostname": "h"})
+            try:
+                return run(discovery)
+            finally:
+                discovery.close()
+
+        return asyncio.run(serve())
+
     def test_reply_limit(self) -> None:
-        allow = sc.make_reply_limit()
-        assert [allow("a", 7.0 + n / 100) for n in range(7)] == [True] * 5 + [False] * 2
-        assert allow("b", 7.5) and allow("a", 8.0)
+        self.discover(self.check_reply_limit, False)
+
+    @staticmethod
+    def check_reply_limit(discovery: Any) -> None:
+        def allow(name: str, now: float) -> bool:
+            return bool(discovery.may_answer("127.0.0." + name, now))
+
+        assert [allow("101", 7.0 + n / 100) for n in range(7)] == [True] * 5 + [False] * 2
+        assert allow("102", 7.5) and allow("101", 8.0)
         granted = [allow(str(n), 9.0) for n in range(100)]
         assert granted == [True] * 50 + [False] * 50
         assert allow("99", 10.0)
@@ -2212,16 +2229,10 @@ class TestMessages:
         ("loopback on network bind", False, "127.0.0.1", True),
     )  # fmt: skip
     def test_probe_of_a_neighbour(self, only: bool, source: str, answered: bool) -> None:
-        facts = {"hostname": "h"}
-        endpoint = sc.DiscoveryEndpoint(lambda: facts, lambda source, now: True, only, places={})
-        transport = mock.Mock()
-        endpoint.connection_made(transport)
         network = ipaddress.IPv4Network("192.0.2.0/24")
         with mock.patch.object(sc, "read_link_networks", lambda: [network]):
-            endpoint.datagram_received(sc.DISCOVERY_PROBE, (source, 9))
-        reply = sc.encode_discovery_reply(facts)
-        assert transport.sendto.mock_calls == [mock.call(reply, (source, 9))] * answered
-        endpoint.error_received(OSError(errno.ENETUNREACH, "unreachable"))
+            may = self.discover(lambda discovery: discovery.may_answer(source, 7.0), only)
+        assert may is answered
 
 
 # End to end: pieces ──────────────────────────────────────────────────────────────────────────
@@ -8610,9 +8621,9 @@ class TestPorts:
     def test_address_of_a_link_has_its_zone(self) -> None:
         """The kernel refuses it without; here it is not even ours."""
         ((pair,),) = sc.resolve_hosts(["[fe80::5%lo]"])
-        assert pair == (socket.AF_INET6, f"fe80::5%{socket.if_nametoindex('lo')}")
+        assert pair == (socket.AF_INET6, ("fe80::5", 0, 0, socket.if_nametoindex("lo")))
         with pytest.raises(OSError) as caught:
-            sc.bind_one(*pair, 0, False)
+            sc.bind_all([[pair]], 0)
         assert caught.value.errno == errno.EADDRNOTAVAIL
 
     def test_any_port(self, tmp_path: Path) -> None:
