@@ -9809,6 +9809,7 @@ dialog [type="password"] {
   }
   #detail,
   .options small,
+  #role,
   #uptime {
     display: none;
   }
