@@ -7299,28 +7299,19 @@ class Link:
 
     take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
     Besides it gets each `hello`, `lost` (reason, status) when a connection ends, `restarted` when
-    the server is another process than before, and each `gap`. Should it raise UnreachableError,
-    the event comes again.
+    the server is another process than before, and each `gap`, with the server's list of `tasks`.
+    Should it raise UnreachableError, the event comes again.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        take: Callable[[dict[str, Any]], Awaitable[None]],
-        silence_seconds: float,
-    ) -> None:
-        self.target = target
+    def __init__(self, target: Target, take: Callable[[dict[str, Any]], None]) -> None:
+        self._target = target
         self._take = take
-        self._silence_seconds = silence_seconds
-        # Shorter than the allowed silence, so that the return of a server is noticed in time.
-        self._connect_seconds = min(CONNECT_SECONDS, silence_seconds * 0.6)
         # The run of the server that is followed, and the seq of its newest event that was taken.
         self.boot_id = ""
         self.seq = 0
-        # When bytes last came, and when the connection was last good (monotonic seconds).
+        # When bytes last came (monotonic seconds).
         self.heard_at = time.monotonic()
-        self._good_at = time.monotonic()
-        # The open connection, and whether its `hello` has come.
+        # The open connection, and whether the newest one has said `hello`.
         self._writer: asyncio.StreamWriter | None = None
         self._websocket = WebSocketConnection()
         self._has_hello = False
@@ -7329,39 +7320,48 @@ class Link:
         """Take events for ever."""
         delay = 0.0
         while True:
-            was_good_at = self._good_at
             try:
                 await self._follow()
             except UnreachableError as error:
-                await self._take({"type": "lost", "reason": str(error), "status": error.status})
-                delay = RETRY_SECONDS if self._good_at > was_good_at else delay * 2
-                delay = max(RETRY_SECONDS, min(delay, MAX_RETRY_SECONDS))
+                self._take({"type": "lost", "reason": str(error), "status": error.status})
+                delay = min(max(RETRY_SECONDS, delay * 2), MAX_RETRY_SECONDS)
                 if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
+                elif self._has_hello:
+                    delay = RETRY_SECONDS
             # Outside of `except`, so that the exception and its data are freed before.
             await asyncio.sleep(spread(delay))
 
-    def send(self, message: dict[str, Any]) -> None:
-        self._write(Opcode.TEXT, encode_json(message))
+    def check_silence(self, now: float) -> bool:
+        """Ping a silent server; if it is silent for too long, end the connection, return True."""
+        silent_seconds = now - self.heard_at
+        if silent_seconds > SILENCE_SECONDS:
+            if self._writer is not None:
+                self._writer.transport.abort()
+            return True
+        if silent_seconds > SILENCE_SECONDS / 4:
+            self._write(Opcode.TEXT, b'{"type":"ping"}')
+        return False
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
-        """Send a frame, unless the connection was reset: asyncio would complain on stderr."""
-        if self._writer is not None and not self._writer.transport.is_closing():
+        """Send a frame, unless the server reads nothing, or the connection was reset: asyncio
+        would complain on stderr."""
+        if self._writer is None or self._writer.transport.is_closing():
+            return
+        if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:
             self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> None:
         """Connect, and take events until the connection ends. Raises UnreachableError then."""
-        seconds, start_at = self._connect_seconds, time.monotonic()
-        reader, writer = await open_target(self.target, seconds)
-        timer = None
+        self._has_hello = False
+        seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
+        reader, writer = await open_target(self._target, seconds)
         try:
             bits = await wait_within(seconds, self._upgrade(reader, writer))
             self._websocket = WebSocketConnection(
                 lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits
             )
-            self._has_hello = False
             self._writer, self.heard_at = writer, time.monotonic()
-            timer = asyncio.get_running_loop().create_task(self._watch(writer))
             while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
         except (OSError, EOFError, asyncio.TimeoutError) as error:
@@ -7371,10 +7371,6 @@ class Link:
             raise UnreachableError(text, 404) from None
         finally:
             self._writer = None
-            if self._good_at >= start_at:  # there was a `hello`: it was good until now
-                self._good_at = self.heard_at
-            if timer is not None:
-                timer.cancel()
             writer.close()
 
     async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
@@ -7390,32 +7386,24 @@ class Link:
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
             *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
         ]
-        writer.write(encode_request(self.target, "GET", path, fields))
-        status, answer = await read_response_head(reader, self.target)
+        writer.write(encode_request(self._target, "GET", path, fields))
+        status, answer = await read_response_head(reader, self._target)
         if status != 101:
-            raise refused_error(self.target, status, await read_response_body(reader, answer))
+            raise refused_error(self._target, status, await read_response_body(reader, answer))
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
         return check_deflate_answer(answer.get("sec-websocket-extensions", ""))
-
-    async def _watch(self, writer: asyncio.StreamWriter) -> None:
-        """Ping a server that is silent; end the connection if it does not answer."""
-        while True:
-            await asyncio.sleep(self._silence_seconds / 4)
-            idle_seconds = time.monotonic() - self.heard_at
-            if idle_seconds > self._silence_seconds:
-                writer.transport.abort()
-            elif idle_seconds > self._silence_seconds / 4:
-                self.send({"type": "ping"})
 
     async def _receive(self, data: bytes) -> None:
         if data:  # empty if this end has closed the connection
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
-        self._answer_pings([one.data for one in messages if one.opcode is Opcode.PING])
+        pings: list[Any] = [one.data for one in messages if one.opcode is Opcode.PING]
+        if pings:  # the newest alone needs an answer (RFC 6455, 5.5.3)
+            self._write(Opcode.PONG, pings[-1])
         for message in messages:
             if message.opcode is Opcode.TEXT:
-                await self._take_message(message.data)
+                await self._take_message(parse_json_object(message.data))
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
@@ -7425,40 +7413,30 @@ class Link:
         if not data:
             raise UnreachableError("disconnected")
 
-    def _answer_pings(self, pings: Sequence[str | bytes]) -> None:
-        """Answer only the newest ping (RFC 6455, 5.5.3), none while the server reads nothing."""
-        writer = self._writer
-        if pings and writer and count_waiting_bytes(writer.transport) < HIGH_WATER_BYTES:
-            assert isinstance(pings[-1], bytes)
-            self._write(Opcode.PONG, pings[-1])
-
-    async def _take_message(self, text: str | bytes) -> None:
-        event = parse_json_object(text)
-        if event["type"] == "hello":
-            await self._take_hello(event)
-        elif self._has_hello:
-            await self._take_event(event)
-        else:
+    async def _take_message(self, event: dict[str, Any]) -> None:
+        kind, newest = event["type"], event.get("seq", event.get("to"))
+        if kind == "hello":
+            self._take_hello(event)
+        elif not self._has_hello:
             raise UnreachableError("it says no hello, as an older ServerControl does", 404)
+        elif newest is not None:  # as in an older server's pong
+            seq = check_seq(newest)
+            if kind == "gap":
+                tasks = json.loads(await fetch(self._target, "/tasks"))
+                self._take({**event, "tasks": tasks})
+            elif kind in EVENT_TYPES and seq > self.seq:
+                self._take(event)
+            self.seq = max(self.seq, seq)
 
-    async def _take_hello(self, event: dict[str, Any]) -> None:
-        self._good_at, self._has_hello = time.monotonic(), True
+    def _take_hello(self, event: dict[str, Any]) -> None:
+        self._has_hello = True
         boot_id = str(event["boot_id"])
         if not self.boot_id:
             self.boot_id, self.seq = boot_id, check_seq(event["seq"])
         elif boot_id != self.boot_id:
-            await self._take({"type": "restarted", "boot_id": boot_id})
+            self._take({"type": "restarted", "boot_id": boot_id})
             self.boot_id, self.seq = boot_id, 0
-        await self._take(event)
-
-    async def _take_event(self, event: dict[str, Any]) -> None:
-        kind, newest = event["type"], event.get("seq", event.get("to"))
-        if newest is None:  # a pong
-            return
-        seq = check_seq(newest)
-        if kind == "gap" or (kind in EVENT_TYPES and seq > self.seq):
-            await self._take(event)
-        self.seq = max(self.seq, seq)
+        self._take(event)
 
 
 class RemoteTask:
@@ -8221,7 +8199,7 @@ class Execution:
 
 
 class ServerState(enum.Enum):
-    """The state of a server for the monitor. Only Monitor._change() sets it."""
+    """The state of a server for the monitor. Only Watched.change() sets it."""
 
     CONNECTING = "connecting"  # at the start of the monitor
     UP = "up"
@@ -8230,185 +8208,101 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or only before it refused
 
 
-class Watched:
-    """What a monitor knows of one server."""
-
-    def __init__(self, target: Target, cpu_alert: float | None, link: Link) -> None:
-        self.target = target
-        self.link = link
-        self.state = ServerState.CONNECTING
-        # Why it is not up.
-        self.reason = ""
-        # The newest `stats_update`, {} before the first; the newest alert as text, and its type and
-        # timestamp, since each `hello` repeats it.
-        self.stats: dict[str, Any] = {}
-        self.alert = ""
-        self.last_alert: tuple[str, int] | None = None
-        # The server's newest event at the last `hello`, which has told the alerts up to there.
-        self.hello_seq = 0
-        self.rule = None if cpu_alert is None else AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
-        # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
-        self.tasks: dict[str, dict[str, Any]] = {}
-        self.open_bytes = 0
-        self.ended: OrderedDict[str, None] = OrderedDict()
-        # When it fell silent (monotonic seconds), else 0.
-        self.silent_at = 0.0
-
-    def note_start(self, task_id: str, task: dict[str, Any]) -> None:
-        self.tasks[task_id] = task
-        self.open_bytes += self._measure(task)
-
-    def note_end(self, task_id: str) -> dict[str, Any] | None:
-        """Remove a task that has ended and return it; None if its end is already recorded."""
-        if task_id in self.ended:
-            return None
-        self.ended[task_id] = None
-        if len(self.ended) > MAX_ENDED_TASKS:
-            self.ended.popitem(last=False)
-        task = self.tasks.pop(task_id, {})
-        self.open_bytes -= self._measure(task)
-        return task
-
-    @staticmethod
-    def _measure(task: dict[str, Any]) -> int:
-        return len(encode_json(task)) + EVENT_OVERHEAD_BYTES if task else 0
-
-    def describe(self) -> dict[str, Any]:
-        """Return what `monitor --once --json` says."""
-        return {
-            "server": self.target.name,
-            "url": self.target.url,
-            "state": self.state.value,
-            "reason": self.reason,
-            "stats": self.stats,
-            "tasks": list(self.tasks.values()),
-            "alert": self.alert,
-        }
+# After which states these may come; the others may come after each. A server that was up is first
+# called silent, after 5 s: most connections that break are there again before.
+STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
+    ServerState.SILENT: (ServerState.UP,),
+    ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
+}
 
 
 class MonitorLog:
-    """Records every task of every server as JSON lines. It is also the monitor's memory.
+    """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
-    Each record names the server's run and seq, and at its start the monitor reads the newest part
-    of the file to know where to continue. So that this part is enough, each file begins with a
-    `position` record for each server (the file may be rotated, by rename or copytruncate), and
-    these are repeated every few MiB. path "": there is no log.
+    It is also the monitor's memory: at its start the monitor reads the newest part, to know where
+    to continue. So that this part is enough, each new file gets a `position` record of each server,
+    and so does a long one every few MiB. path "": there is no log.
     """
-
-    TASK = ("task_id", "command", "cwd", "by", "started")
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._complained_at = -LOG_ERROR_SECONDS
-        # Records that are not written yet, and whether the file ends inside a record.
-        self._waiting: list[bytes] = []
+        # Returns the `position` records.
+        self.locate: Callable[[], list[dict[str, Any]]] = list
+        # The locked file, -1 for none; its size after the last write; whether it ends inside a
+        # record, as after a crash: the next record then starts on a new line.
+        self._fd = -1
+        self._size = 0
         self._is_cut = False
-        # Why they are not written; "" if all is well.
+        # Records that are not written yet, and why not; "" if all is well.
+        self._waiting: list[bytes] = []
         self.problem = ""
-        # The locked file, and its (device, inode, size) after the last write.
-        self._lock_fd = -1
-        self._seen = (0, 0, 0)
+        self._complained_at = -LOG_ERROR_SECONDS
         # How many bytes may be written before the next `position` records.
-        self._left_bytes = 0
-        # Whether only the end of the file was read, and the servers that have a `position` there.
-        self._is_partly_read = False
-        self._placed: set[str] = set()
-        self.everybody: Sequence[Watched] = ()
-        # server -> (boot_id, seq) of its newest record.
-        self.positions: dict[str, tuple[str, int]] = {}
-        # server -> task_id -> its start, None after its end; server -> newest alert.
-        self.tasks: dict[str, dict[str, dict[str, Any] | None]] = {}
-        self.alerts: dict[str, tuple[str, int]] = {}
+        self._left_bytes = LOG_STEP_BYTES
 
-    def _open(self, access: int) -> int:
-        # Without O_NONBLOCK the open of a FIFO would wait for a reader.
-        flags = access | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(self._path, flags, 0o600)
-
-    @staticmethod
-    def _lock(fd: int) -> None:
-        """Lock the file, unless it is a device such as /dev/null. Raises BlockingIOError."""
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def load(self) -> None:
-        """Read what an older run wrote. Raises ConfigError if the file cannot be used.
-
-        The file stays open and locked: two monitors would write everything twice.
-        """
+    def read(self) -> tuple[list[bytes], bool]:
+        """Open the file; return its newest lines, and whether that is all. Raises ConfigError."""
         if not self._path:
-            return
+            return [], True
         try:
-            fd = self._open(os.O_RDWR)
-            self._lock(fd)
-            status = os.fstat(fd)
-            data = b""
-            if stat.S_ISREG(status.st_mode):
-                data = os.pread(fd, LOG_TAIL_BYTES, max(0, status.st_size - LOG_TAIL_BYTES))
-        except BlockingIOError:
-            raise ConfigError(f"--log: {self._path}: another monitor writes it") from None
+            lines = self._open(LOG_TAIL_BYTES).split(b"\n")
         except OSError as error:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
-        self._lock_fd = fd
-        self._seen = status.st_dev, status.st_ino, status.st_size
-        self._left_bytes = LOG_STEP_BYTES - status.st_size
-        self._is_partly_read = status.st_size > LOG_TAIL_BYTES
-        # After a crash the file may end with half a line; the next record starts on a new line.
-        self._is_cut = bool(data) and not data.endswith(b"\n")
-        for line in data.split(b"\n"):
-            try:
-                self._learn(parse_json_object(line))
-            except NOT_AS_AGREED:
-                pass  # half a line, or not a record
+        self._left_bytes -= self._size
+        return lines, self._size <= LOG_TAIL_BYTES
 
-    def _learn(self, record: dict[str, Any]) -> None:
-        server, boot_id, seq = record["server"], record["boot_id"], check_seq(record["seq"])
-        if not isinstance(boot_id, str):
-            raise ValueError("none of ours")
-        if boot_id != self.positions.get(server, ("", 0))[0]:
-            self.tasks[server] = {}
-        self.positions[server] = (boot_id, seq)
-        if record["event"] == "task_start":
-            self.tasks[server][record["task_id"]] = {name: record[name] for name in self.TASK}
-        elif record["event"] in ("cpu_alert", "alert_resolved"):
-            self.alerts[server] = record["event"], record["raised"]
-        elif record["event"] in ("task_complete", "task_lost"):
-            self.tasks[server][record["task_id"]] = None
-        elif record["event"] == "position":
-            ended: dict[str, dict[str, Any] | None] = dict.fromkeys(record["ended"])
-            self.tasks[server] = {**ended, **{task["task_id"]: task for task in record["tasks"]}}
-            self._placed.add(server)
+    def _open(self, tail_bytes: int) -> bytes:
+        """Open the file and return its end. Raises OSError.
 
-    def knows(self, server: str) -> bool:
-        """Whether the part of the log that was read tells where to continue with a server."""
-        return not self._is_partly_read or server in self._placed
+        It is locked, unless it is a device: two monitors would write everything twice.
+        """
+        close_fds([self._fd])
+        self._fd = -1
+        # O_NONBLOCK: for a FIFO that nobody reads.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        fd, tail = os.open(self._path, flags, 0o600), b""
+        status = os.fstat(fd)
+        try:
+            if stat.S_ISREG(status.st_mode):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                tail = os.pread(fd, tail_bytes, max(0, status.st_size - tail_bytes))
+        except OSError as error:
+            os.close(fd)
+            is_taken = isinstance(error, BlockingIOError)
+            reason = "another monitor writes it" if is_taken else error.strerror
+            raise OSError(error.errno, reason) from None
+        self._fd, self._size = fd, status.st_size
+        self._is_cut = tail[-1:] not in (b"", b"\n")
+        return tail
 
-    def _encode(self, event: str, watched: Watched, **fields: Any) -> bytes:
-        where = {"boot_id": watched.link.boot_id, "seq": watched.link.seq}
-        record = {"time": format_time(time.time()), "event": event, "server": watched.target.name}
-        return encode_json({**record, **where, **fields}) + b"\n"
-
-    def write(self, event: str, watched: Watched, **fields: Any) -> None:
-        """Append a record. If that fails it is retried; a line on stderr says so once a minute."""
-        if not self._path:
-            return
-        self._waiting.append(self._encode(event, watched, **fields))
-        size = sum(map(len, self._waiting))
-        if len(self._waiting) > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
-            gap = {"server": None, "records": len(self._waiting), "reason": self.problem}
-            self._waiting = [self._encode("gap", watched, **gap)]
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a record, which flush() writes."""
+        self._waiting.append(encode_json(record) + b"\n")
+        count, size = len(self._waiting), sum(map(len, self._waiting))
+        if count > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
+            gap = {name: record[name] for name in ("time", "boot_id", "seq")}
+            gap.update(event="gap", server=None, records=count, reason=self.problem)
+            self._waiting = [encode_json(gap) + b"\n"]
             self._left_bytes = 0  # the lost records may include a position
-        self.flush()
 
     def flush(self) -> None:
-        """Write the waiting records in one write; find out whether the file was rotated."""
+        """Write what waits in one write; find out whether the file was rotated.
+
+        If that fails it is tried again the next time; a line on stderr says so once a minute.
+        """
         if not self._path:
+            self._waiting.clear()
             return
         try:
             if self._is_rotated():
-                self._begin()
-            elif self._left_bytes <= 0:
-                self._waiting += self._encode_positions()
+                self._open(1)
+                self._left_bytes = 0
+            if self._left_bytes <= 0:
+                positions = [encode_json(record) + b"\n" for record in self.locate()]
+                self._waiting += positions
+                # After at least as many other bytes, so that they are not most of the file.
+                size = sum(map(len, positions))
+                self._left_bytes = size + max(LOG_STEP_BYTES, size)
             if self._waiting:
                 self._append()
                 self.problem = ""
@@ -8423,62 +8317,251 @@ class MonitorLog:
             status = os.stat(self._path)
         except FileNotFoundError:
             return True
-        return (status.st_dev, status.st_ino) != self._seen[:2] or status.st_size < self._seen[2]
-
-    def _begin(self) -> None:
-        """Lock a new file, and begin it with the `position` records."""
-        fd = self._open(os.O_RDWR)
-        try:
-            if not os.path.samestat(os.fstat(fd), os.fstat(self._lock_fd)):
-                self._lock(fd)
-                self._lock_fd, fd = fd, self._lock_fd
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "another monitor writes it") from None
-        finally:
-            os.close(fd)
-        status = os.fstat(self._lock_fd)
-        self._seen = status.st_dev, status.st_ino, status.st_size
-        end = os.pread(self._lock_fd, 1, status.st_size - 1) if status.st_size else b"\n"
-        self._is_cut = end != b"\n"
-        self._waiting[:0] = self._encode_positions()
-
-    def _encode_positions(self) -> list[bytes]:
-        """Return the `position` records, and set how much may be written before the next ones.
-
-        That is at least their own size, so that they are not most of the file.
-        """
-        count = MAX_TOLD_ENDED // max(1, len(self.everybody))
-        records = [
-            self._encode(
-                "position", one, tasks=list(one.tasks.values()), ended=list(one.ended)[-count:]
-            )
-            for one in self.everybody
-        ]
-        size = sum(map(len, records))
-        self._left_bytes = size + max(LOG_STEP_BYTES, size)
-        return records
+        is_same = self._fd >= 0 and os.path.samestat(status, os.fstat(self._fd))
+        return not is_same or status.st_size < self._size
 
     def _append(self) -> None:
         data = b"\n" * self._is_cut + b"".join(self._waiting)
-        fd = self._open(os.O_WRONLY)
-        try:
-            written = os.write(fd, data)
-            self._left_bytes -= written
-            self._seen = (*self._seen[:2], os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
-        done = data[:written].count(b"\n") - self._is_cut
-        self._waiting = self._waiting[done:]
+        written = os.write(self._fd, data)
+        self._left_bytes -= written
+        self._size = os.fstat(self._fd).st_size
+        self._waiting = self._waiting[data[:written].count(b"\n") - self._is_cut :]
         self._is_cut = data[written - 1 : written] != b"\n"
-        if written < len(data):
+        if self._waiting:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class Monitor:
-    """Watches many servers at once.
+class Watched:
+    """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
-    emit: is called with a server and its event. Some events are made here: `server_up`,
-    `server_silent`, `server_back`; and some by Link.
+    emit: is called with this server and each event that is news. Events of its state are made here.
+    """
+
+    TASK = ("task_id", "command", "cwd", "by", "started")
+
+    def __init__(
+        self,
+        target: Target,
+        rule: AlertRule | None,
+        log: MonitorLog,
+        emit: Callable[[Watched, dict[str, Any]], None],
+    ) -> None:
+        self.target = target
+        self.link = Link(target, self.take)
+        # The monitor's own rule; None: the server's alerts count.
+        self._rule = rule
+        self._log = log
+        self._emit = emit
+        self.state = ServerState.CONNECTING
+        # Why it is not up, and when it was last heard of while it was (monotonic seconds).
+        self.reason = ""
+        self._silent_at = 0.0
+        # The newest `stats_update`, {} before the first; the newest alert as text, and when it was
+        # raised (the server's ms).
+        self.stats: dict[str, Any] = {}
+        self.alert = ""
+        self.alert_at = 0
+        # The server's newest event at the last `hello`, which has told the alerts up to there.
+        self._hello_seq = 0
+        # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.open_bytes = 0
+        self.ended: OrderedDict[str, None] = OrderedDict()
+
+    def make_record(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Return a record, with the place in the server's events up to which it was read."""
+        record = {"time": format_time(time.time()), "event": event, "server": self.target.name}
+        return {**record, "boot_id": self.link.boot_id, "seq": self.link.seq, **fields}
+
+    def record(self, event: str, **fields: Any) -> None:
+        self._log.add(self.make_record(event, **fields))
+
+    def record_gap(self, first: int, last: int | None, reason: str) -> None:
+        self.record("gap", **{"from": first, "to": last, "reason": reason})
+
+    def locate(self, count: int) -> dict[str, Any]:
+        """Return a `position` record. count: of ended tasks to name."""
+        ended = list(self.ended)[-count:]
+        return self.make_record("position", tasks=list(self.tasks.values()), ended=ended)
+
+    def learn(self, record: dict[str, Any]) -> None:
+        """Take a record of an older run of the monitor. Raises one of NOT_AS_AGREED."""
+        event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
+        if event == "position" or boot_id != self.link.boot_id:
+            self.tasks.clear()
+            self.ended.clear()
+            self.open_bytes = 0
+        self.link.boot_id, self.link.seq = boot_id, seq
+        if event == "task_start":
+            self._note_start(record)
+        elif event in ("task_complete", "task_lost"):
+            self.note_end(record["task_id"])
+        elif event in ("cpu_alert", "alert_resolved"):
+            self.alert_at = record["raised"]
+        elif event == "position":
+            for task_id in record["ended"]:
+                self.note_end(task_id)
+            for task in record["tasks"]:
+                self._note_start(task)
+
+    def _note_start(self, task: dict[str, Any]) -> bool:
+        """Remember a task; return False if it, or its end, was known already."""
+        task_id = task["task_id"]
+        if task_id in self.tasks or task_id in self.ended:
+            return False
+        self.tasks[task_id] = {name: task[name] for name in self.TASK}
+        self.open_bytes += len(encode_json(self.tasks[task_id])) + EVENT_OVERHEAD_BYTES
+        return True
+
+    def note_end(self, task_id: str) -> dict[str, Any] | None:
+        """Remove a task that has ended and return it; None if its end is already recorded."""
+        if task_id in self.ended:
+            return None
+        self.ended[task_id] = None
+        if len(self.ended) > MAX_ENDED_TASKS:
+            self.ended.popitem(last=False)
+        task = self.tasks.pop(task_id, {})
+        if task:
+            self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
+        return task
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
+        take = self.TAKES.get(event["type"])
+        is_old = take is not None and take(self, event)
+        self._log.flush()
+        if not is_old:
+            self._emit(self, event)
+
+    def change(self, state: ServerState, event: str = "", **fields: Any) -> None:
+        """Enter a state, if it may come after the present one; record that and tell it."""
+        if self.state is state or self.state not in STATES_BEFORE.get(state, ServerState):
+            return
+        if self.state in (ServerState.CONNECTING, ServerState.UP):
+            self._silent_at = self.link.heard_at
+        event = event or f"server_{state.value}"
+        if event != "server_up":
+            self.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
+        self.state, self.stats = state, {}
+        self.record(event, **fields)
+        self._emit(self, {"type": event, "timestamp": int(time.time() * 1000), **fields})
+
+    def _take_hello(self, event: dict[str, Any]) -> bool:
+        self.reason = ""
+        if self.state is ServerState.CONNECTING:
+            self.change(ServerState.UP, version=event["version"])
+        else:
+            silent_ms = int((time.monotonic() - self._silent_at) * 1000)
+            self.change(ServerState.UP, "server_back", silent_ms=silent_ms)
+        self._hello_seq = event.get("seq", 0)
+        past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
+        news = [one for one in past if one and one["timestamp"] > self.alert_at]
+        for alert in (*news, event.get("alert")):
+            if alert and alert["type"] in ("cpu_alert", "alert_resolved"):
+                self.take(alert)
+        for task in event["tasks"]:
+            self._take_start(task)
+        return True
+
+    def _take_lost(self, event: dict[str, Any]) -> bool:
+        is_known = bool(self.reason == event["reason"])
+        self.reason = event["reason"]
+        is_refused = 400 <= event["status"] < 500
+        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
+        self.change(state, reason=self.reason)
+        return is_known
+
+    def _take_restarted(self, event: dict[str, Any]) -> None:
+        """Record that the rest of the old run is unknown.
+
+        That holds even after an orderly stop: between the two runs there may have been another.
+        """
+        self.record_gap(self.link.seq + 1, None, "restarted")
+        for task_id in list(self.tasks):
+            self._record_end("task_lost", task_id, reason="the server was restarted")
+        self.ended.clear()  # a server without its old state folder begins again with id 1
+
+    def _take_gap(self, event: dict[str, Any]) -> None:
+        """Record the gap, and what became of the tasks in it."""
+        tasks = event.pop("tasks")
+        if event["to"] > 0:
+            self.record_gap(max(1, event["from"]), event["to"], "kept no more")
+        for task in tasks:
+            self._take_start(task)
+            if task["state"] != "running":
+                self._take_end({**task, "duration_ms": task["ended"] - task["started"]})
+        for task_id in set(self.tasks) - {task["task_id"] for task in tasks}:
+            self._record_end("task_lost", task_id, reason="the server remembers it no more")
+
+    def _take_start(self, task: dict[str, Any]) -> None:
+        """Take the start of a task, or a task in a list of those that run."""
+        task = {"started": task.get("timestamp"), **task}
+        task_id = parse_task_id(task["task_id"])
+        for name in self.TASK:
+            if not isinstance(task[name], int if name == "started" else str):
+                raise ValueError(name)
+        if self.open_bytes > MAX_OPEN_BYTES and task_id not in self.tasks:
+            raise UnreachableError("it says that more tasks run than it could list", 404)
+        if self._note_start(task):
+            self.record("task_start", **self.tasks[task_id])
+
+    def _take_end(self, task: dict[str, Any]) -> None:
+        names = ("exit_code", "signal", "state", "duration_ms", "output_bytes")
+        fields = {name: task[name] for name in names}
+        task_id = parse_task_id(task["task_id"])
+        self._record_end("task_complete", task_id, **fields, killed_by=task.get("killed_by"))
+
+    def _record_end(self, event: str, task_id: str, **fields: Any) -> None:
+        start = self.note_end(task_id)
+        if start is not None:
+            told = {name: start.get(name) for name in ("command", "by")}
+            self.record(event, task_id=task_id, **fields, **told)
+
+    def _take_stats(self, event: dict[str, Any]) -> None:
+        numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
+        for number in [*numbers, event["load_avg"][0]]:
+            if not 0 <= number < 1e15:
+                raise ValueError("wrong statistics")
+        if len(encode_json(event)) > MAX_STATS_BYTES:
+            raise ValueError("too many statistics")
+        self.stats = event
+        change = self._rule and self._rule.update(event["cpu"], time.monotonic())
+        if change is not None:
+            alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
+            self.take({"type": change, **alert})
+
+    def _take_alert(self, event: dict[str, Any]) -> bool:
+        """Take an alert: the monitor's own if it has a rule, else the server's."""
+        is_ours, raised = event.get("by") == "monitor", event["timestamp"]
+        if is_ours == (self._rule is None):
+            return True
+        when = time.strftime("%H:%M", time.localtime(raised / 1000))
+        what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
+        self.alert = f"{when} {what} {event['cpu']:.0f} %"
+        is_repeated = not is_ours and event.get("seq", 0) <= self._hello_seq
+        if is_repeated and raised <= self.alert_at:
+            return True
+        self.alert_at = raised
+        self.record(event["type"], cpu=event["cpu"], raised=raised)
+        return False
+
+    TAKES: dict[str, Callable[..., bool | None]] = {
+        "hello": _take_hello,
+        "lost": _take_lost,
+        "restarted": _take_restarted,
+        "gap": _take_gap,
+        "task_start": _take_start,
+        "task_complete": _take_end,
+        "stats_update": _take_stats,
+        "cpu_alert": _take_alert,
+        "alert_resolved": _take_alert,
+    }
+
+
+class Monitor:
+    """Watches many servers at once, and goes on where its log ends.
+
+    cpu_alert: a threshold of its own. emit: as for Watched.
     """
 
     def __init__(
@@ -8488,30 +8571,30 @@ class Monitor:
         log: MonitorLog,
         emit: Callable[[Watched, dict[str, Any]], None],
     ) -> None:
+        """Raises ConfigError if the log cannot be used."""
         self._log = log
-        self._emit = emit
-        self.all = [self._watch(target, cpu_alert) for target in targets]
-        for watched in self.all:  # before any `position` is written, which would hide it
-            self._name_forgotten(watched)
-        log.everybody = self.all
-
-    def _watch(self, target: Target, cpu_alert: float | None) -> Watched:
-        link = Link(target, lambda event: self._take(watched, event), SILENCE_SECONDS)
-        watched = Watched(target, cpu_alert, link)
-        link.boot_id, link.seq = self._log.positions.get(target.name, ("", 0))
-        watched.last_alert = self._log.alerts.get(target.name)
-        for task_id, start in self._log.tasks.get(target.name, {}).items():
-            if start is None:
-                watched.note_end(task_id)
-            else:
-                watched.note_start(task_id, start)
-        return watched
-
-    def _name_forgotten(self, watched: Watched) -> None:
-        """Record a gap for a server that may be only in an older part of the log, not read."""
-        if not self._log.knows(watched.target.name):
+        self.all: list[Watched] = []
+        for target in targets:
+            rule = cpu_alert is not None and AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
+            self.all.append(Watched(target, rule or None, log, emit))
+        count = MAX_TOLD_ENDED // len(targets)
+        log.locate = lambda: [watched.locate(count) for watched in self.all]
+        lines, is_whole = log.read()
+        named = {one.target.name: one for one in self.all}
+        forgotten = set() if is_whole else set(self.all)
+        for line in lines:
+            try:
+                record = parse_json_object(line)
+                watched = named[record["server"]]
+                watched.learn(record)
+                if record["event"] == "position":
+                    forgotten.discard(watched)
+            except NOT_AS_AGREED:
+                pass  # half a line, or no record of these servers
+        for watched in forgotten:
             reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
-            self._log.write("gap", watched, **{"from": 1, "to": None, "reason": reason})
+            watched.record_gap(1, None, reason)
+        log.flush()
 
     async def run(self) -> None:
         """Watch for ever."""
@@ -8526,184 +8609,31 @@ class Monitor:
             await asyncio.gather(*runs, return_exceptions=True)
             for watched in self.all:
                 if watched.link.boot_id:
-                    self._log.write("monitor_stop", watched)
+                    watched.record("monitor_stop")
+            self._log.flush()
 
     async def _look(self) -> None:
-        """Find the servers that have fallen silent, or send again on the same connection."""
+        """Find the servers that have fallen silent."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(SILENCE_SECONDS / 8)
             now = time.monotonic()
-            self._log.flush()
             for watched in self.all:
                 if now - before > SILENCE_SECONDS / 2:  # the monitor itself was stopped by Ctrl-Z
                     watched.link.heard_at = now
-                is_silent = now - watched.link.heard_at > SILENCE_SECONDS
-                if watched.state is ServerState.UP and is_silent:
-                    watched.silent_at = watched.link.heard_at
+                if watched.link.check_silence(now):
                     reason = watched.reason or f"nothing was heard for {SILENCE_SECONDS:g} s"
-                    self._change(watched, ServerState.SILENT, "server_silent", reason=reason)
-                elif watched.state is ServerState.SILENT and not (is_silent or watched.reason):
-                    self._note_back(watched)
-
-    def _note_back(self, watched: Watched) -> None:
-        silent_ms = int((time.monotonic() - watched.silent_at) * 1000)
-        watched.silent_at = 0.0
-        self._change(watched, ServerState.UP, "server_back", silent_ms=silent_ms)
-
-    def _change(self, watched: Watched, state: ServerState, event: str, **fields: Any) -> None:
-        """Set a server's state, emit the event, and record it."""
-        watched.state = state
-        watched.stats = watched.stats if state is ServerState.UP else {}
-        if event != "server_up":
-            watched.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
-        self._log.write(event, watched, **fields)
-        self._emit(watched, {"type": event, "timestamp": int(time.time() * 1000), **fields})
-
-    async def _take(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Handle an event of a Link. Its handler returns True if it is not new."""
-        take = self.TAKES.get(event["type"])
-        if take is None or not await take(self, watched, event):
-            self._emit(watched, event)
-
-    async def _take_hello(self, watched: Watched, event: dict[str, Any]) -> bool:
-        watched.reason = ""
-        if watched.state is ServerState.CONNECTING:
-            self._change(watched, ServerState.UP, "server_up", version=event["version"])
-        elif watched.state is not ServerState.UP:
-            self._note_back(watched)
-        watched.hello_seq = event.get("seq", 0)
-        past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
-        told_until = watched.last_alert[1] if watched.last_alert else 0
-        news = [one for one in past if one and one["timestamp"] > told_until]
-        for alert in (*news, event.get("alert")):
-            if alert and alert["type"] in ("cpu_alert", "alert_resolved"):
-                await self._take(watched, alert)
-        for task in event["tasks"]:
-            self._note_start(watched, task)
-        return True
-
-    async def _take_lost(self, watched: Watched, event: dict[str, Any]) -> bool:
-        is_old = bool(watched.reason == event["reason"])
-        watched.reason = event["reason"]
-        is_refused = 400 <= event["status"] < 500
-        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
-        # A server that was up is first called silent, after 5 s; most connections are back before.
-        if is_refused or watched.state not in (ServerState.UP, ServerState.SILENT):
-            watched.silent_at = watched.silent_at or time.monotonic()
-            if watched.state is not state:
-                self._change(watched, state, f"server_{state.value}", reason=watched.reason)
-        return is_old
-
-    async def _take_restarted(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Record that the rest of the old run is unknown.
-
-        That holds even after an orderly stop: between the two runs there may have been another.
-        """
-        fields = {"from": watched.link.seq + 1, "to": None, "reason": "restarted"}
-        self._log.write("gap", watched, **fields)
-        for task_id in list(watched.tasks):
-            self._note_lost(watched, task_id, "the server was restarted")
-        watched.ended.clear()  # a server without its old state folder begins again with id 1
-
-    async def _take_gap(self, watched: Watched, event: dict[str, Any]) -> None:
-        """Record the gap, and ask the server for the tasks that were in it."""
-        tasks = json.loads(await fetch(watched.target, "/tasks"))
-        if event["to"] > 0:
-            fields = {"from": max(1, event["from"]), "to": event["to"], "reason": "kept no more"}
-            self._log.write("gap", watched, **fields)
-        for task in tasks:
-            self._note_start(watched, task)
-            if task["state"] != "running":
-                task["duration_ms"] = task["ended"] - task["started"]
-                self._note_end(watched, task)
-        for task_id in set(watched.tasks) - {task["task_id"] for task in tasks}:
-            self._note_lost(watched, task_id, "the server remembers it no more")
-
-    async def _take_start(self, watched: Watched, event: dict[str, Any]) -> None:
-        self._note_start(watched, {**event, "started": event["timestamp"]})
-
-    async def _take_end(self, watched: Watched, event: dict[str, Any]) -> None:
-        self._note_end(watched, event)
-
-    def _note_start(self, watched: Watched, task: dict[str, Any]) -> None:
-        task_id = parse_task_id(task["task_id"])
-        if task_id in watched.tasks or task_id in watched.ended:
-            return
-        start = {name: task[name] for name in MonitorLog.TASK}
-        for name, value in start.items():
-            if not isinstance(value, int if name == "started" else str):
-                raise ValueError(name)
-        if watched.open_bytes > MAX_OPEN_BYTES:
-            raise UnreachableError("it says that more tasks run than it could list", 404)
-        watched.note_start(task_id, start)
-        self._log.write("task_start", watched, **start)
-
-    def _note_end(self, watched: Watched, task: dict[str, Any]) -> None:
-        started = watched.note_end(parse_task_id(task["task_id"]))
-        if started is not None:
-            names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
-            told = {name: started.get(name) for name in ("command", "by")}
-            told["killed_by"] = task.get("killed_by")
-            self._log.write("task_complete", watched, **{n: task[n] for n in names}, **told)
-
-    def _note_lost(self, watched: Watched, task_id: str, reason: str) -> None:
-        started = watched.note_end(task_id) or {}
-        told = {name: started.get(name) for name in ("command", "by")}
-        self._log.write("task_lost", watched, task_id=task_id, reason=reason, **told)
-
-    async def _take_stats(self, watched: Watched, event: dict[str, Any]) -> None:
-        numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
-        for number in [*numbers, event["load_avg"][0]]:
-            if not 0 <= number < 1e15:
-                raise ValueError("wrong statistics")
-        if len(encode_json(event)) > MAX_STATS_BYTES:
-            raise ValueError("too many statistics")
-        watched.stats = event
-        change = watched.rule and watched.rule.update(event["cpu"], time.monotonic())
-        if change is not None:
-            alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
-            await self._take(watched, {"type": change, **alert})
-
-    async def _take_alert(self, watched: Watched, event: dict[str, Any]) -> bool:
-        """Handle a server's alert. If the monitor has a threshold of its own, ignore it."""
-        is_ours = event.get("by") == "monitor"
-        if is_ours == (watched.rule is None):
-            return True
-        when = time.strftime("%H:%M", time.localtime(event["timestamp"] / 1000))
-        what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
-        watched.alert = f"{when} {what} {event['cpu']:.0f} %"
-        alert = event["type"], event["timestamp"]
-        if alert == watched.last_alert:
-            return True
-        is_replayed = event.get("seq", math.inf) <= watched.hello_seq
-        if is_replayed and watched.last_alert and alert[1] <= watched.last_alert[1]:
-            return True
-        watched.last_alert = alert
-        self._log.write(event["type"], watched, cpu=event["cpu"], raised=event["timestamp"])
-        return False
-
-    TAKES: dict[str, Callable[..., Awaitable[bool | None]]] = {
-        "hello": _take_hello,
-        "lost": _take_lost,
-        "restarted": _take_restarted,
-        "gap": _take_gap,
-        "task_start": _take_start,
-        "task_complete": _take_end,
-        "stats_update": _take_stats,
-        "cpu_alert": _take_alert,
-        "alert_resolved": _take_alert,
-    }
+                    watched.change(ServerState.SILENT, reason=reason)
+            self._log.flush()
 
 
 def format_event(name: str, event: Mapping[str, Any]) -> bytes:
-    """Return an event as a line of text."""
+    """Return a line of text about a server's event."""
     when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
-    hidden = ("type", "timestamp", "seq")
     words = [
         f"{format_value(key)}={format_value(value)}"
         for key, value in event.items()
-        if key not in hidden
+        if key not in ("type", "timestamp", "seq")
     ]
     line = " ".join([when, name, format_value(event["type"]), *words]) + "\n"
     return line.encode("utf-8", "replace")
@@ -8754,63 +8684,48 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns: title, side and width, and how a server's cell is written.
-COLUMNS: tuple[tuple[str, str, Callable[[Watched], str]], ...] = (
-    ("STATE", "<10", lambda watched: watched.state.value),
-    ("CPU %", ">6", lambda watched: f"{watched.stats['cpu']:.1f}"),
-    (
-        "MEM %",
-        ">6",
-        lambda watched: f"{100 * watched.stats['ram_used'] / watched.stats['ram_total']:.1f}",
-    ),
-    ("LOAD", ">6", lambda watched: f"{watched.stats['load_avg'][0]:.2f}"),
-    ("TASKS", ">5", lambda watched: str(len(watched.tasks))),
-)
+# The monitor's columns after the server's name: title, side and width.
+COLUMNS = (("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5"))
 
-# Key -> (what it sorts by, for people; the order).
+# Key -> (what it sorts by, for people; the order, before that of the names).
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
-    "c": ("CPU", lambda watched: (-watched.stats.get("cpu", -1), watched.target.name)),
-    "n": ("name", lambda watched: watched.target.name),
-    "s": (
-        "state",
-        lambda watched: (
-            watched.state is ServerState.UP,
-            watched.state.value,
-            watched.target.name,
-        ),
-    ),
+    "c": ("CPU", lambda one: -one.stats.get("cpu", -1)),
+    "n": ("name", lambda one: 0),
+    "s": ("state", lambda one: (one.state is ServerState.UP, one.state.value)),
 }
 
 
-def format_row(watched: Watched, name_width: int, width: int) -> str:
+def format_cells(name: str, cells: Iterable[Any], last: str, width: int) -> str:
+    places = [f"{cell:{place}}" for cell, (_, place) in zip(cells, COLUMNS)]
+    return clean_text(" ".join([name, *places, clean_text(last, max(1, width))]), width)
+
+
+def format_row(one: Watched, name_width: int, width: int) -> str:
     """Return a server's line of the table, cut to `width`."""
-    cells = [fit_text(watched.target.name, name_width)]
-    for _, place, write in COLUMNS:
-        try:
-            text = write(watched)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            text = "-"
-        cells.append(f"{text:{place}}")
-    last = watched.alert if watched.state is ServerState.UP else watched.reason or watched.alert
-    return clean_text(" ".join([*cells, clean_text(last, max(1, width))]), width)
-
-
-def format_count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    figures, stats = ["-"] * 3, one.stats
+    if stats:
+        memory = 100 * stats["ram_used"] / (stats["ram_total"] or 1)
+        figures = [f"{stats['cpu']:.1f}", f"{memory:.1f}", f"{stats['load_avg'][0]:.2f}"]
+    last = one.alert if one.state is ServerState.UP else one.reason or one.alert
+    cells = (one.state.value, *figures, len(one.tasks))
+    return format_cells(fit_text(one.target.name, name_width), cells, last, width)
 
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
     """Return one line about all servers; what does not fit whole is left out."""
-    counts = Counter(watched.state.value for watched in everybody)
+    counts = Counter(one.state.value for one in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    tasks = sum(len(one.tasks) for one in everybody)
+    parts = [f"{len(everybody)} server{'s' * (len(everybody) != 1)}: {states}"]
+    parts.append(f"{tasks} task{'s' * (tasks != 1)}")
     up = [one for one in everybody if one.state is ServerState.UP and one.stats]
-    parts = [f"{format_count(len(everybody), 'server')}: {states}"]
-    parts.append(format_count(sum(len(watched.tasks) for watched in everybody), "task"))
     if up:
-        cpu = sum(watched.stats["cpu"] for watched in up) / len(up)
-        top = max(up, key=lambda watched: watched.stats["cpu"])
-        used, total = (sum(w.stats[name] for w in up) for name in ("ram_used", "ram_total"))
-        parts.append(f"CPU {cpu:.1f} %, memory {used / KIB:.1f} of {total / KIB:.1f} GiB")
+        cpu, used, total = (
+            sum(one.stats[name] for one in up) for name in ("cpu", "ram_used", "ram_total")
+        )
+        top = max(up, key=lambda one: one.stats["cpu"])
+        memory = f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
+        parts.append(f"CPU {cpu / len(up):.1f} %, {memory}")
         parts.append(f"most CPU: {top.target.name}, {top.stats['cpu']:.1f} %")
     while len(parts) > 1 and count_cells(" · ".join(parts)) > width:
         parts.pop()
@@ -8820,9 +8735,10 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    name_width = min(24, max(6, *(count_cells(watched.target.name) for watched in everybody)))
-    titles = [f"{'SERVER':{name_width}}", *(f"{title:{place}}" for title, place, _ in COLUMNS)]
-    lines = [("", clean_text(" ".join([*titles, "LAST ALERT"]), width))]
+    """Return (state, line) of the titles and of the servers that are shown."""
+    name_width = min(24, max(6, *(count_cells(one.target.name) for one in everybody)))
+    titles = [title for title, _ in COLUMNS]
+    lines = [("", format_cells(f"{'SERVER':{name_width}}", titles, "LAST ALERT", width))]
     rows = everybody[shown]
     return lines + [(one.state.value, format_row(one, name_width, width)) for one in rows]
 
@@ -8921,36 +8837,32 @@ class Screen:
             asyncio.get_running_loop().remove_reader(0)
             self.leave()
         for key in self.KEY.findall(keys.replace("\x1bO", "\x1b[")):
-            self._press(key)
+            if key in ("q", "Q", "\x04"):
+                self.leave()
+            elif key in SORTS:
+                self._sort, self._top = key, 0
+            self._scroll(self.KEYS.get(key, 0))
         self.touch()
 
-    def _press(self, key: str) -> None:
-        if key in ("q", "Q", "\x04"):
-            self.leave()
-        elif key in SORTS:
-            self._sort, self._top = key, 0
-        self._top += self.KEYS.get(key, 0)
-        self._top = max(0, min(self._top, len(self._everybody) - self._shown))
+    def _scroll(self, rows: int) -> None:
+        self._top = max(0, min(self._top + rows, len(self._everybody) - self._shown))
 
     def _compose(self, cols: int, rows: int) -> str:
         title, order = SORTS[self._sort]
         self._shown = rows - 3
-        self._top = max(0, min(self._top, len(self._everybody) - self._shown))
-        everybody = sorted(self._everybody, key=order)
+        self._scroll(0)
+        everybody = sorted(self._everybody, key=lambda one: (order(one), one.target.name))
         last_row = min(self._top + self._shown, len(everybody))
-        table = format_table(everybody, cols, slice(self._top, last_row))
         lines = [clean_text(format_totals(self._everybody, cols), cols)]
-        lines += [self._paint(state, line) for state, line in table]
+        for state, line in format_table(everybody, cols, slice(self._top, last_row)):
+            paint = STATE_COLOURS.get(state, "") if self._is_coloured or not state else ""
+            lines.append(f"{paint}{line}{PLAIN if paint else ''}")
         lines += [""] * (rows - 1 - len(lines))
-        place = f"{self._top + 1}-{last_row} of {len(everybody)}"
         keys = "q quit · c n s: by CPU, name, state · arrows scroll"
-        last = f"{place} by {title} · {keys if self._before else 'Ctrl-C quits'}"
+        place = f"{self._top + 1}-{last_row} of {len(everybody)} by {title}"
+        last = f"{place} · {keys if self._before else 'Ctrl-C quits'}"
         lines.append(clean_text(self._log.problem or last, cols))
         return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
-
-    def _paint(self, state: str, line: str) -> str:
-        paint = STATE_COLOURS.get(state, "") if self._is_coloured or not state else ""
-        return f"{paint}{line}{PLAIN}" if paint else line
 
 
 def to_json(value: Any) -> str:
@@ -8964,25 +8876,21 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
     """
     try:
         facts = parse_json_object(data)
-        ports = {name: facts[name] for name in ("port", "ws_port")}
-    except (CommandError, KeyError):
+    except CommandError:
         return None
-    if facts.get("type") != "SERVER_RESPONSE":
+    ports = {name: facts.get(name) for name in ("port", "ws_port")}
+    is_reply = facts.get("type") == "SERVER_RESPONSE"
+    if not (is_reply and all(type(one) is int and 0 < one < 65536 for one in ports.values())):
         return None
-    if not all(type(port) is int and 0 < port < 65536 for port in ports.values()):
-        return None
-    texts = {name: clean_text(facts.get(name, ""), 64) for name in ("hostname", "version")}
-    flags = {name: facts.get(name) is True for name in ("tls", "auth", "exec")}
     run = facts.get("id")
     is_run = isinstance(run, str) and re.fullmatch("[0-9a-f]{16}", run)
-    url = f"{'https' if flags['tls'] else 'http'}://{address}:{ports['port']}"
     return {
-        "hostname": texts["hostname"],
+        "hostname": clean_text(facts.get("hostname", ""), 64),
         "address": address,
         **ports,
-        "url": url,
-        **texts,
-        **flags,
+        "url": f"{'https' if facts.get('tls') is True else 'http'}://{address}:{ports['port']}",
+        "version": clean_text(facts.get("version", ""), 64),
+        **{name: facts.get(name) is True for name in ("tls", "auth", "exec")},
         "id": run if is_run else "",
     }
 
@@ -8994,12 +8902,9 @@ def find_broadcasts() -> list[str]:
 
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
-    """Send a probe to each address; skip those that cannot be reached."""
     for address in addresses:
-        try:
+        with contextlib.suppress(OSError):  # it cannot be reached
             udp.sendto(DISCOVERY_PROBE, (address, port))
-        except OSError:
-            pass
 
 
 def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -9008,13 +8913,9 @@ def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Loopback's address comes last, since it means nothing to other machines.
     """
     servers: dict[Any, list[dict[str, Any]]] = {}
-    for one in replies:
-        key = (one["id"], one["port"]) if one["id"] else (one["address"], one["port"])
-        servers.setdefault(key, []).append(one)
-    merged = []
-    for same in servers.values():
-        same.sort(key=lambda one: (is_loopback(one["address"]), one["address"]))
-        merged.append({**same[0], "urls": [one["url"] for one in same]})
+    for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
+        servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
+    merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
     return sorted(merged, key=lambda one: (one["hostname"], one["address"], one["port"]))
 
 
@@ -13319,27 +13220,15 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return asyncio.run(end_quietly(run()))
 
 
-def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
-    if as_json:
-        return to_json([watched.describe() for watched in everybody])
-    width = 200
-    lines = [line for _, line in format_table(everybody, width)]
-    return "\n".join([*lines, format_totals(everybody, width)]) + "\n"
-
-
 async def watch_once(monitor: Monitor) -> None:
     """Run a monitor until it has heard of every server, for at most ONCE_SECONDS."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
-    unclear = monitor.all
-    while unclear and time.monotonic() < end:
+    while time.monotonic() < end and any(
+        one.state is ServerState.CONNECTING or (one.state is ServerState.UP and not one.stats)
+        for one in monitor.all
+    ):
         await asyncio.sleep(0.02)
-        unclear = [
-            one
-            for one in monitor.all
-            if one.state is ServerState.CONNECTING
-            or (one.state is ServerState.UP and not one.stats)
-        ]
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 
@@ -13350,26 +13239,40 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
-    with contextlib.ExitStack() as stack:
-        if screen is not None:
-            screen.leave = watching.cancel
-            stack.enter_context(screen)
-        try:
-            await watching
-        except asyncio.CancelledError:
-            pass
+    if screen is not None:
+        screen.leave = watching.cancel
+    with screen or contextlib.nullcontext(), contextlib.suppress(asyncio.CancelledError):
+        await watching
+
+
+def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
+    """Return what `monitor --once` prints."""
+    if not as_json:
+        lines = [line for _, line in format_table(everybody, width=200)]
+        return "\n".join([*lines, format_totals(everybody, width=200)]) + "\n"
+    described = [
+        {
+            "server": one.target.name,
+            "url": one.target.url,
+            "state": one.state.value,
+            "reason": one.reason,
+            "stats": one.stats,
+            "tasks": list(one.tasks.values()),
+            "alert": one.alert,
+        }
+        for one in everybody
+    ]
+    return to_json(described)
 
 
 def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`monitor`: watch servers, return the exit status."""
     given = parse_arguments("monitor", argv)
-    listed = not given.server and not given.token_file and read_hosts(environ)
-    given.all = given.all or bool(listed)
+    if not given.server and not given.token_file and read_hosts(environ):
+        given.all = True
     targets = choose_targets(given, environ)
     if given.log in ("", "-"):  # perhaps an unset variable; going on without a log would be wrong
         raise ConfigError("--log: name a file")
-    log = MonitorLog(given.log or "")
-    log.load()
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     screen: Screen | None = None
     lines = EventWriter(given.json)
@@ -13380,24 +13283,25 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         elif not given.once:
             lines.write(watched.target.name, event)
 
-    async def run() -> Monitor:
+    log = MonitorLog(given.log or "")
+    monitor = Monitor(targets, given.cpu_alert, log, emit)
+
+    async def run() -> None:
         nonlocal screen
-        monitor = Monitor(targets, given.cpu_alert, log, emit)
         if given.once:
             await watch_once(monitor)
-            return monitor
+            return
         screen = Screen(monitor.all, log) if is_live else None
         try:
             await watch(monitor, screen)
         finally:
             lines.finish()
-        return monitor
 
-    everybody = asyncio.run(end_quietly(run())).all
+    asyncio.run(end_quietly(run()))
     if not given.once:
         return 0
-    write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
-    return 0 if all(watched.state is ServerState.UP for watched in everybody) else 1
+    write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))
+    return 0 if all(watched.state is ServerState.UP for watched in monitor.all) else 1
 
 
 FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {

@@ -11602,7 +11602,7 @@ def follow(
     """Take the events of a server by a Link until one is `lost`; return their types, and why."""
     kinds: list[str] = []
 
-    async def note(event: dict[str, Any]) -> None:
+    def note(event: dict[str, Any]) -> None:
         if event["type"] == "lost":
             raise sc.UnreachableError(event["reason"], event["status"])
         kinds.append(event["type"])
@@ -11610,7 +11610,7 @@ def follow(
 
     async def run() -> None:
         target = sc.parse_target("babbler", f"127.0.0.1:{babbler.port}")
-        await asyncio.wait_for(sc.Link(target, note, 5.0).run(), PATIENCE_SECONDS)
+        await asyncio.wait_for(sc.Link(target, note).run(), PATIENCE_SECONDS)
 
     with pytest.raises(sc.UnreachableError) as caught:
         asyncio.run(run())
@@ -11647,16 +11647,13 @@ def make_monitor(
 ) -> tuple[Told, Callable[[dict[str, Any]], list[str]], sc.Watched]:
     """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
     told = Told()
-    target = sc.parse_target("web1", "web1")
-    log = sc.MonitorLog(path)
-    log.load()
+    target, log = sc.parse_target("web1", "web1"), sc.MonitorLog(path)
     told.monitor = sc.Monitor([target], cpu_alert, log, lambda _, event: told.append(event))
     (watched,) = told.monitor.all
 
     def take(event: dict[str, Any]) -> list[str]:
         before = len(told)
-        with pytest.raises(StopIteration):  # it waits for nothing
-            told.monitor._take(watched, event).send(None)
+        watched.take(event)
         return [one["type"] for one in told[before:]]
 
     return told, take, watched
@@ -11758,14 +11755,14 @@ class TestMonitor:
         async def run() -> int:
             lost = asyncio.Event()
 
-            async def take(event: dict[str, Any]) -> None:
+            def take(event: dict[str, Any]) -> None:
                 if event["type"] == "stats_update":
                     raise ValueError
                 if event["type"] == "lost":
                     lost.set()
 
             target = sc.parse_target("babbler", f"127.0.0.1:{babbler.port}")
-            running = asyncio.ensure_future(sc.Link(target, take, 5.0).run())
+            running = asyncio.ensure_future(sc.Link(target, take).run())
             await asyncio.wait_for(lost.wait(), PATIENCE_SECONDS)
             await asyncio.sleep(0.1)
             gc.collect()
@@ -11827,7 +11824,7 @@ class TestMonitor:
         records = [one["event"] for one in read_lines(tmp_path / "log")]
         assert records == ["server_up", "monitor_stop"]
 
-    def test_takes_nothing_before_hello(self) -> None:
+    def test_takes_nothing_before_hello(self, monkeypatch: Any) -> None:
         """Which says whose events they are."""
         end = sc.encode_frame(sc.Opcode.CLOSE, b"")
         with Babbler(frame(STATS) + end) as babbler:
@@ -11837,6 +11834,11 @@ class TestMonitor:
         assert str(error) == "it says no hello, as an older ServerControl does"
         events = [{**STATS, "seq": number} for number in range(1, 61)]
         said = [{**HELLO, "boot_id": "c"}, {"type": "gap", "from": 0, "to": 0}, *events]
+
+        async def list_tasks(*_: Any) -> bytes:
+            return b"[]"
+
+        monkeypatch.setattr(sc, "fetch", list_tasks)
         with Babbler(b"".join(map(frame, said)) + end) as babbler:
             kinds, error = follow(babbler)
         assert kinds == ["hello", "restarted", "hello", "gap", *["stats_update"] * 60]
@@ -11864,13 +11866,13 @@ class TestMonitor:
     def test_writes_nothing_to_a_connection_that_was_reset(self, is_gone: bool) -> None:
         link = make_monitor()[2].link
         link._writer = writer = DeafWriter(is_gone=is_gone)  # type: ignore[assignment]
-        link.send({"type": "ping"})
-        link._answer_pings([b"x"])
+        link._write(sc.Opcode.TEXT, b"{}")
+        link._write(sc.Opcode.PONG, b"x")
         assert len(writer.written) == (0 if is_gone else 2)
 
     def test_remembers_no_more_tasks_than_hello_can_list(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "MAX_OPEN_BYTES", 10_000)
-        told, take, watched = make_monitor()
+        _, take, watched = make_monitor()
         start = {**START, "command": "x" * 1000, "cwd": "/", "by": "me"}
         end = {"exit_code": 0, "signal": None, "state": "done", "output_bytes": 0}
         for number in range(100):  # each has ended before the next
@@ -11881,17 +11883,16 @@ class TestMonitor:
         assert watched.open_bytes == 0
         with pytest.raises(sc.UnreachableError) as caught:
             for number in range(100, 200):
-                with pytest.raises(StopIteration):
-                    told.monitor._take(watched, {**start, "task_id": str(number)}).send(None)
+                take({**start, "task_id": str(number)})
         assert (caught.value.status, len(watched.tasks)) == (404, 8)
 
     @pytest.mark.parametrize("wrong", WRONG_STARTS)
     def test_remembers_nothing_that_is_no_task(self, wrong: dict[str, Any]) -> None:
-        told, _, watched = make_monitor()
+        _, take, watched = make_monitor()
         task = {**START, "cwd": "/", "by": "me", **wrong}
         for kind in ("task_start", "task_complete") if "task_id" in wrong else ("task_start",):
             with pytest.raises(sc.NOT_AS_AGREED):
-                told.monitor._take(watched, {**task, "type": kind}).send(None)
+                take({**task, "type": kind})
         assert (watched.tasks, watched.ended) == ({}, {})
 
     def test_writes_no_control_characters(self) -> None:
@@ -11950,7 +11951,7 @@ class TestMonitor:
             "alerts": [{**alert, "resolved": end}, {**alert, "timestamp": 8, "resolved": None}],
         }
         assert take(old) == ["server_up", "cpu_alert", "alert_resolved", "cpu_alert"]
-        assert take(old) == [] and watched.last_alert == ("cpu_alert", 8)
+        assert take(old) == [] and watched.alert_at == 8
         _, take, watched = make_monitor(cpu_alert=50)
         assert take(old) == ["server_up"] and take({**STATS, "cpu": 60})[0] == "cpu_alert"
         assert take({**STATS, "cpu": 40}) == ["alert_resolved", "stats_update"]
@@ -11962,19 +11963,14 @@ class TestMonitor:
             told, take, watched = make_monitor(path=f"{tmp_path}/log")
             watched.link.boot_id = HELLO["boot_id"]
             assert take({**HELLO, "alert": alert}) == news
-            os.close(told.monitor._log._lock_fd)
+            os.close(told.monitor._log._fd)
         (written,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "cpu_alert"]
         assert (written["cpu"], written["raised"]) == (99.0, 5)
 
-    def test_hears_again_on_the_same_connection(self, monkeypatch: Any) -> None:
+    def test_blames_nobody_for_its_own_silence(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "SILENCE_SECONDS", 0.4)
         told, take, watched = make_monitor()
         take(HELLO)
-
-        async def wait_for(kind: str, heard_at: Callable[[], float]) -> None:
-            while told[-1]["type"] != kind:
-                watched.link.heard_at = heard_at()
-                await asyncio.sleep(0.01)
 
         async def run() -> None:
             looking = asyncio.ensure_future(told.monitor._look())
@@ -11982,13 +11978,13 @@ class TestMonitor:
             time.sleep(1)  # stopped ourselves: nobody else is to blame
             await asyncio.sleep(0.2)
             assert told[-1]["type"] == "server_up"
-            long_ago = time.monotonic() - 1
             take({**STATS, "seq": 2})
-            await wait_for("server_silent", lambda: long_ago)
+            watched.link.heard_at = time.monotonic() - 1
+            while told[-1]["type"] != "server_silent":
+                await asyncio.sleep(0.01)
             assert told[-1]["reason"] == "nothing was heard for 0.4 s"
             assert watched.stats == {}
-            await wait_for("server_back", time.monotonic)
-            assert told[-1]["silent_ms"] >= 1000
+            assert take(HELLO) == ["server_back"] and told[-1]["silent_ms"] >= 1000
             looking.cancel()
 
         asyncio.run(run())
@@ -12310,7 +12306,7 @@ class TestMonitorLog:
     def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
         """And says where the servers stand after it, the position of the new file being lost."""
         monkeypatch.setattr(sc, "MAX_WAITING_RECORDS", 5)
-        _, gap, position, *records = self.log_starts(tmp_path / "log", 7)
+        gap, position, *records, _ = self.log_starts(tmp_path / "log", 7)
         assert (gap["event"], gap["records"]) == ("gap", 6)
         assert gap["reason"].endswith("No space left on device")
         assert position["event"] == "position"
@@ -12347,26 +12343,23 @@ class TestMonitorLog:
 
         def watch(*names: str) -> dict[str, sc.Watched]:
             log = sc.MonitorLog(path)
-            log.load()
             chosen = [target for target in targets if target.name in names]
             monitor = sc.Monitor(chosen, None, log, lambda *_: None)
-            monitors.append((log, monitor))
+            monitors.append(monitor)
             return {one.target.name: one for one in monitor.all}
 
         def run(watched: sc.Watched, task_id: int, is_ended: bool = True) -> None:
-            monitor = monitors[-1][1]
             watched.link.boot_id, watched.link.seq = watched.target.name, task_id
             task = {**START, "task_id": str(task_id), "command": "x" * 500, "cwd": "/", "by": "me"}
             end = {"exit_code": 0, "signal": None, "state": "done", "duration_ms": 1}
             events = [task, {**task, **end, "type": "task_complete", "output_bytes": 0}]
             for event in events[: 1 + is_ended]:
-                with pytest.raises(StopIteration):
-                    monitor._take(watched, event).send(None)
+                watched.take(event)
 
         def end_monitor() -> None:
-            os.close(monitors[-1][0]._lock_fd)
+            os.close(monitors[-1]._log._fd)
 
-        monitors: list[tuple[sc.MonitorLog, sc.Monitor]] = []
+        monitors: list[sc.Monitor] = []
         seen = watch("quiet", "busy")
         run(seen["quiet"], 1)
         run(seen["quiet"], 2, is_ended=False)
@@ -12593,6 +12586,7 @@ class TestMonitorScreen:
         everybody: Any = [
             mock.Mock(
                 state=sc.ServerState.UNREACHABLE,
+                stats={},
                 tasks={},
                 target=sc.parse_target(name, "a"),
                 alert="",
@@ -13734,10 +13728,8 @@ class TestNetwork:
         assert ran.stdout.endswith(b"(3 servers, exit code 3)\n") and ran.returncode == 3
 
     def test_giving_up_a_connection_is_no_sign_of_life(self) -> None:
-        async def nobody(_: Any) -> None: ...
-
         async def run() -> None:
-            link = sc.Link(sc.parse_target("a", "a"), nobody, 4.0)
+            link = sc.Link(sc.parse_target("a", "a"), bool)
             link.heard_at = 5.0
             with pytest.raises(sc.UnreachableError):
                 await link._receive(b"")
