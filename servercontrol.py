@@ -57,8 +57,8 @@ number is how many lines each has:
       19  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
-      83  Spawner                   how a command is started: session, environment, descriptors
-     246  Tasks                     how it is watched, stopped with all that it started, and ends
+      77  Spawner                   how a command is started: session, environment, descriptors
+     207  Tasks                     how it is watched, stopped with all that it started, and ends
      101  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
@@ -266,7 +266,9 @@ KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
 # A pipe's capacity. Even fully escaped as JSON it stays below 1 MiB, the largest message that
 # common WebSocket clients accept by default.
 READ_CHUNK_BYTES = 64 * KIB
-OUTPUT_BLOCK_BYTES = 64 * KIB  # kept output is stored in blocks, so that readers can share them
+# Kept output is stored in blocks, so that readers can share them. What is shorter is put together,
+# which copies up to so much for a small chunk.
+OUTPUT_BLOCK_BYTES = 16 * KIB
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
@@ -1778,41 +1780,29 @@ def parse_meminfo(meminfo: str) -> dict[str, int]:
 
 def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
     """Return bytes (received, sent) of each interface but loopback from /proc/net/dev."""
-    interfaces = {}
-    for line in net_dev.splitlines():
-        name, colon, counters = line.partition(":")
-        if colon and name.strip() != "lo":
-            columns = counters.split()
-            interfaces[name.strip()] = int(columns[0]), int(columns[8])
-    return interfaces
-
-
-def compute_cpu_percent(before: Sample, after: Sample) -> float:
-    """Return the share of busy time between two samples, 0 to 100, with one decimal."""
-    total = after.total_ticks - before.total_ticks
-    busy = after.busy_ticks - before.busy_ticks
-    # In a virtual machine the counters may go back a little.
-    return round(min(max(100.0 * busy / total, 0.0), 100.0), 1) if total > 0 else 0.0
+    rows = (line.replace(":", " ", 1).split() for line in net_dev.splitlines() if ":" in line)
+    return {name: (int(row[0]), int(row[8])) for name, *row in rows if name != "lo"}
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
-    """Return how much all interfaces have received (way: 0) or sent (1) between two samples.
+    """Return how many bytes all interfaces have received (way: 0) or sent (1) between two samples.
 
     Each interface is compared with itself, since one that vanishes takes its counters with it.
     """
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
-    come = sum(new[name] for name in new.keys() - old.keys())
-    gone = sum(old[name] for name in old.keys() - new.keys())
     # A renamed interface is one gone and one new; the difference cancels its lifetime total.
-    return more + max(0, come - gone)
+    come = sum(new.get(name, 0) - old.get(name, 0) for name in old.keys() ^ new.keys())
+    return more + max(0, come)
 
 
 def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
     """Return the fields of `stats_update` that come from two samples."""
     seconds = max(after.now - before.now, 1e-6)
+    total = after.total_ticks - before.total_ticks
+    busy = 100.0 * (after.busy_ticks - before.busy_ticks) / total if total > 0 else 0.0
     return {
-        "cpu": compute_cpu_percent(before, after),
+        "cpu": round(min(max(busy, 0.0), 100.0), 1),  # in a virtual machine ticks may go back
         "ram_used": after.ram_used // MIB,
         "ram_total": after.ram_total // MIB,
         "load_avg": [round(load, 2) for load in after.load_avg],
@@ -1826,29 +1816,26 @@ def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
     }
 
 
+@dataclass
 class AlertRule:
     """Says when CPU usage raises an alert, and when that is over. Percent; monotonic seconds."""
 
-    def __init__(self, threshold: float, cooldown: float, hold: float) -> None:
-        self._threshold = threshold
-        self._cooldown = cooldown
-        # How long the value must stay above the threshold before the first alert.
-        self._hold = hold
-        self._above_since: float | None = None
-        self._raised_at: float | None = None
-        # Whether an alert was raised and is not resolved yet.
-        self._is_raised = False
+    threshold: float
+    cooldown: float
+    hold: float  # how long the value must stay above the threshold before the first alert
+    # Since when it has been above; the newest alert, and whether that is not resolved yet.
+    _above_since: float = math.inf
+    _raised_at: float = -math.inf
+    _is_raised: bool = False
 
     def update(self, cpu: float, now: float) -> str | None:
         """Take a value; return "cpu_alert", "alert_resolved" or None."""
-        if cpu <= self._threshold:
-            self._above_since = None
+        if cpu <= self.threshold:
+            self._above_since = math.inf
             resolved, self._is_raised = self._is_raised, False
             return "alert_resolved" if resolved else None
-        if self._above_since is None:
-            self._above_since = now
-        cooling = self._raised_at is not None and now - self._raised_at < self._cooldown
-        if cooling or now - self._above_since < self._hold:
+        self._above_since = min(self._above_since, now)
+        if now - self._raised_at < self.cooldown or now - self._above_since < self.hold:
             return None
         self._raised_at, self._is_raised = now, True
         return "cpu_alert"
@@ -1897,6 +1884,7 @@ class Choice(NamedTuple):
         return {"only": only, "tasks": None if self.tasks is None else sorted(self.tasks, key=int)}
 
 
+@dataclass(eq=False)
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
@@ -1906,45 +1894,34 @@ class Feed:
     Each event is of one or two kinds: its type and, if it is output, the id of its task.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[dict[str, Any]], bytes],
-        capacity_bytes: int = KEEP_EVENTS_BYTES,
-        compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame,
-    ) -> None:
-        self._encode = encode
-        self._compress = compress
-        self._capacity_bytes = capacity_bytes
-        # Events, or their frames once they are encoded. The first _dropped entries are no longer
-        # kept; they are deleted in bulk, so that append and access by seq take constant time.
-        self._entries: list[Any] = []
-        self._dropped = 0
-        self._bytes = 0
-        # seq of _entries[0].
-        self._base = 1
-        # Window bits -> seq -> compressed frame, made when the first viewer needs it.
-        self._compressed: dict[int, dict[int, bytes]] = {}
-        # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells
-        # which viewers have missed something.
-        self._seqs: dict[str, list[int]] = {}
-        # The newest dropped seq of the tasks whose lists were deleted; it is not known what else
-        # of those tasks was dropped.
-        self._forgotten = 0
-
-    @property
-    def first(self) -> int:
-        """The seq of the oldest kept event (equal to `next` when none is kept)."""
-        return self._base + self._dropped
-
-    @property
-    def next(self) -> int:
-        """The seq that the next event will get."""
-        return self._base + len(self._entries)
+    encode: Callable[[dict[str, Any]], bytes]
+    capacity_bytes: int
+    compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame
+    # The seq of the oldest kept event, and the one that the next event will get.
+    first: int = 1
+    next: int = 1
+    # seq -> event, or its frame once that is encoded.
+    _entries: dict[int, Any] = field(default_factory=dict)
+    _bytes: int = 0
+    # Window bits -> seq -> compressed frame, made when the first viewer needs it; b"" where
+    # nothing was gained.
+    _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells which
+    # viewers have missed something. Older ones are deleted in bulk, at _trim_at.
+    _seqs: dict[str, list[int]] = field(default_factory=dict)
+    _trim_at: int = 0
+    # The newest dropped seq of the tasks whose lists were deleted; it is not known what else of
+    # those tasks was dropped.
+    _forgotten: int = 0
+    # Set by Viewers, for whoever publishes much: whether viewers wait to be served, and whether to
+    # pause until slow ones have caught up.
+    is_dirty: bool = False
+    must_pause: bool = False
 
     @property
     def middle(self) -> int:
         """The seq before which a viewer is half the capacity behind; 0 while there is room."""
-        is_roomy = self._bytes < self._capacity_bytes // 2
+        is_roomy = self._bytes < self.capacity_bytes // 2
         return 0 if is_roomy else (self.first + self.next) // 2
 
     @staticmethod
@@ -1961,24 +1938,21 @@ class Feed:
         kinds = (kind, event["task_id"]) if kind == OUTPUT_TYPE else (kind,)
         for one in kinds:
             self._seqs.setdefault(one, []).append(seq)
-        self._entries.append(event)
+        self._entries[seq] = event
+        self.next += 1
         self._bytes += self._size(event)
         self._trim()
         return kinds
 
     def _trim(self) -> None:
-        while self._bytes > self._capacity_bytes and self._dropped < len(self._entries) - 1:
-            self._bytes -= self._size(self._entries[self._dropped])
+        while self._bytes > self.capacity_bytes and len(self._entries) > 1:
+            self._bytes -= self._size(self._entries.pop(self.first))
             for frames in self._compressed.values():
-                frame = frames.pop(self.first, self._entries[self._dropped])
-                self._bytes -= len(frame) * (frame is not self._entries[self._dropped])
-            self._entries[self._dropped] = None
-            self._dropped += 1
-        if self._dropped > 1024 and self._dropped * 2 > len(self._entries):
-            del self._entries[: self._dropped]
-            self._base += self._dropped
-            self._dropped = 0
+                self._bytes -= len(frames.pop(self.first, b""))
+            self.first += 1
+        if self.first > self._trim_at:
             self._trim_seqs()
+            self._trim_at = self.first + max(1024, len(self._entries))
 
     def _trim_seqs(self) -> None:
         for seqs in self._seqs.values():
@@ -2002,49 +1976,47 @@ class Feed:
         be before `first`.
         """
         assert cursor >= self.first
+        seqs: Iterable[int] = range(cursor, self.next)
+        if kinds is not None:
+            parts = [seqs[start:] for seqs, start in self._find_later(cursor, kinds)]
+            seqs = parts[0] if len(parts) == 1 else sorted(itertools.chain.from_iterable(parts))
         frames: list[bytes] = []
         size = 0
-        for seq in self._select(cursor, kinds):
+        for seq in seqs:
             frame = self._read_frame(seq, bits)
             frames.append(frame)
             size += len(frame)
             if size >= max_bytes:
-                return frames[0] if len(frames) == 1 else b"".join(frames), seq + 1
-        return frames[0] if len(frames) == 1 else b"".join(frames), self.next
-
-    def _select(self, cursor: int, kinds: frozenset[str] | None) -> Iterable[int]:
-        """Return the seqs from the cursor on that are of one of these kinds, in order."""
-        if kinds is None:
-            return range(cursor, self.next)
-        found = [self._seqs[one] for one in kinds if one in self._seqs]
-        parts = [seqs[bisect.bisect_left(seqs, cursor) :] for seqs in found if seqs[-1] >= cursor]
-        return parts[0] if len(parts) == 1 else sorted(itertools.chain.from_iterable(parts))
+                return b"".join(frames), seq + 1
+        return b"".join(frames), self.next  # a single frame is not copied
 
     def _read_frame(self, seq: int, bits: int) -> bytes:
-        index = seq - self._base
-        entry = self._entries[index]
+        entry = self._entries[seq]
         if not isinstance(entry, bytes):
-            frame = self._encode(entry)
+            frame = self.encode(entry)
             self._bytes += self._size(frame) - self._size(entry)
-            self._entries[index] = entry = frame
-        return self._read_compressed(seq, entry, bits) if bits else entry
-
-    def _read_compressed(self, seq: int, frame: bytes, bits: int) -> bytes:
+            self._entries[seq] = entry = frame
+        if not bits:
+            return entry
         frames = self._compressed.setdefault(bits, {})
         if seq not in frames:
-            frames[seq] = self._compress(frame, bits)
-            self._bytes += len(frames[seq]) * (frames[seq] is not frame)
-        return frames[seq]
+            frame = self.compress(entry, bits)
+            frames[seq] = b"" if frame is entry else frame
+            self._bytes += len(frames[seq])
+        return frames[seq] or entry
+
+    def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
+        """Yield the seqs of each of these kinds that has one from the cursor on, and its index."""
+        for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
+            if seqs[-1] >= cursor:
+                yield seqs, bisect.bisect_left(seqs, cursor)
 
     def find_next(self, cursor: int, kinds: frozenset[str] | None) -> int:
         """Return the seq of the first event of these kinds from the cursor on, or else `next`."""
         if kinds is None:
             return cursor
-        found = self.next
-        for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
-            if seqs[-1] >= cursor:
-                found = min(found, seqs[bisect.bisect_left(seqs, cursor)])
-        return found
+        later = self._find_later(cursor, kinds)
+        return min((seqs[index] for seqs, index in later), default=self.next)
 
     def has_dropped(self, cursor: int, kinds: frozenset[str] | None) -> bool:
         """Whether an event of these kinds from the cursor on is no longer kept."""
@@ -2052,20 +2024,6 @@ class Feed:
             return cursor < self.first
         is_unsure = cursor <= self._forgotten and not kinds <= set(EVENT_TYPES)
         return is_unsure or self.find_next(cursor, kinds) < self.first
-
-    def find_cursor(
-        self, since: int, same_boot: bool, kinds: frozenset[str] | None = None
-    ) -> tuple[int, tuple[int, int] | None]:
-        """Return (where a viewer that has seen `since` goes on, the gap before it or None).
-
-        A gap is (from, to), inclusive. If `since` is from another boot, it is only known that
-        events are missing: such a gap begins at 0, a seq that no event has.
-        """
-        if not same_boot or since >= self.next:
-            return self.first, (0, self.first - 1)
-        if self.has_dropped(since + 1, kinds):
-            return self.first, (since + 1, self.first - 1)
-        return max(since + 1, self.first), None
 
 
 def find_character(data: bytes, start: int) -> int:
@@ -2075,20 +2033,18 @@ def find_character(data: bytes, start: int) -> int:
     return start
 
 
+@dataclass
 class OutputLog:
     """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self._capacity_bytes = capacity_bytes
-        # Blocks never change, so readers can hold them while output is added.
-        self._blocks: deque[bytes] = deque()
-        # Offset of the first block's first byte; that byte may be dropped already.
-        self._blocks_start = 0
-        # The newest bytes, which do not fill a block yet.
-        self._tail = bytearray()
-        # Offset of the first kept byte, and of the end.
-        self.start = 0
-        self.end = 0
+    capacity_bytes: int
+    # Each begins with a whole character. They are replaced, never changed, so readers can hold
+    # them while output is added.
+    _blocks: deque[bytes] = field(default_factory=deque)
+    # Offset of the first block, of the first kept byte in it, and of the end.
+    _begin: int = 0
+    start: int = 0
+    end: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -2097,28 +2053,21 @@ class OutputLog:
     def append(self, data: bytes) -> None:
         """Add output (whole characters) and drop the oldest beyond the capacity."""
         self.end += len(data)
-        if not self._tail and len(data) >= OUTPUT_BLOCK_BYTES:
-            self._blocks.append(data)  # the usual case in a flood: nothing is copied
-        else:
-            self._tail += data
-        if len(self._tail) >= OUTPUT_BLOCK_BYTES:
-            self._blocks.append(bytes(self._tail))
-            self._tail.clear()
-        self.drop_to(self._capacity_bytes)
+        if self._blocks and len(self._blocks[-1]) + len(data) <= OUTPUT_BLOCK_BYTES:
+            data = self._blocks.pop() + data
+        self._blocks.append(data)
+        self.drop_to(self.capacity_bytes)
 
     def drop_to(self, capacity_bytes: int) -> None:
         """Drop the oldest output beyond `capacity_bytes`, cutting on a character."""
         if self.kept_bytes <= capacity_bytes:
             return
         self.start = self.end - capacity_bytes
-        while self._blocks and self._blocks_start + len(self._blocks[0]) <= self.start:
-            self._blocks_start += len(self._blocks.popleft())
-        if not self._blocks and self.start > self._blocks_start:
-            del self._tail[: self.start - self._blocks_start]
-            self._blocks_start = self.start
-        first = self._blocks[0] if self._blocks else bytes(self._tail[:4])
-        # Every block begins with a whole character, so the search ends in this block at the latest.
-        self.start = self._blocks_start + find_character(first, self.start - self._blocks_start)
+        while self._blocks and self._begin + len(self._blocks[0]) <= self.start:
+            self._begin += len(self._blocks.popleft())
+        if self._blocks:
+            cut = find_character(self._blocks[0], self.start - self._begin)
+            self.start = self._begin + cut
 
     def read(self, offset: int = 0) -> list[bytes]:
         """Return all the output from `offset` on, in pieces that share the kept blocks.
@@ -2127,14 +2076,12 @@ class OutputLog:
         """
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
-        for block in itertools.chain([bytes(self._tail)], reversed(self._blocks)):
-            begin -= len(block)
-            at = find_character(block, max(0, offset - begin))
-            if at < len(block):
-                pieces.append(block[at:])
+        for block in reversed(self._blocks):
             if begin <= offset:
                 break
-        return pieces[::-1]
+            begin -= len(block)
+            pieces.append(block[find_character(block, max(0, offset - begin)) :])
+        return [piece for piece in reversed(pieces) if piece]
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
@@ -3174,22 +3121,18 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
 # Child processes, from spawn to reap. Each command runs as SHELL -c COMMAND in a session of its
-# own. Its stdout and stderr are one pipe, or one terminal, which the event loop reads and publishes
-# in the same turn. A task is complete when its shell has ended and all that the shell wrote has
-# been read. A background child may still hold the pipe: what it writes later is read and dropped,
-# so that it neither blocks nor breaks. (asyncio's own subprocess support would wait for it.)
+# own, with one pipe or terminal for stdout and stderr. A task is complete when its shell has ended
+# and all that the shell wrote has been read. A background child may still hold the pipe: what it
+# writes later is read and dropped, so that it neither blocks nor breaks. (asyncio's own subprocess
+# support would wait for it.)
 #
-# Stopping is one function for kill, time-out and the server's own end:
-#
-#   signal to every process of the session ─► wait KILL_GRACE_SECONDS ─► KILL to every process
-#
-# The shell is not reaped before that is over, so the kernel cannot give its pid, which is the id of
-# the session, to another process. A process that has left the session (setsid) is not reached.
+# Kill, time-out and the server's own end stop a task in the same way: a signal to every process of
+# the session, and KILL after KILL_GRACE_SECONDS. The shell is not reaped before that is over, so
+# its pid, which is the id of the session, cannot be given to another process. A process that has
+# left the session (setsid) is not reached.
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
-
-# What `killed_by` says about tasks that were running when the server stopped.
-SERVER_STOP = "server stop"
+SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
 
 
 class TaskState(enum.Enum):
@@ -3202,7 +3145,11 @@ class TaskState(enum.Enum):
 
 
 class TaskPhase(enum.Enum):
-    """How far a task is on the way to its end."""
+    """How far a task is on the way to its end.
+
+    It ends with its shell, or if it is being stopped, with the last process of its session. After
+    KILL it ends with its shell again, since KILL was sent to all of them.
+    """
 
     RUNNING = "running"
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
@@ -3211,138 +3158,106 @@ class TaskPhase(enum.Enum):
     ENDED = "ended"
 
 
-# Phase -> what happens -> the next phase. Anything else changes nothing. A task that is not being
-# stopped ends with its shell; one that is, with the last process of its session or with the KILL.
-TASK_PHASES = {
-    TaskPhase.RUNNING: {"stop": TaskPhase.STOPPING, "shell ended": TaskPhase.ENDED},
-    TaskPhase.STOPPING: {"shell ended": TaskPhase.DRAINING, "kill": TaskPhase.KILLING},
-    TaskPhase.DRAINING: {"session ended": TaskPhase.ENDED, "kill": TaskPhase.ENDED},
-    TaskPhase.KILLING: {"shell ended": TaskPhase.ENDED},
-    TaskPhase.ENDED: {},
-}
-
-
 def set_terminal_size(fd: int, cols: int, rows: int) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
 class TaskInput:
-    """The input of a task, by pipe or terminal. It waits here until the task reads it.
-
-    Owns its descriptor.
-    """
+    """The input of a task, by pipe or terminal. It waits here until the task reads it."""
 
     def __init__(self, fd: int, is_terminal: bool) -> None:
         os.set_blocking(fd, False)
-        self._fd = fd
+        self.fd = fd  # -1 when it is closed
         self._is_terminal = is_terminal
         self._waiting = bytearray()
         # Whether the input ends after what is still waiting.
         self._is_ending = False
 
-    def write(self, data: bytes) -> None:
-        """Add input. Raises CommandError `no_input` or `input_full`."""
+    def write(self, data: bytes, is_end: bool = False) -> None:
+        """Add input. At its end close the pipe, or type Ctrl-D into the terminal.
+
+        Raises CommandError `no_input` or `input_full`.
+        """
         if self._is_ending:
             raise CommandError("no_input", "the task's standard input is closed")
         if len(self._waiting) + len(data) > MAX_INPUT_BYTES:
             raise CommandError("input_full", "the task does not read what was typed; try later")
         self._waiting += data
+        if is_end and self._is_terminal:
+            self._waiting += b"\x04"
+        self._is_ending = is_end and not self._is_terminal
         self._drain()
 
-    def end(self) -> None:
-        """End the input: close the pipe, type Ctrl-D into the terminal."""
-        if self._is_terminal:
-            self.write(b"\x04")
-        else:
-            self._is_ending = True
-            self._drain()
-
-    def resize(self, cols: int, rows: int) -> None:
-        """Set the size; the kernel tells the programs (SIGWINCH). Raises CommandError."""
-        if not self._is_terminal or self._fd < 0:
-            raise CommandError("no_terminal", "the task has no terminal")
-        set_terminal_size(self._fd, cols, rows)
-
     def close(self) -> None:
-        """Drop what still waits, and close the descriptor."""
         self._is_ending = True
         self._waiting.clear()
-        if self._fd >= 0:
-            asyncio.get_running_loop().remove_writer(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            asyncio.get_running_loop().remove_writer(self.fd)
+            os.close(self.fd)
+            self.fd = -1
 
     def _drain(self) -> None:
-        if self._fd < 0:
-            return
         loop = asyncio.get_running_loop()
         try:
             while self._waiting:
-                del self._waiting[: os.write(self._fd, self._waiting[:READ_CHUNK_BYTES])]
+                del self._waiting[: os.write(self.fd, self._waiting[:READ_CHUNK_BYTES])]
         except BlockingIOError:
-            loop.add_writer(self._fd, self._drain)
+            loop.add_writer(self.fd, self._drain)
             return
         except OSError:  # no process reads it any more
             self._is_ending = True
-        loop.remove_writer(self._fd)
+        loop.remove_writer(self.fd)
         if self._is_ending:
             self.close()
 
 
+@dataclass(eq=False)
 class Task:
     """One command, its process and its output."""
 
-    def __init__(self, task_id: str, request: ExecRequest, by: str, keep_output: int) -> None:
-        self.task_id = task_id
-        self.request = request
-        # Who started it: address and role.
-        self.by = by
-        # The shell; also the id of its session and first process group.
-        self.pid = 0
-        self.cwd = ""
-        # Set by Tasks._advance() alone.
-        self.phase = TaskPhase.RUNNING
-        # Wall clock in ms, for people. Durations are measured with the monotonic clock.
-        self.started_timestamp = 0
-        self.ended_timestamp: int | None = None
-        self.started_at = time.monotonic()
-        self.exit_code: int | None = None
-        self.signal_name: str | None = None
-        self.output = OutputLog(keep_output)
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # How many bytes of output may be read (0: any number) beyond what its `?follow` readers
-        # have taken; reader -> its offset; and the offset of the slowest one.
-        self.window = 0
-        self.readers: dict[object, int] = {}
-        self.taken: float = 0
-        # How often invalid UTF-8 in the output was replaced by U+FFFD.
-        self.replaced = 0
-        # The server's end of the pipe or terminal with its output; -1 is closed.
-        self.fd = -1
-        self.input: TaskInput | None = None
-        # Columns and rows of its terminal; all clients show it at this size.
-        self.size = (request.cols, request.rows) if request.tty else (None, None)
-        # The WebSocket client that typed last, or else the one that started the task. It answers
-        # the questions that programs ask a terminal.
-        self.typist: object = None
-        # The state that it will have when it has ended; and who killed it.
-        self.verdict = TaskState.DONE
-        self.killed_by: str | None = None
-        self.timers: dict[str, asyncio.TimerHandle] = {}
-        # Done when the task is complete.
-        self.completed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Set and cleared whenever there is more output, and at the end.
-        self.news = asyncio.Event()
+    task_id: str
+    request: ExecRequest
+    by: str  # who started it: address and role
+    output: OutputLog
+    # How many bytes of output may be read (0: any number) beyond what its `?follow` readers have
+    # taken; reader -> its offset; and the offset of the slowest one.
+    window: int = 0
+    readers: dict[object, int] = field(default_factory=dict)
+    taken: float = 0
+    pid: int = 0  # of the shell; also the id of its session and first process group
+    cwd: str = ""
+    phase: TaskPhase = TaskPhase.RUNNING
+    # Wall clock in ms, for people. Durations are measured with the monotonic clock.
+    started_timestamp: int = 0
+    ended_timestamp: int | None = None
+    started_at: float = field(default_factory=time.monotonic)
+    exit_code: int | None = None
+    signal_name: str | None = None
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+    replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
+    fd: int = -1  # the server's end of the pipe or terminal with its output; -1 is closed
+    input: TaskInput | None = None
+    # Columns and rows of its terminal; all clients show it at this size.
+    size: tuple[int, int] | tuple[None, None] = (None, None)
+    # The WebSocket client that typed last, or else the one that started the task. It answers the
+    # questions that programs ask a terminal.
+    typist: object = None
+    # The state that it will have when it has ended; and who killed it.
+    verdict: TaskState = TaskState.DONE
+    killed_by: str | None = None
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    # Done when the task is complete.
+    completed: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    # Set and cleared whenever there is more output, and at the end.
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def state(self) -> TaskState:
-        """The state for clients: "running" until the task is complete."""
         return self.verdict if self.phase is TaskPhase.ENDED else TaskState.RUNNING
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether reading its output pauses: see Outputs._pause()."""
-        return "read" in self.timers
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /tasks` says."""
@@ -3368,10 +3283,7 @@ class Task:
 
     @property
     def room(self) -> int:
-        """How many bytes may be read now; 0 while its readers must take something first.
-
-        Small numbers count as 0, or the task would be read in ever smaller pieces.
-        """
+        """How many bytes may be read now. Small numbers count as 0, or pieces would get smaller."""
         if not self.window:
             return READ_CHUNK_BYTES
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
@@ -3381,11 +3293,13 @@ class Task:
         self.news.set()
         self.news.clear()
 
-    def set_timer(self, name: str, seconds: float, callback: Callable[..., None]) -> None:
-        """Call callback(task) later, unless the task is complete by then."""
+    def set_timer(
+        self, name: str, seconds: float, callback: Callable[..., None], *arguments: object
+    ) -> None:
+        """Call callback(task, *arguments) later, unless the task is complete by then."""
         loop = asyncio.get_running_loop()
         self.cancel_timer(name)
-        self.timers[name] = loop.call_later(seconds, callback, self)
+        self.timers[name] = loop.call_later(seconds, callback, self, *arguments)
 
     def cancel_timer(self, name: str) -> None:
         timer = self.timers.pop(name, None)
@@ -3407,81 +3321,54 @@ def is_zombie(pid: int) -> bool:
 
 
 def find_session(session: int) -> list[int]:
-    """Return the processes of a session, zombies included.
-
-    getsid() for every pid takes a third of the time that reading /proc/*/stat takes.
-    """
+    """Return the processes of a session, zombies included."""
     members = []
     for pid in list_pids():
         try:
-            if os.getsid(pid) == session:
+            if os.getsid(pid) == session:  # a third of the time of reading /proc/PID/stat
                 members.append(pid)
         except OSError:
             pass  # it has ended meanwhile
     return members
 
 
-def signal_session(session: int, number: int) -> None:
-    """Send a signal to every process of a session, also in other process groups.
+def is_session_gone(session: int) -> bool:
+    """Whether only the shell is left; False if that cannot be found out now."""
+    try:
+        return all(pid == session or is_zombie(pid) for pid in find_session(session))
+    except OSError:
+        return False
 
-    The shell's process group is first: that is one system call, which no fork can outrun.
-    """
-    try:
+
+def signal_session(session: int, number: int) -> None:
+    """Send a signal to every process of a session, also in other process groups."""
+    # The shell's group is first: that is one system call, which no fork can outrun.
+    with contextlib.suppress(OSError):  # it has ended, or belongs to another account
         os.killpg(session, number)
-    except OSError:
-        pass  # the group has ended, or belongs to another account
-    try:
+    members: list[int] = []
+    with contextlib.suppress(OSError):  # no descriptor is free, or there is no /proc
         members = find_session(session)
-    except OSError:
-        return  # no descriptor is free, or there is no /proc: only the group gets the signal
     for pid in members:
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another account (sudo)
             if os.getpgid(pid) != session:
                 os.kill(pid, number)
-        except OSError:
-            pass  # it has ended, or belongs to another account (sudo)
 
 
 def has_exited(pid: int) -> bool:
-    """Whether a child has ended. It is not reaped."""
     try:
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, pid, flags) is not None
+        return bool(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
     except ChildProcessError:
         return True
 
 
 def reap_orphans(shells: set[int]) -> None:
     """Reap orphans. Only PID 1 (in a container) inherits any."""
-    try:
-        pids = list_pids()
-    except OSError:
-        return  # the next SIGCHLD tries again
+    pids: set[int] = set()
+    with contextlib.suppress(OSError):  # no descriptor is free: the next SIGCHLD tries again
+        pids = {*list_pids()} - shells
     for pid in pids:
-        if pid not in shells:
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except OSError:
-                pass  # not a child of this process
-
-
-def count_pipe_bytes(fd: int) -> int:
-    (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
-    return int(count)
-
-
-def open_terminal(cols: int, rows: int) -> tuple[int, int]:
-    """Return the server's and the child's end of a new pty(7). Raises OSError."""
-    our_fd, child_fd = os.openpty()
-    try:
-        attributes = termios.tcgetattr(child_fd)
-        attributes[0] |= INPUT_IS_UTF8  # so that backspace deletes whole characters
-        termios.tcsetattr(child_fd, termios.TCSANOW, attributes)
-        set_terminal_size(our_fd, cols, rows)
-    except (OSError, termios.error) as error:
-        close_fds((our_fd, child_fd))
-        raise OSError(*error.args) from None
-    return our_fd, child_fd
+        with contextlib.suppress(OSError):  # not a child of this process
+            os.waitpid(pid, os.WNOHANG)
 
 
 def take_terminal() -> None:
@@ -3489,32 +3376,26 @@ def take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-class Streams(NamedTuple):
-    """Both ends of a task's standard streams. child_in may be subprocess.DEVNULL; our_in -1."""
+def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
+    """Return the server's and the child's ends of a task's streams, each [output, input].
 
-    child_in: int
-    child_out: int
-    our_in: int
-    our_out: int
-
-
-def open_streams(request: ExecRequest) -> Streams:
-    """Open what a task reads from and writes to. Raises OSError; then nothing is open."""
+    A terminal is both for the child; without input there is only the output. Raises OSError.
+    """
     opened: list[int] = []
     try:
+        opened += os.openpty() if request.tty else os.pipe()
         if request.tty:
-            opened += open_terminal(request.cols, request.rows)
-            our_fd, child_fd = opened
-            opened.append(os.dup(our_fd))  # a descriptor for typing, one for reading
-            return Streams(child_fd, child_fd, opened[2], our_fd)
-        opened += os.pipe()
-        if request.stdin in (None, False):
-            return Streams(subprocess.DEVNULL, opened[1], -1, opened[0])
-        opened += os.pipe()
-        return Streams(opened[2], opened[1], opened[3], opened[0])
-    except OSError:
+            attributes = termios.tcgetattr(opened[1])
+            attributes[0] |= INPUT_IS_UTF8  # so that backspace deletes whole characters
+            termios.tcsetattr(opened[1], termios.TCSANOW, attributes)
+            set_terminal_size(opened[0], request.cols, request.rows)
+            opened.append(os.dup(opened[0]))  # a descriptor for reading, one for typing
+        elif request.stdin not in (None, False):
+            opened += reversed(os.pipe())
+    except (OSError, termios.error) as error:
         close_fds(opened)
-        raise
+        raise OSError(*error.args) from None
+    return opened[::2], opened[1::2]
 
 
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
@@ -3529,33 +3410,18 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
     return CommandError("spawn_failed", f"the shell cannot be run: {reason}")
 
 
-def read_cwd() -> str:
-    """Return the working folder; the kernel marks one that was deleted."""
-    try:
-        return os.readlink("/proc/self/cwd")
-    except OSError:
-        return ""
-
-
 def raise_descriptor_limit() -> tuple[int, int]:
     """Raise the limit of descriptors to its maximum; return the limits before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower maximum, which it hides
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        pass  # macOS has a lower maximum that it does not tell
     return soft, hard
-
-
-def hide_options(command: str) -> str:
-    """Return a command that no shell takes for an option. (Not every shell knows `sh -c -- -x`.)"""
-    return f" {command}" if command.startswith(("-", "+")) else command
 
 
 class Spawner:
     """Starts the processes of tasks.
 
-    descriptor_limit: RLIMIT_NOFILE before the server raised its own; children get it.
+    descriptor_limit: RLIMIT_NOFILE of children, as it was before the server raised its own.
     """
 
     def __init__(
@@ -3563,43 +3429,47 @@ class Spawner:
     ) -> None:
         self._shell = shell
         # The environment of every child, before its own additions. It has no tokens any more.
-        self._environment = {
-            os.fsencode(name): os.fsencode(value) for name, value in environment.items()
-        }
-        self._environment[b"PYTHONUNBUFFERED"] = b"1"
+        own = {**environment, "PYTHONUNBUFFERED": "1"}
+        self._environment = {os.fsencode(name): os.fsencode(value) for name, value in own.items()}
         self._descriptor_limit = descriptor_limit
 
     def spawn(self, task: Task) -> None:
         """Start a task's shell, and open the server's ends of its streams. Raises OSError."""
         request = task.request
-        cwd = read_cwd()
-        task.cwd = os.path.join(cwd, request.cwd) if request.cwd else cwd
-        streams = open_streams(request)
-        self._lower_descriptor_limit(streams.child_out)
+        with contextlib.suppress(OSError):  # there is no /proc on macOS
+            task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
+        if request.cwd:
+            task.cwd = os.path.join(task.cwd, request.cwd)
+        # No shell takes this for an option then. (Not every shell knows `sh -c -- -x`.)
+        space = " " if request.command.startswith(("-", "+")) else ""
+        ours, childs = open_streams(request)
+        self._lower_descriptor_limit(childs[0])
         try:
             process = subprocess.Popen(
-                [self._shell, "-c", hide_options(request.command).encode("utf-8")],
-                stdin=streams.child_in,
-                stdout=streams.child_out,
-                stderr=streams.child_out,
-                cwd=None if request.cwd is None else request.cwd.encode("utf-8"),
+                [self._shell, "-c", f"{space}{request.command}".encode()],
+                stdin=childs[-1] if len(ours) > 1 else subprocess.DEVNULL,
+                stdout=childs[0],
+                stderr=childs[0],
+                cwd=None if request.cwd is None else request.cwd.encode(),
                 env=self._make_environment(task),
                 start_new_session=True,
                 preexec_fn=take_terminal if request.tty else None,
             )
         except BaseException:
-            close_fds((streams.our_in, streams.our_out))
+            close_fds(ours)
             raise
         finally:
             raise_descriptor_limit()
-            close_fds((streams.child_in, streams.child_out))
+            close_fds(childs)
         # So that Popen never waits for this pid: the server does, and the pid may then be reused.
         process.returncode = 0
-        os.set_blocking(streams.our_out, False)
-        task.fd, task.pid = streams.our_out, process.pid
-        if streams.our_in >= 0:
-            task.input = TaskInput(streams.our_in, request.tty)
-        self._restore_descriptor_limit(process.pid)
+        task.fd, task.pid = ours[0], process.pid
+        os.set_blocking(task.fd, False)
+        if len(ours) > 1:
+            task.input = TaskInput(ours[1], request.tty)
+        # Again, where that could not be lowered. (Not on macOS; and the child may have ended.)
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
     def _make_environment(self, task: Task) -> dict[bytes, bytes]:
         environment = dict(self._environment)
@@ -3607,16 +3477,13 @@ class Spawner:
             environment[b"TERM"] = b"xterm-256color"
             for name in (b"COLUMNS", b"LINES"):  # of the terminal that the server was started on
                 environment.pop(name, None)
-        for key, text in task.request.env.items():
-            environment[key.encode("utf-8")] = text.encode("utf-8")
-        environment[b"SERVERCONTROL_TASK_ID"] = task.task_id.encode("ascii")
-        return environment
+        asked = {**task.request.env, "SERVERCONTROL_TASK_ID": task.task_id}
+        return {**environment, **{name.encode(): text.encode() for name, text in asked.items()}}
 
     def _lower_descriptor_limit(self, newest_fd: int) -> None:
-        """Lower the limit to the one that the child shall inherit, while it is being started.
+        """Set the limit that the child shall inherit, since select() fails above 1024.
 
-        Popen itself needs a few descriptors. If the lower limit leaves no room for them, the limit
-        stays, and the child gets its own when it already runs.
+        If that leaves no room for what Popen itself opens, the child gets it when it already runs.
         """
         spare: list[int] = []
         try:
@@ -3625,170 +3492,121 @@ class Spawner:
             if max(spare) < self._descriptor_limit[0]:
                 resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
         except (OSError, ValueError):
-            pass  # no descriptor is free (Popen will say so), or this is macOS
+            pass  # no descriptor is free, as Popen will say, or this is macOS
         finally:
             close_fds(spare)
 
-    def _restore_descriptor_limit(self, pid: int) -> None:
-        """Give the child the limit that the server was started with: select() fails above 1024."""
-        try:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
-        except (AttributeError, OSError, ValueError):  # the first on macOS
-            pass  # it has already ended
+
+def read_available(fd: int, size: int) -> bytes | None:
+    """Return what can be read now: None if nothing, b"" at the end."""
+    try:
+        return os.read(fd, size)
+    except BlockingIOError:
+        return None
+    except OSError:  # EIO: no process has the terminal open
+        return b""
 
 
+@dataclass(eq=False)
 class Outputs:
-    """Reads the output of running tasks in fair turns, publishes it, and keeps the newest of it.
+    """Reads the output of running tasks in fair turns, publishes it, and keeps the newest of it."""
 
-    is_pressed: whether reading should pause for slow viewers. is_serving: whether viewers are being
-    served just now. running, finished: the tasks; finished ones in the order in which they ended.
-    """
+    _publish: Publish
+    _feed: Feed
+    _running: Mapping[str, Task]
+    _finished: Collection[Task]  # in the order in which they ended
+    # Bytes of output that are kept, and that were ever read.
+    kept_bytes: int = 0
+    total_bytes: int = 0
+    # perf_counter: until when tasks are read in this turn of the event loop (0 before the first one
+    # is), and when one was last read.
+    _turn_end: float = 0.0
+    _read_at: float = 0.0
+    # Those that have output but were left out: the next turns are theirs.
+    _late: set[Task] = field(default_factory=set)
 
-    def __init__(
-        self,
-        publish: Publish,
-        is_pressed: Callable[[], bool],
-        is_serving: Callable[[], bool],
-        running: Mapping[str, Task],
-        finished: Collection[Task],
-    ) -> None:
-        self._publish = publish
-        self._is_pressed = is_pressed
-        self._is_serving = is_serving
-        self._running = running
-        self._finished = finished
-        # Bytes of output that are kept, and that were ever read.
-        self._kept_bytes = self.total_bytes = 0
-        # The tasks that wait to be read, in this order; and until when (perf_counter) reading may
-        # go on in this turn of the event loop, 0 if it has not begun.
-        self._queue: dict[Task, None] = {}
-        self._turn_end = 0.0
-        # When tasks were last read (perf_counter).
-        self._read_at = 0.0
+    def resume(self, task: Task, lifts_window: bool = False) -> None:
+        """Read a task's output from now on.
 
-    def watch(self, task: Task) -> None:
-        """Read a task's output from now on."""
+        lifts_window: its readers took nothing for WINDOW_SECONDS, and a task outlives its clients.
+        """
+        if lifts_window:
+            task.taken = math.inf
+        task.cancel_timer("read")  # also one that has fired, since this tells who is paused
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
-    def drain(self, task: Task) -> None:
-        """Read what the shell, which has ended, has left in the pipe."""
-        # The kernel may still move a part of a terminal's output; only read() waits for that.
+    def finish(self, task: Task) -> None:
+        """Read what the shell, which has ended, has left in the pipe, but not what others write."""
         left = 0
-        if task.fd >= 0:
-            left = TERMINAL_BUFFER_BYTES if task.request.tty else count_pipe_bytes(task.fd)
+        if task.fd >= 0 and task.request.tty:
+            left = TERMINAL_BUFFER_BYTES  # some may still be on its way; only read() waits for it
+        elif task.fd >= 0:
+            (left,) = struct.unpack("i", fcntl.ioctl(task.fd, termios.FIONREAD, b"\0" * 4))
         while left > 0:
             chunk = self._read_chunk(task, min(left, READ_CHUNK_BYTES))
-            if not chunk:
-                break
-            left -= len(chunk)
+            left = left - len(chunk) if chunk else 0
             self._take(task, chunk)
         self._take(task, b"", final=True)
-
-    def leave(self, task: Task) -> None:
-        """End reading: the task has ended. Processes that still hold its pipe may go on."""
+        self._late.discard(task)
         if task.fd >= 0:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(task.fd)
-            loop.add_reader(task.fd, self._discard, task.fd)
+            asyncio.get_running_loop().add_reader(task.fd, self._discard, task.fd)
             task.fd = -1
 
-    def forget(self, task: Task) -> None:
-        """Count the output of a task that is no longer kept as gone."""
-        self._kept_bytes -= task.output.kept_bytes
-
     def _read(self, task: Task) -> None:
-        """There is output: read it now, or when it is this task's turn.
+        """There is output: read a chunk of it, if it is this task's turn.
 
-        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. The others
-        wait in a queue and are read first in the next turn.
+        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. Those that
+        are left out are called again in the next turn, and are then read first.
         """
         now = time.perf_counter()
         if not self._turn_end:
-            self._turn_end = now + READ_TURN_SECONDS
-            asyncio.get_running_loop().call_soon(self._begin_turn)
-        if self._queue or now >= self._turn_end or self._must_wait(now):
-            self._queue[task] = None
-        else:
+            # While viewers are being served, output gathers in the pipes, so that the next read is
+            # one larger chunk: fewer and larger events for all.
+            must_wait = now - self._read_at < ROUND_SECONDS and self._feed.is_dirty
+            self._turn_end = now if must_wait else now + READ_TURN_SECONDS
+            asyncio.get_running_loop().call_soon(setattr, self, "_turn_end", 0.0)
+        if now >= self._turn_end:
+            self._late.add(task)
+        elif not self._late or task in self._late:
+            self._late.discard(task)
             self._read_at = now
             self._read_now(task)
 
-    def _must_wait(self, now: float) -> bool:
-        """Whether viewers must be served first. Meanwhile output gathers in the pipes, so that the
-        next read is one larger chunk: fewer and larger events for all."""
-        return now - self._read_at < ROUND_SECONDS and self._is_serving()
-
-    def _begin_turn(self) -> None:
-        """Begin a turn of the event loop: first read the tasks that waited in the last one."""
-        self._turn_end = 0.0
-        if not self._queue:
-            return
-        now = time.perf_counter()
-        self._turn_end = now + READ_TURN_SECONDS
-        asyncio.get_running_loop().call_soon(self._begin_turn)
-        if self._must_wait(now):
-            return
-        self._read_at = now
-        while self._queue and time.perf_counter() < self._turn_end:
-            task = next(iter(self._queue))
-            del self._queue[task]
-            if task.fd >= 0 and not task.is_paused:
-                self._read_now(task)
-
     def _read_now(self, task: Task) -> None:
         room = task.room
-        if self._is_pressed():
-            self._pause(task, PRESSURE_SECONDS, self._resume_read)
+        if self._feed.must_pause:
+            self._pause(task, PRESSURE_SECONDS)
         elif not room:
-            self._pause(task, WINDOW_SECONDS, self._lift_window)
+            self._pause(task, WINDOW_SECONDS, lifts_window=True)
         else:
             chunk = self._read_chunk(task, room)
             if chunk:
                 self._take(task, chunk)
 
-    def _pause(self, task: Task, seconds: float, go_on: Callable[[Task], None]) -> None:
-        """Stop reading a task for a while: viewers cannot follow, or its readers have taken too
-        little of its window, or no process has its terminal open."""
+    def _pause(self, task: Task, seconds: float, lifts_window: bool = False) -> None:
+        """Stop reading a task for a while."""
         asyncio.get_running_loop().remove_reader(task.fd)
-        task.set_timer("read", seconds, go_on)
-
-    def _resume_read(self, task: Task) -> None:
-        # Remove it even if it has just fired: a task with a "read" timer counts as paused.
-        task.cancel_timer("read")
-        asyncio.get_running_loop().add_reader(task.fd, self._read, task)
+        task.set_timer("read", seconds, self.resume, lifts_window)
 
     def move_reader(self, task: Task, reader: object, offset: int) -> None:
-        """Note how much a `?follow` reader has taken. The slowest reader counts for the window."""
+        """Note how much a `?follow` reader has taken. The slowest one counts for the window."""
         task.readers[reader] = offset
         task.taken = min(task.readers.values())
-        if task.fd >= 0 and task.is_paused:
-            if task.room:
-                self._resume_read(task)
-            else:
-                self._pause(task, WINDOW_SECONDS, self._lift_window)
-
-    def _lift_window(self, task: Task) -> None:
-        """Remove the window, since no reader takes anything: a task outlives its clients."""
-        task.taken = math.inf
-        self._resume_read(task)
+        if task.fd >= 0 and "read" in task.timers:
+            self.resume(task)  # if there is still no room, it is paused anew
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
         """Read output; close the descriptor at its end."""
-        try:
-            chunk = os.read(task.fd, size)
-        except BlockingIOError:
-            return b""
-        except OSError:  # EIO: no process has the terminal open
-            chunk = b""
-        if chunk:
-            return chunk
-        if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
-            # A process may open it again, as /dev/tty.
-            self._pause(task, TERMINAL_LOOK_SECONDS, self._resume_read)
-        else:
-            asyncio.get_running_loop().remove_reader(task.fd)
-            os.close(task.fd)
-            task.fd = -1
-        return b""
+        chunk = read_available(task.fd, size)
+        if chunk == b"":
+            if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
+                # A process may open it again, as /dev/tty.
+                self._pause(task, TERMINAL_LOOK_SECONDS)
+            else:
+                asyncio.get_running_loop().remove_reader(task.fd)
+                os.close(task.fd)
+                task.fd = -1
+        return chunk or b""
 
     def _take(self, task: Task, chunk: bytes, final: bool = False) -> None:
         """Publish and keep a chunk. A character that was cut in two waits for its other half."""
@@ -3803,42 +3621,36 @@ class Outputs:
         offset, kept = task.output.end, task.output.kept_bytes
         task.output.append(chunk)
         self.total_bytes += len(chunk)
-        self._kept_bytes += task.output.kept_bytes - kept
+        self.kept_bytes += task.output.kept_bytes - kept
         self._publish("task_output", task_id=task.task_id, output=chunk, offset=offset)
-        if self._kept_bytes > KEEP_ALL_OUTPUT_BYTES:
+        if self.kept_bytes > KEEP_ALL_OUTPUT_BYTES:
             self._drop_output()
         task.wake()
 
     def _drop_output(self) -> None:
-        """Limit the output of all tasks together: drop that of finished tasks first, oldest first.
+        """Limit what is kept of all tasks: first of the finished ones, in their order.
 
-        Output inside a task's window, which its reader may still need, is dropped last.
+        What is inside a task's window, and may still be needed by its reader, is dropped last.
         """
         running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
         for is_last in (False, True):
             for task in [*self._finished, *running]:
-                excess = self._kept_bytes - KEEP_ALL_OUTPUT_BYTES
+                excess = self.kept_bytes - KEEP_ALL_OUTPUT_BYTES
                 if excess <= 0:
                     return
                 kept = task.output.kept_bytes
                 least = 0 if is_last else min(kept, task.window)
                 task.output.drop_to(max(least, kept - excess))
-                self._kept_bytes += task.output.kept_bytes - kept
+                self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
         """Read and drop what a background child writes after the end of its task, slowly."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
-        try:
-            is_open = bool(os.read(fd, READ_CHUNK_BYTES))
-        except BlockingIOError:
-            is_open = True
-        except OSError:  # EIO: the last process has closed the terminal
-            is_open = False
-        if is_open:
-            loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
-        else:
+        if read_available(fd, READ_CHUNK_BYTES) == b"":
             os.close(fd)
+        else:
+            loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
 
 
 def reap_shell(task: Task) -> tuple[float, int]:
@@ -3857,52 +3669,43 @@ def reap_shell(task: Task) -> tuple[float, int]:
     return round(usage.ru_utime + usage.ru_stime, 6), rss
 
 
+@dataclass(eq=False)
 class Tasks:
     """All tasks: the running ones, and the finished ones that are kept."""
 
-    def __init__(
-        self,
-        config: Config,
-        ids: TaskIds,
-        publish: Publish,
-        is_pressed: Callable[[], bool],
-        is_serving: Callable[[], bool],
-        log: Log,
-        audit: AuditLog,
-        spawner: Spawner,
-    ) -> None:
-        self._config = config
-        self._ids = ids
-        self._publish = publish
-        self._log = log
-        self._audit = audit
-        self._spawner = spawner
-        # All kept tasks by id, oldest first, and the running ones among them.
-        self._tasks: OrderedDict[str, Task] = OrderedDict()
-        self.running: dict[str, Task] = {}
-        # The finished ones, in the order in which they ended.
-        self._finished: deque[Task] = deque()
-        # `ref` -> id of the task that was started for it, also if that is no longer kept.
-        self._refs: OrderedDict[str, str] = OrderedDict()
-        self.outputs = Outputs(publish, is_pressed, is_serving, self.running, self._finished)
-        # For /metrics, since the start of the server.
-        self.started = 0
-        self.completed = {state.value: 0 for state in TaskState if state is not TaskState.RUNNING}
-        self.durations = Histogram(DURATION_BOUNDS)
-        # Set when the server stops: no new tasks.
-        self.is_stopping = False
+    _config: Config
+    _ids: TaskIds
+    _publish: Publish
+    _feed: Feed
+    _log: Log
+    _audit: AuditLog
+    _spawner: Spawner
+    # All kept tasks by id, oldest first, and the running ones among them.
+    kept: dict[str, Task] = field(default_factory=dict)
+    running: dict[str, Task] = field(default_factory=dict)
+    # The finished ones, in the order in which they ended.
+    _finished: deque[Task] = field(default_factory=deque)
+    # `ref` -> id of the task that was started for it, also if that is no longer kept.
+    _refs: dict[str, str] = field(default_factory=dict)
+    is_stopping: bool = False  # the server is; then no task is started
+    # For /metrics, since the start of the server.
+    started: int = 0
+    completed: dict[str, int] = field(
+        default_factory=lambda: {"done": 0, "killed": 0, "timeout": 0}
+    )
+    durations: Histogram = field(default_factory=lambda: Histogram(DURATION_BOUNDS))
+
+    def __post_init__(self) -> None:
+        self.outputs = Outputs(self._publish, self._feed, self.running, self._finished)
 
     # Looking things up
 
     def get(self, task_id: Any) -> Task:
         """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
-        task = self._tasks.get(parse_task_id(task_id))
+        task = self.kept.get(parse_task_id(task_id))
         if task is None:
             raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
         return task
-
-    def kept(self) -> Iterable[Task]:
-        return self._tasks.values()
 
     # Starting
 
@@ -3916,7 +3719,9 @@ class Tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
         config = self._config
         keep_output = config.keep_output * (KEEP_TIMES if request.window else 1)
-        task = Task(self._ids.take(), request, by, keep_output)
+        task = Task(self._ids.take(), request, by, OutputLog(keep_output))
+        if request.tty:
+            task.size = request.cols, request.rows
         # So that the windows of all tasks, and the rest of each pipe, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
@@ -3924,40 +3729,32 @@ class Tasks:
             self._spawner.spawn(task)
         except OSError as error:
             raise spawn_error(error, request.cwd) from None
-        self._tasks[task.task_id] = self.running[task.task_id] = task
+        self.kept[task.task_id] = self.running[task.task_id] = task
         if request.ref is not None:
             self._refs[request.ref] = task.task_id
         if len(self._refs) > MAX_REFS:
-            self._refs.popitem(last=False)
-        self._announce(task)
-        self.outputs.watch(task)
+            del self._refs[next(iter(self._refs))]
+        self.started += 1
+        task.started_timestamp = self._tell(
+            "task_start",
+            task.describe(),
+            "task_id command pid cwd tty cols rows by name",
+            "task_id command cwd by pid",
+        )
+        command = request.command[:200]
+        self._log.write("info", "task_start", task_id=task.task_id, command=command, by=by)
+        self.outputs.resume(task)
         if task.input is not None and isinstance(request.stdin, str):
-            task.input.write(request.stdin.encode("utf-8"))
-            if not request.tty:
-                task.input.end()
+            task.input.write(request.stdin.encode("utf-8"), is_end=not request.tty)
         if request.timeout:
             task.set_timer("timeout", request.timeout, self.stop)
         return task
 
-    def _announce(self, task: Task) -> None:
-        self.started += 1
-        event = self._publish(
-            "task_start",
-            task_id=task.task_id,
-            command=task.request.command,
-            pid=task.pid,
-            cwd=task.cwd,
-            tty=task.request.tty,
-            cols=task.size[0],
-            rows=task.size[1],
-            by=task.by,
-            name=task.request.name,
-        )
-        task.started_timestamp = event["timestamp"]
-        told = ("task_id", "command", "cwd", "by", "pid")
-        self._audit.write("task_start", **{name: event[name] for name in told})
-        command = task.request.command[:200]
-        self._log.write("info", "task_start", task_id=task.task_id, command=command, by=task.by)
+    def _tell(self, kind: str, facts: dict[str, Any], told: str, audited: str) -> int:
+        """Publish some of the facts, and write some into the audit log; return the timestamp."""
+        event = self._publish(kind, **{name: facts[name] for name in told.split()})
+        self._audit.write(kind, **{name: facts[name] for name in audited.split()})
+        return int(event["timestamp"])
 
     # Typing
 
@@ -3965,15 +3762,15 @@ class Tasks:
         self, task: Task, data: bytes, is_end: bool = False, typist: object = None
     ) -> None:
         """Give a task input, and possibly its end. Raises CommandError."""
-        task_input = self._find_input(task)
-        task_input.write(data)
+        self._find_input(task).write(data, is_end)
         task.typist = typist
-        if is_end:
-            task_input.end()
 
     def resize(self, task: Task, cols: int, rows: int) -> None:
-        """Set the size of a task's terminal, and tell everybody. Raises CommandError."""
-        self._find_input(task).resize(cols, rows)
+        """Set a terminal's size. The kernel tells its programs (SIGWINCH). Raises CommandError."""
+        fd = self._find_input(task).fd
+        if not task.request.tty or fd < 0:
+            raise CommandError("no_terminal", "the task has no terminal")
+        set_terminal_size(fd, cols, rows)
         if task.size != (cols, rows):
             task.size = (cols, rows)
             self._publish("task_resize", task_id=task.task_id, cols=cols, rows=rows)
@@ -3990,19 +3787,19 @@ class Tasks:
     # Stopping
 
     def stop(self, task: Task, number: int = signal.SIGTERM, by: str | None = None) -> None:
-        """Signal the whole session, and KILL it after the grace time.
+        """Signal the whole session, and KILL it after the grace time. by: None is its time limit.
 
-        by: who stops it; None is its time limit. Raises CommandError `task_ended`; then no signal
-        was sent.
+        Raises CommandError `task_ended`; then no signal was sent.
         """
         if task.phase is TaskPhase.ENDED:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
         if task.phase is TaskPhase.RUNNING:
             task.verdict = TaskState.KILLED if by else TaskState.TIMEOUT
             task.killed_by = by
-            self._advance(task, "stop")
+            task.phase = TaskPhase.STOPPING
+            task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
         if number == signal.SIGKILL:
-            self._advance(task, "kill")
+            self._kill(task)
             return
         signal_session(task.pid, number)
         if task.request.tty and number == signal.SIGTERM:
@@ -4010,6 +3807,12 @@ class Tasks:
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
             # A stopped process receives the signal only when it continues.
             signal_session(task.pid, signal.SIGCONT)
+
+    def _kill(self, task: Task) -> None:
+        task.phase = TaskPhase.KILLING
+        task.cancel_timer("kill")
+        signal_session(task.pid, signal.SIGKILL)
+        self._advance(task)
 
     def stop_all(self) -> None:
         self.is_stopping = True
@@ -4023,92 +3826,62 @@ class Tasks:
     # Ending
 
     def reap(self) -> None:
-        """Find the shells that have ended. Called for each SIGCHLD, which may stand for many."""
+        """Find the shells that have ended. One SIGCHLD may stand for many."""
         for task in list(self.running.values()):
-            if task.phase is not TaskPhase.DRAINING and has_exited(task.pid):
-                self._advance(task, "shell ended")
+            if task.phase is not TaskPhase.DRAINING:  # those have a timer
+                self._advance(task)
         if os.getpid() == 1:
             reap_orphans({task.pid for task in self.running.values()})
 
-    def _advance(self, task: Task, event: str) -> None:
-        """Move a task to its next phase, and do what that needs. Nothing else sets a phase."""
-        before, task.phase = task.phase, TASK_PHASES[task.phase].get(event, task.phase)
-        if event == "kill" or before is TaskPhase.KILLING:
-            task.cancel_timer("kill")
-            # Again when the shell has ended, for processes that were forked since.
-            signal_session(task.pid, signal.SIGKILL)
-        if task.phase is before:
+    def _advance(self, task: Task, delay: float = 0.01) -> None:
+        """End a task, if its phase allows it; look again after the delay while others run."""
+        if not has_exited(task.pid):
             return
-        if task.phase is TaskPhase.STOPPING:
-            task.set_timer("kill", KILL_GRACE_SECONDS, lambda task: self._advance(task, "kill"))
-        elif task.phase is TaskPhase.DRAINING:
-            self._look_for_others(task)
-        elif task.phase is TaskPhase.ENDED:
-            self._finish(task)
-
-    def _look_for_others(self, task: Task, delay: float = 0.01) -> None:
-        if self._is_session_gone(task):
-            self._advance(task, "session ended")
-        else:
-            again = self._look_for_others
-            task.set_timer("poll", delay, lambda task: again(task, min(delay * 2, 0.1)))
-
-    @staticmethod
-    def _is_session_gone(task: Task) -> bool:
-        """Whether only the shell is left; False if that cannot be found out now."""
-        try:
-            others = set(find_session(task.pid)) - {task.pid}
-        except OSError:
-            return False
-        return all(is_zombie(pid) for pid in others)
+        if task.phase is TaskPhase.KILLING:
+            signal_session(task.pid, signal.SIGKILL)  # again, for what was forked since
+        elif task.phase is not TaskPhase.RUNNING and not is_session_gone(task.pid):
+            task.phase = TaskPhase.DRAINING
+            task.set_timer("poll", delay, self._advance, min(delay * 2, 0.1))
+            return
+        task.phase = TaskPhase.ENDED
+        self._finish(task)
 
     def _finish(self, task: Task) -> None:
-        """Read what the shell has left in the pipe, reap the shell, publish the end."""
-        self.outputs.drain(task)
+        self.outputs.finish(task)
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
             task.input.close()
         task.typist = None
-        self._publish_complete(task, reap_shell(task))
+        self._publish_complete(task, *reap_shell(task))
         del self.running[task.task_id]
         self._finished.append(task)
-        self.outputs.leave(task)
         while len(self._finished) > self._config.keep_tasks:
             oldest = self._finished.popleft()
-            self.outputs.forget(oldest)
-            del self._tasks[oldest.task_id]
+            self.outputs.kept_bytes -= oldest.output.kept_bytes
+            del self.kept[oldest.task_id]
         task.completed.set_result(None)
         task.wake()
 
-    def _publish_complete(self, task: Task, usage: tuple[float, int]) -> None:
+    def _publish_complete(self, task: Task, cpu_s: float, max_rss_kb: int) -> None:
         duration = time.monotonic() - task.started_at
         self.completed[task.state.value] += 1
         self.durations.add(duration)
-        event = self._publish(
+        facts = {**task.describe(), "duration_ms": int(duration * 1000)}
+        told = "task_id exit_code signal state killed_by duration_ms output_bytes"
+        task.ended_timestamp = self._tell(
             "task_complete",
-            task_id=task.task_id,
-            exit_code=task.exit_code,
-            signal=task.signal_name,
-            state=task.state.value,
-            killed_by=task.killed_by,
-            duration_ms=int(duration * 1000),
-            output_bytes=task.output.end,
-            replaced=task.replaced,
-            cpu_s=usage[0],
-            max_rss_kb=usage[1],
+            {**facts, "cpu_s": cpu_s, "max_rss_kb": max_rss_kb},
+            f"{told} replaced cpu_s max_rss_kb",
+            told,
         )
-        task.ended_timestamp = event["timestamp"]
-        told = "task_id exit_code signal state killed_by duration_ms output_bytes".split()
-        self._audit.write("task_complete", **{name: event[name] for name in told})
-        told = "task_id state exit_code".split()
-        self._log.write("info", "task_complete", **{name: event[name] for name in told})
+        logged = {name: facts[name] for name in ("task_id", "state", "exit_code")}
+        self._log.write("info", "task_complete", **logged)
 
 
 # 14. Viewers ─────────────────────────────────────────────────────────────────────────────────
-# One Viewer per WebSocket client, and the flush that hands all of them what is new in the Feed.
-# publish() never waits: it appends, and one flush per turn of the event loop gives each viewer
-# everything from its cursor on, in one write.
+# One Viewer per WebSocket client. publish() never waits: it appends to the Feed, and one flush per
+# turn of the event loop gives each viewer everything from its cursor on, in one write.
 #
 # - A round serves everybody who waits. With many viewers it takes several turns, and tasks are not
 #   read meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads
@@ -4116,12 +3889,10 @@ class Tasks:
 # - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
 # - While a transport has nothing to write, bytes for its viewer go to the socket directly. While it
 #   has, the viewer is stalled: it is passed over, and then goes on from its cursor. So it costs one
-#   batch and an integer, however slow it is, and delays nobody beyond the tenth of a second that
-#   PATIENCE_SECONDS is about.
+#   batch and an integer, however slow it is, and delays others by PATIENCE_SECONDS at most.
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
-    """Return how many bytes the transport has not written yet."""
     try:
         return transport.get_write_buffer_size()
     except AttributeError:  # asyncio's TLS transport after it was closed (before Python 3.11)
@@ -4129,7 +3900,7 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 
 
 def hand_over(transport: asyncio.WriteTransport, data: bytes) -> int:
-    """Send all data through the transport, as TLS needs it; return its length."""
+    """Send through the transport, as TLS needs it."""
     transport.write(data)
     return len(data)
 
@@ -4145,7 +3916,7 @@ class Compressor:
     def compress(self, frame: bytes, bits: int) -> bytes:
         """Return an event's frame for viewers with such a window; plain when time is used up.
 
-        It is called once for each event and window, so a viewer that reads slowly, whose link
+        Each event is compressed once for each window, so a viewer that reads slowly, whose link
         needs it most, seldom meets that limit.
         """
         now = time.perf_counter()
@@ -4158,46 +3929,28 @@ class Compressor:
         return frame
 
 
+@dataclass(eq=False)
 class Viewer:
     """One WebSocket client."""
 
-    __slots__ = (
-        "transport send websocket role by choice audience cursor is_stalled pong_due "
-        "written_bytes largest_reply taken_at heard_at pinged_at"
-    ).split()
-
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        send: Callable[[bytes], int],
-        websocket: WebSocketConnection,
-        role: Role,
-        by: str,
-        choice: Choice,
-    ) -> None:
-        self.transport = transport
-        # Sends bytes directly to the kernel while the transport has nothing to write, and returns
-        # how many were taken. Raises OSError.
-        self.send = send
-        self.websocket = websocket
-        self.role = role
-        self.by = by
-        self.choice = choice
-        # The viewers that hear the same, once it has joined them.
-        self.audience: Audience
-        # The seq from which on it needs events.
-        self.cursor = 0
-        # Whether the transport still has something to write.
-        self.is_stalled = False
-        # The newest ping that is not answered yet, since the viewer is stalled.
-        self.pong_due: bytes | None = None
-        # Bytes written in all, and the size of the largest message to this client alone.
-        self.written_bytes = 0
-        self.largest_reply = 0
-        # Monotonic times: the last byte from the peer; our last ping; when it last took enough to
-        # be served.
-        self.heard_at = self.taken_at = time.monotonic()
-        self.pinged_at = 0.0
+    transport: asyncio.Transport
+    # Sends bytes directly to the kernel while the transport has nothing to write, and returns how
+    # many were taken. Raises OSError.
+    send: Callable[[bytes], int]
+    websocket: WebSocketConnection
+    role: Role
+    by: str
+    choice: Choice
+    audience: Audience = field(init=False)  # once it has joined
+    cursor: int = 0  # the seq from which on it needs events
+    is_stalled: bool = False  # whether the transport still has something to write
+    pong_due: bytes | None = None  # the newest ping that was not answered, since it is stalled
+    written_bytes: int = 0
+    largest_reply: int = 0  # bytes of the largest message to this client alone
+    # Monotonic times: the last byte from the peer; when it was last not stalled; our last ping.
+    heard_at: float = field(default_factory=time.monotonic)
+    taken_at: float = field(default_factory=time.monotonic)
+    pinged_at: float = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -4236,23 +3989,22 @@ class Viewer:
         return True
 
     def write(self, data: bytes) -> None:
-        """Write frames to the transport, if it is still open."""
         if data and not self.transport.is_closing():
             self.written_bytes += len(data)
             self.transport.write(data)
 
 
+@dataclass(eq=False)
 class Audience:
-    """Viewers that hear the same events: those at the same cursor share each batch."""
+    """Viewers that hear the same events: those at the same cursor share each batch.
 
-    __slots__ = ("bits", "kinds", "viewers")
+    kinds: the Feed's kinds of events (None: all). bits: of the compression window (0: none).
+    """
 
-    def __init__(self, kinds: frozenset[str] | None, bits: int) -> None:
-        # The Feed's kinds of events (None: all), and the bits of the compression window (0: none).
-        self.kinds = kinds
-        self.bits = bits
-        # A set with an order.
-        self.viewers: dict[Viewer, None] = {}
+    kinds: frozenset[str] | None
+    bits: int
+    # A set with an order.
+    viewers: dict[Viewer, None] = field(default_factory=dict)
 
 
 class Viewers:
@@ -4260,33 +4012,30 @@ class Viewers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.feed = Feed(encode_event, compress=Compressor().compress)
+        self.feed = Feed(encode_event, KEEP_EVENTS_BYTES, Compressor().compress)
         self.all: set[Viewer] = set()
         # (kinds, window bits) -> the viewers that hear that.
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
         # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
-        self.gaps = 0
-        self._left_bytes = 0
+        self.gaps = self._left_bytes = 0
         # The viewers to serve in this round (the next one last), and in the next round; and the
         # kinds of events that were published since this round began.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
-        self._is_scheduled = False
-        # When few viewers were last served without waiting for a turn (perf_counter).
+        # (audience, cursor) -> frames and the cursor after them, shared by the viewers of a flush.
+        self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
+        # When few viewers were last served without waiting for a turn of the event loop.
         self._hurried_at = 0.0
-        # The viewers whose transport still has something to write.
         self._stalled: set[Viewer] = set()
-        # Viewer -> how many seconds tasks may still wait for it, if they have waited for it.
+        # Viewers that are behind -> how many seconds tasks may still wait for each of them.
         self._patience: dict[Viewer, float] = {}
-        # Whether tasks should pause for slow viewers, and when that was last found out.
-        self._is_pressed = False
+        # When it was last found out whether tasks must pause for them.
         self._looked_at = 0.0
 
     @property
     def written_bytes(self) -> int:
-        """All bytes that were ever written to viewers."""
         return self._left_bytes + sum(viewer.written_bytes for viewer in self.all)
 
     def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -4294,20 +4043,16 @@ class Viewers:
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
         self.published[kind] += 1
-        if len(self.all) <= FEW_VIEWERS and self._may_hurry():
-            self.flush()
-        else:
+        now = time.monotonic()
+        is_early = self.feed.is_dirty or now - self._hurried_at <= FEW_PAUSE_SECONDS
+        if len(self.all) > FEW_VIEWERS or is_early:
             self._schedule()
-        if not self._is_pressed and time.monotonic() - self._looked_at >= PRESSURE_SECONDS:
+        else:
+            self._hurried_at = now
+            self.flush()
+        if not self.feed.must_pause and now - self._looked_at >= PRESSURE_SECONDS:
             self._find_pressure()
         return event
-
-    def _may_hurry(self) -> bool:
-        now = time.perf_counter()
-        may = not self._is_scheduled and now - self._hurried_at > FEW_PAUSE_SECONDS
-        if may:
-            self._hurried_at = now
-        return may
 
     def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
         """Add a viewer, from now on or from the event after `since`."""
@@ -4315,13 +4060,13 @@ class Viewers:
         if viewer.is_stalled:
             self._stalled.add(viewer)
         self._enter_audience(viewer)
-        viewer.cursor = self.feed.next
-        if since is not None:
-            kinds = viewer.audience.kinds
-            viewer.cursor, gap = self.feed.find_cursor(since, same_boot, kinds)
-            if gap is not None:
-                self._send_gap(viewer, *gap)
-        self.serve(viewer)
+        viewer.cursor = self.feed.next if since is None else since + 1
+        if not same_boot or viewer.cursor > self.feed.next:
+            # `since` is from another boot: it is only known that events are missing. Such a gap
+            # begins at 0, a seq that no event has.
+            viewer.cursor = self.feed.first
+            self._send_gap(viewer, 0, viewer.cursor - 1)
+        self._serve_next(viewer)
 
     def leave(self, viewer: Viewer) -> None:
         """Send nothing more to a viewer."""
@@ -4347,14 +4092,13 @@ class Viewers:
     def choose(self, viewer: Viewer, choice: Choice) -> int:
         """Change what a viewer hears; return the seq up to which the old choice was sent.
 
-        The new choice also applies to kept events that it has not been sent yet: so a slow client
-        is free at once of a flood that it no longer wants.
+        So a slow client is free at once of a flood that it no longer wants.
         """
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
         self._enter_audience(viewer)
-        self.serve(viewer)
+        self._serve_next(viewer)
         return viewer.cursor - 1
 
     def find_seen(self, viewer: Viewer) -> int:
@@ -4369,92 +4113,77 @@ class Viewers:
 
     def resume(self, viewer: Viewer) -> None:
         """Continue with a viewer whose transport has written everything."""
-        if viewer.is_open:
-            viewer.is_stalled = False
-            self._stalled.discard(viewer)
-            self.serve(viewer)
-
-    def serve(self, viewer: Viewer) -> None:
-        """Put a viewer into the next round."""
+        if not viewer.is_open or viewer not in self.all:
+            return
+        viewer.is_stalled = False
+        self._stalled.discard(viewer)
         viewer.taken_at = time.monotonic()
         if viewer.pong_due is not None:
             payload, viewer.pong_due = viewer.pong_due, None
             viewer.send_pong(payload)
-        if viewer in self.all:
-            self._queue[viewer] = None
-            self._schedule()
+        self._serve_next(viewer)
 
-    def is_pressed(self) -> bool:
-        return self._is_pressed
+    def _serve_next(self, viewer: Viewer) -> None:
+        self._queue[viewer] = None
+        self._schedule()
 
     def _find_pressure(self) -> None:
         """Find out whether tasks should pause, so that viewers who read lose no events.
 
-        They pause while a viewer is half the feed behind, and until it has caught up. A viewer that
-        has stopped reading delays them by PATIENCE_SECONDS in all. publish() asks, and while tasks
-        pause, a timer.
+        They do when a viewer is half the feed behind, until it has caught up; for one that has
+        stopped reading, for PATIENCE_SECONDS in all.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
+        limit = self.feed.next if self.feed.must_pause else self.feed.middle
+        self.feed.must_pause, patience = False, {}
         # Whoever is in none of these has been sent everything.
-        late = {*self._stalled, *self._round, *self._queue}
-        behind = {viewer: self.find_seen(viewer) + 1 for viewer in late}
-        # For those who have caught up the patience is whole again.
-        self._patience = {
-            viewer: seconds
-            for viewer, seconds in self._patience.items()
-            if behind.get(viewer, self.feed.next) < self.feed.next
-        }
-        limit = self.feed.next if self._is_pressed else self.feed.middle
-        far = [viewer for viewer, cursor in behind.items() if cursor < limit]
-        reading = [one for one in far if one.is_stalled and now - one.taken_at <= LATELY_SECONDS]
-        for viewer in reading:
-            self._patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS) - elapsed
-        # Where one is not stalled, it is us who are slow.
-        self._is_pressed = any(not viewer.is_stalled for viewer in far) or any(
-            self._patience[viewer] > 0 for viewer in reading
-        )
-        if self._is_pressed:
+        for viewer in {*self._stalled, *self._round, *self._queue}:
+            cursor = self.find_seen(viewer) + 1
+            # For those who have caught up the patience is whole again.
+            if cursor < self.feed.next:
+                patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
+            if cursor >= limit:
+                continue
+            if not viewer.is_stalled:
+                self.feed.must_pause = True  # it is us who are slow
+            elif now - viewer.taken_at <= LATELY_SECONDS:
+                patience[viewer] -= elapsed
+                self.feed.must_pause |= patience[viewer] > 0
+        self._patience = patience
+        if self.feed.must_pause:
             self._loop.call_later(PRESSURE_SECONDS, self._find_pressure)
 
     def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
+        if not self.feed.is_dirty:
+            self.feed.is_dirty = True
             self._loop.call_soon(self.flush)
 
-    def is_serving(self) -> bool:
-        """Whether viewers wait to be served."""
-        return self._is_scheduled
-
     def flush(self) -> None:
-        """Serve the viewers of a round, for a limited time; the next turn serves the others.
-
-        Usually a viewer has the same cursor as the one before it, and its socket takes everything:
-        that costs two comparisons and one system call.
-        """
-        self._is_scheduled = False
+        """Serve the viewers of a round, for a limited time; the next turn serves the others."""
+        self.feed.is_dirty = False
         if not self._round:
             self._begin_round()
         end = time.perf_counter() + FLUSH_TURN_SECONDS
-        batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
         while self._round:
             step = self._round[-ROUND_STEP:]
             del self._round[-ROUND_STEP:]
-            self._serve_step(step, batches)
+            self._serve_step(step)
             if time.perf_counter() > end:
                 break
+        self._batches.clear()
         if self._round or self._queue or self._news:
             self._schedule()
 
-    def _serve_step(
-        self, step: list[Viewer], batches: dict[tuple[Audience, int], tuple[bytes, int]]
-    ) -> None:
+    def _serve_step(self, step: list[Viewer]) -> None:
+        # Usually a viewer is at the cursor of the one before it, and its socket takes everything.
+        # That costs two comparisons and one system call.
         newest, audience, cursor = self.feed.next, None, 0
         for viewer in reversed(step):
             if viewer.is_stalled or viewer.cursor == newest:
                 continue
             if viewer.cursor != cursor or viewer.audience is not audience:
-                data, after = self._find_batch(viewer, batches)
+                data, after = self._find_batch(viewer)
                 audience, cursor, size = viewer.audience, viewer.cursor, len(data)
             viewer.cursor = after
             try:
@@ -4468,7 +4197,7 @@ class Viewers:
                 self._round.append(viewer)
 
     def _begin_round(self) -> None:
-        """Begin a round: with the waiting viewers, and with those that want the new events."""
+        """Begin with the waiting viewers, and those that want the new events."""
         for audience in self._audiences.values() if self._news else ():
             if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
                 self._queue.update(audience.viewers)
@@ -4478,23 +4207,21 @@ class Viewers:
     def flush_all(self) -> None:
         """Serve all viewers that are not stalled, however long it takes."""
         self.flush()
-        while self._round or self._queue or self._news:
+        while self.feed.is_dirty:
             self.flush()
 
-    def _find_batch(
-        self, viewer: Viewer, batches: dict[tuple[Audience, int], tuple[bytes, int]]
-    ) -> tuple[bytes, int]:
+    def _find_batch(self, viewer: Viewer) -> tuple[bytes, int]:
         """Return the next batch for a viewer; if it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
             if self.feed.has_dropped(viewer.cursor, audience.kinds):
                 self._send_gap(viewer, viewer.cursor, first - 1)
             viewer.cursor = first
-        batch = batches.get((audience, viewer.cursor))
-        if batch is None:
+        place = audience, viewer.cursor
+        if place not in self._batches:
             batch = self.feed.read_batch(viewer.cursor, audience.kinds, audience.bits)
-            batches[audience, viewer.cursor] = batch
-        return batch
+            self._batches[place] = batch
+        return self._batches[place]
 
     def _send_gap(self, viewer: Viewer, first: int, last: int) -> None:
         self.gaps += 1
@@ -5356,7 +5083,7 @@ def find_task(server: Server, request: Request) -> Task:
 async def answer_tasks(server: Server, request: Request) -> Response:
     if "id" in request.parameters:
         return json_response(find_task(server, request).describe())
-    return json_response([task.describe() for task in server.tasks.kept()])
+    return json_response([task.describe() for task in server.tasks.kept.values()])
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
@@ -6645,8 +6372,7 @@ class Server:
             config,
             self.ids,
             self.viewers.publish,
-            self.viewers.is_pressed,
-            self.viewers.is_serving,
+            self.viewers.feed,
             log,
             self.audit,
             Spawner(config.shell, self.environment, self.descriptor_limit),
