@@ -1314,18 +1314,15 @@ def parse_extensions(text: str) -> list[Extension]:
     """Return the members of a Sec-WebSocket-Extensions field. Raises ValueError."""
     extensions: list[Extension] = []
     for member in text.split(","):  # a quoted value has no comma or semicolon, it is a token too
+        words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
+        pairs = [
+            (one[1], (one[2] or one[3] or "").replace("\\", "") or None) for one in words if one
+        ]
         if not member.strip("\t "):  # empty members are allowed
             continue
-        words: list[tuple[str, str | None]] = []
-        for parameter in member.split(";"):
-            word = EXTENSION_WORD.fullmatch(parameter)
-            if word is None:
-                raise ValueError("an extension is malformed")
-            value = word[2] or word[3]
-            words.append((word[1], value and value.replace("\\", "")))
-        if words[0][1] is not None:  # the name has no value
+        if len(pairs) < len(words) or pairs[0][1]:  # the name of an extension has no value
             raise ValueError("an extension is malformed")
-        extensions.append((words[0][0], words[1:]))
+        extensions.append((pairs[0][0], pairs[1:]))
     return extensions
 
 
@@ -1373,12 +1370,11 @@ def check_deflate_answer(text: str) -> int:
     extensions = parse_extensions(text)
     if not extensions:
         return 0
-    found = parse_deflate_parameters(extensions[0][1])
+    found = parse_deflate_parameters(extensions[0][1]) or {}
     is_ours = len(extensions) == 1 and extensions[0][0] == DEFLATE and zlib is not None
-    if not is_ours or found is None or NO_TAKEOVER[0] not in found:
+    is_offered = NO_TAKEOVER[0] in found and "client_max_window_bits" not in found
+    if not is_ours or not is_offered or found.get("server_max_window_bits") == 0:
         raise ValueError("an extension was answered that was not offered")
-    if "client_max_window_bits" in found or found.get("server_max_window_bits") == 0:
-        raise ValueError("an extension was answered with what was not offered")
     return 15
 
 
@@ -1439,12 +1435,6 @@ def deflate(payload: bytes, bits: int) -> bytes:
     data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
     data = data[: -len(DEFLATE_TAIL)]
     return data if len(data) < len(payload) else b""
-
-
-def encode_message(opcode: Opcode, payload: bytes, bits: int, mask: bytes | None = None) -> bytes:
-    """Return a message as one frame, compressed if that helps. bits: of the window; 0: never."""
-    data = deflate(payload, bits) if bits else b""
-    return encode_frame(opcode, data or payload, mask, is_deflated=bool(data))
 
 
 def deflate_frame(frame: bytes, bits: int) -> bytes:
@@ -1681,9 +1671,9 @@ class WebSocketConnection:
     def encode(self, opcode: Opcode, payload: bytes, fin: bool = True) -> bytes:
         """Return a frame, masked if this end is the client; a whole message may be compressed."""
         mask = self._make_mask and self._make_mask()
-        if not fin or opcode not in (Opcode.TEXT, Opcode.BINARY):
-            return encode_frame(opcode, payload, mask, fin)
-        return encode_message(opcode, payload, self.deflate_bits, mask)
+        may_deflate = self.deflate_bits and fin and opcode in (Opcode.TEXT, Opcode.BINARY)
+        data = deflate(payload, self.deflate_bits) if may_deflate else b""
+        return encode_frame(opcode, data or payload, mask, fin, bool(data))
 
     def close(self, code: int, reason: str = "") -> bytes:
         """Begin the closing handshake: return the close frame, b"" if it was sent before."""
@@ -4346,8 +4336,8 @@ class Webhook:
     def _run(self) -> None:
         while True:
             event = self._alerts.get()
-            fields = {"alert": event["type"], "seq": event["seq"], "url": self._url.origin}
             reason = self._deliver(encode_json({**event, "server": self._facts}))
+            fields = {"alert": event["type"], "seq": event["seq"], "url": self._url.origin}
             if reason:
                 self._log.write("error", "webhook_failed", **fields, reason=reason)
             else:
@@ -4356,17 +4346,16 @@ class Webhook:
 
     def _deliver(self, body: bytes) -> str:
         """Post an alert, with retries. Return "", or why the last try failed."""
-        reason = ""
         for pause in (0.0, *WEBHOOK_PAUSES):
             time.sleep(pause)
             try:
                 status = self._post(body)
             except (OSError, ValueError) as error:  # ValueError: the name is malformed
                 reason = str(getattr(error, "strerror", None) or error)
-            else:
-                if 200 <= status <= 299:  # a redirect would become a GET, so it is not followed
-                    return ""
-                reason = f"it answered {status}"
+                continue
+            if 200 <= status <= 299:  # a redirect would become a GET, so it is not followed
+                return ""
+            reason = f"it answered {status}"
         return reason
 
     def _post(self, body: bytes) -> int:
@@ -4561,16 +4550,15 @@ class Discovery:
 
     def may_answer(self, source: str, now: float) -> bool:
         """Whether a host is a neighbour that may get one more reply now."""
+        if not is_loopback(source):
+            if now >= self._networks_until:
+                self._networks_until = now + ROUTES_CACHE_SECONDS
+                self._networks = read_link_networks()
+            address = parse_ip(source)
+            if self._loopback_only or not any(address in network for network in self._networks):
+                return False
         each, all_together = self._limits
-        is_fit = is_loopback(source) or (not self._loopback_only and self._is_on_link(source, now))
-        return is_fit and not each.take(source, now) and not all_together.take("", now)
-
-    def _is_on_link(self, source: str, now: float) -> bool:
-        if now >= self._networks_until:
-            self._networks_until = now + ROUTES_CACHE_SECONDS
-            self._networks = read_link_networks()
-        address = parse_ip(source)
-        return any(address in network for network in self._networks)
+        return not each.take(source, now) and not all_together.take("", now)
 
     def _choose(self, source: str) -> str:
         """Return the address to answer a broadcast from: that from which it leaves anyway."""
@@ -4598,31 +4586,26 @@ class SystemdNotifier:
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        address = environ.pop("NOTIFY_SOCKET", "")
-        microseconds, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        address, microseconds, pid = (environ.pop(name, "") for name in names)
         # An abstract name begins with NUL (unix(7)); in the variable systemd writes @ instead.
-        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._address = re.sub("^@", "\0", address)
         # Opened at the start: a server without free descriptors is still alive.
-        self._socket: socket.socket | None = None
-        if address:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.setblocking(False)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         is_for_us = pid in ("", str(os.getpid())) and DIGITS.fullmatch(microseconds)
         # Seconds between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
         self._seconds = int(microseconds) / 2e6 if is_for_us else 0.0
 
     def tell(self, *lines: str) -> None:
         """Send NAME=VALUE lines. It does not matter if that fails."""
-        if self._socket is None:
-            return
-        try:
-            self._socket.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
-        except (OSError, ValueError):
-            pass
+        data = "\n".join(lines).encode("utf-8", "replace")
+        with contextlib.suppress(OSError, ValueError):
+            if self._socket is not None:
+                self._socket.sendto(data, socket.MSG_DONTWAIT, self._address)
 
     def beat(self) -> None:
         """Report regularly that the event loop runs; a hung loop does not get here."""
-        if self._socket is not None and self._seconds:
+        if self._seconds:
             self.tell("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
@@ -5528,13 +5511,12 @@ def encode_answer(
 
 
 def make_error_response(server: Server, error: Exception) -> Response:
-    """The one place where an error becomes an HTTP answer."""
+    """The one place where an error, which was just caught, becomes an HTTP answer."""
     if isinstance(error, CommandError):
         status = COMMAND_STATUS.get(error.code, 400)
         error = HttpError(status, error.code, error.message)
     if not isinstance(error, HttpError):
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        server.log.write_limited("error", "request_failed", trace=trace)
+        server.log.write_limited("error", "request_failed", trace=traceback.format_exc())
         error = HttpError(500, "internal_error", "the server failed; its log says more")
     response = json_response({"error": error.code, "message": error.message}, error.status)
     response.fields = list(error.fields)
@@ -5842,14 +5824,13 @@ class Connection(asyncio.StreamReaderProtocol):
 
     async def _open(self, is_extra: bool) -> None:
         """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
-        loop = asyncio.get_running_loop()
+        loop, tls = asyncio.get_running_loop(), self.server.tls
         options: dict[str, Any] = {}
-        if self.peer.scheme == "https" and self.server.tls:
+        if tls and self.peer.scheme == "https":
             if is_extra:  # too many connections: not worth a handshake
                 self._socket.close()
                 raise ConnectionAbortedError
-            options["ssl"] = self.server.tls.context
-            options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
+            options = {"ssl": tls.context, "ssl_handshake_timeout": HANDSHAKE_SECONDS}
         plain = None
         try:
             plain = self._socket.dup() if options else None  # asyncio closes its own when it fails
@@ -6009,27 +5990,24 @@ class Connection(asyncio.StreamReaderProtocol):
         since, same_boot = parse_since(parameters, self.server.boot_id)
         choice = parse_choice_query(parameters)
         says_hello = parse_flag(parameters, "hello")
-        extension, bits = self._choose_extension(head)
+        extension, bits = choose_deflate(head)
+        mode = self.server.config.compress
+        is_near = self.peer.listener is ListenerKind.UNIX or is_loopback(self.peer.address)
+        if mode == "off" or (mode == "auto" and is_near):  # with this machine it would only cost
+            extension, bits = "", 0
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
         self.writer.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
-        by = self.name_client()
         is_plain = self.peer.scheme == "http"
         send = self._socket.send if is_plain else functools.partial(hand_over, self.transport)
         websocket = WebSocketConnection(deflate_bits=bits)
-        self.viewer = Viewer(self.transport, send, websocket, role, by, choice)
+        self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
         self.viewer.is_stalled = self in self.server.stalled
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
         self.server.viewers.join(self.viewer, since, same_boot)
-
-    def _choose_extension(self, head: RequestHead) -> tuple[str, int]:
-        """Choose as choose_deflate() does; with peers on this machine it would only cost."""
-        chosen, mode = choose_deflate(head), self.server.config.compress
-        is_near = self.peer.listener is ListenerKind.UNIX or is_loopback(self.peer.address)
-        return ("", 0) if mode == "off" or (mode == "auto" and is_near) else chosen
 
 
 class Newcomers:
@@ -6126,12 +6104,12 @@ def bind_all(hosts: Sequence[Sequence[Place]], port: int) -> list[socket.socket]
 
 def adopt_socket(fd: int) -> socket.socket:
     """Return a listening socket that systemd has opened. Raises ConfigError."""
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     try:
         listener = socket.socket(fileno=fd)
         is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
     except OSError:
         is_listening = False
-    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     if not is_listening or listener.type != socket.SOCK_STREAM or listener.family not in families:
         raise ConfigError(
             f"LISTEN_FDS: descriptor {fd} is no listening TCP or Unix stream socket; the socket "
@@ -6182,7 +6160,7 @@ def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[soc
     """
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
-    passed: dict[str, list[socket.socket]] = {"http": [], "ws": [], "unix": []}
+    passed: dict[str, list[socket.socket]] = {}
     if pid != str(os.getpid()) or not DIGITS.fullmatch(count):
         return passed
     sockets = [adopt_socket(fd) for fd in range(3, 3 + int(count))]
@@ -6197,8 +6175,15 @@ def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[soc
                     "which by FileDescriptorName="
                 )
             name = "http"
-        passed[name].append(one)
+        passed.setdefault(name, []).append(one)
     return passed
+
+
+def find_kind(listener: socket.socket) -> ListenerKind:
+    if listener.family == socket.AF_UNIX:
+        return ListenerKind.UNIX
+    is_near = is_loopback(listener.getsockname()[0])
+    return ListenerKind.LOOPBACK if is_near else ListenerKind.NETWORK
 
 
 class Listeners:
@@ -6215,36 +6200,36 @@ class Listeners:
         self._log = log
         self._scheme_end = "s" if config.has_tls else ""
         bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
-        # All sockets of TCP, and those of Unix.
-        self.sockets: list[socket.socket] = [*bound["http"], *bound["ws"]]
-        self.unix: list[socket.socket] = [*bound["unix"]]
+        self._sockets: list[socket.socket] = [*itertools.chain(*bound.values())]
         # The Unix socket's file, if it is ours: its path and what is there.
         self._unix_file: tuple[str, os.stat_result] | None = None
         place = " ".join(config.host)
         try:
-            if not self.sockets:
+            if not bound["http"] and not bound["ws"]:
                 bound["http"] = self._bind("http", config.host, config.port)
                 if config.ws_port != config.port or config.port == 0:
                     bound["ws"] = self._bind("ws", config.host, config.ws_port)
-            if config.unix and not self.unix:
+            if config.unix and not bound["unix"]:
                 place = os.path.abspath(config.unix)
-                self.unix.append(bind_unix(place))
+                bound["unix"] = [bind_unix(place)]
+                self._sockets += bound["unix"]
                 self._unix_file = place, os.stat(place)
         except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
             reason = str(getattr(error, "strerror", None) or error)
             reason = reason.partition(" (while")[0]  # create_server() names the address again
             raise StartError(f"cannot listen on {place}: {reason}") from None
-        # A socket of each, to ask for its address.
-        self._first = {name: (bound[name] or self.sockets)[0] for name in ("http", "ws")}
-        # Real ports; discovery is None when it is off.
-        self.ports: dict[str, int | None] = {
-            **{name: one.getsockname()[1] for name, one in self._first.items()},
-            "discovery": None,
-        }
+        # Every socket with what it is bound to: asked of the sockets, not the options.
+        self.kinds = [(one, find_kind(one)) for one in self._sockets]
+        self.is_loopback = ListenerKind.NETWORK not in dict(self.kinds).values()
+        # A socket's name for each port, and real ports; discovery is None when it is off.
+        http, ws = bound["http"] or bound["ws"], bound["ws"] or bound["http"]
+        self._names = {"http": http[0].getsockname(), "ws": ws[0].getsockname()}
+        self.ports: dict[str, int | None] = {name: at[1] for name, at in self._names.items()}
+        self.ports["discovery"] = None
         self.unix_path: str | None = None
-        if self.unix:
-            self.unix_path = os.fsdecode(self.unix[0].getsockname()).replace("\0", "@", 1)
+        if bound["unix"]:
+            self.unix_path = os.fsdecode(bound["unix"][0].getsockname()).replace("\0", "@", 1)
 
     def _bind(self, name: str, hosts: Sequence[str], port: int) -> list[socket.socket]:
         """Bind the first port from `port` on that is free at all hosts. Raises OSError."""
@@ -6252,8 +6237,7 @@ class Listeners:
         if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
             places = [[*itertools.chain(*places)]]
         # A port that the kernel chooses is free at the first address alone.
-        ports = range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES
-        for candidate in ports:
+        for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
             try:
                 bound = bind_all(places, candidate)
             except OSError as error:
@@ -6263,18 +6247,13 @@ class Listeners:
                 continue
             if candidate != port:
                 self._log.write("warning", "port_busy", port=port, used=candidate, listener=name)
-            self.sockets += bound
+            self._sockets += bound
             return bound
         raise busy
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether every socket is bound to loopback: asked of the sockets, not the options."""
-        return all(is_loopback(listener.getsockname()[0]) for listener in self.sockets)
-
     def url(self, name: str, is_typed: bool = False) -> str:
         """Return the URL of "http" or "ws". is_typed: a name stands for what nobody can type."""
-        host = self._first[name].getsockname()[0]
+        host = self._names[name][0]
         if is_typed and host in ("0.0.0.0", "::"):
             host = read_hostname()
         host = f"[{host}]" if ":" in host else host
@@ -6282,22 +6261,16 @@ class Listeners:
 
     def find_places(self) -> list[str]:
         """Return the IPv4 addresses to be found at; [] if that is every one, or none is known."""
-        found = [parse_ip(one.getsockname()[0]) for one in self.sockets]
+        tcp = [one for one, kind in self.kinds if kind is not ListenerKind.UNIX]
+        found = [parse_ip(one.getsockname()[0]) for one in tcp]
         if any(address is None or address.is_unspecified for address in found):
             return []
         places = list(dict.fromkeys(str(one) for one in found if one and one.version == 4))
         return places or ["127.0.0.1"] * self.is_loopback  # on ::1 alone
 
-    def kinds(self) -> list[tuple[socket.socket, ListenerKind]]:
-        """Return every listening socket with what it is bound to."""
-        near, far = ListenerKind.LOOPBACK, ListenerKind.NETWORK
-        tcp = [(one, near if is_loopback(one.getsockname()[0]) else far) for one in self.sockets]
-        return tcp + [(one, ListenerKind.UNIX) for one in self.unix]
-
     def close(self) -> None:
         """Stop listening, and remove the Unix socket if it is still ours."""
-        close_all(self.sockets)
-        close_all(self.unix)
+        close_all(self._sockets)
         if self._unix_file is not None:
             path, ours = self._unix_file
             with contextlib.suppress(OSError):  # it has been removed already
@@ -6380,8 +6353,13 @@ class Server:
         # Where alerts are posted, if anywhere.
         self.webhook: Webhook | None = None
         if config.alert_webhook:
-            url = parse_webhook_url(config.alert_webhook)
-            self.webhook = Webhook(url, self._describe_for_alert(), log)
+            facts = {
+                "hostname": read_hostname(),
+                "version": __version__,
+                "boot_id": self.boot_id,
+                "http": self.listeners.url("http", is_typed=True),
+            }
+            self.webhook = Webhook(parse_webhook_url(config.alert_webhook), facts, log)
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
@@ -6394,24 +6372,19 @@ class Server:
         self.newcomers = Newcomers(self.connections, self.max_clients // 2)
         self.is_stopping = False
         self._discovery: Discovery | None = None
-        self._background: list[asyncio.Task[None]] = []
 
     # Starting
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
         self._loop.set_exception_handler(functools.partial(log_loop_error, self.log))
         # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
         reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
         signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
-        if not self.config.no_discovery:
-            self._start_discovery()
-        discovery = self.listeners.ports["discovery"]
-        address = self.listeners.find_places()[0] if self.listeners.is_loopback else "0.0.0.0"
         places = {
             "http": self.listeners.url("http"),
             "ws": self.listeners.url("ws"),
-            "discovery": None if discovery is None else f"udp://{address}:{discovery}",
+            "discovery": None if self.config.no_discovery else self._start_discovery(),
             "unix": self.listeners.unix_path,
         }
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
@@ -6420,10 +6393,10 @@ class Server:
             complete_crashed_runs(self.folder, self.audit, self.log, find_session)
             self._mark = mark_run(self.folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
-        for listener, kind in self.listeners.kinds():
+        for listener, kind in self.listeners.kinds:
             self._watch(listener, kind)
         for work in (self.sampler.run(), self._sweep()):
-            self._background.append(self._loop.create_task(work))
+            self._loop.create_task(work)
         self.log.write("info", "listening", **places, **facts, **files)
 
     def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
@@ -6448,24 +6421,18 @@ class Server:
         if not self.is_stopping:
             self._loop.add_reader(listener, self._accept, listener, kind)
 
-    def _start_discovery(self) -> None:
-        port, listeners = self.config.discovery_port, self.listeners
-        places, facts = listeners.find_places(), self._describe_for_probe
+    def _start_discovery(self) -> str | None:
+        """Return the URL to probe; None if the port cannot be had."""
+        port, is_local = self.config.discovery_port, self.listeners.is_loopback
+        places, facts = self.listeners.find_places(), self._describe_for_probe
         try:
-            self._discovery = Discovery(port, places, listeners.is_loopback, facts)
+            self._discovery = Discovery(port, places, is_local, facts)
         except OSError as error:
             reason = error.strerror or str(error)
             self.log.write("warning", "discovery_off", port=port, error=reason)
-        else:
-            listeners.ports["discovery"] = self._discovery.port
-
-    def _describe_for_alert(self) -> dict[str, Any]:
-        return {
-            "hostname": read_hostname(),
-            "version": __version__,
-            "boot_id": self.boot_id,
-            "http": self.listeners.url("http", is_typed=True),
-        }
+            return None
+        self.listeners.ports["discovery"] = self._discovery.port
+        return f"udp://{places[0] if is_local else '0.0.0.0'}:{self._discovery.port}"
 
     def _describe_for_probe(self) -> dict[str, Any]:
         return {
@@ -6540,7 +6507,7 @@ class Server:
     async def stop(self, reason: str) -> None:
         """End everything in order: listeners, tasks, viewers, connections."""
         self.is_stopping = True
-        for listener, _ in self.listeners.kinds():
+        for listener, _ in self.listeners.kinds:
             self._loop.remove_reader(listener)
         self.listeners.close()
         if self._discovery:
@@ -6556,16 +6523,20 @@ class Server:
             os.unlink(self._mark)
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
-        while (self.connections or self._count_unsent()) and time.monotonic() < end:
+        webhook = self.webhook
+        while self.connections or (webhook and webhook.pending):
+            if time.monotonic() >= end:
+                break
             await asyncio.sleep(0.01)
-        if self._count_unsent():
-            self.log.write("warning", "webhook_dropped", alerts=self._count_unsent())
+        if webhook and webhook.pending:
+            self.log.write("warning", "webhook_dropped", alerts=webhook.pending)
         for connection in list(self.connections):
             connection.end(End.NOW)
-        await self._end_background()
-
-    def _count_unsent(self) -> int:
-        return self.webhook.pending if self.webhook else 0
+        work = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in work:
+            task.cancel()
+        await asyncio.wait(work, timeout=1.0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
     def _close_connections(self) -> None:
         self.viewers.flush_all()
@@ -6576,13 +6547,6 @@ class Server:
                 connection.end(End.NOW)
             elif connection.phase in (Phase.IDLE, Phase.READING):
                 connection.task.cancel()
-
-    async def _end_background(self) -> None:
-        work = [*self._background, *(connection.task for connection in self.connections)]
-        for task in work:
-            task.cancel()
-        await asyncio.wait(work, timeout=1.0)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
@@ -12819,7 +12783,7 @@ async def serve(config: Config, log: Log) -> None:
     systemd = SystemdNotifier(os.environ)
     server = build_server(config, log, raise_descriptor_limit())
     stopped = watch_signals(server, ignored)
-    await server.start()
+    server.start()
     systemd.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
     systemd.beat()
     if os.isatty(1):

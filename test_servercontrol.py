@@ -1605,14 +1605,16 @@ class TestWebSocketConnection:
         text = (b"0123456789" * 100 + NOISE[:600].hex().encode())[: size or 1] * (size // 999 + 1)
         text = text[:size]
         for data, is_smaller in ((text, size >= 100), (NOISE[:size], False)):
-            wire = sc.encode_message(sc.Opcode.BINARY, data, bits)
+            wire = sc.WebSocketConnection(deflate_bits=bits).encode(sc.Opcode.BINARY, data)
             first, payload = read_frames_of(wire)[0]
             assert first == (DEFLATED_BINARY if is_smaller else BINARY)
             assert (len(payload) < size) is is_smaller
             if is_smaller:  # fails where anything points beyond the window
                 plain = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
                 assert plain == data
-            assert sc.encode_message(sc.Opcode.BINARY, data, 0) == build_frame(BINARY, data, None)
+            assert sc.WebSocketConnection().encode(sc.Opcode.BINARY, data) == build_frame(
+                BINARY, data, None
+            )
 
     def test_what_is_no_whole_message_is_never_compressed(self) -> None:
         connection = sc.WebSocketConnection(deflate_bits=15)
