@@ -52,8 +52,8 @@ number is how many lines each has:
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
       27  identify_peer             whose process is at the other end: the kernel is asked
-      34  Exchanges._serve_request  the door: head, gate, only then the body, answer
-      17  Exchanges._admit          what the gate's answer lets a request reach
+      32  Exchanges._serve_request  the door: head, gate, only then the body, answer
+      21  Exchanges._admit          what the gate's answer lets a request reach
       19  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
@@ -1210,7 +1210,6 @@ class RateLimit:
 # ones, a client the other way round. The only extension is permessage-deflate (RFC 7692), always
 # without context takeover in both directions: each message is compressed by itself. So one
 # compression of an event serves all viewers, and no connection needs memory for a window (32 KiB).
-# Nothing here keeps state; section 8 does.
 
 UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # sent by both sides (1.3)
 
@@ -1276,10 +1275,7 @@ def upgrade_required(message: str) -> HttpError:
 
 
 def check_upgrade(head: RequestHead) -> str:
-    """Check a WebSocket handshake and return its key (RFC 6455, 4.2.1).
-
-    Raises HttpError 400, 405 or 426.
-    """
+    """Check a handshake and return its key (RFC 6455, 4.2.1). Raises HttpError 400, 405, 426."""
     if head.method != "GET":
         raise HttpError(405, "not_get", "a WebSocket upgrade is a GET", [("Allow", "GET")])
     if head.http_1_0 or head.has_body or "websocket" not in head.tokens("upgrade"):
@@ -1299,15 +1295,20 @@ EXTENSION_WORD = re.compile(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
     )
 )
-WINDOW_BITS = re.compile("[89]|1[0-5]")  # RFC 7692, 7.1.2
+# RFC 7692, 7.1: what the parameters of permessage-deflate may be; "" stands for no value.
+DEFLATE_PARAMETERS = {
+    "server_no_context_takeover": "",
+    "client_no_context_takeover": "",
+    "server_max_window_bits": "[89]|1[0-5]",
+    "client_max_window_bits": "|[89]|1[0-5]",
+}
 DEFLATE = "permessage-deflate"
-NO_TAKEOVER = ("server_no_context_takeover", "client_no_context_takeover")
-DEFLATE_OFFER = "; ".join((DEFLATE, *NO_TAKEOVER))
+DEFLATE_OFFER = f"{DEFLATE}; server_no_context_takeover; client_no_context_takeover"
 # Every smaller window is used as one of 2**9 bytes, so that an event has one compressed form for
 # all small windows.
 SMALL_WINDOW_BITS = 9
 
-Extension = tuple[str, list[tuple[str, "str | None"]]]  # name, parameters with their values
+Extension = tuple[str, list[tuple[str, str]]]  # name, parameters with their values
 
 
 def parse_extensions(text: str) -> list[Extension]:
@@ -1315,9 +1316,7 @@ def parse_extensions(text: str) -> list[Extension]:
     extensions: list[Extension] = []
     for member in text.split(","):  # a quoted value has no comma or semicolon, it is a token too
         words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
-        pairs = [
-            (one[1], (one[2] or one[3] or "").replace("\\", "") or None) for one in words if one
-        ]
+        pairs = [(one[1], (one[2] or one[3] or "").replace("\\", "")) for one in words if one]
         if not member.strip("\t "):  # empty members are allowed
             continue
         if len(pairs) < len(words) or pairs[0][1]:  # the name of an extension has no value
@@ -1326,17 +1325,15 @@ def parse_extensions(text: str) -> list[Extension]:
     return extensions
 
 
-def parse_deflate_parameters(parameters: list[tuple[str, str | None]]) -> dict[str, int] | None:
-    """Return the parameters of permessage-deflate, 0 for no value; None if the offer is invalid.
+def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int] | None:
+    """Return the parameters of permessage-deflate, 0 for no value.
 
-    RFC 7692, 7.1: one unknown, repeated or malformed parameter makes it invalid.
+    None: one is unknown, repeated or malformed, which makes the offer invalid (RFC 7692, 7.1).
     """
     found: dict[str, int] = {}
     for name, value in parameters:
-        is_flag = name in NO_TAKEOVER or name == "client_max_window_bits"
-        is_bits = name in ("server_max_window_bits", "client_max_window_bits")
-        fits = is_flag if value is None else is_bits and WINDOW_BITS.fullmatch(value)
-        if name in found or not fits:
+        fit = DEFLATE_PARAMETERS.get(name)
+        if fit is None or name in found or not re.fullmatch(fit, value):
             return None
         found[name] = int(value or 0)
     return found
@@ -1345,9 +1342,8 @@ def parse_deflate_parameters(parameters: list[tuple[str, str | None]]) -> dict[s
 def choose_deflate(head: RequestHead) -> tuple[str, int]:
     """Return the extension that answers an upgrade, and the window bits to compress with.
 
-    The first offer that can be met is chosen; ("", 0) if none can. An offer of a window of 2**8
-    bytes cannot be met, since zlib cannot produce such a stream. Raises HttpError 400 for a
-    malformed field (RFC 6455, 9.1).
+    The first offer that can be met is chosen; ("", 0) if none can. A window of 2**8 bytes cannot be
+    met, since zlib cannot produce such a stream. Raises HttpError 400 (RFC 6455, 9.1).
     """
     try:
         offers = parse_extensions(",".join(head.values("sec-websocket-extensions")))
@@ -1372,7 +1368,7 @@ def check_deflate_answer(text: str) -> int:
         return 0
     found = parse_deflate_parameters(extensions[0][1]) or {}
     is_ours = len(extensions) == 1 and extensions[0][0] == DEFLATE and zlib is not None
-    is_offered = NO_TAKEOVER[0] in found and "client_max_window_bits" not in found
+    is_offered = "server_no_context_takeover" in found and "client_max_window_bits" not in found
     if not is_ours or not is_offered or found.get("server_max_window_bits") == 0:
         raise ValueError("an extension was answered that was not offered")
     return 15
@@ -1477,10 +1473,7 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
 
 
 def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
-    """Return (code or None, reason) of a close frame (RFC 6455, 5.5.1, 7.4).
-
-    Raises WebSocketError 1002 or 1007.
-    """
+    """Return (code or None, reason) of a close frame (5.5.1, 7.4). Raises WebSocketError."""
     if not payload:
         return None, ""
     code = int.from_bytes(payload[:2], "big")
@@ -1601,7 +1594,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 def take_messages(
     buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
 ) -> Iterator[Message | None]:
-    """Yield the messages in the buffer, and None whenever all that it has was taken.
+    """Take messages from a buffer and yield them, and None whenever more bytes are needed.
 
     Raises WebSocketError as soon as the bytes cannot become valid.
     """
@@ -4306,11 +4299,10 @@ def read_own_usage() -> list[tuple[str, Any, str]]:
 
 
 class Webhook:
-    """Posts alerts, one after the other, each up to three times.
+    """Posts alerts, one after the other, each up to three times. facts: sent with each of them.
 
     It has a thread of its own, so that nothing else waits for a name look-up or a receiver that
-    hangs. The thread is a daemon, so the end of the process does not wait for it either.
-    facts: about the server, sent with each alert.
+    hangs, nor does the end of the process: it is a daemon.
     """
 
     def __init__(self, url: WebhookUrl, facts: Mapping[str, Any], log: Log) -> None:
@@ -4379,10 +4371,18 @@ class Webhook:
         return status
 
 
-class Sampler:
-    """Publishes `stats_update` every interval, and alerts.
+def describe_failure(error: BaseException) -> dict[str, Any]:
+    """Return fields for the log. What the machine refuses is told; anything else has a trace."""
+    if isinstance(error, OSError):
+        return {"error": str(error)}
+    trace = traceback.format_exception(type(error), error, error.__traceback__)
+    return {"trace": "".join(trace)}
 
-    notify: is called with each alert's event, for the webhook.
+
+class Sampler:
+    """Publishes `stats_update` every interval, and alerts. notify: also takes each alert's event.
+
+    running: the running tasks, which an alert names.
     """
 
     def __init__(
@@ -4397,7 +4397,6 @@ class Sampler:
         self._publish = publish
         self._notify = notify
         self._log = log
-        # The running tasks, for alerts.
         self._running = running
         self._read_sample = choose_source()
         # The newest sample; and that of the newest tick, from which the next rates are computed.
@@ -4430,10 +4429,8 @@ class Sampler:
             await asyncio.sleep(start + count * interval - time.monotonic())
             try:
                 self.tick()
-            except OSError as error:  # most likely no descriptor is free
-                self._log.write_limited("error", "sampler_failed", error=str(error))
-            except Exception:
-                self._log.write_limited("error", "sampler_failed", trace=traceback.format_exc())
+            except Exception as error:  # an OSError, most likely since no descriptor is free
+                self._log.write_limited("error", "sampler_failed", **describe_failure(error))
 
     def _take_sample(self) -> Sample:
         sample = self._read_sample()
@@ -4493,13 +4490,11 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
 
 
 class Discovery:
-    """Answers probes, on a UDP socket for each of `places` and one more.
+    """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
 
     places: the IPv4 addresses where HTTP listens, [] if that is every one. The prober takes a
     reply's source for the server's address, so it must be one of these.
-    loopback_only: the server does not listen on the network.
-    make_facts: returns the reply's fields.
-    Raises OSError.
+    loopback_only: the server does not listen on the network. make_facts: returns a reply's fields.
     """
 
     def __init__(
@@ -4520,23 +4515,19 @@ class Discovery:
         self._sockets: dict[str, socket.socket] = {}
         try:
             for address in (*places, "127.255.255.255" if loopback_only else "0.0.0.0"):
-                self._bind(address, port)
-                port = self.port
+                udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                udp.setblocking(False)
+                # Servers on one host share the port: each receives all broadcasts, one a unicast.
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if sys.platform == "darwin":
+                    udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
+                udp.bind((address, port))
+                self.port = port = int(udp.getsockname()[1])
+                asyncio.get_running_loop().add_reader(udp, self._receive, address)
         except OSError:
             self.close()
             raise
-
-    def _bind(self, address: str, port: int) -> None:
-        udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        udp.setblocking(False)
-        # Servers on one host share the port: each receives every broadcast, one every unicast.
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "darwin":
-            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
-        udp.bind((address, port))
-        self.port = int(udp.getsockname()[1])
-        asyncio.get_running_loop().add_reader(udp, self._receive, address)
 
     def _receive(self, place: str) -> None:
         """Answer an exact probe from a host on the same link; ignore anything else."""
@@ -5386,7 +5377,6 @@ class Phase(enum.Enum):
     WAITING = "waiting"  # for a task: given up when the client goes away
     WEBSOCKET = "websocket"
     CLOSING = "closing"
-    ENDING = "ending"  # nothing more is to be said; a TLS peer may say goodbye
 
 
 class End(enum.Enum):
@@ -5400,8 +5390,8 @@ class End(enum.Enum):
 class Deadlines:
     """When the present phase of each connection must be over.
 
-    Whoever has the same number of seconds falls due in the order in which it got them, so each
-    number has a list of its own, and only those that are due are looked at.
+    Who has the same number of seconds falls due in the order of getting them, so each number has
+    a list of its own, and only those that are due are looked at.
     """
 
     def __init__(self) -> None:
@@ -5409,7 +5399,6 @@ class Deadlines:
         self._times: dict[float, dict[Connection, float]] = {}
 
     def set(self, connection: Connection, seconds: float | None) -> None:
-        """Set a deadline in place of the one before; None: there is none."""
         if connection.deadline_seconds is not None:
             del self._times[connection.deadline_seconds][connection]
         connection.deadline_seconds = seconds
@@ -5553,10 +5542,7 @@ class Exchanges:
         self._parser = HttpParser()
 
     async def serve(self) -> bytes:
-        """Answer requests in the order in which they come (RFC 9112, 9.3.2).
-
-        Return what follows an upgrade: it belongs to the other protocol.
-        """
+        """Answer requests in order (RFC 9112, 9.3.2). Return what follows an upgrade."""
         try:
             while await self._serve_request():
                 await self._connection.inbox.rest()
@@ -5598,9 +5584,9 @@ class Exchanges:
         return await self._answer(request)
 
     async def _receive(self, parse: Callable[[], Received | None]) -> Received | None:
-        """Read until parse() has found something; None if the input ends before. Raises HttpError.
+        """Read until parse() finds something; None if the input ends before.
 
-        It is 408 when time is up.
+        Raises HttpError 408 when time is up, and what parse() raises.
         """
         while True:
             found = parse()
@@ -5633,21 +5619,15 @@ class Exchanges:
         if route.role is Role.RUN:
             self._server.check_exec()
         parameters = check_parameters(route, head)
-        self._check_expectation(head)
+        expectations = [] if head.http_1_0 else head.tokens("expect")  # RFC 9110, 10.1.1
+        if expectations not in ([], ["100-continue"]):
+            raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
+        if expectations and head.has_body:  # "go on" is said only to a request that may pass
+            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(head, route, parameters, role, self._connection.name_client())
 
-    def _check_expectation(self, head: RequestHead) -> None:
-        """RFC 9110, 10.1.1: say "go on" only to a request that may pass."""
-        expectations = head.tokens("expect")
-        if not expectations or head.http_1_0:
-            return
-        if expectations != ["100-continue"]:
-            raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
-        if head.has_body:
-            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     async def _answer(self, request: Request) -> bool:
-        """Carry a request out and write its answer. Whether another request may follow."""
+        """Carry a request out and answer it. Whether another request may follow."""
         connection = self._connection
         if request.parameters.keys().isdisjoint(("wait", "follow")):
             connection.begin_phase(Phase.ANSWERING, None)
@@ -5852,7 +5832,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def end(self, how: End) -> None:
         """End the connection; nothing else does. connection_lost() follows.
 
-        A client that does not take what is still to be written is ended by check_progress().
+        check_progress() ends a client that does not take what is still to be written.
         """
         if self.phase is Phase.OPENING:
             try:  # the event loop has the descriptor, and closes it when the handshake ends
@@ -5870,7 +5850,7 @@ class Connection(asyncio.StreamReaderProtocol):
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
-                self._end_tls()
+                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
             # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
@@ -5881,13 +5861,11 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def _end_tls(self) -> None:
         """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
-        if self not in self.server.connections:
-            return
-        if self.phase is Phase.ENDING and not count_waiting_bytes(self.transport):
-            self.transport.abort()
-            return
-        self.phase = Phase.ENDING
-        asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+        if self in self.server.connections:
+            if count_waiting_bytes(self.transport):
+                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+            else:
+                self.transport.abort()
 
     def _forget(self) -> None:
         self.server.connections.discard(self)
@@ -6018,10 +5996,9 @@ class Newcomers:
     MAX_BURST of them, or half of `--max-clients` are connected.
     """
 
-    def __init__(self, connections: set[Connection], half: int) -> None:
-        # All connections, and half of the places for them.
-        self._connections = connections
-        self._half = half
+    def __init__(self, server: Server) -> None:
+        self._connections = server.connections
+        self._half = server.max_clients // 2
         # Oldest first.
         self._all: dict[Connection, None] = {}
 
@@ -6063,11 +6040,10 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
 def bind_host(
     places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
 ) -> None:
-    """Bind and listen on all addresses of one host, and add the sockets to `bound`.
+    """Bind and listen on all addresses of one host; add the sockets to `bound`. Raises OSError.
 
     An address that this machine lacks is left out where there is another one: `localhost` is
     ::1 too, also where there is no IPv6. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it.
-    Raises OSError.
     """
     missing, before = None, len(bound)
     for family, (host, _, *more) in places:
@@ -6130,10 +6106,7 @@ def is_stale_socket(path: str) -> bool:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a listening Unix socket (0600). It replaces one that a crash has left.
-
-    Raises OSError.
-    """
+    """Return a listening socket (0600) in place of what a crash has left. Raises OSError."""
     if is_stale_socket(path):
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -6153,7 +6126,7 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return the listening sockets that systemd has opened: `http`, `ws` and `unix`.
+    """Return what systemd has opened, if anything: sockets by `http`, `ws` and `unix`.
 
     sd_listen_fds(3): they are the descriptors from 3 on, if LISTEN_PID is this process. A Unix
     socket is recognised without its name. Raises ConfigError.
@@ -6292,13 +6265,8 @@ def limit_clients(config: Config, log: Log) -> int:
 def log_loop_error(log: Log, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What asyncio could not tell anybody else, such as EMFILE from accept."""
     error = context.get("exception")
-    fields = {"message": context.get("message", "")}
-    if isinstance(error, OSError):
-        fields["error"] = str(error)
-    elif error is not None:
-        trace = traceback.format_exception(type(error), error, error.__traceback__)
-        fields["trace"] = "".join(trace)
-    log.write_limited("error", "loop_error", **fields)
+    fields = describe_failure(error) if error else {}
+    log.write_limited("error", "loop_error", message=context.get("message", ""), **fields)
 
 
 @dataclass(eq=False, repr=False)
@@ -6369,7 +6337,7 @@ class Server:
         # Asked once: a kernel's answer "no such socket" must not make us read long tables.
         self.query_owner = choose_owner_query()
         self.max_clients = limit_clients(config, log)
-        self.newcomers = Newcomers(self.connections, self.max_clients // 2)
+        self.newcomers = Newcomers(self)
         self.is_stopping = False
         self._discovery: Discovery | None = None
 
@@ -6435,11 +6403,12 @@ class Server:
         return f"udp://{places[0] if is_local else '0.0.0.0'}:{self._discovery.port}"
 
     def _describe_for_probe(self) -> dict[str, Any]:
+        ports = self.listeners.ports
         return {
             "hostname": self.sampler.hostname,
-            "port": self.listeners.ports["http"],
-            "ws_port": self.listeners.ports["ws"],
-            "discovery_port": self.listeners.ports["discovery"],
+            "port": ports["http"],
+            "ws_port": ports["ws"],
+            "discovery_port": ports["discovery"],
             "version": __version__,
             "tls": self.config.has_tls,
             "auth": not self.config.no_auth,
@@ -6498,7 +6467,7 @@ class Server:
         self.audit.write("task_kill", **fields)
 
     def stop_tied(self, task: Task, by: str) -> None:
-        """The client has gone to which a task was tied: the task goes as well."""
+        """Stop a task whose client has gone."""
         if task.state is TaskState.RUNNING:
             self.stop_task(task, "TERM", by)
 
