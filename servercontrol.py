@@ -52,9 +52,9 @@ number is how many lines each has:
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
       27  identify_peer             whose process is at the other end: the kernel is asked
-      32  Exchanges._serve_request  the door: head, gate, only then the body, answer
-      21  Exchanges._admit          what the gate's answer lets a request reach
-      19  find_route                which role each path needs
+      34  Exchanges._serve_request  the door: head, gate, only then the body, answer
+      20  Exchanges._admit          what the gate's answer lets a request reach
+      16  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
       77  Spawner                   how a command is started: session, environment, descriptors
@@ -667,14 +667,11 @@ def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
     Raises HttpError 400 if another name occurs twice, and for invalid UTF-8.
     """
     parameters: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
-        try:
-            name, _, value = (
-                urllib.parse.unquote_to_bytes(part.replace("+", " ")).decode("utf-8")
-                for part in pair.partition("=")
-            )
-        except UnicodeDecodeError:
-            raise HttpError(400, "bad_query", "the query is not UTF-8") from None
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise HttpError(400, "bad_query", "the query is not UTF-8") from None
+    for name, value in pairs:
         if name in parameters and name != repeatable:
             raise HttpError(400, "bad_query", "a parameter stands twice in the query")
         parameters[name] = f"{parameters[name]},{value}" if name in parameters else value
@@ -4779,7 +4776,7 @@ class Response:
     status: int = 200
     body: bytes = b""
     media_type: str = "application/json"
-    fields: list[tuple[str, str]] = field(default_factory=list)
+    fields: Iterable[tuple[str, str]] = ()
     pieces: AsyncIterator[bytes] | None = None
     trailers: dict[str, str] = field(default_factory=dict)
 
@@ -4829,17 +4826,18 @@ async def follow_output(
 
 @dataclass(frozen=True)
 class Route:
-    """What answers a path and method. role: who may (None: everybody); parameters: known ones."""
+    """Who may use a path (None: everybody), the parameters it knows, and what answers.
 
-    path: str
+    What `answer` returns is sent as JSON, unless it is a Response.
+    """
+
     method: str
     role: Role | None
-    parameters: frozenset[str]
-    answer: Callable[[Server, Request], Awaitable[Response]]
+    parameters: tuple[str, ...]
+    answer: Callable[[Server, Request], Awaitable[Any]]
 
 
 # The answers of the routes
-
 
 PLAIN_TEXT = "text/plain; charset=utf-8"
 METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -4908,17 +4906,8 @@ def find_url(head: RequestHead, scheme: str) -> str:
 
 def accepts_gzip(head: RequestHead) -> bool:
     """Whether Accept-Encoding names gzip and does not weigh it 0 (RFC 9110, 12.5.3)."""
-    for member in head.tokens("accept-encoding"):
-        coding, _, weight = member.replace(" ", "").partition(";q=")
-        if coding in ("gzip", "x-gzip"):
-            return not re.fullmatch(r"0(\.0*)?", weight)
-    return False
-
-
-def matches_tag(head: RequestHead, tag: str) -> bool:
-    """Whether the client has what this entity tag names (RFC 9110, 13.1.2)."""
-    known = head.members("if-none-match")
-    return "*" in known or tag in (one[2:] if one.startswith("W/") else one for one in known)
+    members = (member.replace(" ", "") for member in head.tokens("accept-encoding"))
+    return any(re.fullmatch(r"(x-)?gzip(;q=(?!0(\.0*)?$).*)?", member) for member in members)
 
 
 async def answer_page(server: Server, request: Request) -> Response:
@@ -4930,19 +4919,20 @@ async def answer_page(server: Server, request: Request) -> Response:
         fields.append(("Content-Security-Policy", f"default-src 'none'; {NO_FRAMES}"))
         url = find_url(head, "https" if server.config.has_tls else "http")
         text = HELP.replace("{url}", url).replace("{ws}", "ws" + url.removeprefix("http"))
-        return Response(body=text.encode("utf-8"), media_type=PLAIN_TEXT, fields=fields)
+        return Response(200, text.encode("utf-8"), PLAIN_TEXT, fields)
     is_small = zlib is not None and accepts_gzip(head)
     tag = f'"{page.tag}-gzip"' if is_small else f'"{page.tag}"'
     fields += [("ETag", tag), ("Content-Security-Policy", page.policy(head.value("host")))]
-    if matches_tag(head, tag):
+    known = [one.removeprefix("W/") for one in head.members("if-none-match")]
+    if tag in known or "*" in known:  # RFC 9110, 13.1.2
         return Response(304, fields=fields)
     if is_small:
         fields.append(("Content-Encoding", "gzip"))
     return Response(200, page.compressed if is_small else page.body, HTML_TEXT, fields)
 
 
-async def answer_health(server: Server, request: Request) -> Response:
-    return json_response({"ok": True})
+async def answer_health(server: Server, request: Request) -> Any:
+    return {"ok": True}
 
 
 async def answer_preflight(server: Server, request: Request) -> Response:
@@ -4957,15 +4947,14 @@ async def answer_preflight(server: Server, request: Request) -> Response:
 
 def follow_response(server: Server, request: Request, task: Task, offset: int) -> Response:
     """Return the output as it comes, with the exit code in the trailers."""
-    response = Response(media_type=PLAIN_TEXT)
     start = max(offset, task.output.start)
-    response.trailers["X-Dropped-Bytes"] = str(start - offset)
-    response.fields = [
+    fields = [
         ("X-Task-Id", task.task_id),
         ("X-Offset", str(start)),
         ("Trailer", "X-Exit-Code, X-Dropped-Bytes"),
         ("X-Accel-Buffering", "no"),  # for nginx, which would keep it until there is more
     ]
+    trailers = {"X-Dropped-Bytes": str(start - offset)}
     move: Callable[[int], None] = lambda offset: None  # noqa: E731
     # A client that may only watch does not delay a task.
     if task.window and request.role is Role.RUN:
@@ -4973,8 +4962,8 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         move = functools.partial(server.tasks.outputs.move_reader, task, reader)
         move(offset)
         request.ends.append(lambda: task.readers.pop(reader))
-    response.pieces = follow_output(task, start, response.trailers, move)
-    return response
+    pieces = follow_output(task, start, trailers, move)
+    return Response(200, b"", PLAIN_TEXT, fields, pieces, trailers)
 
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
@@ -5009,7 +4998,7 @@ def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
     return flags
 
 
-async def answer_exec(server: Server, request: Request) -> Response:
+async def answer_exec(server: Server, request: Request) -> Any:
     """`POST /exec`: start a command; wait for its end or follow its output on request."""
     flags = parse_exec_flags(request.parameters)
     asked = find_exec_request(server, request)
@@ -5026,7 +5015,7 @@ async def answer_exec(server: Server, request: Request) -> Response:
     if "again" in request.parameters and task.request.stdin is True:
         fields["not_repeated"] = ["stdin"]  # what came after the start
     if "wait" not in flags:
-        return json_response(fields)
+        return fields
     await asyncio.shield(task.completed)
     fields.update(
         exit_code=task.exit_code,
@@ -5054,10 +5043,10 @@ def find_task(server: Server, request: Request) -> Task:
     return server.tasks.get(request.parameters["id"])
 
 
-async def answer_tasks(server: Server, request: Request) -> Response:
+async def answer_tasks(server: Server, request: Request) -> Any:
     if "id" in request.parameters:
-        return json_response(find_task(server, request).describe())
-    return json_response([task.describe() for task in server.tasks.kept.values()])
+        return find_task(server, request).describe()
+    return [task.describe() for task in server.tasks.kept.values()]
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
@@ -5086,38 +5075,37 @@ async def answer_logs(server: Server, request: Request) -> Response:
     return text_response(fields, "logs", pieces)
 
 
-async def answer_kill(server: Server, request: Request) -> Response:
-    task = find_task(server, request)
-    name = request.parameters.get("signal", "TERM")
+async def answer_kill(server: Server, request: Request) -> Any:
+    task, name = find_task(server, request), request.parameters.get("signal", "TERM")
     server.stop_task(task, name, request.by)
-    return json_response({"task_id": task.task_id, "signal": name})
+    return {"task_id": task.task_id, "signal": name}
 
 
-async def answer_stdin(server: Server, request: Request) -> Response:
+async def answer_stdin(server: Server, request: Request) -> Any:
     task = find_task(server, request)
     server.tasks.write_input(task, request.body, is_end=parse_flag(request.parameters, "eof"))
-    return json_response({"task_id": task.task_id, "bytes": len(request.body)})
+    return {"task_id": task.task_id, "bytes": len(request.body)}
 
 
-async def answer_resize(server: Server, request: Request) -> Response:
+async def answer_resize(server: Server, request: Request) -> Any:
     """`POST /resize`: set the size of the task's terminal."""
-    task, given = find_task(server, request), request.parameters
-    sides = [given.get(name, "") for name in ("cols", "rows")]
+    task = find_task(server, request)
+    sides = [request.parameters.get(name, "") for name in ("cols", "rows")]
     numbers = [int(side) if DIGITS.fullmatch(side) else 0 for side in sides]
     cols, rows = (check_field("cols and rows", number, SIDE) for number in numbers)
     server.tasks.resize(task, cols, rows)
-    return json_response({"task_id": task.task_id, "cols": cols, "rows": rows})
+    return {"task_id": task.task_id, "cols": cols, "rows": rows}
 
 
-async def answer_stats(server: Server, request: Request) -> Response:
+async def answer_stats(server: Server, request: Request) -> Any:
     """`GET /stats`: the newest `stats_update`, the history, or the newest alerts."""
+    sampler = server.sampler
     if parse_flag(request.parameters, "alerts"):
-        return json_response({"alerts": list(server.sampler.alerts)})
+        return {"alerts": list(sampler.alerts)}
     if parse_flag(request.parameters, "history"):
-        samples = list(server.sampler.history)
-        return json_response({"interval": server.config.interval, "samples": samples})
-    await asyncio.shield(server.sampler.has_newest)
-    return json_response(server.sampler.newest)
+        return {"interval": server.config.interval, "samples": list(sampler.history)}
+    await asyncio.shield(sampler.has_newest)
+    return sampler.newest
 
 
 NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
@@ -5143,19 +5131,16 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
     }
 
 
-async def answer_info(server: Server, request: Request) -> Response:
-    """`GET /info`: the server itself."""
-    return json_response(
-        {
-            **describe_server(server, request.role),
-            "ports": server.listeners.ports,
-            "tls": server.config.has_tls,
-            "audit_errors": server.audit.errors,
-            "uptime": int(time.monotonic() - server.started_at),
-            "clients": len(server.viewers.all),
-            "tasks_running": len(server.tasks.running),
-        }
-    )
+async def answer_info(server: Server, request: Request) -> Any:
+    return {
+        **describe_server(server, request.role),
+        "ports": server.listeners.ports,
+        "tls": server.config.has_tls,
+        "audit_errors": server.audit.errors,
+        "uptime": int(time.monotonic() - server.started_at),
+        "clients": len(server.viewers.all),
+        "tasks_running": len(server.tasks.running),
+    }
 
 
 def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
@@ -5209,23 +5194,19 @@ async def answer_metrics(server: Server, request: Request) -> Response:
 
 
 WEBSOCKET_PATHS = ("/", "/ws")
-EXEC_PARAMETERS = frozenset({"wait", "follow", "again", "ref", *EXEC_FLAGS})
-
+EXEC_PARAMETERS = ("wait", "follow", "again", "ref", *EXEC_FLAGS)
 ROUTES = {
-    route.path: route
-    for route in (
-        Route("/", "GET", None, frozenset({"text"}), answer_page),
-        Route("/health", "GET", None, frozenset(), answer_health),
-        Route("/exec", "POST", Role.RUN, EXEC_PARAMETERS, answer_exec),
-        Route("/tasks", "GET", Role.VIEW, frozenset({"id"}), answer_tasks),
-        Route("/logs", "GET", Role.VIEW, frozenset({"id", "offset", "follow", "raw"}), answer_logs),
-        Route("/kill", "POST", Role.RUN, frozenset({"id", "signal"}), answer_kill),
-        Route("/stdin", "POST", Role.RUN, frozenset({"id", "eof"}), answer_stdin),
-        Route("/resize", "POST", Role.RUN, frozenset({"id", "cols", "rows"}), answer_resize),
-        Route("/stats", "GET", Role.VIEW, frozenset({"history", "alerts"}), answer_stats),
-        Route("/info", "GET", Role.VIEW, frozenset(), answer_info),
-        Route("/metrics", "GET", Role.VIEW, frozenset(), answer_metrics),
-    )
+    "/": Route("GET", None, ("text",), answer_page),
+    "/health": Route("GET", None, (), answer_health),
+    "/exec": Route("POST", Role.RUN, EXEC_PARAMETERS, answer_exec),
+    "/tasks": Route("GET", Role.VIEW, ("id",), answer_tasks),
+    "/logs": Route("GET", Role.VIEW, ("id", "offset", "follow", "raw"), answer_logs),
+    "/kill": Route("POST", Role.RUN, ("id", "signal"), answer_kill),
+    "/stdin": Route("POST", Role.RUN, ("id", "eof"), answer_stdin),
+    "/resize": Route("POST", Role.RUN, ("id", "cols", "rows"), answer_resize),
+    "/stats": Route("GET", Role.VIEW, ("history", "alerts"), answer_stats),
+    "/info": Route("GET", Role.VIEW, (), answer_info),
+    "/metrics": Route("GET", Role.VIEW, (), answer_metrics),
 }
 
 
@@ -5262,7 +5243,6 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
     answer. It gets that of the client that typed last; when nobody has typed or that client is
     gone, of the one that shows the `ref` that the task was started with.
     """
-    server.check_exec()
     task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
     if not isinstance(data, str):
@@ -5277,7 +5257,6 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
 
 
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
-    server.check_exec()
     task = server.tasks.get(message.get("task_id"))
     cols, rows = (check_field(name, message.get(name), SIDE) for name in ("cols", "rows"))
     server.tasks.resize(task, cols, rows)
@@ -5294,48 +5273,41 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
 }
 
 
-def find_command(message: dict[str, Any], role: Role) -> Command:
-    """Return what carries a message out. Raises CommandError."""
+def find_command(message: dict[str, Any]) -> tuple[Role, Command]:
+    """Return the row of COMMANDS that a message names. Raises CommandError."""
     kind = message.get("type")
     if not isinstance(kind, str):
         raise CommandError("bad_message", 'the field "type" is missing')
     if kind not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        raise CommandError("unknown_type", f"unknown type; known: {known}")
-    needed, command = COMMANDS[kind]
-    if needed is Role.RUN and role is not Role.RUN:
-        raise CommandError("forbidden", "this needs the role run")
-    return command
+        raise CommandError("unknown_type", f"unknown type; known: {', '.join(COMMANDS)}")
+    return COMMANDS[kind]
 
 
 # Finding the way
 
 
-def find_route(head: RequestHead, role: Role | None, scheme: str = "http") -> Route:
-    """Return the route of a request. Raises HttpError 403, 404, 405 or 426."""
+def find_route(head: RequestHead, scheme: str = "http") -> Route:
+    """Return the route of a request. Raises HttpError 404, 405 or 426."""
     route = ROUTES.get(head.path)
     if route is None:
         if head.path in WEBSOCKET_PATHS:
             raise upgrade_required("this path is for WebSocket clients")
         raise HttpError(404, "not_found", "there is nothing at this path")
     if is_preflight(head):
-        return Route(head.path, "OPTIONS", None, route.parameters, answer_preflight)
-    allowed = ("GET", "HEAD") if route.method == "GET" else (route.method,)
-    if head.method not in allowed:
-        allow = ", ".join(allowed)
+        return Route("OPTIONS", None, route.parameters, answer_preflight)
+    allow = route.method.replace("GET", "GET, HEAD")
+    if head.method not in allow.split(", "):
         message = f"this path takes {allow}"
         if head.path == "/exec":
             message += f": curl -d 'ls' {find_url(head, scheme)}/exec"
         raise HttpError(405, "bad_method", message, [("Allow", allow)])
-    if route.role is Role.RUN and role is not Role.RUN:
-        raise HttpError(403, "forbidden", "this needs the role run")
     return route
 
 
 def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
     """Return the query's parameters. Raises HttpError 400 for one that the route lacks."""
     parameters = parse_query(head.query)
-    if set(parameters) - route.parameters:
+    if not parameters.keys() <= set(route.parameters):
         known = ", ".join(sorted(route.parameters)) or "none"
         raise HttpError(400, "bad_query", f"unknown parameter; this path knows: {known}")
     return parameters
@@ -5351,8 +5323,8 @@ def parse_since(parameters: Mapping[str, str], boot_id: str) -> tuple[int | None
     return int(since), parameters.get("boot", boot_id) == boot_id
 
 
-# The codes of those errors; in /metrics each is there from the start, since Prometheus sees a
-# counter rise only from a value that it has seen.
+# The codes of errors that keep somebody from what another client may do. In /metrics each is there
+# from the start, since Prometheus sees a counter rise only from a value that it has seen.
 REFUSALS = (
     "unauthorized wrong_token token_in_query too_many_tokens bad_host bad_origin json_only "
     "forbidden exec_disabled"
@@ -5360,10 +5332,8 @@ REFUSALS = (
 
 
 def is_refusal(error: HttpError | CommandError) -> bool:
-    """Whether somebody was kept from what another client may do."""
-    if isinstance(error, CommandError):
-        return error.code in ("exec_disabled", "forbidden")
-    return error.status in (401, 403, 415, 429)
+    # A Host that is malformed (400) has the code of one that is not served.
+    return error.code in REFUSALS and getattr(error, "status", 403) != 400
 
 
 class Phase(enum.Enum):
@@ -5615,9 +5585,8 @@ class Exchanges:
         if is_upgrade(head) and ours:
             self._connection.upgrade(head, role)
             return None
-        route = find_route(head, role, self._connection.peer.scheme)
-        if route.role is Role.RUN:
-            self._server.check_exec()
+        route = find_route(head, self._connection.peer.scheme)
+        self._server.check_role(route.role, role)
         parameters = check_parameters(route, head)
         expectations = [] if head.http_1_0 else head.tokens("expect")  # RFC 9110, 10.1.1
         if expectations not in ([], ["100-continue"]):
@@ -5639,6 +5608,8 @@ class Exchanges:
         try:
             try:
                 response = await request.route.answer(self._server, request)
+                if not isinstance(response, Response):
+                    response = json_response(response)
             except Exception as error:
                 response = make_error_response(self._server, error)
             return await self._write_response(request.head, response)
@@ -5679,7 +5650,9 @@ def handle_text(server: Server, viewer: Viewer, text: str | bytes) -> None:
         message = parse_json_object(text)
         if isinstance(message.get("ref"), (str, int, float)):
             reference = {"ref": message["ref"]}
-        reply = find_command(message, viewer.role)(server, viewer, message)
+        needed, command = find_command(message)
+        server.check_role(needed, viewer.role)
+        reply = command(server, viewer, message)
     except CommandError as error:
         if is_refusal(error):
             server.note_refusal(viewer.by, error.code, str(message.get("type")))
@@ -6452,14 +6425,15 @@ class Server:
                 except Exception:
                     self.log.write_limited("error", "sweep_failed", trace=traceback.format_exc())
 
-    def check_exec(self) -> None:
-        """Raise CommandError where nothing may be run, killed or typed into."""
-        if self.config.no_exec:
+    def check_role(self, needed: Role | None, role: Role | None) -> None:
+        """Raise CommandError if this needs more than the role, or than the server allows."""
+        if needed is Role.RUN and role is not Role.RUN:
+            raise CommandError("forbidden", "this needs the role run")
+        if needed is Role.RUN and self.config.no_exec:
             raise CommandError("exec_disabled", "this server was started with --no-exec")
 
     def stop_task(self, task: Task, signal_name: Any, by: str) -> None:
         """Stop a task for a client. Raises CommandError."""
-        self.check_exec()
         number = parse_signal(signal_name)
         self.tasks.stop(task, number, by)
         fields = {"task_id": task.task_id, "signal": SIGNAL_NAMES[number], "by": by}

@@ -17655,7 +17655,7 @@ def fuzz_check_body(case: Any, outcome: Outcome) -> None:
         assert all(len(dict(pairs)) == len(pairs) for pairs in objects), "a name stands twice"
         assert value == parse_strict_json(body.decode("utf-8"))
         json.dumps(value, allow_nan=False)
-        fuzz_call(sc.CommandError, sc.find_command, value, sc.Role.VIEW)
+        fuzz_call(sc.CommandError, sc.find_command, value)
         for one in value.values():
             fuzz_call(sc.CommandError, sc.parse_task_id, one)
             fuzz_call(sc.CommandError, sc.parse_signal, one)
