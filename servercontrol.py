@@ -661,10 +661,9 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
 
 
 def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
-    """Return the parameters of a query; a name without "=" has the value "".
+    """Return the parameters of a query; a name without "=" has the value "". Raises HttpError 400.
 
-    repeatable: a name that may occur more than once; its values are joined with commas.
-    Raises HttpError 400 if another name occurs twice, and for invalid UTF-8.
+    repeatable: the one that may occur more than once; its values are joined with commas.
     """
     parameters: dict[str, str] = {}
     try:
@@ -680,10 +679,11 @@ def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
 
 def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
     """Whether the flag `name` is set: `?wait`, `?wait=1`, `?wait=true`; `?wait=0` is not set."""
-    value = parameters.get(name, "0").lower()
-    if value not in ("", "1", "true", "yes", "0", "false", "no"):
+    value = parameters.get(name, "no").lower()
+    is_set = value in ("", "1", "true", "yes")
+    if not is_set and value not in ("0", "false", "no"):
         raise HttpError(400, "bad_query", f"{name} is a flag: leave it away or set it to 1")
-    return value in ("", "1", "true", "yes")
+    return is_set
 
 
 class HttpParser:
@@ -990,13 +990,13 @@ def parse_host(value: str) -> tuple[str, int | None]:
     Raises HttpError 400.
     """
     match = HOST.fullmatch(value)
-    if match is None or (match.group(2) and int(match.group(2)) > 65535):
-        raise HttpError(400, "bad_host", "the Host field is malformed")
-    name = match.group(1).lower().strip("[]")
+    host, port = match.groups() if match else ("", None)
+    name = host.lower().strip("[]")
     # Only IPv6 addresses are in brackets (RFC 3986, 3.2.2).
-    if match.group(1).startswith("[") and (":" not in name or parse_ip(name) is None):
+    is_wrong = host.startswith("[") and (":" not in name or parse_ip(name) is None)
+    if not host or is_wrong or int(port or 0) > 65535:
         raise HttpError(400, "bad_host", "the Host field is malformed")
-    return name, int(match.group(2)) if match.group(2) else None
+    return name, int(port) if port else None
 
 
 def check_host_syntax(head: RequestHead) -> str | None:
@@ -1070,14 +1070,11 @@ def find_tokens(head: RequestHead) -> list[bytes]:
     They are in `Authorization: Bearer T` (RFC 6750, 2.1), or in the subprotocol `bearer.T`, since
     browsers cannot add fields to a WebSocket upgrade.
     """
-    shown = []
-    for value in head.values("authorization"):
-        match = BEARER.fullmatch(value)
-        shown.append(match.group(1).encode("ascii") if match else b"")
-    for offer in head.members("sec-websocket-protocol"):
-        if offer.startswith(BEARER_PROTOCOL):
-            shown.append(offer[len(BEARER_PROTOCOL) :].encode("latin-1"))
-    return shown
+    matches = map(BEARER.fullmatch, head.values("authorization"))
+    offers = head.members("sec-websocket-protocol")
+    shown = [match.group(1) if match else "" for match in matches]
+    shown += [one[len(BEARER_PROTOCOL) :] for one in offers if one.startswith(BEARER_PROTOCOL)]
+    return [one.encode("latin-1") for one in shown]
 
 
 def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
@@ -2094,11 +2091,11 @@ def escape_json_text(text: bytes) -> bytes:
 
 def encode_event(event: dict[str, Any]) -> bytes:
     """Return an event as a WebSocket text frame. Its `output`, if any, is UTF-8 in bytes."""
-    output = event.get("output")
-    if output is None:
-        return encode_frame(Opcode.TEXT, encode_json(event))
-    rest = encode_json({name: value for name, value in event.items() if name != "output"})
-    body = b'%b,"output":"%b"}' % (rest[:-1], escape_json_text(output))
+    rest = dict(event)
+    output = rest.pop("output", None)
+    body = encode_json(rest)
+    if output is not None:
+        body = b'%b,"output":"%b"}' % (body[:-1], escape_json_text(output))
     return encode_frame(Opcode.TEXT, body)
 
 
@@ -5132,6 +5129,7 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
 
 
 async def answer_info(server: Server, request: Request) -> Any:
+    """`GET /info`: what `hello` says too, and more about the server."""
     return {
         **describe_server(server, request.role),
         "ports": server.listeners.ports,

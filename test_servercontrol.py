@@ -13033,7 +13033,7 @@ class TestMetrics:
         codes = re.findall(r'HttpError\((?:401|403|415|429), "(\w+)"', SOURCE)
         codes += re.findall(r'unauthorized\("(\w+)"', SOURCE)
         unnoted = {"bad_encoding"}  # the head is not understood: nobody was refused a right
-        assert set(codes) - unnoted | {"exec_disabled"} == set(sc.REFUSALS)
+        assert set(codes) - unnoted | {"exec_disabled", "forbidden"} == set(sc.REFUSALS)
 
     def test_descriptors_are_counted_where_their_folder_has_no_size(self) -> None:
         """Before Linux 6.2."""
