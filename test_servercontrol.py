@@ -3211,14 +3211,19 @@ class TestRounds:
         def seqs(self) -> list[int]:
             return [int(one) for one in re.findall(rb'"seq":(\d+)', b"".join(self.taken))]
 
+    def gather(self, count: int, *only: str) -> tuple[sc.Viewers, list[Any]]:
+        """Return so many viewers, who have joined."""
+        viewers = sc.Viewers(asyncio.get_running_loop())
+        everybody = [self.Viewer(*only) for _ in range(count)]
+        for viewer in everybody:
+            viewers.join(viewer, None, True)
+        return viewers, everybody
+
     def test_round_ends_though_there_is_always_news(self, monkeypatch: Any) -> None:
         """Each turn serves a step; who joins, and what is published meanwhile, is for the next."""
 
         async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            everybody = [self.Viewer() for _ in range(5 * sc.ROUND_STEP)]
-            for viewer in everybody:
-                viewers.join(viewer, None, True)
+            viewers, everybody = self.gather(5 * sc.ROUND_STEP)
             viewers.flush_all()
             viewers.publish("stats_update", n=1)
             for turn in range(1, 6):
@@ -3240,10 +3245,7 @@ class TestRounds:
         """Also for those who were served before the news came, and when nothing else comes."""
 
         async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            everybody = [self.Viewer() for _ in range(3 * sc.ROUND_STEP)]
-            for viewer in everybody:
-                viewers.join(viewer, None, True)
+            viewers, everybody = self.gather(3 * sc.ROUND_STEP)
             await asyncio.sleep(0.01)  # all have been served
             viewers.publish("stats_update")
             await asyncio.sleep(0)
@@ -3257,10 +3259,7 @@ class TestRounds:
 
     def test_few_are_served_at_once_but_not_in_a_flood(self, monkeypatch: Any) -> None:
         async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            few = [self.Viewer() for _ in range(sc.FEW_VIEWERS)]
-            for viewer in few:
-                viewers.join(viewer, None, True)
+            viewers, few = self.gather(sc.FEW_VIEWERS)
             await asyncio.sleep(0)
             viewers._hurried_at = -1e12
             viewers.publish("stats_update")
@@ -3280,10 +3279,8 @@ class TestRounds:
 
     def test_nothing_is_sent_after_a_close_or_to_who_has_left(self) -> None:
         async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            closed, left, stalled, other = everybody = [self.Viewer() for _ in range(4)]
-            for viewer in everybody:
-                viewers.join(viewer, None, True)
+            viewers, everybody = self.gather(4)
+            closed, left, stalled, _ = everybody
             closed.close(1000, "")
             viewers.resume(closed)
             viewers.stall(stalled)
@@ -3301,10 +3298,7 @@ class TestRounds:
 
     def test_what_nobody_chose_is_not_encoded(self, monkeypatch: Any) -> None:
         async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            some = [self.Viewer("cpu_alert") for _ in range(3)]
-            for viewer in some:
-                viewers.join(viewer, None, True)
+            viewers, some = self.gather(3, "cpu_alert")
             for n in range(100):
                 viewers.publish("task_output", task_id="1", output=b"x" * n, offset=0)
                 viewers.flush_all()
@@ -4574,9 +4568,6 @@ class TestRoutes(RunsTasks):
         # For curl: the API at a glance, with the address that was asked for.
         place = f"http://{server.place}/exec".encode()
         assert place in answer.body and answer.body.count(b"\n") <= 50
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-store"
-        assert answer.headers["referrer-policy"] == "no-referrer"
         policy = answer.headers["content-security-policy"]
         for part in ("default-src", "frame-ancestors", "base-uri", "form-action"):
             assert f"{part} 'none'" in re.split(" *; *", policy)
@@ -6424,43 +6415,60 @@ def server_with_output(state: Path, redirect: str, *options: str, **popen: Any) 
         server.process.wait()
 
 
-class Terminal:
-    """A server on a terminal of its own, as a person starts it."""
+class OnTerminal:
+    """A program at a terminal of its own, as a person starts it."""
 
-    def __init__(self, state: Path, *options: str) -> None:
-        self.master, slave = pty.openpty()
-        server = ServerProcess(state, *options)
-        self.process = subprocess.Popen(
-            server.command,
-            env=server.env,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(slave)
-        self.text = ""
+    def __init__(self, command: list[str], env: Any, cols: int, rows: int, **popen: Any) -> None:
+        self.master, self.slave = pty.openpty()
+        self.resize(cols, rows)
+        self.before = termios.tcgetattr(self.slave)
+        self.data = b""
+        options: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), self.slave)
+        options["preexec_fn"] = lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0)
+        options = {"start_new_session": True, **options, **popen}
+        self.process = subprocess.Popen(command, env={**os.environ, **env}, **options)
 
-    def __enter__(self) -> Terminal:
-        self.port = int(self.read_until(r'"http":"http://[\d.]+:(\d+)"').group(1))
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self.master)
+        for fd in {self.master, self.slave} - {-1}:
+            os.close(fd)
+
+    def resize(self, cols: int, rows: int) -> None:
+        sc.set_terminal_size(self.slave, cols, rows)
+
+    def type(self, keys: str | bytes) -> None:
+        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
+
+    def read(self) -> None:
+        while select.select([self.master], [], [], 0)[0]:
+            self.data += os.read(self.master, 65536)
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "ignore")
 
     def read_until(self, pattern: str) -> Any:
         """Return the first match of the pattern in what the terminal shows."""
+        try:
+            return wait_until(lambda: self.read() or re.search(pattern, self.text))
+        except AssertionError:
+            raise AssertionError(self.text) from None
 
-        def find() -> Any:
-            if select.select([self.master], [], [], 0)[0]:
-                with contextlib.suppress(OSError):  # EIO: nobody holds the terminal any more
-                    self.text += os.read(self.master, 65536).decode("utf-8")
-            return re.search(pattern, self.text)
 
-        return wait_until(find)
+class Terminal(OnTerminal):
+    """A server."""
+
+    def __init__(self, state: Path, *options: str) -> None:
+        server = ServerProcess(state, *options)
+        super().__init__(server.command, server.env, 200, 50)
+
+    def __enter__(self) -> Terminal:
+        self.port = int(self.read_until(r'"http":"http://[\d.]+:(\d+)"').group(1))
+        return self
 
 
 @contextlib.contextmanager
@@ -8638,18 +8646,20 @@ class TestStopping:
 # systemd ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_systemd_tool(name: str) -> str:
-    """Return the path of a program of systemd; skip aloud where it is missing, but fail in CI."""
-    path = shutil.which(name)
-    if path is None:
-        message = f"SYSTEMD IS NOT TESTED: no {name}; Debian's package systemd has it"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return path
+def skip_aloud(message: str) -> None:
+    """Where something is not installed; in CI that fails."""
+    pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
+def find_program(name: str, package: str, path: str | None = None) -> str:
+    """Return the path of a program of a Debian package."""
+    found = shutil.which(name, path=path)
+    return found or skip_aloud(f"NOT TESTED with {name}: apt-get install {package}") or ""
 
 
 def analyze(*words: Any, status: int | None = 0) -> str:
     """Return what systemd-analyze says."""
-    command = [find_systemd_tool("systemd-analyze"), *map(str, words)]
+    command = [find_program("systemd-analyze", "systemd"), *map(str, words)]
     told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
     assert status in (None, told.returncode), told.stdout
     return told.stdout
@@ -9130,7 +9140,7 @@ class TestPassedSockets:
         """It starts the server when the first connection comes."""
         with bind() as one:
             port = one.getsockname()[1]
-        tool = find_systemd_tool("systemd-socket-activate")
+        tool = find_program("systemd-socket-activate", "systemd")
         prefix = (tool, f"--listen=127.0.0.1:{port}", "--fdname=http")
         prefix += (f"--setenv=XDG_STATE_HOME={tmp_path}",)
 
@@ -9307,6 +9317,7 @@ class Cutter(Place):
         self.choose = choose
         self.stalls = stalls
         self.resumed = threading.Event()
+        self.change: Callable[[bytes], bytes] = bytes
         self.listener = bind()
         self.listener.listen(64)
         self.port = self.listener.getsockname()[1]
@@ -9354,7 +9365,7 @@ class Cutter(Place):
     def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         with contextlib.suppress(OSError):
             while True:
-                data = source.recv(65536)
+                data = self.change(source.recv(65536))
                 if limit is not None and len(data) >= limit:
                     sink.sendall(data[:limit])
                     self.cut += 1
@@ -10658,46 +10669,12 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         assert set(sc.SYNTAX) - {"serve"} == set(sc.COMMAND_LINES)
 
 
-class Person:
-    """A client command at a terminal of its own, 100 x 30, as a person starts it."""
+class Person(OnTerminal):
+    """A client command."""
 
     def __init__(self, *arguments: str, **options: Any) -> None:
-        self.master, self.slave = pty.openpty()
-        self.resize(100, 30)
-        self.before = termios.tcgetattr(self.slave)
-        self.text = ""
-        terminal = dict.fromkeys(("stdin", "stdout", "stderr"), self.slave)
-        take = {"preexec_fn": lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0)}
-        options = {**terminal, "start_new_session": True, **take, **options}
-        self.client = running_client(*arguments, **options)
-
-    def __enter__(self) -> Person:
-        self.process = self.client.__enter__()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.client.__exit__(None, None, None)
-        for fd in {self.master, self.slave} - {-1}:
-            os.close(fd)
-
-    def resize(self, cols: int, rows: int) -> None:
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
-
-    def type(self, keys: str | bytes) -> None:
-        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
-
-    def read_until(self, pattern: str) -> Any:
-        """Return the first match of the pattern in what the terminal shows."""
-
-        def find() -> Any:
-            while select.select([self.master], [], [], 0)[0]:
-                self.text += os.read(self.master, 65536).decode("utf-8")
-            return re.search(pattern, self.text)
-
-        try:
-            return wait_until(find)
-        except AssertionError:
-            raise AssertionError(self.text) from None
+        command = [sys.executable, compiled_script(), *arguments]
+        super().__init__(command, {"SERVERCONTROL_HOSTS": "/nonexistent"}, 100, 30, **options)
 
     def wait(self) -> int:
         """Return the exit status; the terminal must be as it was."""
@@ -11971,40 +11948,13 @@ class TestMonitorLog:
         check_monitor_log(log, state / "servercontrol" / "audit.log")
 
 
-class ScreenWatcher:
-    """`monitor` on a terminal, as a person sees it."""
+class ScreenWatcher(OnTerminal):
+    """`monitor`."""
 
     def __init__(self, *arguments: str, cols: int = 80, rows: int = 24, **env: str) -> None:
-        self.master, self.slave = pty.openpty()
-        self.resize(cols, rows)
-        self.before = termios.tcgetattr(self.slave)
-        self.data = b""
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "monitor", *arguments],
-            env={**os.environ, "SERVERCONTROL_HOSTS": "/nonexistent", "NO_COLOR": "", **env},
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-
-    def resize(self, cols: int, rows: int) -> None:
-        sc.set_terminal_size(self.slave, cols, rows)
-        self.cols, self.rows = cols, rows
-
-    def __enter__(self) -> ScreenWatcher:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-    def read(self) -> None:
-        while select.select([self.master], [], [], 0)[0]:
-            self.data += os.read(self.master, 65536)
+        command = [sys.executable, str(SCRIPT), "monitor", *arguments]
+        env = {"SERVERCONTROL_HOSTS": "/nonexistent", "NO_COLOR": "", **env}
+        super().__init__(command, env, cols, rows)
 
     def lines(self) -> list[str]:
         """What the newest picture shows."""
@@ -12020,9 +11970,6 @@ class ScreenWatcher:
             return lines if any(re.search(pattern, one) for one in lines) else None
 
         return wait_until(find)
-
-    def type(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
 
     def is_stopped(self) -> bool:
         """Whether Ctrl-S has had its effect, which it has a little later."""
@@ -12383,15 +12330,6 @@ class TestReadme:
 # Metrics, the alert webhook, Prometheus ──────────────────────────────────────────────────────
 
 
-def find_program(name: str, package: str) -> str:
-    """Return the path of a Debian program; skip aloud where it is missing, but fail in CI."""
-    path = shutil.which(name)
-    if path is None:
-        message = f"NOT TESTED with {name}: apt-get install {package}"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return path
-
-
 def scrape(server: ServerProcess, **fields: str) -> dict[tuple[str, str], float]:
     """Return the values of /metrics by name, without prefix, and label."""
     answer = server.request("GET", "/metrics", **fields)
@@ -12657,8 +12595,14 @@ class ReceiverHandler(http.server.BaseHTTPRequestHandler):
         self.server.posts.append((self.path, self.headers, None))
 
 
-FAST = ("--interval=0.05", "--alert-cooldown=0", "--log-level=debug")
+FAST = ("--alert-cooldown=0",)
 QUICK_TRIES = {"WEBHOOK_PAUSES": (0.05, 0.1)}
+
+
+def alerting(state: Path, usage: Usage, url: str, *options: str, **given: Any) -> ServerProcess:
+    """A server that posts alerts to a place."""
+    words = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={url}/", *options)
+    return ServerProcess(state, *words, script=usage.script, **given)
 
 
 class TestWebhook:
@@ -12694,9 +12638,7 @@ class TestWebhook:
     def test_third_try_comes_after_the_pauses(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path, WEBHOOK_PAUSES=(0.2, 0.5))
         with Receiver(500, "close", 200) as receiver:
-            url = f"--alert-webhook={receiver.url}/"
-            options = ("--interval=0.05", "--log-level=debug", url)
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+            with alerting(tmp_path, usage, receiver.url) as server:
                 usage.set(95)
                 server.wait_for_log("webhook_sent")
         assert not server.log("webhook_failed")
@@ -12716,16 +12658,14 @@ class TestWebhook:
     ) -> None:
         usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
         with Receiver(answer, answer, answer, 200) as receiver:
-            url = f"--alert-webhook={receiver.url}/x"
-            options = ("--interval=0.05", "--log-level=debug", url)
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+            with alerting(tmp_path, usage, f"{receiver.url}/x") as server:
                 usage.set(95)
                 failed = server.wait_for_log("webhook_failed")
                 usage.set(10)
                 server.wait_for_log("webhook_sent")
         assert reason in failed["reason"] and failed["alert"] == "cpu_alert"
         assert len(server.log("webhook_failed")) == 1
-        assert [path for path, _, _ in receiver.posts] == ["/x"] * 4  # no redirect was followed
+        assert [path for path, _, _ in receiver.posts] == ["/x/"] * 4  # no redirect was followed
         kinds = [body["type"] for _, _, body in receiver.posts]
         assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
 
@@ -12733,8 +12673,7 @@ class TestWebhook:
         """RFC 9110, 15.2: else the alert would be delivered three times."""
         usage = Usage(tmp_path, **QUICK_TRIES)
         with Receiver("early") as receiver:
-            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+            with alerting(tmp_path, usage, receiver.url) as server:
                 usage.set(95)
                 server.wait_for_log("webhook_sent")
             assert len(receiver.posts) == 1 and not server.log("webhook_failed")
@@ -12744,8 +12683,7 @@ class TestWebhook:
             dead = f"127.0.0.1:{placeholder.getsockname()[1]}"
         for place, reason in ((dead, "refused"), ("nobody.invalid", ""), ("a..b", "")):
             usage = Usage(tmp_path, **QUICK_TRIES)
-            url = f"--alert-webhook=http://{place}/"
-            with ServerProcess(tmp_path, *FAST, url, script=usage.script) as server:
+            with alerting(tmp_path, usage, f"http://{place}", *FAST) as server:
                 usage.set(95)
                 failed = server.wait_for_log("webhook_failed")
             assert reason in failed["reason"] and failed["reason"]
@@ -12756,8 +12694,7 @@ class TestWebhook:
         usage = Usage(tmp_path, **QUICK_TRIES)
         env = {"SSL_CERT_FILE": str(certificates[not trusted].cert)}
         with Receiver(200, certificate=certificates[0]) as receiver:
-            url = f"--alert-webhook={receiver.url}/"
-            with ServerProcess(tmp_path, *FAST, url, script=usage.script, env=env) as server:
+            with alerting(tmp_path, usage, receiver.url, *FAST, env=env) as server:
                 usage.set(95)
                 if trusted:
                     assert server.wait_for_log("webhook_sent")["url"] == receiver.url
@@ -12768,8 +12705,8 @@ class TestWebhook:
     def test_handshake_that_hangs_is_given_up(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            url = f"--alert-webhook=https://127.0.0.1:{silent.getsockname()[1]}/"
-            with ServerProcess(tmp_path, *FAST, url, script=usage.script) as server:
+            url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+            with alerting(tmp_path, usage, url, *FAST) as server:
                 usage.set(95)
                 assert "timed out" in server.wait_for_log("webhook_failed")["reason"]
 
@@ -12787,8 +12724,7 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
         usage = Usage(tmp_path, self.SLOW_NAMES)
         with Receiver("hang") as receiver:
             place = receiver.url if what == "receiver" else "http://slow.test"
-            options = (*FAST, f"--loop={loop}", f"--alert-webhook={place}/")
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+            with alerting(tmp_path, usage, place, *FAST, f"--loop={loop}") as server:
                 usage.set(95)
                 server.wait_for_log("cpu_alert")
                 if what == "receiver":
@@ -12809,8 +12745,7 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
     def test_alert_that_waits_at_the_end_gets_its_chance(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path)
         with Receiver("slow") as receiver:
-            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+            with alerting(tmp_path, usage, receiver.url) as server:
                 usage.set(95)
                 wait_until(lambda: receiver.posts)
                 os.kill(server.pid, signal.SIGTERM)
@@ -13039,7 +12974,7 @@ class Network:
                 made = self.ip("netns", "add", self.prefix + host, check=False)
                 if made.returncode:
                     why = f"NETWORKS ARE NOT TESTED, for which one must be root: {made.stderr!r}"
-                    pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+                    skip_aloud(why)
                 self.ip("-n", self.prefix + host, "link", "set", "lo", "up")
             self.ip("-n", self.prefix + "switch", "link", "add", "br0", "type", "bridge")
             self.ip("-n", self.prefix + "switch", "link", "set", "br0", "up")
@@ -13381,12 +13316,8 @@ class TestFromElsewhere:
 
 
 def find_ansible(name: str) -> str:
-    """Return the path of a program of ansible-core; skip aloud without it, but fail in CI."""
-    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if path is None:
-        message = "ANSIBLE IS NOT TESTED: pip install ansible-core"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return path
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return find_program(name, "ansible-core, or pip install ansible-core", path)
 
 
 class TestAnsible:
@@ -13446,29 +13377,16 @@ class TestAnsible:
         assert not (tmp_path / "x").exists()
 
 
-class Collector:
+class Collector(Impostor):
     """Where logs go: takes connections and keeps all that comes over them."""
 
-    def __init__(self) -> None:
-        self.listener = bind()
-        self.listener.listen(4)
-        self.port = self.listener.getsockname()[1]
-        self.received = b""
-
-    def __enter__(self) -> Collector:
-        threading.Thread(target=self._collect, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.listener.close()
-
-    def _collect(self) -> None:
+    def _serve(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self.listener.accept()
                 with connection:
                     for data in iter(lambda c=connection: c.recv(65536), b""):
-                        self.received += data
+                        self.answer += data
 
 
 class TestShipper:
@@ -13478,7 +13396,7 @@ class TestShipper:
         rsyslogd = find_program("rsyslogd", "rsyslog")
         log, spool = tmp_path / "servercontrol" / "audit.log", tmp_path / "spool"
         spool.mkdir()
-        with ServerProcess(tmp_path) as server, Collector() as collector:
+        with ServerProcess(tmp_path) as server, Collector(b"") as collector:
             changes = {
                 "/var/spool/rsyslog": str(spool),
                 "/var/lib/servercontrol/audit.log": str(log),
@@ -13505,7 +13423,7 @@ class TestShipper:
                 written += (tmp_path / f"audit.log.{len(written)}").read_bytes()
 
             def is_all_there() -> bool:
-                return collector.received == written + log.read_bytes()
+                return collector.answer == written + log.read_bytes()
 
             run_some()
             with in_foreground(command, tmp_path / "out", is_all_there):
@@ -13518,9 +13436,9 @@ class TestShipper:
             with in_foreground(command, tmp_path / "out", is_all_there):
                 run_some()
                 wait_until(is_all_there)
-            (tmp_path / "shipped").write_bytes(collector.received)
+            (tmp_path / "shipped").write_bytes(collector.answer)
             assert run_client("verify-audit", f"{tmp_path}/shipped").returncode == 0
-            assert collector.received.count(b'"event":"task_complete"') == 7 * 21
+            assert collector.answer.count(b'"event":"task_complete"') == 7 * 21
 
 
 # The page ────────────────────────────────────────────────────────────────────────────────────
@@ -13615,8 +13533,7 @@ def start_browser() -> Any:
     if path is None:
         missing.append("chromium")
     if missing:
-        message = "THE PAGE IS NOT TESTED: no " + " and no ".join(missing)
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        skip_aloud("THE PAGE IS NOT TESTED: no " + " and no ".join(missing))
     from playwright.sync_api import sync_playwright
 
     playwright = sync_playwright().start()
@@ -13719,37 +13636,11 @@ class Visit:
         raise AssertionError(f"Tab does not lead to {name}")
 
 
-class PathProxy:
-    """A TCP proxy that takes a prefix off the path of each request, and `lost` out of it."""
-
-    def __init__(self, port: int, prefix: bytes, lost: bytes = b"never sent") -> None:
-        self.target, self.prefix, self.lost = port, prefix, lost
-
-    def __enter__(self) -> int:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self.accept, daemon=True).start()
-        return self.listener.getsockname()[1]
-
-    def __exit__(self, *_: Any) -> None:
-        self.listener.close()
-
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self.listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self.target))
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self.copy, args=pair, daemon=True).start()
-
-    def copy(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                data = source.recv(65536)
-                cut = re.sub(rb"^([A-Z]+) " + self.prefix, rb"\1 ", data)
-                sink.sendall(cut.replace(self.lost, b""))
-                if not data:
-                    sink.shutdown(socket.SHUT_WR)
-                    return
+def path_proxy(port: int, prefix: bytes, lost: bytes = b"never sent") -> Cutter:
+    """A proxy that takes a prefix off the path of each request, and `lost` out of it."""
+    cutter, begin = Cutter(port, lambda _: None), re.compile(rb"^([A-Z]+) " + prefix)
+    cutter.change = lambda data: begin.sub(rb"\1 ", data).replace(lost, b"")
+    return cutter
 
 
 def record_terminal(
@@ -14615,8 +14506,8 @@ class TestPage:
                 server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
 
     def test_works_below_a_path_of_a_proxy(self, browser: Any, server: ServerProcess):
-        with PathProxy(server.port, b"/deep/er") as port:
-            with Visit(browser, f"http://127.0.0.1:{port}/deep/er/") as visit:
+        with path_proxy(server.port, b"/deep/er") as proxy:
+            with Visit(browser, f"http://{proxy.place}/deep/er/") as visit:
                 visit.wait_live()
                 visit.run("echo through")
                 visit.wait_for("#lines", "^through$")
@@ -14953,8 +14844,8 @@ class TestPage:
                 visit.page.unroute("**/info")
                 visit.wait_live()  # all by itself
                 assert visit.page.is_hidden("#trouble")
-        with PathProxy(server.port, b"", b"Upgrade: websocket\r\n") as port:
-            with Visit(browser, f"http://127.0.0.1:{port}/") as visit:
+        with path_proxy(server.port, b"", b"Upgrade: websocket\r\n") as proxy:
+            with Visit(browser, f"http://{proxy.place}/") as visit:
                 visit.allowed = "WebSocket connection"
                 visit.wait_for("#trouble", "must pass on Upgrade")
                 assert visit.page.is_visible("#trouble-again")
@@ -16284,31 +16175,34 @@ def soak_read_honestly(server: ServerProcess, count: int, last_task: str) -> lis
     return ["", gaps]
 
 
+def soak_delays(action: Callable[[], Any], goes_on: Callable[[], bool], pause: float = 0.02) -> Any:
+    """Return the ms that each turn of an action takes."""
+    delays = []
+    while goes_on() or not delays:
+        begin = time.monotonic()
+        action()
+        delays.append((time.monotonic() - begin) * 1e3)
+        time.sleep(pause)
+    return delays
+
+
+def soak_until(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() < end
+
+
 def soak_ping(server: ServerProcess, stop: Path) -> list[float]:
     """Return the ms from a JSON ping to its pong, until the file `stop` is there."""
-    delays = []
     with RawPeer(server) as peer:
-        while not stop.exists():
-            begin = time.monotonic()
+
+        def ping() -> None:
             peer.say(type="ping")
             while b'"type":"pong"' not in peer.buffer:
                 del peer.buffer[:-20]
                 assert peer.read_some(1 << 20), "the server has closed"
             del peer.buffer[:]
-            delays.append((time.monotonic() - begin) * 1e3)
-            time.sleep(0.02)
-    return delays
 
-
-def soak_health(server: ServerProcess, seconds: float) -> list[float]:
-    """Return the ms that /health takes, each time on a new connection."""
-    delays, end = [], time.monotonic() + seconds
-    while time.monotonic() < end:
-        begin = time.monotonic()
-        assert server.get("/health") == {"ok": True}
-        delays.append((time.monotonic() - begin) * 1e3)
-        time.sleep(0.02)
-    return delays
+        return soak_delays(ping, lambda: not stop.exists())
 
 
 def soak_tell(name: str, delays: list[float]) -> str:
@@ -16331,7 +16225,7 @@ def soak_load(server: ServerProcess, scale: float) -> str:
             stack.enter_context(RawPeer(server, receive_bytes=4096))
         wait_until(lambda: server.get("/info")["clients"] == count // 10 + count * 9 // 10 + 1)
         tasks = [server.start("exec yes 'all work and no play'") for _ in range(64)]
-        delays = soak_health(server, seconds)
+        delays = soak_delays(lambda: server.get("/health"), soak_until(seconds))
         grown = server.resident_kib() - before
         stop.touch()
         ping_delays = pings()
@@ -16374,10 +16268,8 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
     count, seconds = int(1000 * scale), max(1.0, 20 * scale)
     token = Path(server.wait_for_log("listening")["token_file"]).read_text().strip()
 
-    def ask() -> float:
-        begin = time.monotonic()
+    def ask() -> None:
         assert server.request("GET", "/info", Authorization=f"Bearer {token}").status == 200
-        return (time.monotonic() - begin) * 1e3
 
     def besiege() -> None:
         slow = [socket.socket() for _ in range(count // 10)]
@@ -16401,10 +16293,7 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
         ask()
     descriptors, memory = server.descriptors(), server.resident_kib()
     with soak_child(besiege):
-        delays, end = [ask()], time.monotonic() + seconds
-        while time.monotonic() < end:
-            delays.append(ask())
-            time.sleep(0.01)
+        delays = soak_delays(ask, soak_until(seconds), 0.01)
     wait_until(lambda: server.descriptors() <= descriptors)
     grown = server.resident_kib() - memory
     assert grown < 16 * 1024, f"the server has grown by {grown} KiB"
