@@ -57,8 +57,8 @@ number is how many lines each has:
       16  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
-      77  Spawner                   how a command is started: session, environment, descriptors
-     207  Tasks                     how it is watched, stopped with all that it started, and ends
+      74  Spawner                   how a command is started: session, environment, descriptors
+     202  Tasks                     how it is watched, stopped with all that it started, and ends
      101  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
@@ -1714,8 +1714,7 @@ class WebSocketConnection:
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
 # A Sample has what the kernel counts, from whichever source. Rates are computed from two samples.
-# AlertRule says when to raise an alert. Time is an argument, from the monotonic clock, so a change
-# of the wall clock has no effect.
+# Time is an argument, from the monotonic clock, so a change of the wall clock has no effect.
 
 
 class Sample(NamedTuple):
@@ -1741,7 +1740,7 @@ class Sample(NamedTuple):
 def parse_cpu_times(stat: str) -> tuple[int, int]:
     """Return (busy, total) ticks of all cores from /proc/stat (proc(5)).
 
-    Waiting for a disk is idle time; guest time is already part of user time.
+    Guest time is already part of user time.
     """
     numbers = [int(number) for number in stat.split("\n", 1)[0].split()[1:]]
     user, nice, system, idle, iowait, irq, softirq, steal = (numbers + [0] * 8)[:8]
@@ -1756,17 +1755,15 @@ def parse_meminfo(meminfo: str) -> dict[str, int]:
 
 
 def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
-    """Return bytes (received, sent) of each interface but loopback from /proc/net/dev."""
+    """Return `net` of a Sample from /proc/net/dev."""
     rows = (line.replace(":", " ", 1).split() for line in net_dev.splitlines() if ":" in line)
     return {name: (int(row[0]), int(row[8])) for name, *row in rows if name != "lo"}
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
-    """Return how many bytes all interfaces have received (way: 0) or sent (1) between two samples.
-
-    Each interface is compared with itself, since one that vanishes takes its counters with it.
-    """
+    """Return how many bytes were received (way: 0) or sent (1) between two samples."""
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
+    # Each interface by itself, since one that vanishes takes its counters with it.
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
     # A renamed interface is one gone and one new; the difference cancels its lifetime total.
     come = sum(new.get(name, 0) - old.get(name, 0) for name in old.keys() ^ new.keys())
@@ -1774,7 +1771,7 @@ def count_traffic(before: Sample, after: Sample, way: int) -> int:
 
 
 def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
-    """Return the fields of `stats_update` that come from two samples."""
+    """Return those fields of `stats_update`."""
     seconds = max(after.now - before.now, 1e-6)
     total = after.total_ticks - before.total_ticks
     busy = 100.0 * (after.busy_ticks - before.busy_ticks) / total if total > 0 else 0.0
@@ -1800,63 +1797,52 @@ class AlertRule:
     threshold: float
     cooldown: float
     hold: float  # how long the value must stay above the threshold before the first alert
-    # Since when it has been above; the newest alert, and whether that is not resolved yet.
+    # Since when it has been above; and the newest alert.
     _above_since: float = math.inf
     _raised_at: float = -math.inf
-    _is_raised: bool = False
 
     def update(self, cpu: float, now: float) -> str | None:
         """Take a value; return "cpu_alert", "alert_resolved" or None."""
         if cpu <= self.threshold:
+            was_raised = self._raised_at >= self._above_since
             self._above_since = math.inf
-            resolved, self._is_raised = self._is_raised, False
-            return "alert_resolved" if resolved else None
+            return "alert_resolved" if was_raised else None
         self._above_since = min(self._above_since, now)
         if now - self._raised_at < self.cooldown or now - self._above_since < self.hold:
             return None
-        self._raised_at, self._is_raised = now, True
+        self._raised_at = now
         return "cpu_alert"
 
 
 # 10. Feed and kept output ────────────────────────────────────────────────────────────────────
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
-# same bytes at its own cursor, which is the seq that it needs next. So a viewer costs one integer;
-# replay and lag are normal delivery from another cursor; and if the cursor's event is no longer
-# kept, the missing range is known and is sent as a `gap`. (Kafka's consumers and the kernel's
-# /dev/kmsg work like this.)
-# A viewer may choose what it hears. The feed has a list of seqs for each kind of event, so it skips
-# what a viewer did not choose without looking at it.
+# same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
+# and lag are normal delivery from another cursor; and what was dropped from there on is known, and
+# is sent as a `gap`. (Kafka's consumers and the kernel's /dev/kmsg work like this.) A list of seqs
+# for each kind of event serves viewers that choose what they hear.
 # OutputLog is the same idea for the output of one task, in bytes instead of events.
 
 EVENT_TYPES = (
     "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
 ).split()
-OUTPUT_TYPE = "task_output"
 
 
 class Choice(NamedTuple):
-    """What a viewer wants to hear: event types, and the tasks whose output it wants (by id).
-
-    None is all of them.
-    """
+    """What a viewer wants to hear: event types, and whose output, by task id. None is all."""
 
     only: frozenset[str] | None = None
     tasks: frozenset[str] | None = None
 
     @property
     def kinds(self) -> frozenset[str] | None:
-        """The Feed's kinds of events that were chosen, or None for everything.
-
-        Choices that mean the same have the same kinds, in whatever form they were made.
-        """
+        """The Feed's kinds of events (None: all), equal for choices that mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
-        if OUTPUT_TYPE in kinds and self.tasks is not None:
-            kinds = kinds - {OUTPUT_TYPE} | self.tasks
+        if "task_output" in kinds and self.tasks is not None:
+            kinds = kinds - {"task_output"} | self.tasks
         return None if kinds == frozenset(EVENT_TYPES) else kinds
 
     def describe(self) -> dict[str, list[str] | None]:
-        """Return the choice in the form of the JSON message."""
         only = None if self.only is None else [one for one in EVENT_TYPES if one in self.only]
         return {"only": only, "tasks": None if self.tasks is None else sorted(self.tasks, key=int)}
 
@@ -1865,10 +1851,10 @@ class Choice(NamedTuple):
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
-    encode: makes the wire frame of an event. compress: makes a compressed frame from that, for
-    viewers whose compression window has so many bits, or returns it unchanged if nothing is gained.
+    Each is of one or two kinds: its type and, if it is output, the id of its task.
 
-    Each event is of one or two kinds: its type and, if it is output, the id of its task.
+    encode: makes the wire frame of an event. compress: compresses that for viewers whose window has
+    so many bits, or returns it unchanged if nothing is gained.
     """
 
     encode: Callable[[dict[str, Any]], bytes]
@@ -1877,20 +1863,19 @@ class Feed:
     # The seq of the oldest kept event, and the one that the next event will get.
     first: int = 1
     next: int = 1
-    # seq -> event, or its frame once that is encoded.
+    # seq -> event, or its frame once that was needed.
     _entries: dict[int, Any] = field(default_factory=dict)
     _bytes: int = 0
-    # Window bits -> seq -> compressed frame, made when the first viewer needs it; b"" where
-    # nothing was gained.
+    # Window bits -> seq -> compressed frame, once that was needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
     # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells which
-    # viewers have missed something. Older ones are deleted in bulk, at _trim_at.
+    # viewers have missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
-    # The newest dropped seq of the tasks whose lists were deleted; it is not known what else of
-    # those tasks was dropped.
+    # The newest dropped seq of tasks whose lists were deleted; what else of them was dropped is not
+    # known any more.
     _forgotten: int = 0
-    # Set by Viewers, for whoever publishes much: whether viewers wait to be served, and whether to
+    # Set by Viewers, for who publishes much: whether viewers wait to be served, and whether to
     # pause until slow ones have caught up.
     is_dirty: bool = False
     must_pause: bool = False
@@ -1912,7 +1897,7 @@ class Feed:
         """Add an event, set its `seq`, drop the oldest beyond the capacity. Return its kinds."""
         seq = event["seq"] = self.next
         kind = event["type"]
-        kinds = (kind, event["task_id"]) if kind == OUTPUT_TYPE else (kind,)
+        kinds = (kind, event["task_id"]) if kind == "task_output" else (kind,)
         for one in kinds:
             self._seqs.setdefault(one, []).append(seq)
         self._entries[seq] = event
@@ -1928,8 +1913,8 @@ class Feed:
                 self._bytes -= len(frames.pop(self.first, b""))
             self.first += 1
         if self.first > self._trim_at:
-            self._trim_seqs()
             self._trim_at = self.first + max(1024, len(self._entries))
+            self._trim_seqs()
 
     def _trim_seqs(self) -> None:
         for seqs in self._seqs.values():
@@ -1948,9 +1933,8 @@ class Feed:
     ) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
-        kinds: None is all. bits: of the viewers' compression window, 0 for no compression. The
-        frames that begin before max_bytes are returned, b"" if there are none. The cursor must not
-        be before `first`.
+        kinds: None is all. bits: of the compression window, 0 for none. max_bytes: the last frame
+        begins before that.
         """
         assert cursor >= self.first
         seqs: Iterable[int] = range(cursor, self.next)
@@ -2015,8 +1999,7 @@ class OutputLog:
     """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
 
     capacity_bytes: int
-    # Each begins with a whole character. They are replaced, never changed, so readers can hold
-    # them while output is added.
+    # Each begins with a whole character, and never changes, so that readers can hold it.
     _blocks: deque[bytes] = field(default_factory=deque)
     # Offset of the first block, of the first kept byte in it, and of the end.
     _begin: int = 0
@@ -2036,7 +2019,7 @@ class OutputLog:
         self.drop_to(self.capacity_bytes)
 
     def drop_to(self, capacity_bytes: int) -> None:
-        """Drop the oldest output beyond `capacity_bytes`, cutting on a character."""
+        """Drop the oldest output beyond that, cutting on a character."""
         if self.kept_bytes <= capacity_bytes:
             return
         self.start = self.end - capacity_bytes
@@ -2047,10 +2030,7 @@ class OutputLog:
             self.start = self._begin + cut
 
     def read(self, offset: int = 0) -> list[bytes]:
-        """Return all the output from `offset` on, in pieces that share the kept blocks.
-
-        An offset before `start` means `start`; one inside a character means the next one.
-        """
+        """Return the output from `offset`, or else the next whole character, on; in pieces."""
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
         for block in reversed(self._blocks):
@@ -3100,35 +3080,21 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
 # Child processes, from spawn to reap. Each command runs as SHELL -c COMMAND in a session of its
 # own, with one pipe or terminal for stdout and stderr. A task is complete when its shell has ended
 # and all that the shell wrote has been read. A background child may still hold the pipe: what it
-# writes later is read and dropped, so that it neither blocks nor breaks. (asyncio's own subprocess
-# support would wait for it.)
+# writes later is read and dropped, so that it neither blocks nor breaks.
 #
 # Kill, time-out and the server's own end stop a task in the same way: a signal to every process of
-# the session, and KILL after KILL_GRACE_SECONDS. The shell is not reaped before that is over, so
-# its pid, which is the id of the session, cannot be given to another process. A process that has
-# left the session (setsid) is not reached.
+# the session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: until then no other
+# process can get its pid, the id of the session. A process that has left the session (setsid) is
+# not reached.
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
 
 
-class TaskState(enum.Enum):
-    """How a task stands, in the words of the protocol."""
-
-    RUNNING = "running"
-    DONE = "done"
-    KILLED = "killed"
-    TIMEOUT = "timeout"
-
-
 class TaskPhase(enum.Enum):
-    """How far a task is on the way to its end.
+    """How far a task is on the way to its end."""
 
-    It ends with its shell, or if it is being stopped, with the last process of its session. After
-    KILL it ends with its shell again, since KILL was sent to all of them.
-    """
-
-    RUNNING = "running"
+    RUNNING = "running"  # until its shell ends
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
     DRAINING = "draining"  # the shell has ended in that time; others of its session still run
     KILLING = "killing"  # KILL was sent to all of them, and the shell has not ended yet
@@ -3139,29 +3105,24 @@ def set_terminal_size(fd: int, cols: int, rows: int) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
+@dataclass(eq=False)
 class TaskInput:
     """The input of a task, by pipe or terminal. It waits here until the task reads it."""
 
-    def __init__(self, fd: int, is_terminal: bool) -> None:
-        os.set_blocking(fd, False)
-        self.fd = fd  # -1 when it is closed
-        self._is_terminal = is_terminal
-        self._waiting = bytearray()
-        # Whether the input ends after what is still waiting.
-        self._is_ending = False
+    fd: int  # -1 when it is closed
+    _is_terminal: bool
+    _waiting: bytearray = field(default_factory=bytearray)
+    _is_ending: bool = False  # after what is still waiting
 
     def write(self, data: bytes, is_end: bool = False) -> None:
-        """Add input. At its end close the pipe, or type Ctrl-D into the terminal.
-
-        Raises CommandError `no_input` or `input_full`.
-        """
+        """Add input. Raises CommandError `no_input` or `input_full`."""
         if self._is_ending:
             raise CommandError("no_input", "the task's standard input is closed")
         if len(self._waiting) + len(data) > MAX_INPUT_BYTES:
             raise CommandError("input_full", "the task does not read what was typed; try later")
         self._waiting += data
         if is_end and self._is_terminal:
-            self._waiting += b"\x04"
+            self._waiting += b"\x04"  # Ctrl-D
         self._is_ending = is_end and not self._is_terminal
         self._drain()
 
@@ -3196,15 +3157,15 @@ class Task:
     request: ExecRequest
     by: str  # who started it: address and role
     output: OutputLog
-    # How many bytes of output may be read (0: any number) beyond what its `?follow` readers have
-    # taken; reader -> its offset; and the offset of the slowest one.
+    # How many bytes may be read beyond what its `?follow` readers have taken (0: any number);
+    # reader -> its offset; and the offset of the slowest one.
     window: int = 0
     readers: dict[object, int] = field(default_factory=dict)
     taken: float = 0
     pid: int = 0  # of the shell; also the id of its session and first process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
-    # Wall clock in ms, for people. Durations are measured with the monotonic clock.
+    # Wall clock in ms, for people; monotonic seconds, for the duration.
     started_timestamp: int = 0
     ended_timestamp: int | None = None
     started_at: float = field(default_factory=time.monotonic)
@@ -3216,16 +3177,14 @@ class Task:
     replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
     fd: int = -1  # the server's end of the pipe or terminal with its output; -1 is closed
     input: TaskInput | None = None
-    # Columns and rows of its terminal; all clients show it at this size.
+    # Columns and rows of its terminal.
     size: tuple[int, int] | tuple[None, None] = (None, None)
-    # The WebSocket client that typed last, or else the one that started the task. It answers the
-    # questions that programs ask a terminal.
+    # The WebSocket client that typed last. It answers the questions that programs ask a terminal.
     typist: object = None
-    # The state that it will have when it has ended; and who killed it.
-    verdict: TaskState = TaskState.DONE
+    # The state that it will have in the end; and who killed it.
+    verdict: str = "done"
     killed_by: str | None = None
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    # Done when the task is complete.
     completed: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -3233,8 +3192,8 @@ class Task:
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def state(self) -> TaskState:
-        return self.verdict if self.phase is TaskPhase.ENDED else TaskState.RUNNING
+    def state(self) -> str:
+        return self.verdict if self.phase is TaskPhase.ENDED else "running"
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /tasks` says."""
@@ -3242,7 +3201,7 @@ class Task:
             "task_id": self.task_id,
             "command": self.request.command,
             "name": self.request.name,
-            "state": self.state.value,
+            "state": self.state,
             "exit_code": self.exit_code,
             "signal": self.signal_name,
             "killed_by": self.killed_by,
@@ -3270,13 +3229,11 @@ class Task:
         self.news.set()
         self.news.clear()
 
-    def set_timer(
-        self, name: str, seconds: float, callback: Callable[..., None], *arguments: object
-    ) -> None:
-        """Call callback(task, *arguments) later, unless the task is complete by then."""
-        loop = asyncio.get_running_loop()
+    def set_timer(self, name: str, seconds: float, call: Callable[..., None], *more: Any) -> None:
+        """Call call(task, *more) later, unless the task has ended by then."""
         self.cancel_timer(name)
-        self.timers[name] = loop.call_later(seconds, callback, self, *arguments)
+        loop = asyncio.get_running_loop()
+        self.timers[name] = loop.call_later(seconds, call, self, *more)
 
     def cancel_timer(self, name: str) -> None:
         timer = self.timers.pop(name, None)
@@ -3285,11 +3242,13 @@ class Task:
 
 
 def list_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:  # no descriptor is free, or there is no /proc
+        return []
 
 
 def is_zombie(pid: int) -> bool:
-    """Whether a process has ended and only waits for its parent."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
@@ -3298,7 +3257,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def find_session(session: int) -> list[int]:
-    """Return the processes of a session, zombies included."""
+    """Return the processes of a session, zombies included; none if that cannot be found out."""
     members = []
     for pid in list_pids():
         try:
@@ -3311,22 +3270,18 @@ def find_session(session: int) -> list[int]:
 
 def is_session_gone(session: int) -> bool:
     """Whether only the shell is left; False if that cannot be found out now."""
-    try:
-        return all(pid == session or is_zombie(pid) for pid in find_session(session))
-    except OSError:
-        return False
+    members = find_session(session)
+    return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
 
 
 def signal_session(session: int, number: int) -> None:
     """Send a signal to every process of a session, also in other process groups."""
-    # The shell's group is first: that is one system call, which no fork can outrun.
-    with contextlib.suppress(OSError):  # it has ended, or belongs to another account
+    # The shell's group is first: that is one system call, which no fork can outrun. Some processes
+    # may have ended, or belong to another account (sudo).
+    with contextlib.suppress(OSError):
         os.killpg(session, number)
-    members: list[int] = []
-    with contextlib.suppress(OSError):  # no descriptor is free, or there is no /proc
-        members = find_session(session)
-    for pid in members:
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another account (sudo)
+    for pid in find_session(session):
+        with contextlib.suppress(OSError):
             if os.getpgid(pid) != session:
                 os.kill(pid, number)
 
@@ -3340,23 +3295,15 @@ def has_exited(pid: int) -> bool:
 
 def reap_orphans(shells: set[int]) -> None:
     """Reap orphans. Only PID 1 (in a container) inherits any."""
-    pids: set[int] = set()
-    with contextlib.suppress(OSError):  # no descriptor is free: the next SIGCHLD tries again
-        pids = {*list_pids()} - shells
-    for pid in pids:
+    for pid in {*list_pids()} - shells:
         with contextlib.suppress(OSError):  # not a child of this process
             os.waitpid(pid, os.WNOHANG)
 
 
-def take_terminal() -> None:
-    """In the child, which leads a new session: make standard input its controlling terminal."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return the server's and the child's ends of a task's streams, each [output, input].
+    """Return the server's and the child's ends of [output, input]. Raises OSError.
 
-    A terminal is both for the child; without input there is only the output. Raises OSError.
+    A terminal is both for the child; where there is no input there is no second one.
     """
     opened: list[int] = []
     try:
@@ -3376,7 +3323,7 @@ def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
 
 
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
-    """Say why a process could not be started, without naming paths."""
+    """Say why a process could not be started, without paths."""
     reason = error.strerror or "unknown error"
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         return CommandError("no_resources", f"no process can be started now: {reason}")
@@ -3396,27 +3343,26 @@ def raise_descriptor_limit() -> tuple[int, int]:
 
 
 class Spawner:
-    """Starts the processes of tasks.
-
-    descriptor_limit: RLIMIT_NOFILE of children, as it was before the server raised its own.
-    """
+    """Starts processes. descriptor_limit: for them, from before the server raised its own."""
 
     def __init__(
         self, shell: str, environment: Mapping[str, str], descriptor_limit: tuple[int, int]
     ) -> None:
         self._shell = shell
-        # The environment of every child, before its own additions. It has no tokens any more.
+        # The tokens have been taken out of it.
         own = {**environment, "PYTHONUNBUFFERED": "1"}
         self._environment = {os.fsencode(name): os.fsencode(value) for name, value in own.items()}
         self._descriptor_limit = descriptor_limit
 
     def spawn(self, task: Task) -> None:
-        """Start a task's shell, and open the server's ends of its streams. Raises OSError."""
+        """Start a task's shell, and set what the task knows of it. Raises OSError."""
         request = task.request
         with contextlib.suppress(OSError):  # there is no /proc on macOS
             task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
         if request.cwd:
             task.cwd = os.path.join(task.cwd, request.cwd)
+        # With a terminal, the child makes it the one that controls its session.
+        prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
         # No shell takes this for an option then. (Not every shell knows `sh -c -- -x`.)
         space = " " if request.command.startswith(("-", "+")) else ""
         ours, childs = open_streams(request)
@@ -3430,7 +3376,7 @@ class Spawner:
                 cwd=None if request.cwd is None else request.cwd.encode(),
                 env=self._make_environment(task),
                 start_new_session=True,
-                preexec_fn=take_terminal if request.tty else None,
+                preexec_fn=prepare,
             )
         except BaseException:
             close_fds(ours)
@@ -3441,7 +3387,8 @@ class Spawner:
         # So that Popen never waits for this pid: the server does, and the pid may then be reused.
         process.returncode = 0
         task.fd, task.pid = ours[0], process.pid
-        os.set_blocking(task.fd, False)
+        for fd in ours:
+            os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
         # Again, where that could not be lowered. (Not on macOS; and the child may have ended.)
@@ -3462,16 +3409,13 @@ class Spawner:
 
         If that leaves no room for what Popen itself opens, the child gets it when it already runs.
         """
-        spare: list[int] = []
-        try:
-            while len(spare) < 4:  # as many as Popen opens
-                spare.append(os.dup(newest_fd))
-            if max(spare) < self._descriptor_limit[0]:
+        # This fails if no descriptor is free, as Popen will say, and on macOS.
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as spare:
+            for _ in range(4):  # as many as Popen opens
+                fd = os.dup(newest_fd)
+                spare.callback(os.close, fd)
+            if fd < self._descriptor_limit[0]:
                 resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptor_limit)
-        except (OSError, ValueError):
-            pass  # no descriptor is free, as Popen will say, or this is macOS
-        finally:
-            close_fds(spare)
 
 
 def read_available(fd: int, size: int) -> bytes | None:
@@ -3503,11 +3447,8 @@ class Outputs:
     _late: set[Task] = field(default_factory=set)
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
-        """Read a task's output from now on.
-
-        lifts_window: its readers took nothing for WINDOW_SECONDS, and a task outlives its clients.
-        """
-        if lifts_window:
+        """Read a task's output from now on."""
+        if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
             task.taken = math.inf
         task.cancel_timer("read")  # also one that has fired, since this tells who is paused
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
@@ -3532,48 +3473,42 @@ class Outputs:
     def _read(self, task: Task) -> None:
         """There is output: read a chunk of it, if it is this task's turn.
 
-        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. Those that
-        are left out are called again in the next turn, and are then read first.
+        In one turn of the event loop tasks are read for READ_TURN_SECONDS. In the next turn the
+        loop calls again for those that were left out, and they are read first.
         """
         now = time.perf_counter()
         if not self._turn_end:
-            # While viewers are being served, output gathers in the pipes, so that the next read is
-            # one larger chunk: fewer and larger events for all.
+            # While viewers are being served, pipes gather what is then fewer and larger events.
             must_wait = now - self._read_at < ROUND_SECONDS and self._feed.is_dirty
             self._turn_end = now if must_wait else now + READ_TURN_SECONDS
             asyncio.get_running_loop().call_soon(setattr, self, "_turn_end", 0.0)
         if now >= self._turn_end:
             self._late.add(task)
-        elif not self._late or task in self._late:
-            self._late.discard(task)
-            self._read_at = now
-            self._read_now(task)
-
-    def _read_now(self, task: Task) -> None:
+            return
+        if self._late and task not in self._late:
+            return
+        self._late.discard(task)
+        self._read_at = now
         room = task.room
         if self._feed.must_pause:
             self._pause(task, PRESSURE_SECONDS)
         elif not room:
             self._pause(task, WINDOW_SECONDS, lifts_window=True)
         else:
-            chunk = self._read_chunk(task, room)
-            if chunk:
-                self._take(task, chunk)
+            self._take(task, self._read_chunk(task, room))
 
     def _pause(self, task: Task, seconds: float, lifts_window: bool = False) -> None:
-        """Stop reading a task for a while."""
         asyncio.get_running_loop().remove_reader(task.fd)
         task.set_timer("read", seconds, self.resume, lifts_window)
 
     def move_reader(self, task: Task, reader: object, offset: int) -> None:
-        """Note how much a `?follow` reader has taken. The slowest one counts for the window."""
+        """Note how much a `?follow` reader has taken."""
         task.readers[reader] = offset
         task.taken = min(task.readers.values())
         if task.fd >= 0 and "read" in task.timers:
             self.resume(task)  # if there is still no room, it is paused anew
 
     def _read_chunk(self, task: Task, size: int) -> bytes:
-        """Read output; close the descriptor at its end."""
         chunk = read_available(task.fd, size)
         if chunk == b"":
             if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
@@ -3605,23 +3540,19 @@ class Outputs:
         task.wake()
 
     def _drop_output(self) -> None:
-        """Limit what is kept of all tasks: first of the finished ones, in their order.
-
-        What is inside a task's window, and may still be needed by its reader, is dropped last.
-        """
+        """Limit what is kept of all tasks: first of the finished ones, last inside windows."""
         running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
-        for is_last in (False, True):
-            for task in [*self._finished, *running]:
-                excess = self.kept_bytes - KEEP_ALL_OUTPUT_BYTES
-                if excess <= 0:
-                    return
-                kept = task.output.kept_bytes
-                least = 0 if is_last else min(kept, task.window)
-                task.output.drop_to(max(least, kept - excess))
-                self.kept_bytes += task.output.kept_bytes - kept
+        for is_last, task in itertools.product((False, True), [*self._finished, *running]):
+            excess = self.kept_bytes - KEEP_ALL_OUTPUT_BYTES
+            if excess <= 0:
+                return
+            kept = task.output.kept_bytes
+            least = 0 if is_last else min(kept, task.window)
+            task.output.drop_to(max(least, kept - excess))
+            self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Read and drop what a background child writes after the end of its task, slowly."""
+        """Drop, slowly, what a background child writes after the end of its task."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3637,11 +3568,10 @@ def reap_shell(task: Task) -> tuple[float, int]:
     except ChildProcessError:  # something else has reaped the child; its exit code is lost
         task.exit_code = 255
         return 0.0, 0
-    task.exit_code = os.waitstatus_to_exitcode(status)
-    if task.exit_code < 0:
-        number = -task.exit_code
-        task.exit_code = 128 + number
-        task.signal_name = SIGNAL_NAMES.get(number, str(number))
+    code = os.waitstatus_to_exitcode(status)
+    task.exit_code = code if code >= 0 else 128 - code
+    if code < 0:
+        task.signal_name = SIGNAL_NAMES.get(-code, str(-code))
     rss = usage.ru_maxrss // (KIB if sys.platform == "darwin" else 1)
     return round(usage.ru_utime + usage.ru_stime, 6), rss
 
@@ -3709,15 +3639,14 @@ class Tasks:
         self.kept[task.task_id] = self.running[task.task_id] = task
         if request.ref is not None:
             self._refs[request.ref] = task.task_id
-        if len(self._refs) > MAX_REFS:
-            del self._refs[next(iter(self._refs))]
+            if len(self._refs) > MAX_REFS:
+                del self._refs[next(iter(self._refs))]
         self.started += 1
-        task.started_timestamp = self._tell(
-            "task_start",
-            task.describe(),
+        told, audited = (
             "task_id command pid cwd tty cols rows by name",
             "task_id command cwd by pid",
         )
+        task.started_timestamp = self._tell("task_start", task.describe(), told, audited)
         command = request.command[:200]
         self._log.write("info", "task_start", task_id=task.task_id, command=command, by=by)
         self.outputs.resume(task)
@@ -3728,7 +3657,7 @@ class Tasks:
         return task
 
     def _tell(self, kind: str, facts: dict[str, Any], told: str, audited: str) -> int:
-        """Publish some of the facts, and write some into the audit log; return the timestamp."""
+        """Publish these facts, and write those into the audit log; return the timestamp."""
         event = self._publish(kind, **{name: facts[name] for name in told.split()})
         self._audit.write(kind, **{name: facts[name] for name in audited.split()})
         return int(event["timestamp"])
@@ -3738,7 +3667,6 @@ class Tasks:
     def write_input(
         self, task: Task, data: bytes, is_end: bool = False, typist: object = None
     ) -> None:
-        """Give a task input, and possibly its end. Raises CommandError."""
         self._find_input(task).write(data, is_end)
         task.typist = typist
 
@@ -3754,7 +3682,7 @@ class Tasks:
 
     @staticmethod
     def _find_input(task: Task) -> TaskInput:
-        if task.state is not TaskState.RUNNING:
+        if task.phase is TaskPhase.ENDED:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
         if task.input is None:
             message = "the task has no standard input; start it with stdin true, or tty true"
@@ -3771,7 +3699,7 @@ class Tasks:
         if task.phase is TaskPhase.ENDED:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
         if task.phase is TaskPhase.RUNNING:
-            task.verdict = TaskState.KILLED if by else TaskState.TIMEOUT
+            task.verdict = "killed" if by else "timeout"
             task.killed_by = by
             task.phase = TaskPhase.STOPPING
             task.set_timer("kill", KILL_GRACE_SECONDS, self._kill)
@@ -3811,7 +3739,7 @@ class Tasks:
             reap_orphans({task.pid for task in self.running.values()})
 
     def _advance(self, task: Task, delay: float = 0.01) -> None:
-        """End a task, if its phase allows it; look again after the delay while others run."""
+        """End a task if its shell has ended and, while it is being stopped, all its session."""
         if not has_exited(task.pid):
             return
         if task.phase is TaskPhase.KILLING:
@@ -3830,9 +3758,10 @@ class Tasks:
         if task.input is not None:
             task.input.close()
         task.typist = None
-        self._publish_complete(task, *reap_shell(task))
+        cpu_s, max_rss_kb = reap_shell(task)
         del self.running[task.task_id]
         self._finished.append(task)
+        self._announce_end(task, cpu_s=cpu_s, max_rss_kb=max_rss_kb)
         while len(self._finished) > self._config.keep_tasks:
             oldest = self._finished.popleft()
             self.outputs.kept_bytes -= oldest.output.kept_bytes
@@ -3840,19 +3769,15 @@ class Tasks:
         task.completed.set_result(None)
         task.wake()
 
-    def _publish_complete(self, task: Task, cpu_s: float, max_rss_kb: int) -> None:
+    def _announce_end(self, task: Task, **usage: float) -> None:
         duration = time.monotonic() - task.started_at
-        self.completed[task.state.value] += 1
+        self.completed[task.state] += 1
         self.durations.add(duration)
-        facts = {**task.describe(), "duration_ms": int(duration * 1000)}
-        told = "task_id exit_code signal state killed_by duration_ms output_bytes"
-        task.ended_timestamp = self._tell(
-            "task_complete",
-            {**facts, "cpu_s": cpu_s, "max_rss_kb": max_rss_kb},
-            f"{told} replaced cpu_s max_rss_kb",
-            told,
-        )
-        logged = {name: facts[name] for name in ("task_id", "state", "exit_code")}
+        facts = {**task.describe(), "duration_ms": int(duration * 1000), **usage}
+        audited = "task_id exit_code signal state killed_by duration_ms output_bytes"
+        told = f"{audited} replaced cpu_s max_rss_kb"
+        task.ended_timestamp = self._tell("task_complete", facts, told, audited)
+        logged = {"task_id": task.task_id, "state": task.state, "exit_code": task.exit_code}
         self._log.write("info", "task_complete", **logged)
 
 
@@ -3862,11 +3787,11 @@ class Tasks:
 #
 # - A round serves everybody who waits. With many viewers it takes several turns, and tasks are not
 #   read meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads
-#   give fewer, larger events. Whoever joins, and what is published, is for the next round.
+#   give fewer, larger events. Who joins, and what is published, is for the next round.
 # - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
 # - While a transport has nothing to write, bytes for its viewer go to the socket directly. While it
-#   has, the viewer is stalled: it is passed over, and then goes on from its cursor. So it costs one
-#   batch and an integer, however slow it is, and delays others by PATIENCE_SECONDS at most.
+#   has, the viewer is stalled, and is passed over. So it costs one batch and an integer, however
+#   slow it is, and delays others by PATIENCE_SECONDS at most.
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
@@ -3876,25 +3801,16 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
         return 0
 
 
-def hand_over(transport: asyncio.WriteTransport, data: bytes) -> int:
-    """Send through the transport, as TLS needs it."""
-    transport.write(data)
-    return len(data)
-
-
 class Compressor:
     """Compresses events, for a limited share of the time."""
 
-    def __init__(self) -> None:
-        # Seconds that may be used, and when they were last counted.
-        self._left_seconds = DEFLATE_SECONDS
-        self._now = 0.0
+    # Seconds that may be used, and when (perf_counter) they were counted.
+    _left_seconds = _now = 0.0
 
     def compress(self, frame: bytes, bits: int) -> bytes:
-        """Return an event's frame for viewers with such a window; plain when time is used up.
+        """Return the frame for viewers with such a window; plain when no time is left.
 
-        Each event is compressed once for each window, so a viewer that reads slowly, whose link
-        needs it most, seldom meets that limit.
+        That is once for each event, so viewers on slow links, who need it most, seldom meet this.
         """
         now = time.perf_counter()
         earned = self._left_seconds + (now - self._now) * DEFLATE_SHARE
@@ -3911,8 +3827,7 @@ class Viewer:
     """One WebSocket client."""
 
     transport: asyncio.Transport
-    # Sends bytes directly to the kernel while the transport has nothing to write, and returns how
-    # many were taken. Raises OSError.
+    # Sends directly, while the transport has nothing to write; returns how many bytes were taken.
     send: Callable[[bytes], int]
     websocket: WebSocketConnection
     role: Role
@@ -3931,11 +3846,11 @@ class Viewer:
 
     @property
     def is_open(self) -> bool:
-        """Whether messages can be sent: none may follow a close frame (RFC 6455, 5.5.1)."""
+        """Nothing may be sent after a close frame (RFC 6455, 5.5.1)."""
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Send a message to this client alone; close a client that asks but does not read."""
+        """Send a message to this client alone; close one that asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -3955,12 +3870,12 @@ class Viewer:
         self.is_stalled = True
 
     def keep_alive(self, now: float) -> bool:
-        """Ping, PING_SECONDS after the last time; False when the peer is gone."""
+        """Ping; return False when the last ping was not answered."""
         if self.is_stalled:  # a ping would wait in the buffer; WRITE_STALL_SECONDS applies instead
             self.heard_at = now
-        if self.heard_at < self.pinged_at:
+        elif self.heard_at < self.pinged_at:
             return False
-        if not self.is_stalled:
+        else:
             self.write(self.websocket.encode(Opcode.PING, b""))
             self.pinged_at = now
         return True
@@ -3973,15 +3888,11 @@ class Viewer:
 
 @dataclass(eq=False)
 class Audience:
-    """Viewers that hear the same events: those at the same cursor share each batch.
+    """Viewers that hear the same events: those at the same cursor share each batch."""
 
-    kinds: the Feed's kinds of events (None: all). bits: of the compression window (0: none).
-    """
-
-    kinds: frozenset[str] | None
-    bits: int
-    # A set with an order.
-    viewers: dict[Viewer, None] = field(default_factory=dict)
+    kinds: frozenset[str] | None  # of the Feed; None is all
+    bits: int  # of the compression window; 0 is none
+    viewers: dict[Viewer, None] = field(default_factory=dict)  # a set with an order
 
 
 class Viewers:
@@ -3991,19 +3902,18 @@ class Viewers:
         self._loop = loop
         self.feed = Feed(encode_event, KEEP_EVENTS_BYTES, Compressor().compress)
         self.all: set[Viewer] = set()
-        # (kinds, window bits) -> the viewers that hear that.
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
         # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
-        # The viewers to serve in this round (the next one last), and in the next round; and the
-        # kinds of events that were published since this round began.
+        # The viewers to serve in this round (the next one last), and in the next one; and the kinds
+        # of events since this one began.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
-        # (audience, cursor) -> frames and the cursor after them, shared by the viewers of a flush.
+        # (audience, cursor) -> frames and the cursor after them, for the viewers of a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
-        # When few viewers were last served without waiting for a turn of the event loop.
+        # When few viewers were last served in the turn of the event.
         self._hurried_at = 0.0
         self._stalled: set[Viewer] = set()
         # Viewers that are behind -> how many seconds tasks may still wait for each of them.
@@ -4039,8 +3949,7 @@ class Viewers:
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
         if not same_boot or viewer.cursor > self.feed.next:
-            # `since` is from another boot: it is only known that events are missing. Such a gap
-            # begins at 0, a seq that no event has.
+            # `since` is from another boot: what is missing is not known. No event has seq 0.
             viewer.cursor = self.feed.first
             self._send_gap(viewer, 0, viewer.cursor - 1)
         self._serve_next(viewer)
@@ -4067,10 +3976,7 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Change what a viewer hears; return the seq up to which the old choice was sent.
-
-        So a slow client is free at once of a flood that it no longer wants.
-        """
+        """Change what a viewer hears, also of what it was not sent yet; return the seq before."""
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
@@ -4079,17 +3985,17 @@ class Viewers:
         return viewer.cursor - 1
 
     def find_seen(self, viewer: Viewer) -> int:
-        """Return the seq up to which a viewer has been sent everything that it wants to hear."""
+        """Return the seq up to which a viewer has been sent all that it wants to hear."""
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
-        """Skip a viewer until its transport has written everything."""
+        """Skip a viewer, until its transport has written everything."""
         viewer.is_stalled = True
         if viewer in self.all:
             self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """Continue with a viewer whose transport has written everything."""
+        """Go on with a viewer, whose transport has written everything."""
         if not viewer.is_open or viewer not in self.all:
             return
         viewer.is_stalled = False
@@ -4105,10 +4011,10 @@ class Viewers:
         self._schedule()
 
     def _find_pressure(self) -> None:
-        """Find out whether tasks should pause, so that viewers who read lose no events.
+        """Find out whether tasks must pause, so that viewers who read lose no events.
 
-        They do when a viewer is half the feed behind, until it has caught up; for one that has
-        stopped reading, for PATIENCE_SECONDS in all.
+        They must when one is half the feed behind, until it has caught up; for one that has stopped
+        reading, for PATIENCE_SECONDS in all.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
@@ -4139,8 +4045,12 @@ class Viewers:
     def flush(self) -> None:
         """Serve the viewers of a round, for a limited time; the next turn serves the others."""
         self.feed.is_dirty = False
-        if not self._round:
-            self._begin_round()
+        if not self._round:  # begin one, with those that wait, and those that want the new events
+            for audience in self._audiences.values() if self._news else ():
+                if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
+                    self._queue.update(audience.viewers)
+            self._news.clear()
+            self._round, self._queue = [*reversed(self._queue)], {}
         end = time.perf_counter() + FLUSH_TURN_SECONDS
         while self._round:
             step = self._round[-ROUND_STEP:]
@@ -4173,22 +4083,13 @@ class Viewers:
             if after != newest:
                 self._round.append(viewer)
 
-    def _begin_round(self) -> None:
-        """Begin with the waiting viewers, and those that want the new events."""
-        for audience in self._audiences.values() if self._news else ():
-            if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
-                self._queue.update(audience.viewers)
-        self._news.clear()
-        self._round, self._queue = [*reversed(self._queue)], {}
-
     def flush_all(self) -> None:
-        """Serve all viewers that are not stalled, however long it takes."""
         self.flush()
         while self.feed.is_dirty:
             self.flush()
 
     def _find_batch(self, viewer: Viewer) -> tuple[bytes, int]:
-        """Return the next batch for a viewer; if it has missed events, send it a `gap` first."""
+        """Return a viewer's next batch; if it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
             if self.feed.has_dropped(viewer.cursor, audience.kinds):
@@ -5017,7 +4918,7 @@ async def answer_exec(server: Server, request: Request) -> Any:
     fields.update(
         exit_code=task.exit_code,
         signal=task.signal_name,
-        state=task.state.value,
+        state=task.state,
         truncated=task.output.start > 0,
     )
     pieces = task.output.read()
@@ -5067,7 +4968,7 @@ async def answer_logs(server: Server, request: Request) -> Response:
         "offset": start,
         "next_offset": task.output.end,
         "dropped": task.output.start,
-        "running": task.state is TaskState.RUNNING,
+        "running": task.phase is not TaskPhase.ENDED,
     }
     return text_response(fields, "logs", pieces)
 
@@ -5949,7 +5850,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.writer.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
         is_plain = self.peer.scheme == "http"
-        send = self._socket.send if is_plain else functools.partial(hand_over, self.transport)
+        # TLS takes nothing directly: all goes through the transport.
+        send = self._socket.send if is_plain else lambda data: 0
         websocket = WebSocketConnection(deflate_bits=bits)
         self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
         # Answers before this may wait still; pause_writing() has been called for them already.
@@ -6440,7 +6342,7 @@ class Server:
 
     def stop_tied(self, task: Task, by: str) -> None:
         """Stop a task whose client has gone."""
-        if task.state is TaskState.RUNNING:
+        if task.phase is not TaskPhase.ENDED:
             self.stop_task(task, "TERM", by)
 
     # Stopping
