@@ -6827,8 +6827,8 @@ class Link:
     """The events of one server but for output, each once and in order, over as many connections as
     it takes.
 
-    The first message on each connection is `hello`, which says whose events follow. The first of
-    all says as well where to begin; later ones whether this is still the run that we know.
+    Each connection begins with `hello`, which says whose events follow, and the first time also
+    where to begin.
 
     take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
     Besides it gets each `hello`, `lost` (reason, status) when a connection ends, `restarted` when
@@ -6851,30 +6851,26 @@ class Link:
 
     async def run(self) -> None:
         """Take events for ever."""
-        delay = 0.0
+        delay = RETRY_SECONDS / 2
         while True:
             try:
                 await self._follow()
             except UnreachableError as error:
                 self._take({"type": "lost", "reason": str(error), "status": error.status})
-                delay = min(max(RETRY_SECONDS, delay * 2), MAX_RETRY_SECONDS)
+                delay = RETRY_SECONDS if self._has_hello else min(delay * 2, MAX_RETRY_SECONDS)
                 if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
-                elif self._has_hello:
-                    delay = RETRY_SECONDS
             # Outside of `except`, so that the exception and its data are freed before.
             await asyncio.sleep(spread(delay))
 
     def check_silence(self, now: float) -> bool:
-        """Ping a silent server; if it is silent for too long, end the connection, return True."""
-        silent_seconds = now - self.heard_at
-        if silent_seconds > SILENCE_SECONDS:
-            if self._writer is not None:
-                self._writer.transport.abort()
-            return True
-        if silent_seconds > SILENCE_SECONDS / 4:
+        """Ping a silent server; return whether it is silent for too long, and hang up then."""
+        is_silent = now - self.heard_at > SILENCE_SECONDS
+        if is_silent and self._writer is not None:
+            self._writer.transport.abort()
+        elif now - self.heard_at > SILENCE_SECONDS / 4:
             self._write(Opcode.TEXT, b'{"type":"ping"}')
-        return False
+        return is_silent
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
         """Send a frame, unless the server reads nothing, or the connection was reset: asyncio
@@ -6941,15 +6937,23 @@ class Link:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
             # Invalid frames would be invalid again: this counts as a refusal.
-            is_final = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
-            raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_final else 0)
+            is_invalid = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
+            raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_invalid else 0)
         if not data:
             raise UnreachableError("disconnected")
 
     async def _take_message(self, event: dict[str, Any]) -> None:
         kind, newest = event["type"], event.get("seq", event.get("to"))
         if kind == "hello":
-            self._take_hello(event)
+            self._has_hello = True
+            boot_id = str(event["boot_id"])
+            if not self.boot_id:
+                self.seq = check_seq(newest)
+            elif boot_id != self.boot_id:
+                self._take({"type": "restarted", "boot_id": boot_id})
+                self.seq = 0
+            self.boot_id = boot_id
+            self._take(event)
         elif not self._has_hello:
             raise UnreachableError("it says no hello, as an older ServerControl does", 404)
         elif newest is not None:  # as in an older server's pong
@@ -6960,16 +6964,6 @@ class Link:
             elif kind in EVENT_TYPES and seq > self.seq:
                 self._take(event)
             self.seq = max(self.seq, seq)
-
-    def _take_hello(self, event: dict[str, Any]) -> None:
-        self._has_hello = True
-        boot_id = str(event["boot_id"])
-        if not self.boot_id:
-            self.boot_id, self.seq = boot_id, check_seq(event["seq"])
-        elif boot_id != self.boot_id:
-            self._take({"type": "restarted", "boot_id": boot_id})
-            self.boot_id, self.seq = boot_id, 0
-        self._take(event)
 
 
 class RemoteTask:
@@ -7770,8 +7764,8 @@ class MonitorLog:
         self._waiting: list[bytes] = []
         self.problem = ""
         self._complained_at = -LOG_ERROR_SECONDS
-        # How many bytes may be written before the next `position` records.
-        self._left_bytes = LOG_STEP_BYTES
+        # The size at which the next `position` records are due.
+        self._due_bytes = LOG_STEP_BYTES
 
     def read(self) -> tuple[list[bytes], bool]:
         """Open the file; return its newest lines, and whether that is all. Raises ConfigError."""
@@ -7781,7 +7775,6 @@ class MonitorLog:
             lines = self._open(LOG_TAIL_BYTES).split(b"\n")
         except OSError as error:
             raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
-        self._left_bytes -= self._size
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
@@ -7816,7 +7809,7 @@ class MonitorLog:
             gap = {name: record[name] for name in ("time", "boot_id", "seq")}
             gap.update(event="gap", server=None, records=count, reason=self.problem)
             self._waiting = [encode_json(gap) + b"\n"]
-            self._left_bytes = 0  # the lost records may include a position
+            self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
         """Write what waits in one write; find out whether the file was rotated.
@@ -7829,13 +7822,13 @@ class MonitorLog:
         try:
             if self._is_rotated():
                 self._open(1)
-                self._left_bytes = 0
-            if self._left_bytes <= 0:
+                self._due_bytes = 0
+            if self._size >= self._due_bytes:
                 positions = [encode_json(record) + b"\n" for record in self.locate()]
                 self._waiting += positions
                 # After at least as many other bytes, so that they are not most of the file.
                 size = sum(map(len, positions))
-                self._left_bytes = size + max(LOG_STEP_BYTES, size)
+                self._due_bytes = self._size + size + max(LOG_STEP_BYTES, size)
             if self._waiting:
                 self._append()
                 self.problem = ""
@@ -7856,7 +7849,6 @@ class MonitorLog:
     def _append(self) -> None:
         data = b"\n" * self._is_cut + b"".join(self._waiting)
         written = os.write(self._fd, data)
-        self._left_bytes -= written
         self._size = os.fstat(self._fd).st_size
         self._waiting = self._waiting[data[:written].count(b"\n") - self._is_cut :]
         self._is_cut = data[written - 1 : written] != b"\n"
@@ -7875,14 +7867,14 @@ class Watched:
     def __init__(
         self,
         target: Target,
-        rule: AlertRule | None,
+        cpu_alert: float | None,
         log: MonitorLog,
         emit: Callable[[Watched, dict[str, Any]], None],
     ) -> None:
         self.target = target
         self.link = Link(target, self.take)
-        # The monitor's own rule; None: the server's alerts count.
-        self._rule = rule
+        # The monitor's own rule, or False: the server's alerts count.
+        self._rule = cpu_alert is not None and AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
         self._log = log
         self._emit = emit
         self.state = ServerState.CONNECTING
@@ -7906,16 +7898,19 @@ class Watched:
         record = {"time": format_time(time.time()), "event": event, "server": self.target.name}
         return {**record, "boot_id": self.link.boot_id, "seq": self.link.seq, **fields}
 
-    def record(self, event: str, **fields: Any) -> None:
-        self._log.add(self.make_record(event, **fields))
-
-    def record_gap(self, first: int, last: int | None, reason: str) -> None:
-        self.record("gap", **{"from": first, "to": last, "reason": reason})
-
     def locate(self, count: int) -> dict[str, Any]:
         """Return a `position` record. count: of ended tasks to name."""
         ended = list(self.ended)[-count:]
         return self.make_record("position", tasks=list(self.tasks.values()), ended=ended)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Write a record, and remember what it says."""
+        record = self.make_record(event, **fields)
+        self.remember(record)
+        self._log.add(record)
+
+    def record_gap(self, first: int, last: int | None, reason: str) -> None:
+        self.record("gap", **{"from": first, "to": last, "reason": reason})
 
     def learn(self, record: dict[str, Any]) -> None:
         """Take a record of an older run of the monitor. Raises one of NOT_AS_AGREED."""
@@ -7925,38 +7920,28 @@ class Watched:
             self.ended.clear()
             self.open_bytes = 0
         self.link.boot_id, self.link.seq = boot_id, seq
-        if event == "task_start":
-            self._note_start(record)
-        elif event in ("task_complete", "task_lost"):
-            self.note_end(record["task_id"])
-        elif event in ("cpu_alert", "alert_resolved"):
+        self.remember(record)
+
+    def remember(self, record: dict[str, Any]) -> None:
+        """Keep what a record says of tasks and alerts."""
+        event = record["event"]
+        if event in ("cpu_alert", "alert_resolved"):
             self.alert_at = record["raised"]
         elif event == "position":
             for task_id in record["ended"]:
-                self.note_end(task_id)
+                self.remember({"event": "task_lost", "task_id": task_id})
             for task in record["tasks"]:
-                self._note_start(task)
-
-    def _note_start(self, task: dict[str, Any]) -> bool:
-        """Remember a task; return False if it, or its end, was known already."""
-        task_id = task["task_id"]
-        if task_id in self.tasks or task_id in self.ended:
-            return False
-        self.tasks[task_id] = {name: task[name] for name in self.TASK}
-        self.open_bytes += len(encode_json(self.tasks[task_id])) + EVENT_OVERHEAD_BYTES
-        return True
-
-    def note_end(self, task_id: str) -> dict[str, Any] | None:
-        """Remove a task that has ended and return it; None if its end is already recorded."""
-        if task_id in self.ended:
-            return None
-        self.ended[task_id] = None
-        if len(self.ended) > MAX_ENDED_TASKS:
-            self.ended.popitem(last=False)
-        task = self.tasks.pop(task_id, {})
-        if task:
-            self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
-        return task
+                self.remember({"event": "task_start", **task})
+        elif event == "task_start":
+            task = self.tasks[record["task_id"]] = {name: record[name] for name in self.TASK}
+            self.open_bytes += len(encode_json(task)) + EVENT_OVERHEAD_BYTES
+        elif event in ("task_complete", "task_lost"):
+            self.ended[record["task_id"]] = None
+            if len(self.ended) > MAX_ENDED_TASKS:
+                self.ended.popitem(last=False)
+            task = self.tasks.pop(record["task_id"], {})
+            if task:
+                self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
 
     def take(self, event: dict[str, Any]) -> None:
         """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
@@ -7966,13 +7951,16 @@ class Watched:
         if not is_old:
             self._emit(self, event)
 
-    def change(self, state: ServerState, event: str = "", **fields: Any) -> None:
+    def change(self, state: ServerState, **fields: Any) -> None:
         """Enter a state, if it may come after the present one; record that and tell it."""
         if self.state is state or self.state not in STATES_BEFORE.get(state, ServerState):
             return
+        event = f"server_{state.value}"
         if self.state in (ServerState.CONNECTING, ServerState.UP):
             self._silent_at = self.link.heard_at
-        event = event or f"server_{state.value}"
+        elif state is ServerState.UP:
+            silent_ms = int((time.monotonic() - self._silent_at) * 1000)
+            event, fields = "server_back", {"silent_ms": silent_ms}
         if event != "server_up":
             self.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
         self.state, self.stats = state, {}
@@ -7981,11 +7969,7 @@ class Watched:
 
     def _take_hello(self, event: dict[str, Any]) -> bool:
         self.reason = ""
-        if self.state is ServerState.CONNECTING:
-            self.change(ServerState.UP, version=event["version"])
-        else:
-            silent_ms = int((time.monotonic() - self._silent_at) * 1000)
-            self.change(ServerState.UP, "server_back", silent_ms=silent_ms)
+        self.change(ServerState.UP, version=event["version"])
         self._hello_seq = event.get("seq", 0)
         past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
         news = [one for one in past if one and one["timestamp"] > self.alert_at]
@@ -8033,10 +8017,11 @@ class Watched:
         for name in self.TASK:
             if not isinstance(task[name], int if name == "started" else str):
                 raise ValueError(name)
-        if self.open_bytes > MAX_OPEN_BYTES and task_id not in self.tasks:
+        if task_id in self.tasks or task_id in self.ended:
+            return
+        if self.open_bytes > MAX_OPEN_BYTES:
             raise UnreachableError("it says that more tasks run than it could list", 404)
-        if self._note_start(task):
-            self.record("task_start", **self.tasks[task_id])
+        self.record("task_start", **{name: task[name] for name in self.TASK})
 
     def _take_end(self, task: dict[str, Any]) -> None:
         names = ("exit_code", "signal", "state", "duration_ms", "output_bytes")
@@ -8045,8 +8030,8 @@ class Watched:
         self._record_end("task_complete", task_id, **fields, killed_by=task.get("killed_by"))
 
     def _record_end(self, event: str, task_id: str, **fields: Any) -> None:
-        start = self.note_end(task_id)
-        if start is not None:
+        if task_id not in self.ended:
+            start = self.tasks.get(task_id, {})
             told = {name: start.get(name) for name in ("command", "by")}
             self.record(event, task_id=task_id, **fields, **told)
 
@@ -8059,14 +8044,14 @@ class Watched:
             raise ValueError("too many statistics")
         self.stats = event
         change = self._rule and self._rule.update(event["cpu"], time.monotonic())
-        if change is not None:
+        if change:
             alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
             self.take({"type": change, **alert})
 
     def _take_alert(self, event: dict[str, Any]) -> bool:
         """Take an alert: the monitor's own if it has a rule, else the server's."""
         is_ours, raised = event.get("by") == "monitor", event["timestamp"]
-        if is_ours == (self._rule is None):
+        if is_ours != bool(self._rule):
             return True
         when = time.strftime("%H:%M", time.localtime(raised / 1000))
         what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
@@ -8074,7 +8059,6 @@ class Watched:
         is_repeated = not is_ours and event.get("seq", 0) <= self._hello_seq
         if is_repeated and raised <= self.alert_at:
             return True
-        self.alert_at = raised
         self.record(event["type"], cpu=event["cpu"], raised=raised)
         return False
 
@@ -8106,10 +8090,7 @@ class Monitor:
     ) -> None:
         """Raises ConfigError if the log cannot be used."""
         self._log = log
-        self.all: list[Watched] = []
-        for target in targets:
-            rule = cpu_alert is not None and AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
-            self.all.append(Watched(target, rule or None, log, emit))
+        self.all = [Watched(target, cpu_alert, log, emit) for target in targets]
         count = MAX_TOLD_ENDED // len(targets)
         log.locate = lambda: [watched.locate(count) for watched in self.all]
         lines, is_whole = log.read()
@@ -8131,15 +8112,9 @@ class Monitor:
 
     async def run(self) -> None:
         """Watch for ever."""
-        loop = asyncio.get_running_loop()
-        runs = [loop.create_task(watched.link.run()) for watched in self.all]
-        runs.append(loop.create_task(self._look()))
         try:
-            await asyncio.gather(*runs)
+            await asyncio.gather(self._look(), *[watched.link.run() for watched in self.all])
         finally:
-            for run in runs:
-                run.cancel()
-            await asyncio.gather(*runs, return_exceptions=True)
             for watched in self.all:
                 if watched.link.boot_id:
                     watched.record("monitor_stop")
@@ -8160,7 +8135,7 @@ class Monitor:
             self._log.flush()
 
 
-def format_event(name: str, event: Mapping[str, Any]) -> bytes:
+def format_event(name: str, event: Mapping[str, Any]) -> str:
     """Return a line of text about a server's event."""
     when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
     words = [
@@ -8168,8 +8143,7 @@ def format_event(name: str, event: Mapping[str, Any]) -> bytes:
         for key, value in event.items()
         if key not in ("type", "timestamp", "seq")
     ]
-    line = " ".join([when, name, format_value(event["type"]), *words]) + "\n"
-    return line.encode("utf-8", "replace")
+    return " ".join([when, name, format_value(event["type"]), *words])
 
 
 class EventWriter:
@@ -8177,28 +8151,23 @@ class EventWriter:
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
-        self._output = Output(1)
+        self.output = Output(1)
         self._dropped = 0
 
     def write(self, name: str | None, event: dict[str, Any]) -> None:
         """Write an event of a server, None for none. Raises OutputError."""
-        if len(self._output.waiting) > MAX_EVENT_BYTES:
+        if len(self.output.waiting) > MAX_EVENT_BYTES:
             self._dropped += 1
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             now_ms = int(time.time() * 1000)
             self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
-        if self._as_json:
-            # In ASCII, so that text from a server cannot control a terminal.
-            line = (json.dumps({**event, "server": name}) + "\n").encode("ascii")
-        else:
-            line = format_event(name or "-", event)
-        self._output.put(line)
-        self._output.check()
-
-    def finish(self) -> None:
-        self._output.finish(FINISH_SECONDS)
+        # JSON in ASCII, so that text from a server cannot control a terminal.
+        as_json = self._as_json and json.dumps({**event, "server": name})
+        line = as_json or format_event(name or "-", event)
+        self.output.put(f"{line}\n".encode("utf-8", "replace"))
+        self.output.check()
 
 
 def count_cells(text: str) -> int:
@@ -8218,7 +8187,10 @@ def fit_text(text: str, width: int) -> str:
 
 
 # The monitor's columns after the server's name: title, side and width.
-COLUMNS = (("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5"))
+COLUMNS = (
+    *(("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5")),
+    ("LAST ALERT", ""),
+)
 
 # Key -> (what it sorts by, for people; the order, before that of the names).
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
@@ -8228,20 +8200,14 @@ SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
 }
 
 
-def format_cells(name: str, cells: Iterable[Any], last: str, width: int) -> str:
-    places = [f"{cell:{place}}" for cell, (_, place) in zip(cells, COLUMNS)]
-    return clean_text(" ".join([name, *places, clean_text(last, max(1, width))]), width)
-
-
-def format_row(one: Watched, name_width: int, width: int) -> str:
-    """Return a server's line of the table, cut to `width`."""
+def list_cells(one: Watched) -> list[str]:
+    """Return what stands in the columns of a server."""
     figures, stats = ["-"] * 3, one.stats
     if stats:
         memory = 100 * stats["ram_used"] / (stats["ram_total"] or 1)
         figures = [f"{stats['cpu']:.1f}", f"{memory:.1f}", f"{stats['load_avg'][0]:.2f}"]
     last = one.alert if one.state is ServerState.UP else one.reason or one.alert
-    cells = (one.state.value, *figures, len(one.tasks))
-    return format_cells(fit_text(one.target.name, name_width), cells, last, width)
+    return [one.state.value, *figures, str(len(one.tasks)), last]
 
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
@@ -8268,28 +8234,24 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    """Return (state, line) of the titles and of the servers that are shown."""
+    """Return (state, line) of the titles, whose state is "", and of the servers that are shown."""
     name_width = min(24, max(6, *(count_cells(one.target.name) for one in everybody)))
-    titles = [title for title, _ in COLUMNS]
-    lines = [("", format_cells(f"{'SERVER':{name_width}}", titles, "LAST ALERT", width))]
-    rows = everybody[shown]
-    return lines + [(one.state.value, format_row(one, name_width, width)) for one in rows]
+    rows = [("", "SERVER", [title for title, _ in COLUMNS])]
+    rows += [(one.state.value, one.target.name, list_cells(one)) for one in everybody[shown]]
+    lines = []
+    for state, name, cells in rows:
+        placed = [f"{cell:{place}}" for cell, (_, place) in zip(cells, COLUMNS)]
+        lines.append((state, clean_text(" ".join([fit_text(name, name_width), *placed]), width)))
+    return lines
 
 
 class Screen:
     """The monitor on a terminal: drawn when something has changed, at most 5 times a second."""
 
-    KEYS = {
-        "\x1b[A": -1,
-        "k": -1,
-        "\x1b[B": 1,
-        "j": 1,
-        "\x1b[5~": -10,
-        "\x1b[6~": 10,
-        " ": 10,
-        **dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize),
-        **dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize),
-    }
+    # Key -> rows to scroll: arrows, Page Up and Down, Home, End, and what `less` and `vi` have.
+    KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
+    KEYS.update(dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize))
+    KEYS.update(dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize))
     # One key of several that were read at once: an escape sequence, or a character.
     KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
@@ -8309,34 +8271,31 @@ class Screen:
 
     def __enter__(self) -> Screen:
         loop = asyncio.get_running_loop()
-        if os.isatty(0):
-            self._before = termios.tcgetattr(0)
-            loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self.touch)
         loop.add_signal_handler(signal.SIGTSTP, self._suspend)
         self._open()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._before:
-            asyncio.get_running_loop().remove_reader(0)
         self._close()
 
     def _open(self) -> None:
-        if self._before:
+        if os.isatty(0):
+            self._before = termios.tcgetattr(0)
             tty.setcbreak(0)
+            asyncio.get_running_loop().add_reader(0, self._read)
         self._output.put(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor or wrapping
         self.touch()
 
     def _close(self) -> None:
         with contextlib.suppress(termios.error):  # the terminal is gone
+            if self._before:
+                asyncio.get_running_loop().remove_reader(0)
+                termios.tcsetattr(0, termios.TCSANOW, self._before)
             for action in (termios.TCOOFF, termios.TCOON):  # if somebody has typed Ctrl-S
                 termios.tcflow(1, action)
         self._output.put(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
         self._output.finish(FINISH_SECONDS)
-        if self._before:
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSANOW, self._before)
 
     def _suspend(self) -> None:
         """Ctrl-Z: leave the terminal as it was, and come back to it."""
@@ -8415,8 +8374,6 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
     is_reply = facts.get("type") == "SERVER_RESPONSE"
     if not (is_reply and all(type(one) is int and 0 < one < 65536 for one in ports.values())):
         return None
-    run = facts.get("id")
-    is_run = isinstance(run, str) and re.fullmatch("[0-9a-f]{16}", run)
     return {
         "hostname": clean_text(facts.get("hostname", ""), 64),
         "address": address,
@@ -8424,14 +8381,14 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
         "url": f"{'https' if facts.get('tls') is True else 'http'}://{address}:{ports['port']}",
         "version": clean_text(facts.get("version", ""), 64),
         **{name: facts.get(name) is True for name in ("tls", "auth", "exec")},
-        "id": run if is_run else "",
+        "id": clean_text(facts.get("id", ""), 16),
     }
 
 
 def find_broadcasts() -> list[str]:
     """Return the broadcast addresses of this machine's networks, also of loopback."""
     found = {str(net.broadcast_address) for net in read_link_networks() if net.prefixlen < 31}
-    return sorted(found or {"255.255.255.255"}) + ["127.255.255.255"]
+    return [*sorted(found or {"255.255.255.255"}), "127.255.255.255"]
 
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
@@ -8477,7 +8434,7 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
             reply = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
             if reply is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
-                found.setdefault((reply["address"], reply["port"], reply["id"]), reply)
+                found[reply["address"], reply["port"], reply["id"]] = reply
     return merge_replies(found.values())
 
 
@@ -8553,11 +8510,11 @@ def format_found(found: Sequence[dict[str, Any]]) -> str:
     """Return a table for people."""
     rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
-        needed = "yes" if is_token_needed(one) else "not by its own account"
-        token = needed if one["auth"] else "NO: OPEN TO ALL"
+        token = "yes" if is_token_needed(one) else "not by its own account"
+        token = token if one["auth"] else "NO: OPEN TO ALL"
         runs, more = ("yes" if one["exec"] else "no"), " ".join(one["urls"][1:])
         rows.append((one["hostname"], one["url"], one["version"], token, runs, more))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     padded = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in rows)
     return "".join(line.rstrip() + "\n" for line in padded)
 
@@ -12828,20 +12785,13 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         try:
             await watch(monitor, screen)
         finally:
-            lines.finish()
+            lines.output.finish(FINISH_SECONDS)
 
     asyncio.run(end_quietly(run()))
     if not given.once:
         return 0
     write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))
     return 0 if all(watched.state is ServerState.UP for watched in monitor.all) else 1
-
-
-FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
-    "json": to_json,
-    "prometheus": format_prometheus,
-    "ansible": format_ansible,
-}
 
 
 def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
@@ -12854,11 +12804,11 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
     new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
+    folder = os.path.dirname(find_hosts_file(environ))
     if any(is_token_needed(one) for one in new):
-        folder = os.path.dirname(find_hosts_file(environ))
         write_note(f"next: copy each server's {USUAL_TOKEN_FILE} to {folder}/NAME.token")
     try:
-        kept = os.listdir(os.path.dirname(find_hosts_file(environ)) or ".")
+        kept = os.listdir(folder or ".")
     except OSError:
         kept = []
     return format_hosts(new, {target.name for target in listed}, kept)
@@ -12868,9 +12818,15 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`discover`: ask who is there, print it, return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
     given = parse_arguments("discover", [*([f"--discovery-port={twin}"] if twin else []), *argv])
-    formats = [name for name in (*FORMATS, "hosts") if getattr(given, name)]
-    if len(formats) > 1:
-        raise ConfigError(f"--{formats[1]}: not allowed with argument --{formats[0]}")
+    formats: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+        "json": to_json,
+        "prometheus": format_prometheus,
+        "ansible": format_ansible,
+        "hosts": lambda found: list_new(found, environ),
+    }
+    chosen = [name for name in formats if getattr(given, name)]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[1]}: not allowed with argument --{chosen[0]}")
     addresses = []
     for address in given.at:
         try:
@@ -12879,12 +12835,9 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             reason = getattr(error, "strerror", "") or error
             raise ConfigError(f"--at: {address}: {reason}") from None
     found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
-    if given.hosts:
-        text = list_new(found, environ)
-    elif formats:
-        text = FORMATS[formats[0]](found)
-    else:
-        text = format_found(found) if found else ""
+    text = ""
+    if chosen or found:
+        text = formats[chosen[0]](found) if chosen else format_found(found)
     write_output(text.encode("utf-8", "replace"))
     if not found:
         port = given.discovery_port

@@ -11860,7 +11860,7 @@ class TestMonitorLog:
         log = tmp_path / "log"
         _, take, watched = make_monitor(path=str(log))
         for number in range(5000):
-            watched.note_end(str(number))
+            watched.remember({"event": "task_lost", "task_id": str(number)})
         for number in range(100):
             take({**START, "task_id": str(5000 + number), "cwd": "/", "by": "me"})
         lines = log.read_text().splitlines()
@@ -12152,9 +12152,10 @@ class TestMonitorScreen:
         _, take, watched = make_monitor()
         take(HELLO)
         take(STATS)
-        assert sc.format_row(watched, 6, 80).split() == ["web1", "up", "5.0", "50.0", "0.10", "0"]
+        row = sc.format_table([watched], 80)[1][1]
+        assert row.split() == ["web1", "up", "5.0", "50.0", "0.10", "0"]
         take({"type": "lost", "reason": "401: no", "status": 401})
-        row = sc.format_row(watched, 6, 80)
+        row = sc.format_table([watched], 80)[1][1]
         assert row.split() == ["web1", "refused", "-", "-", "-", "0", "401:", "no"]
 
     def test_ends_when_the_terminal_is_gone(self, place: str, tmp_path: Path) -> None:
