@@ -7983,8 +7983,8 @@ class Watched:
     def _take_lost(self, event: dict[str, Any]) -> bool:
         is_known = bool(self.reason == event["reason"])
         self.reason = event["reason"]
-        is_refused = 400 <= event["status"] < 500
-        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
+        is_refusal = 400 <= event["status"] < 500
+        state = ServerState.REFUSED if is_refusal else ServerState.UNREACHABLE
         self.change(state, reason=self.reason)
         return is_known
 
@@ -8037,9 +8037,8 @@ class Watched:
 
     def _take_stats(self, event: dict[str, Any]) -> None:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
-        for number in [*numbers, event["load_avg"][0]]:
-            if not 0 <= number < 1e15:
-                raise ValueError("wrong statistics")
+        if not all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0])):
+            raise ValueError("wrong statistics")
         if len(encode_json(event)) > MAX_STATS_BYTES:
             raise ValueError("too many statistics")
         self.stats = event
@@ -8076,38 +8075,31 @@ class Watched:
 
 
 class Monitor:
-    """Watches many servers at once, and goes on where its log ends.
+    """Watches many servers at once, and goes on where its log ends."""
 
-    cpu_alert: a threshold of its own. emit: as for Watched.
-    """
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        cpu_alert: float | None,
-        log: MonitorLog,
-        emit: Callable[[Watched, dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
         """Raises ConfigError if the log cannot be used."""
+        self.all = everybody
         self._log = log
-        self.all = [Watched(target, cpu_alert, log, emit) for target in targets]
-        count = MAX_TOLD_ENDED // len(targets)
-        log.locate = lambda: [watched.locate(count) for watched in self.all]
+        count = MAX_TOLD_ENDED // len(everybody)
+        log.locate = lambda: [watched.locate(count) for watched in everybody]
         lines, is_whole = log.read()
-        named = {one.target.name: one for one in self.all}
-        forgotten = set() if is_whole else set(self.all)
+        named = {watched.target.name: watched for watched in everybody}
+        located = set(named) if is_whole else set()
         for line in lines:
             try:
                 record = parse_json_object(line)
-                watched = named[record["server"]]
-                watched.learn(record)
+                named[record["server"]].learn(record)
                 if record["event"] == "position":
-                    forgotten.discard(watched)
+                    located.add(record["server"])
             except NOT_AS_AGREED:
                 pass  # half a line, or no record of these servers
-        for watched in forgotten:
-            reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
-            watched.record_gap(1, None, reason)
+        for name, watched in named.items():
+            if name not in located:
+                size = f"{LOG_TAIL_BYTES // MIB} MiB"
+                watched.record_gap(
+                    1, None, f"the newest {size} of the log do not say where it stood"
+                )
         log.flush()
 
     async def run(self) -> None:
@@ -8487,23 +8479,6 @@ def format_ansible(found: Sequence[dict[str, Any]]) -> str:
 def is_token_needed(one: dict[str, Any]) -> bool:
     """Whether a token is needed there. By default the same account on loopback needs none."""
     return bool(one["auth"]) and not is_loopback(one["address"])
-
-
-def format_hosts(
-    found: Sequence[dict[str, Any]], taken: Collection[str] = (), kept: Collection[str] = ()
-) -> str:
-    """Return lines for the list of servers, with a token file for each that needs one.
-
-    taken: names that are listed. kept: files in the list's folder. Such a file may be another
-    server's token, which must not be sent to one that merely answers with its name.
-    """
-    lines = []
-    for name, one in name_hosts(found, taken).items():
-        token_file = f"{name}.token" if is_token_needed(one) else ""
-        if token_file in kept:
-            token_file = f"# {token_file} is there already: is it of this server?"
-        lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
-    return "".join(lines)
 
 
 def format_found(found: Sequence[dict[str, Any]]) -> str:
@@ -12774,14 +12749,15 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             lines.write(watched.target.name, event)
 
     log = MonitorLog(given.log or "")
-    monitor = Monitor(targets, given.cpu_alert, log, emit)
+    everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
+    monitor = Monitor(everybody, log)
 
     async def run() -> None:
         nonlocal screen
         if given.once:
             await watch_once(monitor)
             return
-        screen = Screen(monitor.all, log) if is_live else None
+        screen = Screen(everybody, log) if is_live else None
         try:
             await watch(monitor, screen)
         finally:
@@ -12790,28 +12766,31 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     asyncio.run(end_quietly(run()))
     if not given.once:
         return 0
-    write_output(format_once(monitor.all, given.json).encode("utf-8", "replace"))
-    return 0 if all(watched.state is ServerState.UP for watched in monitor.all) else 1
+    write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
+    return 0 if all(watched.state is ServerState.UP for watched in everybody) else 1
 
 
 def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
     """Return lines for the servers that are not listed yet; say what to do next on stderr.
 
-    Raises ConfigError.
+    Each names a token file, if the server needs one and there is no such file: it may be another
+    server's token, which must not be sent to one that merely answers with its name. Raises
+    ConfigError.
     """
-    listed = read_hosts(environ)
+    listed, folder = read_hosts(environ), os.path.dirname(find_hosts_file(environ))
     urls = {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
-    folder = os.path.dirname(find_hosts_file(environ))
     if any(is_token_needed(one) for one in new):
         write_note(f"next: copy each server's {USUAL_TOKEN_FILE} to {folder}/NAME.token")
-    try:
-        kept = os.listdir(folder or ".")
-    except OSError:
-        kept = []
-    return format_hosts(new, {target.name for target in listed}, kept)
+    lines = []
+    for name, one in name_hosts(new, {target.name for target in listed}).items():
+        token_file = f"{name}.token" if is_token_needed(one) else ""
+        if token_file and os.path.lexists(os.path.join(folder, token_file)):
+            token_file = f"# {token_file} is there already: is it of this server?"
+        lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
+    return "".join(lines)
 
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:

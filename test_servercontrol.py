@@ -9592,7 +9592,8 @@ class TestTargets:
                 assert found["hostname"].isprintable() and found["version"].isprintable()
                 assert re.fullmatch(r"https?://10\.0\.0\.1:\d+", found["url"]), found
                 assert sc.format_found(sc.merge_replies([found])).count("\n") == 2
-                sc.format_hosts([found]).encode("ascii")
+                hosts = {"SERVERCONTROL_HOSTS": "/nonexistent"}
+                assert sc.list_new(sc.merge_replies([found]), hosts).isascii()
         assert taken > 300
         assert sc.parse_discovery_reply(b'{"a":' + b"[" * 2000, "10.0.0.1") is None
 
@@ -9605,7 +9606,7 @@ class TestTargets:
         assert found["hostname"].startswith("a?b") and len(found["hostname"]) == 64
         assert (found["tls"], found["exec"]) == (False, False)
 
-    def test_makes_names_that_nothing_evaluates(self) -> None:
+    def test_makes_names_that_nothing_evaluates(self, tmp_path: Path) -> None:
         names = ("{{ lookup('pipe','id') }}", "a\nb", "web1", "web1", "", "$(id)", "..")
         found = [
             {"hostname": name, "address": f"10.0.0.{n}", "tls": n == 2, "auth": n != 3}
@@ -9620,7 +9621,9 @@ class TestTargets:
         assert [one["labels"]["__scheme__"] for one in listed].index("https") == 2
         hosts = json.loads(sc.format_ansible(found))["all"]["children"]["servercontrol"]["hosts"]
         assert "{" not in "".join(hosts)
-        lines = sc.parse_hosts(sc.format_hosts(found, {"a-b"}, {"id.token"}), "")
+        (tmp_path / "id.token").touch()
+        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, "a-b http://10.9.9.9:80")}
+        lines = sc.parse_hosts(sc.list_new([{**one, "urls": []} for one in found], env), "")
         files = {name: target.token_file for name, target in lines.items()}
         assert list(files.items())[1:] == [
             *[("a-b-10.0.0.1-80", "a-b-10.0.0.1-80.token"), ("web1", "web1.token")],
@@ -11140,8 +11143,8 @@ def make_monitor(
     """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
     told = Told()
     target, log = sc.parse_target("web1", "web1"), sc.MonitorLog(path)
-    told.monitor = sc.Monitor([target], cpu_alert, log, lambda _, event: told.append(event))
-    (watched,) = told.monitor.all
+    watched = sc.Watched(target, cpu_alert, log, lambda _, event: told.append(event))
+    told.monitor = sc.Monitor([watched], log)
 
     def take(event: dict[str, Any]) -> list[str]:
         before = len(told)
@@ -11815,9 +11818,9 @@ class TestMonitorLog:
         def watch(*names: str) -> dict[str, sc.Watched]:
             log = sc.MonitorLog(path)
             chosen = [target for target in targets if target.name in names]
-            monitor = sc.Monitor(chosen, None, log, lambda *_: None)
-            monitors.append(monitor)
-            return {one.target.name: one for one in monitor.all}
+            everybody = [sc.Watched(target, None, log, lambda *_: None) for target in chosen]
+            monitors.append(sc.Monitor(everybody, log))
+            return {one.target.name: one for one in everybody}
 
         def run(watched: sc.Watched, task_id: int, is_ended: bool = True) -> None:
             watched.link.boot_id, watched.link.seq = watched.target.name, task_id
