@@ -8096,10 +8096,8 @@ class Monitor:
                 pass  # half a line, or no record of these servers
         for name, watched in named.items():
             if name not in located:
-                size = f"{LOG_TAIL_BYTES // MIB} MiB"
-                watched.record_gap(
-                    1, None, f"the newest {size} of the log do not say where it stood"
-                )
+                newest = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log"
+                watched.record_gap(1, None, f"{newest} do not say where it stood")
         log.flush()
 
     async def run(self) -> None:

@@ -11676,7 +11676,7 @@ class TestMonitorLog:
     def test_names_what_the_server_kept_no_more(self, tmp_path: Path) -> None:
         """And still has the tasks, from the server's list of them."""
         log, state = tmp_path / "log", tmp_path / "state"
-        code = "made = sc.Feed\nsc.Feed = lambda *a, **k: made(*a, capacity_bytes=20000, **k)"
+        code = "made = sc.Feed\nsc.Feed = lambda encode, _, *more: made(encode, 20000, *more)"
         script = make_launcher(tmp_path, code)
         away = False
         with ServerProcess(state, script=script) as server:
