@@ -6400,10 +6400,12 @@ class Server:
 #
 # A token is sent only to a server that is listed with it, or that is named together with
 # --token-file or SERVERCONTROL_TOKEN; never to one that has merely answered a probe. Text from
-# servers, and from whoever answers a probe, is shown without control characters.
+# servers, and from whoever answers a probe, is shown without control characters. Whatever asks a
+# server something raises UnreachableError.
 
 
 Result = TypeVar("Result")
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
@@ -6655,12 +6657,10 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     raise failure
 
 
-async def open_target(
-    target: Target, seconds: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a connection to a server, within some seconds. Raises UnreachableError."""
+async def open_target(target: Target, seconds: float) -> Ends:
+    """Return a connection to a server, within some seconds."""
 
-    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def connect() -> Ends:
         if target.unix:
             return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
         tls = make_client_tls() if target.tls else None
@@ -6684,7 +6684,7 @@ async def open_target(
 async def read_response_head(
     reader: asyncio.StreamReader, target: Target
 ) -> tuple[int, dict[str, str]]:
-    """Return (status, fields) of the next answer. Raises UnreachableError."""
+    """Return (status, fields) of the next answer."""
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
     except asyncio.TimeoutError:
@@ -6696,10 +6696,7 @@ async def read_response_head(
 
 
 async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> bytes:
-    """Return the body of an answer. Without a length it ends with the connection.
-
-    Raises UnreachableError.
-    """
+    """Return the body of an answer. Without a length it ends with the connection."""
     length = fields.get("content-length", str(MAX_ANSWER_BYTES + 1))
     if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES + 1:
         raise foreign_error()
@@ -6737,7 +6734,7 @@ async def open_stream(
 
 
 async def fetch(target: Target, path: str) -> bytes:
-    """Return the body of a 200 answer to a GET. Raises UnreachableError."""
+    """Return the body of a 200 answer to a GET."""
     fields, reader, writer = await open_stream(target, "GET", path)
     try:
         return await read_response_body(reader, fields)
@@ -6753,29 +6750,23 @@ class Control:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        # Held while a request is sent, so that requests keep their order.
-        self._sending = asyncio.Lock()
-        # The open connection, and the last answer on it, which may still have to come.
-        self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._last: asyncio.Future[tuple[int, bytes]] | None = None
+        # Who sends a request, and who reads an answer; the others wait in the order of requests.
+        self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
+        self._ends: Ends | None = None
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
-        """Return the JSON object of a 200 answer. Raises UnreachableError."""
+        """Return the JSON object of a 200 answer."""
         fields = [("Content-Type", "application/octet-stream")] if body else []
         request = encode_request(self._target, method, path, fields, body)
         async with self._sending:
-            if (
-                self._connection is None
-                or self._connection[0].at_eof()
-                or self._connection[0].exception()
-            ):
+            if self._ends and (self._ends[0].at_eof() or self._ends[0].exception()):
                 self.close()
-                self._connection = await open_target(self._target, CONNECT_SECONDS)
-                self._last = None
-            reader, writer = self._connection
+            if self._ends is None:
+                self._ends = await open_target(self._target, CONNECT_SECONDS)
+            reader, writer = self._ends
             writer.write(request)
-            self._last = answer = asyncio.ensure_future(self._read_answer(reader, self._last))
-        # Nobody may wait for it in the end; then asyncio shall not log an error.
+            answer = asyncio.ensure_future(self._read_answer(reader))
+        # It is read also if nobody waits for it any more. Then asyncio shall not log its error.
         answer.add_done_callback(lambda one: one.cancelled() or one.exception())
         await asyncio.wait({answer})
         status, data = answer.result()
@@ -6786,24 +6777,21 @@ class Control:
         except CommandError:
             raise foreign_error() from None
 
-    async def _read_answer(
-        self, reader: asyncio.StreamReader, before: asyncio.Future[tuple[int, bytes]] | None
-    ) -> tuple[int, bytes]:
-        try:
-            if before is not None:
-                await before
-            status, fields = await read_response_head(reader, self._target)
-            return status, await read_response_body(reader, fields)
-        except UnreachableError:
-            if self._connection is not None and self._connection[0] is reader:
-                self.close()
-            raise
+    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
+        async with self._reading:
+            try:
+                status, fields = await read_response_head(reader, self._target)
+                return status, await read_response_body(reader, fields)
+            except UnreachableError:
+                if self._ends is not None and self._ends[0] is reader:
+                    self.close()
+                raise
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        if self._connection is not None:
-            self._connection[1].transport.abort()
-            self._connection = None
+        if self._ends is not None:
+            self._ends[1].transport.abort()
+            self._ends = None
 
 
 # What parsing an answer, and using its fields, raises if they are not as the protocol says.
@@ -6966,6 +6954,7 @@ class Link:
             self.seq = max(self.seq, seq)
 
 
+@dataclass(eq=False)
 class RemoteTask:
     """A command on a server, from its start to its exit code.
 
@@ -6975,39 +6964,38 @@ class RemoteTask:
     network or the reader of stdout is, unless this client is gone for a minute.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        fields: Mapping[str, Any],
-        write: Callable[[bytes], None],
-        drain: Callable[[], Awaitable[None]],
-        tell: Callable[[str], None],
-    ) -> None:
-        self.target = target
+    target: Target
+    fields: Mapping[str, Any]
+    write: Callable[[bytes], None]
+    drain: Callable[[], Awaitable[None]]
+    tell: Callable[[str], None]
+    # The run of the server that has the task, "" as long as it is not known.
+    boot_id: str = ""
+    # Whether the server was asked to start it.
+    is_asked: bool = False
+    # Whether this client stops it, and whether the server has not been told so yet.
+    is_stopping: bool = False
+    is_stop_owed: bool = False
+    # The task's id, None before the start; its exit code, None before the end.
+    task_id: str | None = None
+    exit_code: int | None = None
+    # Why there is no exit code, or not all of the output.
+    failure: UnreachableError | None = None
+    # The connection with its output, and when the server was last heard (monotonic seconds).
+    stream: Ends | None = None
+    good_at: float = field(default_factory=time.monotonic)
+    # Bytes of output that have come or are lost; those that are lost.
+    position: int = 0
+    lost_bytes: int = 0
+    # Whether the output so far ends inside a line.
+    is_in_line: bool = False
+    # Called whenever output can come (again).
+    connected: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
         # A repeated request has the same `ref`, so it starts nothing twice.
-        self._fields = {**fields, "ref": secrets.token_urlsafe(12)}
-        self._write, self._drain, self._tell = write, drain, tell
-        self.control = Control(target)
-        # The run of the server that has the task, "" as long as it is not known.
-        self._boot_id = ""
-        # Whether the server was asked to start it.
-        self.is_asked = False
-        # Whether this client stops it, and whether the server has not been told so yet.
-        self.is_stopping = self.is_stop_owed = False
-        # The task's id, None before the start; its exit code, None before the end.
-        self.task_id: str | None = None
-        self.exit_code: int | None = None
-        # Why there is no exit code, or not all of the output.
-        self.failure: UnreachableError | None = None
-        # The connection with its output, and when the server was last heard (monotonic seconds).
-        self.stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._good_at = time.monotonic()
-        # Bytes of output that have come or are lost; those that are lost.
-        self._position = self.lost_bytes = 0
-        # Whether the output so far ends inside a line.
-        self._is_in_line = False
-        # Called whenever output can come (again).
-        self.connected: Callable[[], None] = lambda: None
+        self.fields = {**self.fields, "ref": secrets.token_urlsafe(12)}
+        self.control = Control(self.target)
 
     @property
     def is_running(self) -> bool:
@@ -7022,9 +7010,9 @@ class RemoteTask:
         boot_id = info.get("boot_id")
         if not boot_id or not isinstance(boot_id, str):
             raise foreign_error()
-        if self._boot_id not in ("", boot_id):
+        if self.boot_id not in ("", boot_id):
             raise UnreachableError("it was restarted", 404)
-        self._boot_id = boot_id
+        self.boot_id = boot_id
         return info
 
     async def start(self) -> None:
@@ -7036,7 +7024,7 @@ class RemoteTask:
             try:
                 if was_asked:  # another run of the server may have started it, too
                     await self.learn()
-                await self._open("POST", "/exec?follow", encode_json(self._fields))
+                await self._open("POST", "/exec?follow", encode_json(self.fields))
                 return
             except UnreachableError as error:
                 self.is_asked = was_asked or not error.status
@@ -7052,14 +7040,14 @@ class RemoteTask:
             writer.transport.abort()
             raise foreign_error()
         self.task_id, self.stream = task_id, (reader, writer)
-        self._good_at = time.monotonic()
-        lost = int(offset) - self._position
+        self.good_at = time.monotonic()
+        lost = int(offset) - self.position
         if lost > 0:
-            self._position += lost
+            self.position += lost
             self.lost_bytes += lost
-            self._tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
-            if self._is_in_line:  # its end is lost, and what comes is of another one
-                self._write(b"\n")
+            self.tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
+            if self.is_in_line:  # its end is lost, and what comes is of another one
+                self.write(b"\n")
         self.connected()
         if self.is_stop_owed:
             await self.stop()
@@ -7073,29 +7061,26 @@ class RemoteTask:
         """
         trouble, delay = "", RETRY_SECONDS
         while self.exit_code is None:
-            was_good_at = self._good_at
             try:
                 if self.stream is None:
                     await self.learn()
-                    path = f"/logs?id={self.task_id}&offset={self._position}&follow"
+                    path = f"/logs?id={self.task_id}&offset={self.position}&follow"
                     await self._expect(self._open("GET", path))
+                delay = RETRY_SECONDS
                 await self._read_stream()
                 task = await self._ask_task()
-                if task["state"] != "running" and task["output_bytes"] <= self._position:
+                if task["state"] != "running" and task["output_bytes"] <= self.position:
                     await self._end(task)
                 trouble = ""
             except UnreachableError as error:
-                idle_seconds = time.monotonic() - self._good_at
+                idle_seconds = time.monotonic() - self.good_at
                 if is_final(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
-                    self._tell(f"connection lost ({clean_text(trouble)}), trying again")
-                is_new = self._good_at > was_good_at
-                delay = RETRY_SECONDS if is_new else min(delay * 2, MAX_RETRY_SECONDS)
-            else:
-                continue
-            await asyncio.sleep(spread(delay))
+                    self.tell(f"connection lost ({clean_text(trouble)}), trying again")
+                await asyncio.sleep(spread(delay))
+                delay = min(delay * 2, MAX_RETRY_SECONDS)
         return self.exit_code
 
     async def _expect(self, answer: Awaitable[Result]) -> Result:
@@ -7127,11 +7112,11 @@ class RemoteTask:
         try:
             while not (await asyncio.wait({taking}, timeout=BEAT_SECONDS))[0]:
                 task = await self._ask_task()
-                self._good_at = time.monotonic()
-                has_more = task["state"] != "running" or task["output_bytes"] > self._position
-                if has_more and stood_at == self._position:
+                self.good_at = time.monotonic()
+                has_more = task["state"] != "running" or task["output_bytes"] > self.position
+                if has_more and stood_at == self.position:
                     return
-                stood_at = self._position if has_more else -1
+                stood_at = self.position if has_more else -1
             taking.result()
         finally:
             self.stream = None
@@ -7141,20 +7126,20 @@ class RemoteTask:
 
     async def _take_output(self, reader: asyncio.StreamReader) -> None:
         while True:
-            await self._drain()  # so what we cannot write we do not read, and the task waits
+            await self.drain()  # so what we cannot write we do not read, and the task waits
             try:
                 data = await reader.read(READ_CHUNK_BYTES)
             except OSError:  # how much is missing, follow() finds out
                 return
             if not data:
                 return
-            self._good_at = time.monotonic()
-            self._position += len(data)
-            self._is_in_line = not data.endswith(b"\n")
-            self._write(data)
+            self.good_at = time.monotonic()
+            self.position += len(data)
+            self.is_in_line = not data.endswith(b"\n")
+            self.write(data)
 
     async def _end(self, task: Mapping[str, Any]) -> None:
-        await self._drain()  # what is told stands behind the output
+        await self.drain()  # what is told stands behind the output
         exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise foreign_error()
@@ -7162,11 +7147,11 @@ class RemoteTask:
         if killed_by == SERVER_STOP:
             raise UnreachableError("it was stopped, which ended the command", ENDED_STATUS)
         if task["state"] == "timeout":
-            self._tell("stopped: it took longer than --timeout allows")
+            self.tell("stopped: it took longer than --timeout allows")
         elif killed_by and not self.is_stopping:
-            self._tell(f"the command was killed by {clean_text(killed_by)}")
-        if task.get("replaced") and not self._fields.get("tty"):
-            self._tell("part of the output is no UTF-8 and was replaced: send that by base64")
+            self.tell(f"the command was killed by {clean_text(killed_by)}")
+        if task.get("replaced") and not self.fields.get("tty"):
+            self.tell("part of the output is no UTF-8 and was replaced: send that by base64")
 
     # What the one who waits for it wants
 
@@ -7185,13 +7170,10 @@ class RemoteTask:
             self.is_stop_owed = not error.status
             again = ", trying again" if self.is_stop_owed else ""
             if error.status != 409:  # it has ended already
-                self._tell(f"could not be stopped ({error}){again}")
+                self.tell(f"could not be stopped ({error}){again}")
 
     async def feed(self, data: bytes) -> None:
-        """Send input, b"" for its end; wait while the task is not reading it.
-
-        Raises UnreachableError.
-        """
+        """Send input, b"" for its end; wait while the task is not reading it."""
         while True:
             try:
                 await self.send("/stdin", "" if data else "&eof", data)
@@ -7204,7 +7186,7 @@ class RemoteTask:
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
     async def send(self, path: str, more: str = "", data: bytes = b"") -> None:
-        """POST something to it. Raises UnreachableError."""
+        """POST something to it."""
         await self.control.ask("POST", f"{path}?id={self.task_id}{more}", data)
 
 
@@ -7235,6 +7217,7 @@ async def read_input() -> AsyncIterator[bytes]:
         yield data
 
 
+@dataclass(eq=False)
 class Keyboard:
     """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it.
 
@@ -7245,26 +7228,22 @@ class Keyboard:
     LEAVE = b"\x1d"
     INTERRUPT = b"\x03"
 
-    def __init__(
-        self,
-        task: RemoteTask,
-        leave: Callable[[], None],
-        interrupt: Callable[[], None],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._task = task
-        self._leave, self._interrupt, self._tell = leave, interrupt, tell
-        self._before: list[Any] = []
-        # Keys that are not sent yet, and the requests that are under way.
-        self._waiting = b""
-        self._sending: set[asyncio.Future[None]] = set()
-        # Whether the user was told that the task does not read its input.
-        self._is_full = False
+    task: RemoteTask
+    leave: Callable[[], None]
+    interrupt: Callable[[], None]
+    tell: Callable[[str], None]
+    # The terminal's attributes before.
+    before: list[Any] = field(default_factory=list)
+    # Keys that are not sent yet, and the requests that are under way.
+    waiting: bytes = b""
+    sending: set[asyncio.Future[None]] = field(default_factory=set)
+    # Whether the user was told that the task does not read its input.
+    is_full: bool = False
 
     def __enter__(self) -> Keyboard:
-        self._before = termios.tcgetattr(0)
+        self.before = termios.tcgetattr(0)
         tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead stays
-        self._task.connected = self._resize
+        self.task.connected = self._resize
         loop = asyncio.get_running_loop()
         loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self._resize)
@@ -7274,10 +7253,10 @@ class Keyboard:
         loop = asyncio.get_running_loop()
         loop.remove_reader(0)
         loop.remove_signal_handler(signal.SIGWINCH)
-        for one in self._sending:
+        for one in self.sending:
             one.cancel()
         with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+            termios.tcsetattr(0, termios.TCSADRAIN, self.before)
 
     def _read(self) -> None:
         try:
@@ -7286,38 +7265,38 @@ class Keyboard:
             data = b""
         if not data or self.LEAVE in data:
             asyncio.get_running_loop().remove_reader(0)
-            self._leave()
-        elif self.INTERRUPT in data and self._task.task_id is None:
-            self._interrupt()
+            self.leave()
+        elif self.INTERRUPT in data and self.task.task_id is None:
+            self.interrupt()
         else:
-            self._waiting += data
+            self.waiting += data
             self._send_keys()
 
     def _resize(self) -> None:
-        if self._task.stream is not None:
+        if self.task.stream is not None:
             cols, rows = read_terminal_size(0)
             self._send("/resize", f"&cols={cols}&rows={rows}")
             self._send_keys()
 
     def _send_keys(self) -> None:
-        while self._waiting and self._task.stream is not None:
-            self._send("/stdin", data=self._waiting[:READ_CHUNK_BYTES])
-            self._waiting = self._waiting[READ_CHUNK_BYTES:]
+        while self.waiting and self.task.stream is not None:
+            self._send("/stdin", data=self.waiting[:READ_CHUNK_BYTES])
+            self.waiting = self.waiting[READ_CHUNK_BYTES:]
 
     def _send(self, path: str, more: str = "", data: bytes = b"") -> None:
         """Send without waiting for the answer, since on a slow network the next key would wait."""
 
         async def send() -> None:
             try:
-                await self._task.send(path, more, data)
+                await self.task.send(path, more, data)
             except UnreachableError as error:
-                if error.status == 429 and not self._is_full:  # of a long paste every piece is
-                    self._is_full = True
-                    self._tell("what was typed is not all taken: the task does not read it")
+                if error.status == 429 and not self.is_full:  # of a long paste every piece is
+                    self.is_full = True
+                    self.tell("what was typed is not all taken: the task does not read it")
 
         sending = asyncio.ensure_future(send())
-        self._sending.add(sending)
-        sending.add_done_callback(self._sending.discard)
+        self.sending.add(sending)
+        sending.add_done_callback(self.sending.discard)
 
 
 class LineWriter:
@@ -7340,8 +7319,8 @@ class LineWriter:
             self.write(b"\n")
 
 
-def write_some(fd: int, data: bytearray, milliseconds: int | None = 0) -> int:
-    """Write as much as a descriptor takes within a time (None: no limit); return the bytes written.
+def write_some(fd: int, data: bytearray, milliseconds: int = 0) -> int:
+    """Write as much as a descriptor takes within a time; return the bytes written.
 
     A writable pipe takes PIPE_BUF without blocking (pipe(7)). O_NONBLOCK is not set, since all
     processes that share the descriptor would have it. Raises OSError.
@@ -7356,17 +7335,17 @@ def write_some(fd: int, data: bytearray, milliseconds: int | None = 0) -> int:
         return 0
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write everything, however long that takes. Raises OSError."""
-    rest = bytearray(data)
-    while rest:
-        del rest[: write_some(fd, rest, None)]
+def write_all(fd: int, data: bytearray, seconds: float = math.inf) -> None:
+    """Write everything and remove it from the data, for at most this long. Raises OSError."""
+    end = time.monotonic() + seconds
+    while data and time.monotonic() < end:
+        del data[: write_some(fd, data, 20)]
 
 
 def write_output(data: bytes) -> None:
     """Write to our standard output. Raises OutputError."""
     try:
-        write_all(1, data)
+        write_all(1, bytearray(data))
     except OSError as error:
         raise OutputError(error) from None
 
@@ -7381,7 +7360,7 @@ def encode_note(text: str) -> bytes:
 def write_note(text: str) -> None:
     """Write a line for the user to stderr; do nothing if stderr is closed."""
     with contextlib.suppress(OSError):
-        write_all(2, encode_note(text))
+        write_all(2, bytearray(encode_note(text)))
 
 
 class Output:
@@ -7415,15 +7394,14 @@ class Output:
 
     def finish(self, seconds: float) -> None:
         """Block until everything is written, for at most this long."""
-        end = time.monotonic() + seconds
-        while self.waiting and time.monotonic() < end:
-            self._flush(milliseconds=20)
+        with contextlib.suppress(OSError):
+            write_all(self._fd, self.waiting, seconds)
 
-    def _flush(self, milliseconds: int = 0) -> None:
+    def _flush(self) -> None:
         count = 1
         try:
             while self.waiting and count:
-                count = write_some(self._fd, self.waiting, milliseconds)
+                count = write_some(self._fd, self.waiting)
                 del self.waiting[:count]
         except OSError as error:
             self.error = OutputError(error)
@@ -7443,30 +7421,37 @@ def wants_colours() -> bool:
 
 
 class Report:
-    """Shows the outputs for `exec`, at once or at the end, and how each command has ended.
+    """The commands of an `exec`, what they write, at once or at the end, and how they have ended.
 
-    fold: keep the outputs of several servers, and show equal ones once.
+    fields: the body of `POST /exec`. fold: keep the outputs, and show equal ones once.
     """
 
-    def __init__(self, targets: Sequence[Target], fold: bool) -> None:
+    def __init__(self, targets: Sequence[Target], fields: Mapping[str, Any], fold: bool) -> None:
         self.output, self._notes = Output(1), Output(2)
         self._is_coloured = wants_colours()
+        self._fields, self._fold = fields, fold
+        # How wide the names before the lines are, 0 for none.
+        self._width = max(len(target.name) for target in targets) if len(targets) > 1 else 0
         # Server -> its output that is kept for --fold, or who writes its lines beside others.
-        self._kept: dict[str, list[bytes]] = {target.name: [] for target in targets if fold}
+        self._kept: dict[str, list[bytes]] = {}
         self._lines: dict[str, LineWriter] = {}
-        width = max(len(target.name) for target in targets)
-        for number, target in enumerate(targets if len(targets) > 1 and not fold else ()):
-            colour = COLOURS[number % len(COLOURS)] if self._is_coloured else ""
-            prefix = f"{colour}{target.name:{width}} |{PLAIN if colour else ''} "
-            self._lines[target.name] = LineWriter(
-                prefix.encode("utf-8", "replace"), self.output.put
-            )
+        self.tasks = [self._make_task(target) for target in targets]
 
-    def choose_writer(self, name: str) -> Callable[[bytes], None]:
-        """Return what takes the output of a server."""
-        if name in self._kept:
-            return self._kept[name].append
-        return self._lines[name].write if name in self._lines else self.output.put
+    def _make_task(self, target: Target) -> RemoteTask:
+        name, write = target.name, cast("Callable[[bytes], None]", self.output.put)
+        if self._fold:
+            self._kept[name] = []
+            write = self._kept[name].append
+        elif self._width:
+            colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
+            prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
+            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), write)
+            write = self._lines[name].write
+
+        def tell(text: str) -> None:
+            self.note(f"{name}: {text}")
+
+        return RemoteTask(target, self._fields, write, self.output.drain, tell)
 
     def note(self, text: str) -> None:
         """Tell a person something."""
@@ -7488,17 +7473,33 @@ class Report:
         for output in (self.output, self._notes):
             output.finish(FINISH_SECONDS)
 
-    def show(self, tasks: Sequence[RemoteTask]) -> None:
-        """Show what is not shown yet."""
-        for writer in self._lines.values():
-            writer.end()
+    def conclude(self) -> int:
+        """Show what is kept, what still runs, and a summary; return the highest exit code."""
+        self._show_kept()
+        groups: dict[tuple[int, str], list[str]] = {}
+        for task in self.tasks:
+            self.end(task.target.name)
+            if task.is_running:
+                left = "its command may have been started"
+                if task.task_id is not None:
+                    url = f"{task.target.url}/logs?id={task.task_id}"
+                    left = f"task {task.task_id} is left running: {url}"
+                task.tell(left)
+            groups.setdefault(self._name_end(task), []).append(task.target.name)
+        parts = []
+        for (code, what), names in sorted(groups.items()):
+            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
+            parts.append(f"{len(names)} {what}{shown}")
+        if len(self.tasks) > 1:
+            self.note(f"{len(self.tasks)} servers: {'; '.join(parts)}")
+        return max((code for code, _ in groups if code < 256), default=0)
+
+    def _show_kept(self) -> None:
         groups: dict[tuple[str, bytes], list[str]] = {}
-        for task in tasks:
-            name, result = task.target.name, "it has not ended"
-            if task.failure is not None:
-                result = str(task.failure)
-            elif task.exit_code is not None:
-                result = f"exit code {task.exit_code}"
+        for task in self.tasks:
+            name, code = task.target.name, task.exit_code
+            result = "it has not ended" if code is None else f"exit code {code}"
+            result = str(task.failure or result)
             output = b"".join(self._kept.get(name, ()))
             if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
@@ -7510,26 +7511,14 @@ class Report:
             end = b"" if output.endswith(b"\n") or not output else b"\n"
             self.output.put(title.encode("utf-8", "replace") + output + end)
 
-    def summarize(self, tasks: Sequence[RemoteTask]) -> None:
-        """Show how many servers ended with which exit code, if there are several."""
-        groups: dict[tuple[int, str], list[str]] = {}
-        for task in tasks:
-            groups.setdefault(self._name_end(task), []).append(task.target.name)
-        parts = []
-        for (code, what), names in sorted(groups.items()):
-            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
-            parts.append(f"{len(names)} {what}{shown}")
-        if len(tasks) > 1:
-            self.note(f"{len(tasks)} servers: {'; '.join(parts)}")
-
     @staticmethod
     def _name_end(task: RemoteTask) -> tuple[int, str]:
-        """Return how a command has ended, after a number for the order in the summary."""
+        """Return the exit code of a server, 256 for none, and how its command has ended."""
         code, failure = task.exit_code, task.failure
         if failure is None:
             return (256, "not ended") if code is None else (code, f"exit code {code}")
         if failure.status == SAME_STATUS:
-            return 255, "listed twice"
+            return 256, "listed twice"
         lost = "lost after the start" if code is None else "not complete"
         return UNREACHABLE_STATUS, lost if task.is_asked else "not started"
 
@@ -7550,35 +7539,25 @@ class Execution:
         once: bool = False,
     ) -> None:
         window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // min(len(targets), parallel))
-        self._fields = {**fields, "window": window}
-        self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
+        self._report = Report(targets, {**fields, "window": window}, fold)
+        self._tasks = self._report.tasks
         self._places = asyncio.Semaphore(parallel)
-        self._report = Report(targets, fold)
+        self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
+        self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
+        # All input, if several servers get it.
+        self._input: list[bytes] | None = None
         # boot_id -> the name that runs the command on this server; None if that may happen twice.
         self._claims: dict[str, str] | None = {} if once else None
-        self._tasks = [self._make_task(target) for target in targets]
         # Set when this client leaves, whatever the commands do.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         # What the first Ctrl-C has begun.
         self._stopping: asyncio.Future[None] | None = None
 
-    def _make_task(self, target: Target) -> RemoteTask:
-        report, name = self._report, target.name
-
-        def tell(text: str) -> None:
-            report.note(f"{name}: {text}")
-
-        write = report.choose_writer(name)
-        return RemoteTask(target, self._fields, write, report.output.drain, tell)
-
     async def run(self) -> int:
         """Return the exit status. Raises OutputError."""
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                loop.add_signal_handler(number, self._leave, 128 + number)
-                if number == signal.SIGINT:
-                    loop.add_signal_handler(number, self._interrupt)
+                asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
         everything = asyncio.ensure_future(self._run_all())
         try:
             with contextlib.ExitStack() as stack:
@@ -7586,43 +7565,48 @@ class Execution:
                     leave = functools.partial(self._leave, 0)
                     task, tell = self._tasks[0], self._report.note
                     stack.enter_context(Keyboard(task, leave, self._interrupt, tell))
-                ends: set[asyncio.Future[int]] = {everything, self._left}
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await self._wait_for(everything)
             if self._left.done():
-                self._conclude()
+                self._report.conclude()
                 return self._left.result()
             return everything.result()
-        except OutputError:
-            await self._stop_unread()
+        except OutputError:  # stdout is closed
+            stopping = asyncio.ensure_future(self._stop_all())
+            await self._wait_for(stopping, ANSWER_SECONDS)
+            if not stopping.done():
+                stopping.cancel()
+                self._report.conclude()
             raise
         finally:
             everything.cancel()
             await asyncio.gather(everything, return_exceptions=True)
             self._report.finish()
 
+    async def _wait_for(self, work: asyncio.Future[Any], seconds: float | None = None) -> None:
+        """Wait until something is done, or this client leaves, or for a time."""
+        ends = {work, self._left}
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
     async def _run_all(self) -> int:
-        pieces = None
-        if self._fields.get("stdin") and len(self._tasks) > 1:  # each gets the same input
+        if self._has_input and len(self._tasks) > 1:
             try:
-                pieces = [piece async for piece in read_input()]
+                self._input = [piece async for piece in read_input()]
             except OSError as error:
                 raise StartError(f"standard input: {error.strerror}") from None
-        await asyncio.gather(*(self._run_one(task, pieces) for task in self._tasks))
-        self._conclude()
+        await asyncio.gather(*(self._run_one(task) for task in self._tasks))
+        status = self._report.conclude()
         await self._report.drain()
-        failures = {task.failure.status for task in self._tasks if task.failure is not None}
-        codes = [task.exit_code or 0 for task in self._tasks if task.failure is None]
-        return max([*codes, *([UNREACHABLE_STATUS] if failures - {SAME_STATUS} else [])])
+        return status
 
-    async def _run_one(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
+    async def _run_one(self, task: RemoteTask) -> None:
         name, feeding = task.target.name, None
         async with self._places:
             try:
                 if not task.is_stopping:
                     self._claim(name, await task.learn())
                 await task.start()
-                if self._fields.get("stdin") and not self._has_keyboard:
-                    feeding = asyncio.ensure_future(self._feed(task, pieces))
+                if self._has_input:
+                    feeding = asyncio.ensure_future(self._feed(task))
                 code = await task.follow()
                 if task.lost_bytes:
                     raise UnreachableError(f"its output is not complete (exit code {code})")
@@ -7660,27 +7644,22 @@ class Execution:
             return "; whether the command was started is not known"
         return f"; the command, task {task.task_id}, may still be running there"
 
-    async def _feed(self, task: RemoteTask, pieces: list[bytes] | None) -> None:
+    async def _feed(self, task: RemoteTask) -> None:
         try:
-            if pieces is None:
+            if self._input is None:
                 async for piece in read_input():
                     await task.feed(piece)
-            for piece in pieces or ():
+            for piece in self._input or ():
                 await task.feed(piece)
         except (UnreachableError, OSError) as error:
-            reason = explain_failure(error)
-            name = task.target.name
-            self._report.note(f"{name}: its input is not complete ({reason}); stopping it")
+            task.tell(f"its input is not complete ({explain_failure(error)}); stopping it")
             await task.stop()
 
-    def _find_running(self) -> list[RemoteTask]:
-        return [task for task in self._tasks if task.is_running]
-
-    def _interrupt(self) -> None:
-        """Ctrl-C: stop the commands; a second one leaves them."""
-        running = self._find_running()
-        if self._stopping is not None or not running:
-            self._leave(128 + signal.SIGINT)
+    def _interrupt(self, number: int = signal.SIGINT) -> None:
+        """Ctrl-C: stop the commands. A second one leaves them, as does any other signal."""
+        running = [task for task in self._tasks if task.is_running]
+        if number != signal.SIGINT or self._stopping is not None or not running:
+            self._leave(128 + number)
             return
         names = ", ".join(
             f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
@@ -7690,35 +7669,11 @@ class Execution:
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     async def _stop_all(self) -> None:
-        """Stop what runs, and what is starting as soon as it has an id; start nothing more."""
+        """Start nothing more; stop what runs, and what is starting as soon as it has an id."""
         tasks = [task for task in self._tasks if task.exit_code is None and task.failure is None]
         await asyncio.gather(*(task.stop() for task in tasks))
-
-    async def _stop_unread(self) -> None:
-        """Stop all commands since stdout is closed; wait ANSWER_SECONDS at most, or for Ctrl-C."""
-
-        async def stop() -> None:
-            await self._stop_all()
-            while any(task.is_stop_owed for task in self._find_running()):
-                await asyncio.sleep(INPUT_PAUSE_SECONDS)
-
-        stopping = asyncio.ensure_future(stop())
-        ends: set[asyncio.Future[Any]] = {stopping, self._left}
-        await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
-            stopping.cancel()
-            self._conclude()
-
-    def _conclude(self) -> None:
-        """Show the outputs so far, which commands still run, and the summary."""
-        self._report.show(self._tasks)
-        for task in self._find_running():
-            what = "its command may have been started"
-            if task.task_id is not None:
-                url = f"{task.target.url}/logs?id={task.task_id}"
-                what = f"task {task.task_id} is left running: {url}"
-            self._report.note(f"{task.target.name}: {what}")
-        self._report.summarize(self._tasks)
+        while any(task.is_running and task.is_stop_owed for task in tasks):
+            await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
     def _leave(self, status: int) -> None:
         if not self._left.done():
@@ -13163,7 +13118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             loop.close()
     except ServerControlError as error:
         with contextlib.suppress(OSError):
-            write_all(2, f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace"))
+            told = f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace")
+            write_all(2, bytearray(told))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
