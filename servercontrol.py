@@ -6412,9 +6412,9 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Target:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
 
-    token: sent with each request, None for none. token_file: read again for each request, so that
-    a corrected file is used at once, and a missing one is an error for this server only. line: the
-    line that lists the server, for messages; "" if it is not listed.
+    token_file: read for each request, so that a corrected file is used at once, and a missing one
+    is an error for this server only. token: is sent if there is no such file. line: where the
+    server is listed, for messages.
     """
 
     name: str
@@ -6461,10 +6461,7 @@ SERVER_NAME = re.compile(
 
 
 def parse_target(name: str, text: str) -> Target:
-    """Return the server that `host`, `host:port`, a URL or a socket's path names.
-
-    Raises ConfigError.
-    """
+    """Return the server that a host, URL or socket's path names. Raises ConfigError."""
     path = re.sub("^unix:(//)?", "", text)
     if path and text.startswith(("/", "./", "../", "unix:")):
         return Target(name, "", 0, unix=path)
@@ -6532,12 +6529,11 @@ def encode_request(
 
 def parse_response_head(head: bytes) -> tuple[int, dict[str, str]]:
     """Return (status, lower-case name -> value). Raises UnreachableError."""
-    lines = head.split(b"\r\n")
-    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})", lines[0])
-    if match is None:
+    status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
+    if status is None:
         raise UnreachableError("what answers there does not speak HTTP (is it https?)")
-    pairs = [line.decode("latin-1").partition(":") for line in lines[1:] if line]
-    return int(match.group(1)), {name.lower(): value.strip() for name, _, value in pairs}
+    fields = re.findall(r"\n([^:\r\n]*):([^\r\n]*)", head.decode("latin-1"))
+    return int(status[1]), {name.lower(): value.strip() for name, value in fields}
 
 
 def foreign_error() -> UnreachableError:
@@ -6589,7 +6585,7 @@ def explain_failure(error: Exception) -> str:
         return "TLS failed (is it http?)"
     if isinstance(error, (socket.gaierror, UnicodeError)):  # UnicodeError: the name is malformed
         return "no such host"
-    number = error.errno if isinstance(error, OSError) else None
+    number = getattr(error, "errno", None)
     return os.strerror(number).lower() if number else str(error) or "disconnected"
 
 
@@ -6604,7 +6600,7 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
     Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end would go on.
     """
     future = asyncio.ensure_future(something)
-    # So that asyncio does not log the exception as never retrieved.
+    # If it is not waited for, asyncio shall not log its exception.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
     try:
         await asyncio.wait({future}, timeout=seconds)
@@ -6638,10 +6634,7 @@ async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
-    """Return a connection to the first address of a host that accepts one.
-
-    Raises OSError: the error of the first address.
-    """
+    """Return a connection to the first address that accepts one. Raises the first OSError."""
     failure = None
     for family, kind, protocol, _, address in await look_up(host, port):
         try:
@@ -6714,10 +6707,7 @@ async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, 
 async def open_stream(
     target: Target, method: str, path: str, body: bytes = b""
 ) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return the fields of a 200 answer, and where its body comes, until the connection ends.
-
-    Raises UnreachableError, for any other answer too.
-    """
+    """Return the fields of a 200 answer, and where its body comes until the connection ends."""
     fields = [("Content-Type", "application/json")]
     # An answer to HTTP/1.0 is not chunked.
     request = encode_request(target, method, path, fields, body, version="1.0")
@@ -6766,7 +6756,7 @@ class Control:
             reader, writer = self._ends
             writer.write(request)
             answer = asyncio.ensure_future(self._read_answer(reader))
-        # It is read also if nobody waits for it any more. Then asyncio shall not log its error.
+        # It is read also if nobody waits for it any more. Then asyncio shall not log an error.
         answer.add_done_callback(lambda one: one.cancelled() or one.exception())
         await asyncio.wait({answer})
         status, data = answer.result()
@@ -7002,8 +6992,6 @@ class RemoteTask:
         """Whether it may have been started, and is not known to have ended."""
         return self.is_asked and self.exit_code is None and self.failure is None
 
-    # Starting
-
     async def learn(self) -> dict[str, Any]:
         """Return what the server says of itself. Raises UnreachableError, also at another run."""
         info = await self.control.ask("GET", "/info")
@@ -7052,13 +7040,8 @@ class RemoteTask:
         if self.is_stop_owed:
             await self.stop()
 
-    # Following
-
     async def follow(self) -> int:
-        """Write the output as it comes; return the exit code.
-
-        Raises UnreachableError, and what `drain` raises.
-        """
+        """Write the output as it comes; return the exit code. Raises what `drain` raises, too."""
         trouble, delay = "", RETRY_SECONDS
         while self.exit_code is None:
             try:
@@ -7073,8 +7056,7 @@ class RemoteTask:
                     await self._end(task)
                 trouble = ""
             except UnreachableError as error:
-                idle_seconds = time.monotonic() - self.good_at
-                if is_final(error) or idle_seconds > EXEC_GIVE_UP_SECONDS:
+                if is_final(error) or time.monotonic() - self.good_at > EXEC_GIVE_UP_SECONDS:
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
@@ -7153,8 +7135,6 @@ class RemoteTask:
         if task.get("replaced") and not self.fields.get("tty"):
             self.tell("part of the output is no UTF-8 and was replaced: send that by base64")
 
-    # What the one who waits for it wants
-
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed.
 
@@ -7176,8 +7156,7 @@ class RemoteTask:
         """Send input, b"" for its end; wait while the task is not reading it."""
         while True:
             try:
-                await self.send("/stdin", "" if data else "&eof", data)
-                return
+                return await self.send("/stdin", "" if data else "&eof", data)
             except UnreachableError as error:
                 if error.status == 409:  # it has ended, or closed its input
                     return
@@ -7219,14 +7198,9 @@ async def read_input() -> AsyncIterator[bytes]:
 
 @dataclass(eq=False)
 class Keyboard:
-    """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it.
-
-    Keys typed without a connection wait for the next one. Ctrl-C before the task has started ends
-    this client.
+    """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it,
+    as does Ctrl-C before the task has started. Without a connection keys wait for the next one.
     """
-
-    LEAVE = b"\x1d"
-    INTERRUPT = b"\x03"
 
     task: RemoteTask
     leave: Callable[[], None]
@@ -7253,8 +7227,6 @@ class Keyboard:
         loop = asyncio.get_running_loop()
         loop.remove_reader(0)
         loop.remove_signal_handler(signal.SIGWINCH)
-        for one in self.sending:
-            one.cancel()
         with contextlib.suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(0, termios.TCSADRAIN, self.before)
 
@@ -7263,10 +7235,10 @@ class Keyboard:
             data = os.read(0, 4096)
         except OSError:  # the terminal is gone
             data = b""
-        if not data or self.LEAVE in data:
+        if not data or b"\x1d" in data:  # Ctrl-]
             asyncio.get_running_loop().remove_reader(0)
             self.leave()
-        elif self.INTERRUPT in data and self.task.task_id is None:
+        elif b"\x03" in data and self.task.task_id is None:  # Ctrl-C
             self.interrupt()
         else:
             self.waiting += data
@@ -7307,14 +7279,12 @@ class LineWriter:
         self._rest = b""
 
     def write(self, data: bytes) -> None:
-        """Take output."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
             lines, self._rest = [*lines, self._rest], b""
         self._write(b"".join(b"%b%b\n" % (self._prefix, line) for line in lines))
 
     def end(self) -> None:
-        """Write what has no newline at its end."""
         if self._rest:
             self.write(b"\n")
 
@@ -7375,7 +7345,6 @@ class Output:
         self.error: OutputError | None = None
 
     def put(self, data: bytes) -> None:
-        """Write data, now or when the descriptor takes it."""
         if self.error is None:
             self.waiting += data
             if self._is_written is None:
@@ -7429,17 +7398,16 @@ class Report:
     def __init__(self, targets: Sequence[Target], fields: Mapping[str, Any], fold: bool) -> None:
         self.output, self._notes = Output(1), Output(2)
         self._is_coloured = wants_colours()
-        self._fields, self._fold = fields, fold
         # How wide the names before the lines are, 0 for none.
         self._width = max(len(target.name) for target in targets) if len(targets) > 1 else 0
         # Server -> its output that is kept for --fold, or who writes its lines beside others.
         self._kept: dict[str, list[bytes]] = {}
         self._lines: dict[str, LineWriter] = {}
-        self.tasks = [self._make_task(target) for target in targets]
+        self.tasks = [self._make_task(target, fields, fold) for target in targets]
 
-    def _make_task(self, target: Target) -> RemoteTask:
+    def _make_task(self, target: Target, fields: Mapping[str, Any], fold: bool) -> RemoteTask:
         name, write = target.name, cast("Callable[[bytes], None]", self.output.put)
-        if self._fold:
+        if fold:
             self._kept[name] = []
             write = self._kept[name].append
         elif self._width:
@@ -7451,14 +7419,12 @@ class Report:
         def tell(text: str) -> None:
             self.note(f"{name}: {text}")
 
-        return RemoteTask(target, self._fields, write, self.output.drain, tell)
+        return RemoteTask(target, fields, write, self.output.drain, tell)
 
     def note(self, text: str) -> None:
-        """Tell a person something."""
         self._notes.put(encode_note(text))
 
     def end(self, name: str) -> None:
-        """Nothing more comes of a server."""
         if name in self._lines:
             self._lines[name].end()
 
@@ -7562,9 +7528,8 @@ class Execution:
         try:
             with contextlib.ExitStack() as stack:
                 if self._has_keyboard:
-                    leave = functools.partial(self._leave, 0)
-                    task, tell = self._tasks[0], self._report.note
-                    stack.enter_context(Keyboard(task, leave, self._interrupt, tell))
+                    leave, tell = functools.partial(self._leave, 0), self._report.note
+                    stack.enter_context(Keyboard(self._tasks[0], leave, self._interrupt, tell))
                 await self._wait_for(everything)
             if self._left.done():
                 self._report.conclude()
@@ -12569,8 +12534,8 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError.
 
-    --token-file, or else SERVERCONTROL_TOKEN, is the token of the named servers (without a name: of
-    this machine's) that are not listed with a token of their own.
+    --token-file, or else SERVERCONTROL_TOKEN, is for the named servers (without a name: for this
+    machine's) that are not listed with a token of their own.
     """
     listed = read_hosts(environ)
     if given.all:
