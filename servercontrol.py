@@ -7156,7 +7156,8 @@ class RemoteTask:
         """Send input, b"" for its end; wait while the task is not reading it."""
         while True:
             try:
-                return await self.send("/stdin", "" if data else "&eof", data)
+                await self.send("/stdin", "" if data else "&eof", data)
+                return
             except UnreachableError as error:
                 if error.status == 409:  # it has ended, or closed its input
                     return
