@@ -526,8 +526,7 @@ class Config:
 # stricter: if two programs read one message differently, a request can be smuggled past one of
 # them. So it accepts no bare LF, no obs-fold, no repeated Content-Length, and no Transfer-Encoding
 # but a single `chunked`. A target in absolute-form must name the same server as the Host field,
-# since the gate checks Host. HttpParser takes bytes as they arrive and returns whole heads and
-# bodies, or None while bytes are missing.
+# since the gate checks Host.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
@@ -555,7 +554,7 @@ class RequestHead:
 
     @property
     def path(self) -> str:
-        """Not decoded: routes match it exactly."""
+        """It is not decoded: routes match it exactly."""
         return self.target.partition("?")[0]
 
     @property
@@ -570,7 +569,6 @@ class RequestHead:
         return [value for key, value in self.fields if key == name]
 
     def value(self, name: str) -> str | None:
-        """The first value of that field."""
         return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
@@ -579,7 +577,6 @@ class RequestHead:
         return [member for member in members if member]
 
     def tokens(self, name: str) -> list[str]:
-        """The members in lower case, for fields in which case does not matter."""
         return [member.lower() for member in self.members(name)]
 
     @property
@@ -621,19 +618,7 @@ def parse_field(line: bytes) -> tuple[str, str]:
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
         raise HttpError(400, "bad_field", "a header field is malformed")
-    # Names are ASCII here, so lower() cannot meet letters like the Kelvin sign.
     return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
-
-
-def check_transfer_encoding(head: RequestHead, codings: list[str]) -> None:
-    """Accept exactly one `chunked`, on HTTP/1.1 (RFC 9112, 6.1)."""
-    if head.http_1_0:
-        raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
-    coding = codings[0].lower()
-    if len(codings) > 1 or coding.count("chunked") > 1:
-        raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
-    if coding != "chunked":
-        raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
 
 
 def parse_body_framing(head: RequestHead) -> RequestHead:
@@ -646,8 +631,13 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
         raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
     if set(head.tokens("content-encoding")) - {"identity"}:
         raise HttpError(415, "bad_encoding", "a Content-Encoding is not understood here")
+    if codings and head.http_1_0:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding does not exist in HTTP/1.0")
+    if len(codings) > 1 or "".join(codings).lower().count("chunked") > 1:
+        raise HttpError(400, "bad_coding", "Transfer-Encoding must be a single chunked")
     if codings:
-        check_transfer_encoding(head, codings)
+        if codings[0].lower() != "chunked":
+            raise HttpError(501, "bad_coding", "the only transfer coding known here is chunked")
         return dataclasses.replace(head, chunked=True)
     if not lengths:
         return head
@@ -689,10 +679,9 @@ def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
 class HttpParser:
     """Cuts the bytes of one connection into request heads and bodies.
 
-    Call feed() with what arrived, then next_head() until it returns a head, then next_body() until
-    it returns that request's body, and so on. Both return None when they need more bytes, and raise
-    HttpError when the connection is of no more use. Inside, each is a generator that stops where
-    bytes are missing, so a half-read message is kept in its local variables.
+    feed() takes what arrived. Then next_head() and next_body() in turn return a head and its body;
+    None while bytes are missing. After an HttpError the connection is of no more use. Inside, each
+    is a generator that stops where bytes are missing, so what is half read is in local variables.
     """
 
     def __init__(self) -> None:
@@ -896,11 +885,7 @@ class ListenerKind(enum.Enum):
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What the options say about access.
-
-    own_uid: the server's effective uid. hostname: the server's, lower-case. tokens: role -> token,
-    left out of repr().
-    """
+    """What the options say about access. own_uid, hostname (lower-case): the server's."""
 
     own_uid: int = -1
     require_token: bool = False
@@ -915,13 +900,12 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address, local_address: IP literals of both ends, "" on a Unix socket. uid: the owner of the
-    other end's socket, as the kernel said right after accept; None if it did not say.
+    address: an IP literal, "" on a Unix socket. uid: the owner of the other end's socket, as the
+    kernel said right after accept; None if it did not say, or if either end is not loopback.
     """
 
     listener: ListenerKind
     address: str = ""
-    local_address: str = ""
     uid: int | None = None
     scheme: str = "http"
 
@@ -1106,12 +1090,8 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
     """Whether the kernel says that the peer is a process of the server's own account."""
-    if policy.require_token or peer.uid is None or peer.uid != policy.own_uid:
-        return False
-    if peer.listener is ListenerKind.UNIX:
-        return True
-    ends_are_local = is_loopback(peer.address) and is_loopback(peer.local_address)
-    return peer.listener is ListenerKind.LOOPBACK and ends_are_local
+    is_near = peer.listener is not ListenerKind.NETWORK
+    return is_near and peer.uid == policy.own_uid and not policy.require_token
 
 
 def is_preflight(head: RequestHead) -> bool:
@@ -1171,9 +1151,7 @@ def find_host_key(address: str) -> str:
     One host may own all addresses of a /64.
     """
     ip = parse_ip(address)
-    if ip is None or ip.version == 4:
-        return str(ip)
-    return ip.packed[:8].hex()
+    return ip.packed[:8].hex() if ip and ip.version == 6 else str(ip)
 
 
 class RateLimit:
@@ -1187,10 +1165,8 @@ class RateLimit:
 
     def take(self, source: str, now: float) -> float:
         """Count once more and return 0; or return how many seconds to wait, without counting."""
-        times = self._times.setdefault(source, deque())
-        while times and now - times[0] >= self._seconds:
-            times.popleft()
-        if len(times) >= self._count:
+        times = self._times.setdefault(source, deque(maxlen=self._count))
+        if len(times) == self._count and now - times[0] < self._seconds:
             return times[0] + self._seconds - now
         times.append(now)
         self._times.move_to_end(source)
@@ -2331,7 +2307,6 @@ def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
 
 
 def encode_metric_sample(name: str, value: float, label: str = "", text: str = "") -> str:
-    """Return one line of Prometheus' text format; text is the label's value."""
     text = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     return f'{name}{{{label}="{text}"}} {value}' if label else f"{name} {value}"
 
@@ -4603,8 +4578,7 @@ def identify_peer(
             if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
                 uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    here = sys.intern(local[0])  # one text for all connections
-    return Peer(listener, address[0], here, uid, scheme), f"{host}:{address[1]}"
+    return Peer(listener, address[0], uid, scheme), f"{host}:{address[1]}"
 
 
 class TlsFiles:
@@ -4798,7 +4772,7 @@ On the server: python3 servercontrol.py --help
 
 
 def find_url(head: RequestHead, scheme: str) -> str:
-    """Return the server's address as the client named it."""
+    """Return the server's address, as the client named it."""
     return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
@@ -4986,7 +4960,6 @@ async def answer_stdin(server: Server, request: Request) -> Any:
 
 
 async def answer_resize(server: Server, request: Request) -> Any:
-    """`POST /resize`: set the size of the task's terminal."""
     task = find_task(server, request)
     sides = [request.parameters.get(name, "") for name in ("cols", "rows")]
     numbers = [int(side) if DIGITS.fullmatch(side) else 0 for side in sides]
@@ -5215,11 +5188,9 @@ def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
 def parse_since(parameters: Mapping[str, str], boot_id: str) -> tuple[int | None, bool]:
     """Return (the seq to replay after or None, whether it is of this boot)."""
     since = parameters.get("since")
-    if since is None:
-        return None, True
-    if not DIGITS.fullmatch(since):
+    if since is not None and not DIGITS.fullmatch(since):
         raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
-    return int(since), parameters.get("boot", boot_id) == boot_id
+    return None if since is None else int(since), parameters.get("boot", boot_id) == boot_id
 
 
 # The codes of errors that keep somebody from what another client may do. In /metrics each is there
