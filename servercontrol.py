@@ -48,10 +48,10 @@ Map (search for the number and a dot):
 May I run this as root? Read these places in this order, some 990 lines in all. The
 number is how many lines each has:
 
-     360  section 6                 who gets in: the gate, check_access, and its rules in order
+     347  section 6                 who gets in: the gate, check_access, and its rules in order
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
-      27  identify_peer             whose process is at the other end: the kernel is asked
+      26  identify_peer             whose process is at the other end: the kernel is asked
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       20  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
