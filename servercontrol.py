@@ -2447,19 +2447,16 @@ def format_time(timestamp: float) -> str:
 def format_value(value: Any) -> str:
     """Return a value for a text log line: quoted and escaped unless it is plain."""
     text = value if isinstance(value, str) else json.dumps(value)
-    if re.fullmatch(r"[!-~]*", text) and '"' not in text:
-        return text
-    return json.dumps(text)
+    return text if re.fullmatch(r"[!#-~]*", text) else json.dumps(text)
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
     """Write a line of at most LOG_LINE_BYTES if that needs no waiting; return whether it was."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
     try:
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        if not any(events & select.POLLOUT for _, events in poll.poll(0)):
-            return False
-        return os.write(fd, line) == len(line)
+        is_ready = any(events & select.POLLOUT for _, events in poll.poll(0))
+        return is_ready and os.write(fd, line) == len(line)
     except OSError:
         return False
 
@@ -2542,8 +2539,7 @@ def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
                 raise
@@ -2598,33 +2594,38 @@ class TaskIds:
             os.close(fd)
 
 
-def find_state_folder(environ: Mapping[str, str]) -> str:
-    base = environ.get("XDG_STATE_HOME", "")
+def find_own_folder(environ: Mapping[str, str], variable: str, usual: str) -> str:
+    """Return our folder in the one that a variable of the XDG specification names."""
+    base = environ.get(variable, "")
     if not os.path.isabs(base):  # the XDG specification: a relative path must be ignored
-        base = os.path.expanduser("~/.local/state")
+        base = os.path.expanduser(usual)
     return os.path.join(base, "servercontrol")
 
 
-def open_state_folder(environ: Mapping[str, str], log: Log, lost: Sequence[str] = ()) -> str | None:
-    """Make the state folder (0700) and return it, or None, with a warning, if that fails.
+def find_state_folder(environ: Mapping[str, str]) -> str:
+    return find_own_folder(environ, "XDG_STATE_HOME", "~/.local/state")
 
-    lost: what is missing without the folder, for the warning.
-    """
+
+def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> str | None:
+    """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
     folder = find_state_folder(environ)
     try:
-        if not os.path.isabs(folder):  # no home
+        if not os.path.isabs(folder):
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if os.stat(folder).st_uid != os.geteuid():  # for root the chmod below would not fail
             raise PermissionError(errno.EPERM, "belongs to another account")
         os.chmod(folder, 0o700)
+        return folder
     except OSError as error:
         reason = error.strerror or ""
-        message = f"without a state folder there is {' and '.join(lost)}" if lost else reason
-        message += "; set HOME or XDG_STATE_HOME to a folder of this account, or chown this one"
-        log.write("warning", "no_state_folder", folder=folder, error=reason, message=message)
-        return None
-    return folder
+    lost = [] if config.audit_log else ["no audit log"]
+    if not (config.token_file or config.no_auth):
+        lost.append("no token: only processes of this account get in")
+    message = f"without a state folder there is {' and '.join(lost)}" if lost else reason
+    message += "; set HOME or XDG_STATE_HOME to a folder of this account, or chown this one"
+    log.write("warning", "no_state_folder", folder=folder, error=reason, message=message)
+    return None
 
 
 TOKEN_TEXT = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, 2.1: b64token
@@ -2718,8 +2719,8 @@ class Tokens(NamedTuple):
     view_file: str | None = None
 
     def by_role(self) -> dict[Role, bytes]:
-        pairs = ((Role.RUN, self.run), (Role.VIEW, self.view))
-        return {role: token.encode("ascii") for role, token in pairs if token is not None}
+        pairs = {Role.RUN: self.run, Role.VIEW: self.view}.items()
+        return {role: token.encode("ascii") for role, token in pairs if token}
 
 
 NO_AUTH_AND_TOKENS = "--no-auth: there are tokens to ask for as well; choose one"
@@ -2818,7 +2819,6 @@ class AuditLog:
         self._log = log
         # The hash of the newest line that was written.
         self._hash = ZERO_HASH
-        # How long to wait for the file's lock.
         self._lock_seconds = LOCK_SECONDS
         # Each refusal takes up the log for a second, until this time (monotonic); the number of
         # those that were left out.
@@ -2863,8 +2863,8 @@ class AuditLog:
     def _write_to_stderr(self, record: dict[str, Any]) -> None:
         line = encode_json({**record, "prev": self._hash})
         if len(line) >= LOG_LINE_BYTES:  # only a command and a folder can be that long
-            for name in ("command", "cwd"):
-                if len(record.get(name, "")) > 250:
+            for name in {"command", "cwd"} & record.keys():
+                if len(record[name]) > 250:
                     record[name] = record[name][:250] + " ..."
             line = encode_json({**record, "prev": self._hash})
         if not write_without_waiting(2, line + b"\n"):
@@ -12411,11 +12411,7 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
             log.write("warning", "unknown_variable", name=name)
     os.environ.pop("SERVERCONTROL_ALERT_WEBHOOK", None)  # often secret, and no task needs it
     tls = load_tls(config, log)
-    kept = (
-        ("no audit log", config.audit_log),
-        ("no token: only processes of this account get in", config.token_file or config.no_auth),
-    )
-    folder = open_state_folder(os.environ, log, [name for name, given in kept if not given])
+    folder = open_state_folder(os.environ, config, log)
     tokens = load_tokens(config, os.environ, folder, log)
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
@@ -12483,10 +12479,8 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def find_hosts_file(environ: Mapping[str, str]) -> str:
-    base = environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.config")
-    return environ.get("SERVERCONTROL_HOSTS") or os.path.join(base, "servercontrol", "hosts")
+    folder = find_own_folder(environ, "XDG_CONFIG_HOME", "~/.config")
+    return environ.get("SERVERCONTROL_HOSTS") or os.path.join(folder, "hosts")
 
 
 def read_hosts(environ: Mapping[str, str]) -> list[Target]:
