@@ -2463,21 +2463,19 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
 
 # What a log line means for whoever reads it, and what to do next; where the event's own fields
 # do not say it.
-OUR_FAULT = "a fault of ServerControl itself, which goes on; please report the trace"
 LOG_HINTS = {
+    **dict.fromkeys(
+        ("connection_failed", "loop_error", "message_failed", "request_failed", "sweep_failed"),
+        "a fault of ServerControl itself, which goes on; please report the trace",
+    ),
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
-    "connection_failed": OUR_FAULT,
     "crash_not_completed": "tasks that a crash left open are not completed in the audit log",
     "discovery_off": "the server works, but `discover` does not find it; try --discovery-port",
     "few_descriptors": "fewer connections than asked for; a higher `ulimit -n` allows more",
-    "loop_error": OUR_FAULT,
-    "message_failed": OUR_FAULT,
     "port_busy": "another program has this port, so the next free one is used",
-    "request_failed": OUR_FAULT,
     "sampler_failed": "no statistics at the moment; tasks go on",
     "state_not_written": "task ids go on from the clock; make the state folder writable",
-    "sweep_failed": OUR_FAULT,
     "tls_not_reloaded": "the old certificate stays in use: correct the new files",
     "token_not_made": "no token, so nobody else gets in: make the state folder writable",
     "unknown_variable": "no option has this name, so it is ignored: misspelt?",
@@ -6118,7 +6116,6 @@ class Server:
     """All parts together, from the listening sockets to the last byte. folder: the state folder.
 
     boot_id: names this run of the server; a seq means something only together with it.
-    descriptor_limit: RLIMIT_NOFILE before the server raised its own.
     """
 
     config: Config
@@ -6128,11 +6125,10 @@ class Server:
     ids: TaskIds
     listeners: Listeners
     tls: TlsFiles | None
-    environment: Mapping[str, str]
+    spawner: Spawner
     boot_id: str
     folder: str | None
     page: Page
-    descriptor_limit: tuple[int, int]
 
     def __post_init__(self) -> None:
         config, log = self.config, self.log
@@ -6160,7 +6156,7 @@ class Server:
             self.viewers.feed,
             log,
             self.audit,
-            Spawner(config.shell, self.environment, self.descriptor_limit),
+            self.spawner,
         )
         # Where alerts are posted, if anywhere.
         self.webhook: Webhook | None = None
@@ -11929,10 +11925,8 @@ class OneLineParser(argparse.ArgumentParser):
         """Raise ConfigError instead of printing the usage."""
         message = message.replace("argument ", "", 1)
         if message.startswith("unrecognized"):
-            word = message.split(": ", 1)[1].split()[0]
-            message += (
-                suggest(word.partition("=")[0], self._option_string_actions) + " (see --help)"
-            )
+            word = re.split("[ =]", message.partition(": ")[2])[0]
+            message += suggest(word, self._option_string_actions) + " (see --help)"
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
@@ -12359,20 +12353,20 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
     print("\n".join([f"ServerControl {__version__}", *shown]), flush=True)
 
 
-def reset_signals() -> set[int]:
-    """Make sure that children start with default signals; return the signals that were ignored.
+def reset_signals() -> bool:
+    """Make sure that children start with default signals; return whether SIGHUP was not ignored.
 
     The server may have been started with ignored or blocked signals, and children inherit both. A
     signal with a handler is reset to its default when a program is executed (signal(7)).
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-    ignored = {int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
+    ignored = {n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
     # subprocess itself restores SIGPIPE and SIGXFSZ in a child.
     for number in ignored - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD}:
         signal.signal(number, lambda *_: None)
     # If SIGCHLD is ignored, the kernel reaps the children, and their exit codes are lost.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return ignored
+    return signal.SIGHUP not in ignored
 
 
 def open_standard_descriptors() -> None:
@@ -12386,26 +12380,29 @@ def open_standard_descriptors() -> None:
     os.close(fd)
 
 
-def watch_signals(server: Server, ignored: set[int]) -> asyncio.Future[str]:
+def watch_signals(server: Server, hears_hangup: bool) -> asyncio.Future[str]:
     """Return a future of the first signal's name; a second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
 
     def take(number: signal.Signals) -> None:
-        if not stopped.done():
-            stopped.set_result(number.name)
-            return
-        server.tasks.kill_all()
-        os._exit(1)
+        if stopped.done():
+            server.tasks.kill_all()
+            os._exit(1)
+        stopped.set_result(number.name)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or number not in ignored:
-            loop.add_signal_handler(number, take, number)
+    for number in (signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hears_hangup):
+        loop.add_signal_handler(number, take, number)
     return stopped
 
 
-def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) -> Server:
-    """Return the server with its sockets bound. Raises ConfigError or StartError."""
+async def serve(config: Config, log: Log) -> None:
+    """Run the server until a signal stops it. Raises ConfigError or StartError."""
+    if not hasattr(os, "waitid"):
+        raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
+    hears_hangup = reset_signals()
+    systemd = SystemdNotifier(os.environ)
+    descriptor_limit = raise_descriptor_limit()
     for name in sorted(os.environ.keys() - TWINS.keys() - OTHER_VARIABLES):
         if name.startswith("SERVERCONTROL_"):
             log.write("warning", "unknown_variable", name=name)
@@ -12415,40 +12412,21 @@ def build_server(config: Config, log: Log, descriptor_limit: tuple[int, int]) ->
     tokens = load_tokens(config, os.environ, folder, log)
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
+    audit = AuditLog(find_audit_log(config.audit_log, folder), boot_id, log)
+    spawner, ids = Spawner(config.shell, os.environ, descriptor_limit), TaskIds(folder, log)
+    parts = (config, log, audit, tokens, ids, listeners, tls, spawner, boot_id, folder, Page())
     try:
         check_exposure(config, listeners, tokens, log)
-        return Server(
-            config=config,
-            log=log,
-            audit=AuditLog(find_audit_log(config.audit_log, folder), boot_id, log),
-            tokens=tokens,
-            ids=TaskIds(folder, log),
-            listeners=listeners,
-            tls=tls,
-            environment=os.environ,
-            boot_id=boot_id,
-            folder=folder,
-            page=Page(),
-            descriptor_limit=descriptor_limit,
-        )
+        server = Server(*parts)
     except ServerControlError:
         listeners.close()
         raise
-
-
-async def serve(config: Config, log: Log) -> None:
-    """Run the server until a signal stops it. Raises ConfigError or StartError."""
-    if not hasattr(os, "waitid"):
-        raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
-    ignored = reset_signals()
-    systemd = SystemdNotifier(os.environ)
-    server = build_server(config, log, raise_descriptor_limit())
-    stopped = watch_signals(server, ignored)
+    stopped = watch_signals(server, hears_hangup)
     server.start()
     systemd.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
     systemd.beat()
     if os.isatty(1):
-        print_banner(config, server.listeners, server.tokens, server.audit.path)
+        print_banner(config, listeners, tokens, audit.path)
     await stopped
     systemd.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
@@ -12719,14 +12697,14 @@ Description=ServerControl: runs commands on this server and shows them live
 # -I: nothing is imported from the folder of the file, a home, or PYTHON* variables.
 ExecStart={command}
 Type=notify
-# The event loop reports twice in this time; a hung one is ended and started again.
+# A server that hangs for so long is started again.
 WatchdogSec=30
 Restart=on-failure
 RestartSec=2
 # 2 is a bad option or token file, which no restart mends.
 RestartPreventExitStatus=2
-# The server ends its tasks itself, within 8 s. Then, and after a crash, everything else that
-# commands have left behind is killed: what shall outlive the service is started by systemd-run.
+# The server ends its tasks itself, within 8 s; then what they have left behind is killed, also
+# after a crash. What shall outlive the service is started by systemd-run.
 KillMode=mixed
 TimeoutStopSec=10
 # A command that takes all the memory is killed alone.
@@ -12762,8 +12740,8 @@ NoNewPrivileges=yes
 RestrictSUIDSGID=yes
 # everything that needs root
 CapabilityBoundingSet={capabilities}
-# writing outside of the folders above, /tmp and /var/tmp; to /run too, since Protect…= lines
-# below make it writable again (seen with systemd 252)
+# writing outside of the folders above, /tmp and /var/tmp; to /run too, since Protect…= below
+# make it writable again (systemd 252)
 ProtectSystem=strict
 ReadOnlyPaths=/run
 # seeing /home, /root and /run/user
@@ -12804,8 +12782,8 @@ ProtectProc=invisible
 SystemCallFilter=~@privileged @resources
 """
 UNIT_NO_MONITOR = """\
-# Not here, since it takes too much: MemoryDenyWriteExecute=yes (Node, Java, other JITs),
-# ProtectProc=invisible (ps and top see no other account), IPAddressDeny=any (the network).
+# Not here: MemoryDenyWriteExecute=yes (Node, Java, other JITs), ProtectProc=invisible (ps and top
+# see no other account), IPAddressDeny=any (the network).
 """
 UNIT_ORDER = """\
 # An address beyond loopback must be there before it can be listened on.
@@ -12815,16 +12793,9 @@ Wants=network-online.target
 UNIT_OWN_STATE = """\
 # The tokens and the audit log are in its home, in .local/state/servercontrol, as without systemd.
 """
-UNIT_NEXT = """\
-To install it:  … unit … | sudo tee /etc/systemd/system/servercontrol.service
-                sudo systemctl daemon-reload
-                sudo systemctl enable --now servercontrol
-Then:           journalctl -u servercontrol
-"""
 UNIT_ACCOUNT = """\
-# Its commands may do what the account may. No sandbox: it would keep nothing from who may run
-# commands as this account, and break them: sudo, package managers, mount, containers. Where
-# nothing shall be changed, leave out --user, or add --no-exec: either gives a sandbox.
+# Its commands may do what the account may. A sandbox would break them (sudo, package managers,
+# mount, containers) and protect nothing. Without --user, or with --no-exec, there is one.
 User={user}
 WorkingDirectory=-~
 """
@@ -12951,24 +12922,27 @@ def is_missing(path: str) -> bool:
 
 def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
     """Return warnings: what will not work, or is not safe, because of where files are."""
-    doubts: list[str] = []
-    if script.startswith(EMPTIED_FOLDERS):
-        doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
     is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
-    if not (os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)):
-        doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
+    is_readable = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
-    if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
-        doubts.append(f"not only root can change {script}, and so what this service does")
-    for name in CREDENTIALS:
-        path = getattr(config, name)
-        if path and is_missing(path):
-            doubts.append(f"--{name.replace('_', '-')}: there is no file {path}")
-    for option, path in (("--unix", config.unix), ("--audit-log", config.audit_log)):
-        is_file = path not in ("", "-", "none")
-        if is_sandboxed and is_file and not os.path.abspath(path).startswith(SANDBOX_FOLDERS):
-            doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
-    return doubts
+    is_changeable = any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found)
+    read = {f"--{name.replace('_', '-')}": getattr(config, name) for name in CREDENTIALS}
+    written = {"--unix": config.unix, "--audit-log": config.audit_log} if is_sandboxed else {}
+    doubts = {
+        f"{script} is gone when that folder is emptied; /usr/local/bin is not": script.startswith(
+            EMPTIED_FOLDERS
+        ),
+        f"the service's account cannot read {script}; in /usr/local/bin it can": not is_readable,
+        f"not only root can change {script}, and so what this service does": is_changeable,
+    }
+    for option, path in read.items():
+        doubts[f"{option}: there is no file {path}"] = path and is_missing(path)
+    for option, path in written.items():
+        is_outside = not os.path.abspath(path).startswith(SANDBOX_FOLDERS)
+        doubts[f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone"] = (
+            path not in ("", "-", "none") and is_outside
+        )
+    return [doubt for doubt, is_so in doubts.items() if is_so]
 
 
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -12999,7 +12973,7 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     for doubt in find_doubts(config, is_sandboxed, uid, script):
         write_note(f"warning: {doubt}")
     if os.isatty(2):
-        write_without_waiting(2, UNIT_NEXT.encode("utf-8"))
+        write_without_waiting(2, SYNTAX["unit"][1].encode("utf-8"))
     return 0
 
 
