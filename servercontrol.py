@@ -278,9 +278,7 @@ MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999  # columns or rows
 MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
-TERMINAL_LOOK_SECONDS = 0.1  # between two checks whether a process has opened the terminal again
 KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
-DISCARD_PAUSE_SECONDS = 0.05  # between two reads of what a background child writes after the end
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
 # What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
 # reader's side (tcp_rmem). So of a task with a window more is kept, so many times --keep-output.
@@ -299,10 +297,6 @@ LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the eve
 
 # Statistics.
 FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
-HISTORY_SAMPLES = 600  # ten minutes at the default interval
-KEEP_ALERTS = 50  # so that the page can show in the morning what happened at night
-# Buckets of task durations in /metrics, in seconds: from a shell's builtin to a back-up.
-DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 # Alert webhook.
 WEBHOOK_SECONDS = 10.0  # to connect, and again to get the answer
@@ -312,18 +306,14 @@ MAX_WEBHOOK_ALERTS = 100  # waiting; beyond, the oldest is dropped, since the ne
 # Discovery (UDP).
 DISCOVERY_PROBE = b"DISCOVER_SERVER"
 MAX_DISCOVERY_REPLY_BYTES = 256  # small, so that nobody can use the server to amplify a flood
-DISCOVERY_TTL = 1  # never leaves the link
 MAX_REPLIES_PER_SECOND = 50
 MAX_REPLIES_PER_SOURCE = 5
-ROUTES_CACHE_SECONDS = 5.0  # how long the table of on-link networks is used before it is read again
 
 # Server.
 PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
-ACCEPT_PAUSE_SECONDS = 1.0  # after a failure, such as no descriptor being free
 HANDSHAKE_SECONDS = 10.0  # TLS
-TLS_GOODBYE_SECONDS = 0.5
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
 # In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
 # core busy for a second, and the client's machine may be slow too.
@@ -345,7 +335,6 @@ MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
 REFUSED_RETRY_SECONDS = 20.0  # longer, since a wrong token does not become right by itself
-START_RETRY_SECONDS = (0.2, 1.0, 3.0)
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
 BEAT_SECONDS = 5.0  # `exec` asks how its task stands
 EXEC_GIVE_UP_SECONDS = WINDOW_SECONDS  # without a connection
@@ -363,11 +352,9 @@ MAX_WAITING_RECORDS = 10000  # queued while that log cannot be written; beyond, 
 MAX_WAITING_BYTES = 64 * MIB  # of all queued records: commands may be long
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
-MONITOR_COOLDOWN_SECONDS = 60.0
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
 LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after this many bytes the log gets new `position` records
 MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: some 2 MiB
-DRAW_SECONDS = 0.2
 MAX_FOUND_SERVERS = 10000
 MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers on one machine may answer six times each
 ONCE_SECONDS = 5.0  # for `monitor --once`
@@ -2484,6 +2471,16 @@ LOG_HINTS = {
 }
 
 
+def shorten_texts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields for a line that was too long, with most of the end, where a trace has more."""
+    return {
+        name: value[:80] + " ... " + value[-165:]
+        if isinstance(value, str) and len(value) > 250
+        else value
+        for name, value in fields.items()
+    }
+
+
 class Log:
     """Writes one line per event. It never waits: it drops lines instead, and says how many."""
 
@@ -2504,13 +2501,8 @@ class Log:
         if event in LOG_HINTS:
             fields.setdefault("message", LOG_HINTS[event])
         line = self._format(level, event, fields)
-        if len(line) > LOG_LINE_BYTES:  # keep most of the end, which is what matters in a traceback
-            short = {
-                name: value[:80] + " ... " + value[-240:]
-                for name, value in fields.items()
-                if isinstance(value, str) and len(value) > 325
-            }
-            line = self._format(level, event, {**fields, **short})
+        if len(line) > LOG_LINE_BYTES:
+            line = self._format(level, event, shorten_texts(fields))
         if write_without_waiting(self._fd, line):
             self._dropped = 0
         else:
@@ -2860,11 +2852,8 @@ class AuditLog:
 
     def _write_to_stderr(self, record: dict[str, Any]) -> None:
         line = encode_json({**record, "prev": self._hash})
-        if len(line) >= LOG_LINE_BYTES:  # only a command and a folder can be that long
-            for name in {"command", "cwd"} & record.keys():
-                if len(record[name]) > 250:
-                    record[name] = record[name][:250] + " ..."
-            line = encode_json({**record, "prev": self._hash})
+        if len(line) >= LOG_LINE_BYTES:
+            line = encode_json({**shorten_texts(record), "prev": self._hash})
         if not write_without_waiting(2, line + b"\n"):
             raise OSError(errno.EAGAIN, "stderr takes nothing")
         self._hash = hash_line(line)
@@ -2918,7 +2907,7 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
-        with open(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+        with open(path, "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -3486,7 +3475,7 @@ class Outputs:
         if chunk == b"":
             if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
                 # A process may open it again, as /dev/tty.
-                self._pause(task, TERMINAL_LOOK_SECONDS)
+                self._pause(task, 0.1)
             else:
                 asyncio.get_running_loop().remove_reader(task.fd)
                 os.close(task.fd)
@@ -3531,7 +3520,7 @@ class Outputs:
         if read_available(fd, READ_CHUNK_BYTES) == b"":
             os.close(fd)
         else:
-            loop.call_later(DISCARD_PAUSE_SECONDS, loop.add_reader, fd, self._discard, fd)
+            loop.call_later(0.05, loop.add_reader, fd, self._discard, fd)
 
 
 def reap_shell(task: Task) -> tuple[float, int]:
@@ -3573,7 +3562,9 @@ class Tasks:
     completed: dict[str, int] = field(
         default_factory=lambda: {"done": 0, "killed": 0, "timeout": 0}
     )
-    durations: Histogram = field(default_factory=lambda: Histogram(DURATION_BOUNDS))
+    durations: Histogram = field(
+        default_factory=lambda: Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
+    )
 
     def __post_init__(self) -> None:
         self.outputs = Outputs(self._publish, self._feed, self.running, self._finished)
@@ -4279,13 +4270,14 @@ class Sampler:
         self.alert: dict[str, Any] | None = None
         self._alert_since = 0.0
         # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
-        self.alerts: deque[dict[str, Any]] = deque(maxlen=KEEP_ALERTS)
+        # The page shows in the morning what happened at night.
+        self.alerts: deque[dict[str, Any]] = deque(maxlen=50)
         self.hostname = read_hostname()
         # The newest event, None before the first; and a future that is done from then on.
         self.newest: dict[str, Any] | None = None
         self.has_newest: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
-        self.history: deque[list[Any]] = deque(maxlen=HISTORY_SAMPLES)
+        self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
         """Tick at fixed monotonic times, for ever: a late tick does not delay later ones."""
@@ -4389,7 +4381,7 @@ class Discovery:
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, DISCOVERY_TTL)
+                udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
                 udp.bind((address, port))
                 self.port = port = int(udp.getsockname()[1])
                 asyncio.get_running_loop().add_reader(udp, self._receive, address)
@@ -4411,7 +4403,7 @@ class Discovery:
         """Whether a host is a neighbour that may get one more reply now."""
         if not is_loopback(source):
             if now >= self._networks_until:
-                self._networks_until = now + ROUTES_CACHE_SECONDS
+                self._networks_until = now + 5
                 self._networks = read_link_networks()
             address = parse_ip(source)
             if self._loopback_only or not any(address in network for network in self._networks):
@@ -5691,7 +5683,7 @@ class Connection(asyncio.StreamReaderProtocol):
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
-                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+                asyncio.get_running_loop().call_later(0.5, self._end_tls)
         else:
             # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
@@ -5704,7 +5696,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
         if self in self.server.connections:
             if count_waiting_bytes(self.transport):
-                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+                asyncio.get_running_loop().call_later(0.5, self._end_tls)
             else:
                 self.transport.abort()
 
@@ -6218,7 +6210,7 @@ class Server:
                 reason = error.strerror or ""
                 self.log.write_limited("error", "accept_failed", error=reason)
                 self._loop.remove_reader(listener)
-                self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._watch, listener, kind)
+                self._loop.call_later(1.0, self._watch, listener, kind)
                 return
             try:
                 Connection(self, connection, kind, address)
@@ -6974,7 +6966,7 @@ class RemoteTask:
         """Start the command. Raises UnreachableError, also when it is stopped before that."""
         if self.is_stopping:
             raise UnreachableError("not started")
-        for delay in (*START_RETRY_SECONDS, None):
+        for delay in (0.2, 1.0, 3.0, None):
             was_asked, self.is_asked = self.is_asked, True
             try:
                 if was_asked:  # another run of the server may have started it, too
@@ -7762,7 +7754,7 @@ class Watched:
         self.target = target
         self.link = Link(target, self.take)
         # The monitor's own rule, or False: the server's alerts count.
-        self._rule = cpu_alert is not None and AlertRule(cpu_alert, MONITOR_COOLDOWN_SECONDS, 0)
+        self._rule = cpu_alert is not None and AlertRule(cpu_alert, 60, 0)
         self._log = log
         self._emit = emit
         self.state = ServerState.CONNECTING
@@ -8196,7 +8188,7 @@ class Screen:
                 await self._output.drain()
             except OutputError:  # the terminal is gone
                 self.leave()
-            await asyncio.sleep(DRAW_SECONDS)
+            await asyncio.sleep(0.2)
 
     def _read(self) -> None:
         try:
