@@ -314,6 +314,7 @@ PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
+TLS_GOODBYE_SECONDS = 0.5
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
 # In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
 # core busy for a second, and the client's machine may be slow too.
@@ -4381,7 +4382,7 @@ class Discovery:
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
+                udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)  # never leaves the link
                 udp.bind((address, port))
                 self.port = port = int(udp.getsockname()[1])
                 asyncio.get_running_loop().add_reader(udp, self._receive, address)
@@ -5683,7 +5684,7 @@ class Connection(asyncio.StreamReaderProtocol):
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
-                asyncio.get_running_loop().call_later(0.5, self._end_tls)
+                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
             # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
@@ -5696,7 +5697,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
         if self in self.server.connections:
             if count_waiting_bytes(self.transport):
-                asyncio.get_running_loop().call_later(0.5, self._end_tls)
+                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
             else:
                 self.transport.abort()
 
