@@ -14229,7 +14229,7 @@ class TestPage:
         numbers = [line for line in lines if line not in ("line", "")]
         assert numbers == [f"number {n}" for n in range(30 - len(numbers), 30)]
         whole = 30 * (8001 * (6 if tty else 5))
-        assert 0.6 * whole < written < 0.8 * whole
+        assert 0.41 * whole < written < 0.7 * whole  # 100,000 lines of 240,030 are kept
         assert visit.page.evaluate("view.sums.length") == len(lines) + 1
 
     def test_strings_questions_and_shapes_are_taken(self, visit: Visit):
@@ -17274,7 +17274,7 @@ class TestFuzz:
         assert (status, "findings in 0" in output) == (0, True), output
 
     def test_a_planted_bug_is_found_and_replayed(self, tmp_path: Path) -> None:
-        right, wrong = "if not least <= length < 2**63:", "if not least < length < 2**63:"
+        right, wrong = "65536) <= length < 2**63:", "65536) < length < 2**63:"
         assert SOURCE.count(right) == 1
         shutil.copy(__file__, tmp_path / "test_servercontrol.py")
         source = SOURCE.replace(right, wrong)
