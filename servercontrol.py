@@ -6365,7 +6365,7 @@ class Server:
 
 
 Result = TypeVar("Result")
-Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+StreamPair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
@@ -6610,10 +6610,10 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     raise failure
 
 
-async def open_target(target: Target, seconds: float) -> Ends:
+async def open_target(target: Target, seconds: float) -> StreamPair:
     """Return a connection to a server, within some seconds."""
 
-    async def connect() -> Ends:
+    async def connect() -> StreamPair:
         if target.unix:
             return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
         tls = make_client_tls() if target.tls else None
@@ -6665,27 +6665,28 @@ async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, 
 
 
 async def open_stream(
-    target: Target, method: str, path: str, body: bytes = b""
+    target: Target, request: bytes, seconds: float = CONNECT_SECONDS, wanted: int = 200
 ) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return the fields of a 200 answer, and where its body comes until the connection ends."""
-    fields = [("Content-Type", "application/json")]
-    # An answer to HTTP/1.0 is not chunked.
-    request = encode_request(target, method, path, fields, body, version="1.0")
-    reader, writer = await open_target(target, CONNECT_SECONDS)
+    """Send a request on a connection of its own; return the fields of its answer, and the rest.
+
+    seconds: for the connection. wanted: the status; any other one is an error.
+    """
+    reader, writer = await open_target(target, seconds)
     try:
         writer.write(request)
-        status, answer_fields = await read_response_head(reader, target)
-        if status != 200:
-            raise refused_error(target, status, await read_response_body(reader, answer_fields))
+        status, fields = await read_response_head(reader, target)
+        if status != wanted:
+            raise refused_error(target, status, await read_response_body(reader, fields))
     except BaseException:
         writer.transport.abort()
         raise
-    return answer_fields, reader, writer
+    return fields, reader, writer
 
 
 async def fetch(target: Target, path: str) -> bytes:
     """Return the body of a 200 answer to a GET."""
-    fields, reader, writer = await open_stream(target, "GET", path)
+    request = encode_request(target, "GET", path, version="1.0")
+    fields, reader, writer = await open_stream(target, request)
     try:
         return await read_response_body(reader, fields)
     finally:
@@ -6702,18 +6703,18 @@ class Control:
         self._target = target
         # Who sends a request, and who reads an answer; the others wait in the order of requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
-        self._ends: Ends | None = None
+        self._streams: StreamPair | None = None
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
         """Return the JSON object of a 200 answer."""
         fields = [("Content-Type", "application/octet-stream")] if body else []
         request = encode_request(self._target, method, path, fields, body)
         async with self._sending:
-            if self._ends and (self._ends[0].at_eof() or self._ends[0].exception()):
+            if self._streams and (self._streams[0].at_eof() or self._streams[0].exception()):
                 self.close()
-            if self._ends is None:
-                self._ends = await open_target(self._target, CONNECT_SECONDS)
-            reader, writer = self._ends
+            if self._streams is None:
+                self._streams = await open_target(self._target, CONNECT_SECONDS)
+            reader, writer = self._streams
             writer.write(request)
             answer = asyncio.ensure_future(self._read_answer(reader))
         # It is read also if nobody waits for it any more. Then asyncio shall not log an error.
@@ -6733,15 +6734,15 @@ class Control:
                 status, fields = await read_response_head(reader, self._target)
                 return status, await read_response_body(reader, fields)
             except UnreachableError:
-                if self._ends is not None and self._ends[0] is reader:
+                if self._streams is not None and self._streams[0] is reader:
                     self.close()
                 raise
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        if self._ends is not None:
-            self._ends[1].transport.abort()
-            self._ends = None
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+            self._streams = None
 
 
 # What parsing an answer, and using its fields, raises if they are not as the protocol says.
@@ -6821,14 +6822,8 @@ class Link:
     async def _follow(self) -> None:
         """Connect, and take events until the connection ends. Raises UnreachableError then."""
         self._has_hello = False
-        seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
-        reader, writer = await open_target(self._target, seconds)
         try:
-            bits = await wait_within(seconds, self._upgrade(reader, writer))
-            self._websocket = WebSocketConnection(
-                lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits
-            )
-            self._writer, self.heard_at = writer, time.monotonic()
+            reader = await self._upgrade()
             while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
         except (OSError, EOFError, asyncio.TimeoutError) as error:
@@ -6837,11 +6832,12 @@ class Link:
             text = f"it sent what cannot be understood: {clean_text(repr(error))}"
             raise UnreachableError(text, 404) from None
         finally:
-            self._writer = None
-            writer.close()
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
-    async def _upgrade(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
-        """RFC 6455, 4.1. Return the bits of the compression window, 0 for none."""
+    async def _upgrade(self) -> asyncio.StreamReader:
+        """RFC 6455, 4.1."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         # An older server ignores the choice and sends output too, which is not taken.
         path = "/ws?hello&task=none"
@@ -6853,13 +6849,18 @@ class Link:
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
             *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
         ]
-        writer.write(encode_request(self._target, "GET", path, fields))
-        status, answer = await read_response_head(reader, self._target)
-        if status != 101:
-            raise refused_error(self._target, status, await read_response_body(reader, answer))
+        request = encode_request(self._target, "GET", path, fields)
+        seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
+        stream = open_stream(self._target, request, seconds, wanted=101)
+        answer, reader, self._writer = await wait_within(seconds * 2, stream)
+        self.heard_at = time.monotonic()
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
-        return check_deflate_answer(answer.get("sec-websocket-extensions", ""))
+        bits = check_deflate_answer(answer.get("sec-websocket-extensions", ""))
+        self._websocket = WebSocketConnection(
+            lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits
+        )
+        return reader
 
     async def _receive(self, data: bytes) -> None:
         if data:  # empty if this end has closed the connection
@@ -6932,7 +6933,7 @@ class RemoteTask:
     # Why there is no exit code, or not all of the output.
     failure: UnreachableError | None = None
     # The connection with its output, and when the server was last heard (monotonic seconds).
-    stream: Ends | None = None
+    stream: StreamPair | None = None
     good_at: float = field(default_factory=time.monotonic)
     # Bytes of output that have come or are lost; those that are lost.
     position: int = 0
@@ -6982,7 +6983,10 @@ class RemoteTask:
 
     async def _open(self, method: str, path: str, body: bytes = b"") -> None:
         """Let the output come, from its start or from where we are."""
-        fields, reader, writer = await open_stream(self.target, method, path, body)
+        json_type = [("Content-Type", "application/json")]
+        # An answer to HTTP/1.0 is not chunked.
+        request = encode_request(self.target, method, path, json_type, body, version="1.0")
+        fields, reader, writer = await open_stream(self.target, request)
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             writer.transport.abort()
@@ -7367,7 +7371,8 @@ class Report:
         self.tasks = [self._make_task(target, fields, fold) for target in targets]
 
     def _make_task(self, target: Target, fields: Mapping[str, Any], fold: bool) -> RemoteTask:
-        name, write = target.name, cast("Callable[[bytes], None]", self.output.put)
+        name = target.name
+        write: Callable[[bytes], None] = self.output.put
         if fold:
             self._kept[name] = []
             write = self._kept[name].append
