@@ -1481,43 +1481,45 @@ class Message(NamedTuple):
     data: str | bytes
 
 
+@dataclass(eq=False)
 class DataMessage:
     """A text or binary message whose fragments are arriving (5.4)."""
 
-    def __init__(self, first: FrameHeader, max_bytes: int, max_fragments: int) -> None:
-        self._opcode = first.opcode
-        self._max_bytes = max_bytes
-        self._max_fragments = max_fragments
-        self._parts: list[Any] = []
-        # The size of the parts, and that of the frames according to their headers.
-        self._bytes = 0
-        self._wire_bytes = 0
-        self._fragments = 0
-        is_text = first.opcode is Opcode.TEXT
-        self._decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
+    first: FrameHeader
+    max_bytes: int
+    max_fragments: int
+    # The size of the parts, and that of the frames according to their headers.
+    size: int = 0
+    wire_size: int = 0
+    fragments: int = 0
+
+    def __post_init__(self) -> None:
+        self.parts: list[Any] = []
+        is_text = self.first.opcode is Opcode.TEXT
+        self.decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
         # It also reads all windows that are smaller than 2**15 bytes.
-        self._inflater = zlib.decompressobj(-15) if first.is_deflated else None
+        self.inflater = zlib.decompressobj(-15) if self.first.is_deflated else None
 
     def begin_frame(self, header: FrameHeader) -> None:
         """Raises WebSocketError if the message is too large with the next frame."""
-        self._wire_bytes += header.length
-        self._fragments += 1
+        self.wire_size += header.length
+        self.fragments += 1
         # Compressing may make incompressible data a little longer.
-        if self._wire_bytes > self._max_bytes * (2 if self._inflater else 1):
+        if self.wire_size > self.max_bytes * (2 if self.inflater else 1):
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
-        if self._fragments > self._max_fragments:
+        if self.fragments > self.max_fragments:
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
 
     def add(self, part: bytes, is_last: bool) -> None:
         """Take a part of a frame's payload. Raises WebSocketError."""
-        left = self._max_bytes - self._bytes
-        if self._inflater:
-            part = self._inflate(self._inflater, part, left, is_last)
-        self._bytes += len(part)
+        left = self.max_bytes - self.size
+        if self.inflater:
+            part = self._inflate(self.inflater, part, left, is_last)
+        self.size += len(part)
         is_too_big = len(part) > left
         try:
             is_end = is_last and not is_too_big
-            self._parts.append(self._decoder.decode(part, is_end) if self._decoder else part)
+            self.parts.append(self.decoder.decode(part, is_end) if self.decoder else part)
         except UnicodeDecodeError:
             raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
         if is_too_big:  # after inflating; a plain message was measured by its headers
@@ -1539,7 +1541,7 @@ class DataMessage:
         return data
 
     def finish(self) -> Message:
-        return Message(self._opcode, ("" if self._decoder else b"").join(self._parts))
+        return Message(self.first.opcode, ("" if self.decoder else b"").join(self.parts))
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
@@ -4158,6 +4160,7 @@ def read_own_usage() -> list[tuple[str, Any, str]]:
     ]
 
 
+@dataclass(eq=False, repr=False)
 class Webhook:
     """Posts alerts, one after the other, each up to three times. facts: sent with each of them.
 
@@ -4165,11 +4168,12 @@ class Webhook:
     hangs, nor does the end of the process: it is a daemon.
     """
 
-    def __init__(self, url: WebhookUrl, facts: Mapping[str, Any], log: Log) -> None:
-        self._url = url
-        self._facts = facts
-        self._log = log
-        self._context = ssl.create_default_context() if url.is_tls else None
+    url: WebhookUrl
+    facts: Mapping[str, Any]
+    log: Log
+
+    def __post_init__(self) -> None:
+        self._context = ssl.create_default_context() if self.url.is_tls else None
         self._alerts: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WEBHOOK_ALERTS)
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -4182,18 +4186,18 @@ class Webhook:
         if self._alerts.full():
             self._alerts.get_nowait()
             self._alerts.task_done()
-            self._log.write_limited("warning", "webhook_dropped", url=self._url.origin)
+            self.log.write_limited("warning", "webhook_dropped", url=self.url.origin)
         self._alerts.put_nowait(event)
 
     def _run(self) -> None:
         while True:
             event = self._alerts.get()
-            reason = self._deliver(encode_json({**event, "server": self._facts}))
-            fields = {"alert": event["type"], "seq": event["seq"], "url": self._url.origin}
+            reason = self._deliver(encode_json({**event, "server": self.facts}))
+            fields = {"alert": event["type"], "seq": event["seq"], "url": self.url.origin}
             if reason:
-                self._log.write("error", "webhook_failed", **fields, reason=reason)
+                self.log.write("error", "webhook_failed", **fields, reason=reason)
             else:
-                self._log.write("debug", "webhook_sent", **fields)
+                self.log.write("debug", "webhook_sent", **fields)
             self._alerts.task_done()
 
     def _deliver(self, body: bytes) -> str:
@@ -4212,7 +4216,7 @@ class Webhook:
 
     def _post(self, body: bytes) -> int:
         """Return the status of the answer; the rest is not read. Raises OSError, ValueError."""
-        url = self._url
+        url = self.url
         with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
             end = time.monotonic() + WEBHOOK_SECONDS
             context = self._context
@@ -4239,25 +4243,21 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     return {"trace": "".join(trace)}
 
 
+@dataclass(eq=False, repr=False)
 class Sampler:
     """Publishes `stats_update` every interval, and alerts. notify: also takes each alert's event.
 
     running: the running tasks, which an alert names.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        publish: Publish,
-        log: Log,
-        running: Mapping[str, Task],
-        notify: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self._config = config
-        self._publish = publish
-        self._notify = notify
-        self._log = log
-        self._running = running
+    config: Config
+    publish: Publish
+    log: Log
+    running: Mapping[str, Task]
+    notify: Callable[[dict[str, Any]], None]
+
+    def __post_init__(self) -> None:
+        config = self.config
         self._read_sample = choose_source()
         # The newest sample; and that of the newest tick, from which the next rates are computed.
         self.sample = self._ticked = self._read_sample()
@@ -4274,15 +4274,14 @@ class Sampler:
         # The page shows in the morning what happened at night.
         self.alerts: deque[dict[str, Any]] = deque(maxlen=50)
         self.hostname = read_hostname()
-        # The newest event, None before the first; and a future that is done from then on.
-        self.newest: dict[str, Any] | None = None
-        self.has_newest: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # The newest event, once there is one.
+        self.newest: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
         """Tick at fixed monotonic times, for ever: a late tick does not delay later ones."""
-        interval = self._config.interval
+        interval = self.config.interval
         # The first tick comes within a second, whatever the interval.
         start, count = time.monotonic() - interval + min(interval, 1.0), 0
         while True:
@@ -4291,7 +4290,7 @@ class Sampler:
             try:
                 self.tick()
             except Exception as error:  # an OSError, most likely since no descriptor is free
-                self._log.write_limited("error", "sampler_failed", **describe_failure(error))
+                self.log.write_limited("error", "sampler_failed", **describe_failure(error))
 
     def _take_sample(self) -> Sample:
         sample = self._read_sample()
@@ -4313,33 +4312,33 @@ class Sampler:
         stats = build_stats(before, sample)
         self.hostname = read_hostname()
         cpus = os.cpu_count() or 1
-        event = self._publish("stats_update", **stats, hostname=self.hostname, cpus=cpus)
+        event = self.publish("stats_update", **stats, hostname=self.hostname, cpus=cpus)
         columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
         self.history.append([event[name] for name in columns])
-        self.newest = event
-        if not self.has_newest.done():
-            self.has_newest.set_result(None)
+        if self.newest.done():
+            self.newest = asyncio.get_running_loop().create_future()
+        self.newest.set_result(event)
         self._check_alert(stats["cpu"], sample.now)
 
     def _check_alert(self, cpu: float, now: float) -> None:
         change = self._rule.update(cpu, now)
         facts = {"cpu": cpu, "hostname": self.hostname}
         if change == "cpu_alert":
-            message = f"CPU usage exceeded {self._config.cpu_alert:g}%!"
-            tasks, is_new = list(self._running), self.alert is None
-            self.alert = self._publish("cpu_alert", **facts, message=message, tasks=tasks)
+            message = f"CPU usage exceeded {self.config.cpu_alert:g}%!"
+            tasks, is_new = list(self.running), self.alert is None
+            self.alert = self.publish("cpu_alert", **facts, message=message, tasks=tasks)
             if is_new:
                 self._alert_since = now
                 self.alerts.append({**self.alert, "resolved": None})
-            self._notify(self.alert)
-            self._log.write("warning", "cpu_alert", cpu=cpu, message=message)
+            self.notify(self.alert)
+            self.log.write("warning", "cpu_alert", cpu=cpu, message=message)
         elif change == "alert_resolved":
             facts["duration_ms"] = int((now - self._alert_since) * 1000)
             self.alert = None
-            event = self._publish("alert_resolved", alert="cpu_alert", **facts)
+            event = self.publish("alert_resolved", alert="cpu_alert", **facts)
             self.alerts[-1]["resolved"] = event
-            self._notify(event)
-            self._log.write("info", "alert_resolved", cpu=cpu, duration_ms=facts["duration_ms"])
+            self.notify(event)
+            self.log.write("info", "alert_resolved", cpu=cpu, duration_ms=facts["duration_ms"])
 
 
 def read_link_networks() -> list[ipaddress.IPv4Network]:
@@ -4350,6 +4349,7 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
         return []
 
 
+@dataclass(eq=False)
 class Discovery:
     """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
 
@@ -4358,16 +4358,12 @@ class Discovery:
     loopback_only: the server does not listen on the network. make_facts: returns a reply's fields.
     """
 
-    def __init__(
-        self,
-        port: int,
-        places: Sequence[str],
-        loopback_only: bool,
-        make_facts: Callable[[], dict[str, Any]],
-    ) -> None:
-        self._places = places
-        self._loopback_only = loopback_only
-        self._make_facts = make_facts
+    port: int
+    places: Sequence[str]
+    loopback_only: bool
+    make_facts: Callable[[], dict[str, Any]]
+
+    def __post_init__(self) -> None:
         self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
         # The networks that are on-link, and until when they are taken to be the same.
         self._networks: list[ipaddress.IPv4Network] = []
@@ -4375,7 +4371,7 @@ class Discovery:
         # By address. A socket that is bound to one address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
-            for address in (*places, "127.255.255.255" if loopback_only else "0.0.0.0"):
+            for address in (*self.places, "127.255.255.255" if self.loopback_only else "0.0.0.0"):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
                 # Servers on one host share the port: each receives all broadcasts, one a unicast.
@@ -4383,8 +4379,8 @@ class Discovery:
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)  # never leaves the link
-                udp.bind((address, port))
-                self.port = port = int(udp.getsockname()[1])
+                udp.bind((address, self.port))
+                self.port = int(udp.getsockname()[1])
                 asyncio.get_running_loop().add_reader(udp, self._receive, address)
         except OSError:
             self.close()
@@ -4395,8 +4391,8 @@ class Discovery:
         try:
             data, source = self._sockets[place].recvfrom(len(DISCOVERY_PROBE) + 1)
             if data == DISCOVERY_PROBE and self.may_answer(source[0], time.monotonic()):
-                udp = self._sockets[place if place in self._places else self._choose(source[0])]
-                udp.sendto(encode_discovery_reply(self._make_facts()), source)
+                udp = self._sockets[place if place in self.places else self._choose(source[0])]
+                udp.sendto(encode_discovery_reply(self.make_facts()), source)
         except OSError:
             pass  # a prober cannot be reached
 
@@ -4407,7 +4403,7 @@ class Discovery:
                 self._networks_until = now + 5
                 self._networks = read_link_networks()
             address = parse_ip(source)
-            if self._loopback_only or not any(address in network for network in self._networks):
+            if self.loopback_only or not any(address in network for network in self._networks):
                 return False
         each, all_together = self._limits
         return not each.take(source, now) and not all_together.take("", now)
@@ -4966,8 +4962,7 @@ async def answer_stats(server: Server, request: Request) -> Any:
         return {"alerts": list(sampler.alerts)}
     if parse_flag(request.parameters, "history"):
         return {"interval": server.config.interval, "samples": list(sampler.history)}
-    await asyncio.shield(sampler.has_newest)
-    return sampler.newest
+    return await asyncio.shield(sampler.newest)
 
 
 NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
@@ -5011,7 +5006,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
-    usage = None if newest is None else round(newest["cpu"] / 100, 3)
+    usage = round(newest.result()["cpu"] / 100, 3) if newest.done() else None
     return [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
         ("cpu_usage_ratio", usage, "CPU usage of all cores together in the newest interval."),
@@ -5290,8 +5285,8 @@ class Inbox:
         return data
 
     async def rest(self) -> None:
-        """Let others have their turn, once this client has had its share. Called after each
-        piece of work. What the client made us wait for counts as work too: that is harmless."""
+        """Let others have their turn, once this client has had its share. Called after each piece
+        of work. What the client made us wait for counts as work too, which is harmless."""
         now = time.perf_counter()
         self._worked_seconds += now - self._since
         if self._worked_seconds > INPUT_TURN_SECONDS:
@@ -5369,7 +5364,7 @@ class Exchanges:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._server = connection.server
-        self._writer = connection.writer
+        self._transport = connection.transport
         self._parser = HttpParser()
 
     async def serve(self) -> bytes:
@@ -5437,24 +5432,25 @@ class Exchanges:
 
     def _admit(self, head: RequestHead) -> Request | None:
         """Let a request pass the gate and find its route; None when it was an upgrade."""
-        self._connection.role = None
-        role = self._connection.role = self._server.check_access(self._connection.peer, head)
+        connection, server = self._connection, self._server
+        connection.role = None
+        role = connection.role = server.check_access(connection.peer, head)
         if role is not None:
-            self._server.newcomers.discard(self._connection)
+            server.newcomers.discard(connection)
         # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
-            self._connection.upgrade(head, role)
+            connection.upgrade(head, role)
             return None
-        route = find_route(head, self._connection.peer.scheme)
-        self._server.check_role(route.role, role)
+        route = find_route(head, connection.peer.scheme)
+        server.check_role(route.role, role)
         parameters = check_parameters(route, head)
         expectations = [] if head.http_1_0 else head.tokens("expect")  # RFC 9110, 10.1.1
         if expectations not in ([], ["100-continue"]):
             raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
         if expectations and head.has_body:  # "go on" is said only to a request that may pass
-            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return Request(head, route, parameters, role, self._connection.name_client())
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return Request(head, route, parameters, role, connection.name_client())
 
     async def _answer(self, request: Request) -> bool:
         """Carry a request out and answer it. Whether another request may follow."""
@@ -5480,27 +5476,27 @@ class Exchanges:
 
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
         """Write an answer, at the pace of the client. Whether another request may follow."""
-        keep_alive = head.keep_alive and not self._server.is_stopping
         pieces = response.pieces
-        if pieces is not None and head.http_1_0:
-            keep_alive = False  # the end of the connection is the end of the body
-        self._writer.write(encode_answer(self._server, head, response, keep_alive))
+        # In HTTP/1.0 the end of the connection is the end of such a body.
+        is_last = self._server.is_stopping or (pieces is not None and head.http_1_0)
+        keep_alive = head.keep_alive and not is_last
+        self._transport.write(encode_answer(self._server, head, response, keep_alive))
         if pieces is not None and head.method != "HEAD":
             async for piece in pieces:
-                self._writer.write(piece if head.http_1_0 else encode_chunk(piece))
-                await self._writer.drain()
+                self._transport.write(piece if head.http_1_0 else encode_chunk(piece))
+                await self._connection.drain()
             if not head.http_1_0:
-                self._writer.write(b"0\r\n" + encode_fields(response.trailers.items()))
-        await self._writer.drain()
+                self._transport.write(b"0\r\n" + encode_fields(response.trailers.items()))
+        await self._connection.drain()
         return keep_alive
 
     async def _refuse(self, error: Exception) -> None:
         """Answer an error after which the input cannot be trusted, and end the connection."""
-        if isinstance(error, ConnectionError) or self._connection.transport.is_closing():
+        if isinstance(error, ConnectionError) or self._transport.is_closing():
             return
         response = make_error_response(self._server, error)
         answer = encode_answer(self._server, self._parser.head, response, keep_alive=False)
-        self._writer.write(answer)
+        self._transport.write(answer)
         await linger(self._connection)
 
 
@@ -5527,9 +5523,7 @@ def handle_text(server: Server, viewer: Viewer, text: str | bytes) -> None:
 
 
 def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
-    """Carry out what a WebSocket client sent, unless we have closed (RFC 6455, 1.4)."""
-    if viewer.websocket.state is WebSocketState.CLOSING:
-        return
+    """Carry out what a WebSocket client sent."""
     if message.opcode is Opcode.PING:
         assert isinstance(message.data, bytes)
         viewer.send_pong(message.data)
@@ -5550,7 +5544,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
                 is_done = message.opcode is Opcode.CLOSE
                 handle_message(connection.server, viewer, message)
                 await connection.inbox.rest()
-            connection.writer.write(websocket.take_outgoing())
+            connection.transport.write(websocket.take_outgoing())
         if websocket.state is not WebSocketState.OPEN:
             connection.server.viewers.leave(viewer)
             if connection.phase is Phase.WEBSOCKET:
@@ -5566,26 +5560,17 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
             return
 
 
-class Connection(asyncio.StreamReaderProtocol):
-    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them.
-
-    For the event loop it is a protocol, which passes on what a Viewer wants to know.
-    """
+class Connection(asyncio.Protocol):
+    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader inbox writer transport peer address source role phase viewer task opened_at "
-        "has_sent_all deadline_seconds _socket _taken_bytes _progress_at"
+        "server reader inbox transport peer address source role phase viewer task opened_at "
+        "has_sent_all deadline_seconds _socket _drained _taken_bytes _progress_at"
     ).split()
 
     def __init__(
         self, server: Server, connection: socket.socket, listener: ListenerKind, address: Any
     ) -> None:
-        loop = asyncio.get_running_loop()
-        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
-        super().__init__(self.reader, loop=loop)
-        self.inbox = Inbox(self.reader, server.turns)
-        self.writer: asyncio.StreamWriter
-        self.transport: asyncio.Transport
         self.server = server
         self._socket = connection
         scheme = "https" if server.tls and listener is not ListenerKind.UNIX else "http"
@@ -5595,6 +5580,7 @@ class Connection(asyncio.StreamReaderProtocol):
         # Newcomers are counted by account, or by address if the account is unknown.
         self.source = self.peer.uid, find_host_key(self.peer.address)
         tune_socket(connection)
+        self.transport: asyncio.Transport
         # What the newest request may do, None before the first that has passed the gate.
         self.role: Role | None = None
         self.phase = Phase.OPENING
@@ -5603,14 +5589,18 @@ class Connection(asyncio.StreamReaderProtocol):
         self.has_sent_all = False
         # Of the deadline that it has; Deadlines sets it.
         self.deadline_seconds: float | None = None
-        # While something waits to be written: how much the kernel had taken at the last sweep, and
-        # when that last grew.
+        # While something waits to be written: who waits for that, how much the kernel had taken at
+        # the last sweep, and when that last grew.
+        self._drained: asyncio.Future[None] | None = None
         self._taken_bytes = 0
         self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
             server.newcomers.add(self)
         is_extra = len(server.connections) > server.max_clients
+        loop = asyncio.get_running_loop()
+        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
+        self.inbox = Inbox(self.reader, server.turns)
         self.task = loop.create_task(self._run(is_extra))
 
     # Life
@@ -5622,7 +5612,7 @@ class Connection(asyncio.StreamReaderProtocol):
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 response = make_error_response(self.server, error)
-                self.writer.write(encode_answer(self.server, None, response, keep_alive=False))
+                self.transport.write(encode_answer(self.server, None, response, keep_alive=False))
                 return
             # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
             backlog = await Exchanges(self).serve()
@@ -5674,7 +5664,7 @@ class Connection(asyncio.StreamReaderProtocol):
             except OSError:
                 pass  # the peer has reset it
             if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
-                self._forget()
+                self.connection_lost(None)
         elif how is End.WRITTEN:
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
@@ -5701,7 +5691,54 @@ class Connection(asyncio.StreamReaderProtocol):
             else:
                 self.transport.abort()
 
-    def _forget(self) -> None:
+    # What the event loop says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands; with TLS, the handshake is over."""
+        self.transport = cast("asyncio.Transport", transport)
+        # 0: we are told whenever something cannot be written at once, and when all is written.
+        # asyncio's TLS would tell us of 0 bytes, too.
+        self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
+        self.reader.set_transport(transport)
+        self.opened_at = time.monotonic()
+        self.begin_phase(Phase.READING, HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        self.reader.feed_data(data)
+
+    def pause_writing(self) -> None:
+        """The transport cannot write all that it has at once."""
+        self.server.stalled.add(self)
+        self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
+        if self.viewer is not None:
+            self.server.viewers.stall(self.viewer)
+
+    async def drain(self) -> None:
+        """Wait until the transport has written everything. Raises ConnectionError."""
+        if self.transport.is_closing():
+            raise ConnectionAbortedError
+        if self in self.server.stalled:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+
+    def resume_writing(self) -> None:
+        """The transport has written everything."""
+        self.server.stalled.discard(self)
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self.viewer is not None:
+            self.server.viewers.resume(self.viewer)
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more. One that waits for a task has most likely gone."""
+        self.has_sent_all = True
+        self.reader.feed_eof()
+        if self.phase is Phase.WAITING:
+            self.task.cancel()
+        return self.peer.scheme == "http"  # TLS cannot be left open in one direction
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
         self.server.connections.discard(self)
         self.server.newcomers.discard(self)
         self.server.stalled.discard(self)
@@ -5710,48 +5747,6 @@ class Connection(asyncio.StreamReaderProtocol):
             self.server.viewers.leave(self.viewer)
         if not self.task.done():
             self.task.cancel()
-
-    # What the event loop says
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands; with TLS, the handshake is over."""
-        super().connection_made(transport)
-        self.transport = cast("asyncio.Transport", transport)
-        # 0: we are told whenever something cannot be written at once, and when all is written.
-        # asyncio's TLS would tell us of 0 bytes, too.
-        self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
-        loop = asyncio.get_running_loop()
-        self.writer = asyncio.StreamWriter(self.transport, self, self.reader, loop)
-        self.opened_at = time.monotonic()
-        self.begin_phase(Phase.READING, HEAD_SECONDS)
-
-    def pause_writing(self) -> None:
-        """The transport cannot write all that it has at once."""
-        super().pause_writing()
-        self.server.stalled.add(self)
-        self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
-        if self.viewer is not None:
-            self.server.viewers.stall(self.viewer)
-
-    def resume_writing(self) -> None:
-        """The transport has written everything."""
-        super().resume_writing()
-        self.server.stalled.discard(self)
-        if self.viewer is not None:
-            self.server.viewers.resume(self.viewer)
-
-    def eof_received(self) -> bool | None:
-        """The client sends nothing more. One that waits for a task has most likely gone."""
-        self.has_sent_all = True
-        if self.phase is Phase.WAITING:
-            self.task.cancel()
-        return super().eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        # Why is no news to anybody, and an exception that nobody fetches would be logged.
-        super().connection_lost(None)
-        self._forget()
-        del self.writer  # which would keep us in memory, as we keep it
 
     # Deadlines
 
@@ -5809,7 +5804,7 @@ class Connection(asyncio.StreamReaderProtocol):
             extension, bits = "", 0
         if self.server.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
-        self.writer.write(encode_upgrade_response(head, key, extension))
+        self.transport.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
         is_plain = self.peer.scheme == "http"
         # TLS takes nothing directly: all goes through the transport.
