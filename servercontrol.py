@@ -5348,10 +5348,7 @@ async def linger(connection: Connection) -> None:
     except OSError:
         return  # the peer has reset the connection meanwhile
     left = MAX_LINGER_BYTES
-    while left > 0:
-        data = await connection.reader.read(READ_CHUNK_BYTES)
-        if not data:
-            return
+    while left > 0 and (data := await connection.reader.read(READ_CHUNK_BYTES)):
         left -= len(data)
 
 
@@ -5659,10 +5656,8 @@ class Connection(asyncio.Protocol):
         check_progress() ends a client that does not take what is still to be written.
         """
         if self.phase is Phase.OPENING:
-            try:  # the event loop has the descriptor, and closes it when the handshake ends
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the peer has reset it
+            with contextlib.suppress(OSError):  # the peer may have reset it
+                self._socket.shutdown(socket.SHUT_RDWR)  # the event loop closes the descriptor
             if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
                 self.connection_lost(None)
         elif how is End.WRITTEN:
@@ -6175,8 +6170,8 @@ class Server:
         """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
         self._loop.set_exception_handler(functools.partial(log_loop_error, self.log))
         # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
-        reap_soon = functools.partial(self._loop.call_soon_threadsafe, self.tasks.reap)
-        signal.signal(signal.SIGCHLD, lambda *_: reap_soon())
+        reap = self.tasks.reap
+        signal.signal(signal.SIGCHLD, lambda *_: self._loop.call_soon_threadsafe(reap))
         places = {
             "http": self.listeners.url("http"),
             "ws": self.listeners.url("ws"),
