@@ -1461,6 +1461,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
 # invalid byte ends the connection at once, and not only when a long message is complete.
 
 
+UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 # One reason for both errors: which of them is found first may depend on how the network has cut the
 # bytes, and the answer must not.
 BAD_DATA = "text is not UTF-8, or compressed data is damaged"
@@ -1481,24 +1482,20 @@ class Message(NamedTuple):
     data: str | bytes
 
 
-@dataclass(eq=False)
 class DataMessage:
     """A text or binary message whose fragments are arriving (5.4)."""
 
-    first: FrameHeader
-    max_bytes: int
-    max_fragments: int
-    # The size of the parts, and that of the frames according to their headers.
-    size: int = 0
-    wire_size: int = 0
-    fragments: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self, first: FrameHeader, max_bytes: int, max_fragments: int) -> None:
+        self.opcode = first.opcode
+        self.max_bytes = max_bytes
+        self.max_fragments = max_fragments
         self.parts: list[Any] = []
-        is_text = self.first.opcode is Opcode.TEXT
-        self.decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
+        # The size of the parts, and that of the frames according to their headers.
+        self.size = self.wire_size = self.fragments = 0
+        is_text = first.opcode is Opcode.TEXT
+        self.decoder = UTF8_DECODER() if is_text else None
         # It also reads all windows that are smaller than 2**15 bytes.
-        self.inflater = zlib.decompressobj(-15) if self.first.is_deflated else None
+        self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
 
     def begin_frame(self, header: FrameHeader) -> None:
         """Raises WebSocketError if the message is too large with the next frame."""
@@ -1539,9 +1536,6 @@ class DataMessage:
         if is_last and not is_whole and len(data) <= left:
             raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA)
         return data
-
-    def finish(self) -> Message:
-        return Message(self.first.opcode, ("" if self.decoder else b"").join(self.parts))
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
@@ -1585,7 +1579,7 @@ def take_messages(
             if not is_whole:
                 yield None
         if header.fin:
-            yield message.finish()
+            yield Message(message.opcode, ("" if message.decoder else b"").join(message.parts))
             message = None
 
 
@@ -6317,9 +6311,7 @@ class Server:
         self._close_connections()
         end = time.monotonic() + STOP_CLOSE_SECONDS
         webhook = self.webhook
-        while self.connections or (webhook and webhook.pending):
-            if time.monotonic() >= end:
-                break
+        while (self.connections or (webhook and webhook.pending)) and time.monotonic() < end:
             await asyncio.sleep(0.01)
         if webhook and webhook.pending:
             self.log.write("warning", "webhook_dropped", alerts=webhook.pending)
