@@ -3402,8 +3402,8 @@ class Outputs:
     # is), and when one was last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    # Those that have output but were left out: the next turns are theirs.
-    _late: set[Task] = field(default_factory=set)
+    # Those that wait to be read, in this order.
+    _queue: dict[Task, None] = field(default_factory=dict)
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
         """Read a task's output from now on."""
@@ -3424,30 +3424,43 @@ class Outputs:
             left = left - len(chunk) if chunk else 0
             self._take(task, chunk)
         self._take(task, b"", final=True)
-        self._late.discard(task)
         if task.fd >= 0:
             asyncio.get_running_loop().add_reader(task.fd, self._discard, task.fd)
             task.fd = -1
 
     def _read(self, task: Task) -> None:
-        """There is output: read a chunk of it, if it is this task's turn.
+        """There is output: read it now, or when it is this task's turn.
 
-        In one turn of the event loop tasks are read for READ_TURN_SECONDS. In the next turn the
-        loop calls again for those that were left out, and they are read first.
+        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. The others
+        wait in the queue and are read first in the next turn.
         """
+        self._queue[task] = None
+        if self._turn_end:
+            self._read_queue()
+        else:
+            self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn_end = 0.0
+        if self._queue:
+            self._turn_end = time.perf_counter() + READ_TURN_SECONDS
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+            self._read_queue()
+
+    def _read_queue(self) -> None:
         now = time.perf_counter()
-        if not self._turn_end:
-            # While viewers are being served, pipes gather what is then fewer and larger events.
-            must_wait = now - self._read_at < ROUND_SECONDS and self._feed.is_dirty
-            self._turn_end = now if must_wait else now + READ_TURN_SECONDS
-            asyncio.get_running_loop().call_soon(setattr, self, "_turn_end", 0.0)
-        if now >= self._turn_end:
-            self._late.add(task)
+        # While viewers are being served, pipes gather what is then fewer and larger events.
+        if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
             return
-        if self._late and task not in self._late:
-            return
-        self._late.discard(task)
-        self._read_at = now
+        while self._queue and now < self._turn_end:
+            self._read_at = now
+            task = next(iter(self._queue))
+            del self._queue[task]
+            if task.fd >= 0:
+                self._read_now(task)
+            now = time.perf_counter()
+
+    def _read_now(self, task: Task) -> None:
         room = task.room
         if self._feed.must_pause:
             self._pause(task, PRESSURE_SECONDS)
