@@ -45,7 +45,7 @@ Map (search for the number and a dot):
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, banner, signals, verify-audit, systemd unit, main
 
-May I run this as root? Read these places in this order, some 990 lines in all. The
+May I run this as root? Read these places in this order, some 910 lines in all. The
 number is how many lines each has:
 
      347  section 6                 who gets in: the gate, check_access, and its rules in order
@@ -59,7 +59,7 @@ number is how many lines each has:
       36  answer_exec               where the gate and the tasks meet
       74  Spawner                   how a command is started: session, environment, descriptors
      202  Tasks                     how it is watched, stopped with all that it started, and ends
-     101  AuditLog                  how it is written down
+      95  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -162,6 +162,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
         MutableMapping,
         Sequence,
     )
+    from io import FileIO
 
     IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
     Endpoint = tuple[IpAddress, int]  # with a port
@@ -2521,67 +2522,67 @@ class Log:
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
 
 
-def lock_file(fd: int, seconds: float = LOCK_SECONDS) -> None:
+def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
     """Lock a file. Raises OSError if another process holds the lock for longer than this."""
     end = time.monotonic() + seconds
     while True:
         try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
                 raise
         time.sleep(0.001)
 
 
-def open_private_file(path: str, flags: int) -> int:
+def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     """Open a file that is made, with mode 0600, where there is none. Raises OSError."""
-    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
     status = os.fstat(fd)
     if status.st_size == 0 and not status.st_mode & 0o600:
         os.fchmod(fd, 0o600)  # the umask has removed all rights
-    return fd
+    return open(fd, "r+b", buffering=0)
 
 
+@dataclass
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all instances of this account.
 
-    A file has the newest one. Without a usable folder ids follow the wall clock's milliseconds,
-    which rise across restarts too.
+    A file in the state folder has the newest one. Without the folder ids follow the wall clock's
+    milliseconds, which rise across restarts too.
     """
 
-    def __init__(self, folder: str | None, log: Log) -> None:
-        self._path = None if folder is None else os.path.join(folder, "last-task-id")
-        self._log = log
-        self._last = 0
+    _folder: str | None
+    _log: Log
+    _last: int = 0
 
     def take(self) -> str:
         """Return the next id."""
         last = None
-        if self._path is not None:
+        if self._folder is not None:
             try:
-                last = self._count_in_file(self._path)
+                last = self._count_in_file(os.path.join(self._folder, "last-task-id"))
             except OSError as error:
                 self._log.write("warning", "state_not_written", error=error.strerror or "")
-                self._path = None
+                self._folder = None
         self._last = last or max(self._last, int(time.time() * 1000)) + 1
         return str(self._last)
 
     @staticmethod
     def _count_in_file(path: str) -> int:
-        fd = open_private_file(path, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            lock_file(fd)
-            text = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
+        with open_private_file(path) as file:
+            lock_file(file)
+            text = file.read(64).decode("ascii", "replace").strip()
             # If the number is damaged, go on from one that counting from 1 cannot have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = int(time.time() * 1000) if damaged else int(text or 0)
-            os.pwrite(fd, b"%18d\n" % (last + 1), 0)  # fixed width: one write replaces it whole
+            # Fixed width: one write replaces it whole.
+            os.pwrite(file.fileno(), b"%18d\n" % (last + 1), 0)
             return last + 1
-        finally:
-            os.close(fd)
 
 
-def find_own_folder(environ: Mapping[str, str], variable: str, usual: str) -> str:
+def find_own_folder(
+    environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
+) -> str:
     """Return our folder in the one that a variable of the XDG specification names."""
     base = environ.get(variable, "")
     if not os.path.isabs(base):  # the XDG specification: a relative path must be ignored
@@ -2589,13 +2590,9 @@ def find_own_folder(environ: Mapping[str, str], variable: str, usual: str) -> st
     return os.path.join(base, "servercontrol")
 
 
-def find_state_folder(environ: Mapping[str, str]) -> str:
-    return find_own_folder(environ, "XDG_STATE_HOME", "~/.local/state")
-
-
 def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> str | None:
     """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
-    folder = find_state_folder(environ)
+    folder = find_own_folder(environ)
     try:
         if not os.path.isabs(folder):
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
@@ -2758,61 +2755,58 @@ def read_hash(path: str) -> str | None:
     return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
-def read_last_line(fd: int, size: int) -> tuple[bytes, bool]:
+def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
     """Return the last line of a file without its newline, and whether it has one."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail[:-1]:
         step = min(start, READ_CHUNK_BYTES)
         start -= step
-        tail = os.pread(fd, step, start) + tail
+        tail = os.pread(file.fileno(), step, start) + tail
     is_whole = tail.endswith(b"\n")
     return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
 
 
-def open_audit_file(path: str) -> int:
-    """Return the descriptor of the audit log, which is made where there is none. Raises OSError."""
-    fd = open_private_file(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK)
-    status = os.fstat(fd)
+def check_audit_file(file: FileIO) -> None:
+    """Raise PermissionError where others could change the log."""
+    status, problem = os.fstat(file.fileno()), ""
     if not stat.S_ISREG(status.st_mode):
         problem = "not a regular file"
     elif status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
         problem = "other accounts could change it"
-    else:
-        return fd
-    os.close(fd)
-    raise PermissionError(errno.EPERM, problem)
+    if problem:
+        raise PermissionError(errno.EPERM, problem)
 
 
 def write_hash(path: str, line_hash: str) -> None:
     """Write FILE.head, if the folder (such as /var/log) allows the file."""
-    with contextlib.suppress(OSError):
-        fd = open_private_file(path + ".head", os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            os.pwrite(fd, line_hash.encode("ascii") + b"\n", 0)
-        finally:
-            os.close(fd)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), open_private_file(path + ".head", flags) as file:
+        os.pwrite(file.fileno(), line_hash.encode("ascii") + b"\n", 0)
 
 
+@dataclass(eq=False, repr=False)
 class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
     path: "-" is stderr, "none" nothing.
     """
 
-    def __init__(self, path: str, boot_id: str, log: Log) -> None:
-        self.path = path
-        self.is_file = path not in ("-", "none")
-        self._boot_id = boot_id
-        self._log = log
-        # The hash of the newest line that was written.
-        self._hash = ZERO_HASH
-        self._lock_seconds = LOCK_SECONDS
-        # Each refusal takes up the log for a second, until this time (monotonic); the number of
-        # those that were left out.
-        self._refusals_until = 0.0
-        self._skipped = 0
-        # Records that could not be written.
-        self.errors = 0
+    path: str
+    boot_id: str
+    _log: Log
+    # The hash of the newest line that was written.
+    _hash: str = ZERO_HASH
+    _lock_seconds: float = LOCK_SECONDS
+    # Each refusal takes up the log for a second, until this time (monotonic); the number of those
+    # that were left out.
+    _refusals_until: float = 0.0
+    _skipped: int = 0
+    # Records that could not be written.
+    errors: int = 0
+
+    @property
+    def is_file(self) -> bool:
+        return self.path not in ("-", "none")
 
     def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
         """Write a record. boot_id: of the run that it is about, if that is not this one."""
@@ -2822,7 +2816,7 @@ class AuditLog:
             "time": format_time(time.time()),
             "event": event,
             "host": read_hostname(),
-            "boot_id": boot_id or self._boot_id,
+            "boot_id": boot_id or self.boot_id,
             **fields,
         }
         try:
@@ -2856,39 +2850,36 @@ class AuditLog:
         self._hash = hash_line(line)
 
     def _append(self, record: dict[str, Any]) -> None:
-        fd = self._open_locked()
-        try:
-            size, is_whole = os.fstat(fd).st_size, True
-            if size:
-                last, is_whole = read_last_line(fd, size)
-                self._hash = hash_line(last)
-            else:
-                self._hash = read_hash(self.path) or self._hash
-            line = encode_json({**record, "prev": self._hash})
-            # After a crash or a full disk the file may end with half a line. It is left unchanged.
-            data = line + b"\n" if is_whole else b"\n" + line + b"\n"
-            if os.write(fd, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._hash = hash_line(line)
-            write_hash(self.path, self._hash)
-        finally:
-            os.close(fd)  # and so unlock it
-
-    def _open_locked(self) -> int:
-        """Open the log and lock it; a rotation between the two means that it is opened again."""
+        # A rotation between opening and locking means that it is opened again.
         while True:
-            fd = open_audit_file(self.path)
-            try:
-                lock_file(fd, self._lock_seconds)
-            except OSError:
-                self._lock_seconds = LOCKED_SECONDS
-                os.close(fd)
-                raise
-            self._lock_seconds = LOCK_SECONDS
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    return fd
-            os.close(fd)
+            with open_private_file(self.path, os.O_APPEND | os.O_NONBLOCK) as file:
+                check_audit_file(file)
+                wait, self._lock_seconds = self._lock_seconds, LOCKED_SECONDS
+                lock_file(file, wait)
+                self._lock_seconds = LOCK_SECONDS
+                if self._is_current(file):
+                    return self._continue(file, record)
+
+    def _is_current(self, file: FileIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _continue(self, file: FileIO, record: dict[str, Any]) -> None:
+        size, is_whole = os.fstat(file.fileno()).st_size, True
+        if size:
+            last, is_whole = read_last_line(file, size)
+            self._hash = hash_line(last)
+        else:
+            self._hash = read_hash(self.path) or self._hash
+        line = encode_json({**record, "prev": self._hash})
+        # After a crash or a full disk the file may end with half a line. It is left unchanged.
+        data = line + b"\n" if is_whole else b"\n" + line + b"\n"
+        if os.write(file.fileno(), data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._hash = hash_line(line)
+        write_hash(self.path, self._hash)
 
 
 def find_audit_log(config_value: str, folder: str | None) -> str:
@@ -12429,7 +12420,7 @@ async def serve(config: Config, log: Log) -> None:
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`verify-audit [FILE…]`: walk the chain, print what is found, return the exit status."""
     files = parse_arguments("verify-audit", argv).file
-    path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_state_folder(environ))
+    path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_own_folder(environ))
     if not files and path in ("-", "none"):
         raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
     files = files or (path,)
