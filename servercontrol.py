@@ -6748,6 +6748,7 @@ def check_seq(value: Any) -> int:
     return value
 
 
+@dataclass(eq=False)
 class Link:
     """The events of one server but for output, each once and in order, over as many connections as
     it takes.
@@ -6761,18 +6762,17 @@ class Link:
     Should it raise UnreachableError, the event comes again.
     """
 
-    def __init__(self, target: Target, take: Callable[[dict[str, Any]], None]) -> None:
-        self._target = target
-        self._take = take
-        # The run of the server that is followed, and the seq of its newest event that was taken.
-        self.boot_id = ""
-        self.seq = 0
-        # When bytes last came (monotonic seconds).
-        self.heard_at = time.monotonic()
-        # The open connection, and whether the newest one has said `hello`.
-        self._writer: asyncio.StreamWriter | None = None
-        self._websocket = WebSocketConnection()
-        self._has_hello = False
+    target: Target
+    take: Callable[[dict[str, Any]], None]
+    # The run of the server that is followed, and the seq of its newest event that was taken.
+    boot_id: str = ""
+    seq: int = 0
+    # When bytes last came (monotonic seconds).
+    heard_at: float = field(default_factory=time.monotonic)
+    # The open connection, and whether the newest one has said `hello`.
+    _writer: asyncio.StreamWriter | None = None
+    _websocket: WebSocketConnection = field(default_factory=WebSocketConnection)
+    _has_hello: bool = False
 
     async def run(self) -> None:
         """Take events for ever."""
@@ -6781,7 +6781,7 @@ class Link:
             try:
                 await self._follow()
             except UnreachableError as error:
-                self._take({"type": "lost", "reason": str(error), "status": error.status})
+                self.take({"type": "lost", "reason": str(error), "status": error.status})
                 delay = RETRY_SECONDS if self._has_hello else min(delay * 2, MAX_RETRY_SECONDS)
                 if is_final(error):
                     delay = REFUSED_RETRY_SECONDS
@@ -6835,9 +6835,9 @@ class Link:
             ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
             *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
         ]
-        request = encode_request(self._target, "GET", path, fields)
+        request = encode_request(self.target, "GET", path, fields)
         seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
-        stream = open_stream(self._target, request, seconds, wanted=101)
+        stream = open_stream(self.target, request, seconds, wanted=101)
         answer, reader, self._writer = await wait_within(seconds * 2, stream)
         self.heard_at = time.monotonic()
         if answer.get("sec-websocket-accept") != compute_accept(key):
@@ -6875,19 +6875,19 @@ class Link:
             if not self.boot_id:
                 self.seq = check_seq(newest)
             elif boot_id != self.boot_id:
-                self._take({"type": "restarted", "boot_id": boot_id})
+                self.take({"type": "restarted", "boot_id": boot_id})
                 self.seq = 0
             self.boot_id = boot_id
-            self._take(event)
+            self.take(event)
         elif not self._has_hello:
             raise UnreachableError("it says no hello, as an older ServerControl does", 404)
         elif newest is not None:  # as in an older server's pong
             seq = check_seq(newest)
             if kind == "gap":
-                tasks = json.loads(await fetch(self._target, "/tasks"))
-                self._take({**event, "tasks": tasks})
+                tasks = json.loads(await fetch(self.target, "/tasks"))
+                self.take({**event, "tasks": tasks})
             elif kind in EVENT_TYPES and seq > self.seq:
-                self._take(event)
+                self.take(event)
             self.seq = max(self.seq, seq)
 
 
@@ -7615,6 +7615,7 @@ STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
 }
 
 
+@dataclass
 class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
@@ -7623,30 +7624,30 @@ class MonitorLog:
     and so does a long one every few MiB. path "": there is no log.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        # Returns the `position` records.
-        self.locate: Callable[[], list[dict[str, Any]]] = list
-        # The locked file, -1 for none; its size after the last write; whether it ends inside a
-        # record, as after a crash: the next record then starts on a new line.
-        self._fd = -1
-        self._size = 0
-        self._is_cut = False
-        # Records that are not written yet, and why not; "" if all is well.
-        self._waiting: list[bytes] = []
-        self.problem = ""
-        self._complained_at = -LOG_ERROR_SECONDS
-        # The size at which the next `position` records are due.
-        self._due_bytes = LOG_STEP_BYTES
+    path: str
+    # Returns the `position` records.
+    locate: Callable[[], list[dict[str, Any]]] = list
+    # The locked file, -1 for none; its size after the last write; whether it ends inside a record,
+    # as after a crash: the next record then starts on a new line.
+    _fd: int = -1
+    _size: int = 0
+    _is_cut: bool = False
+    # Records that are not written yet, and why not; "" if all is well.
+    _waiting: list[bytes] = field(default_factory=list)
+    problem: str = ""
+    _complained_at: float = -LOG_ERROR_SECONDS
+    # The size at which the next `position` records are due.
+    _due_bytes: int = 0
 
     def read(self) -> tuple[list[bytes], bool]:
         """Open the file; return its newest lines, and whether that is all. Raises ConfigError."""
-        if not self._path:
+        if not self.path:
             return [], True
         try:
             lines = self._open(LOG_TAIL_BYTES).split(b"\n")
         except OSError as error:
-            raise ConfigError(f"--log: {self._path}: {error.strerror}") from None
+            raise ConfigError(f"--log: {self.path}: {error.strerror}") from None
+        self._due_bytes = LOG_STEP_BYTES
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
@@ -7658,7 +7659,7 @@ class MonitorLog:
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-        fd, tail = os.open(self._path, flags, 0o600), b""
+        fd, tail = os.open(self.path, flags, 0o600), b""
         status = os.fstat(fd)
         try:
             if stat.S_ISREG(status.st_mode):
@@ -7688,7 +7689,7 @@ class MonitorLog:
 
         If that fails it is tried again the next time; a line on stderr says so once a minute.
         """
-        if not self._path:
+        if not self.path:
             self._waiting.clear()
             return
         try:
@@ -7705,14 +7706,14 @@ class MonitorLog:
                 self._append()
                 self.problem = ""
         except OSError as error:
-            self.problem = f"--log: {self._path}: {error.strerror}"
+            self.problem = f"--log: {self.path}: {error.strerror}"
             if time.monotonic() - self._complained_at >= LOG_ERROR_SECONDS:
                 self._complained_at = time.monotonic()
                 write_without_waiting(2, encode_note(self.problem))
 
     def _is_rotated(self) -> bool:
         try:
-            status = os.stat(self._path)
+            status = os.stat(self.path)
         except FileNotFoundError:
             return True
         is_same = self._fd >= 0 and os.path.samestat(status, os.fstat(self._fd))
@@ -7728,42 +7729,39 @@ class MonitorLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@dataclass(eq=False)
 class Watched:
     """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
-    emit: is called with this server and each event that is news. Events of its state are made here.
+    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: is called
+    with this server and each event that is news. Events of its state are made here.
     """
 
     TASK = ("task_id", "command", "cwd", "by", "started")
 
-    def __init__(
-        self,
-        target: Target,
-        cpu_alert: float | None,
-        log: MonitorLog,
-        emit: Callable[[Watched, dict[str, Any]], None],
-    ) -> None:
-        self.target = target
-        self.link = Link(target, self.take)
-        # The monitor's own rule, or False: the server's alerts count.
-        self._rule = cpu_alert is not None and AlertRule(cpu_alert, 60, 0)
-        self._log = log
-        self._emit = emit
-        self.state = ServerState.CONNECTING
-        # Why it is not up, and when it was last heard of while it was (monotonic seconds).
-        self.reason = ""
-        self._silent_at = 0.0
-        # The newest `stats_update`, {} before the first; the newest alert as text, and when it was
-        # raised (the server's ms).
-        self.stats: dict[str, Any] = {}
-        self.alert = ""
-        self.alert_at = 0
-        # The server's newest event at the last `hello`, which has told the alerts up to there.
-        self._hello_seq = 0
-        # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
-        self.tasks: dict[str, dict[str, Any]] = {}
-        self.open_bytes = 0
-        self.ended: OrderedDict[str, None] = OrderedDict()
+    target: Target
+    cpu_alert: float | None
+    log: MonitorLog
+    emit: Callable[[Watched, dict[str, Any]], None]
+    state: ServerState = ServerState.CONNECTING
+    # Why it is not up, and when it was last heard of while it was (monotonic seconds).
+    reason: str = ""
+    _silent_at: float = 0.0
+    # The newest `stats_update`, {} before the first; the newest alert as text, and when it was
+    # raised (the server's ms).
+    stats: dict[str, Any] = field(default_factory=dict)
+    alert: str = ""
+    alert_at: int = 0
+    # The server's newest event at the last `hello`, which has told the alerts up to there.
+    _hello_seq: int = 0
+    # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open_bytes: int = 0
+    ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self.link = Link(self.target, self.take)
+        self._rule = self.cpu_alert is not None and AlertRule(self.cpu_alert, 60, 0)
 
     def make_record(self, event: str, **fields: Any) -> dict[str, Any]:
         """Return a record, with the place in the server's events up to which it was read."""
@@ -7779,7 +7777,7 @@ class Watched:
         """Write a record, and remember what it says."""
         record = self.make_record(event, **fields)
         self.remember(record)
-        self._log.add(record)
+        self.log.add(record)
 
     def record_gap(self, first: int, last: int | None, reason: str) -> None:
         self.record("gap", **{"from": first, "to": last, "reason": reason})
@@ -7819,9 +7817,9 @@ class Watched:
         """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
         take = self.TAKES.get(event["type"])
         is_old = take is not None and take(self, event)
-        self._log.flush()
+        self.log.flush()
         if not is_old:
-            self._emit(self, event)
+            self.emit(self, event)
 
     def change(self, state: ServerState, **fields: Any) -> None:
         """Enter a state, if it may come after the present one; record that and tell it."""
@@ -7837,7 +7835,7 @@ class Watched:
             self.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
         self.state, self.stats = state, {}
         self.record(event, **fields)
-        self._emit(self, {"type": event, "timestamp": int(time.time() * 1000), **fields})
+        self.emit(self, {"type": event, "timestamp": int(time.time() * 1000), **fields})
 
     def _take_hello(self, event: dict[str, Any]) -> bool:
         self.reason = ""
@@ -7933,7 +7931,7 @@ class Watched:
         self.record(event["type"], cpu=event["cpu"], raised=raised)
         return False
 
-    TAKES: dict[str, Callable[..., bool | None]] = {
+    TAKES = {
         "hello": _take_hello,
         "lost": _take_lost,
         "restarted": _take_restarted,
@@ -8107,8 +8105,9 @@ def format_table(
     return lines
 
 
+@dataclass(eq=False)
 class Screen:
-    """The monitor on a terminal: drawn when something has changed, at most 5 times a second."""
+    """The monitor on a terminal: composed 5 times a second, and drawn when it has changed."""
 
     # Key -> rows to scroll: arrows, Page Up and Down, Home, End, and what `less` and `vi` have.
     KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
@@ -8117,29 +8116,38 @@ class Screen:
     # One key of several that were read at once: an escape sequence, or a character.
     KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
-    def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
-        self._everybody = everybody
-        self._log = log
-        # What ends the monitor.
-        self.leave: Callable[[], object] = lambda: None
-        self._sort = "s"
-        # The first row shown, and how many there were.
-        self._top = self._shown = 0
-        self._is_coloured = wants_colours()
-        self._is_touched = asyncio.Event()
-        # The terminal's attributes before, [] if stdin is not a terminal.
-        self._before: list[Any] = []
-        self._output = Output(1)
+    everybody: Sequence[Watched]
+    log: MonitorLog
+    # What ends the monitor.
+    leave: Callable[[], object] = lambda: None
+    _sort: str = "s"
+    # The first row shown, and how many there were.
+    _top: int = 0
+    _shown: int = 0
+    # The picture that was drawn last, with the terminal's size.
+    _drawn: tuple[int, int, str] = (0, 0, "")
+    # The terminal's attributes before, [] if stdin is not a terminal.
+    _before: list[Any] = field(default_factory=list)
+    _is_coloured: bool = field(default_factory=wants_colours)
+    _output: Output = field(default_factory=lambda: Output(1))
 
-    def __enter__(self) -> Screen:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGWINCH, self.touch)
-        loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+    async def run(self) -> None:
+        """Draw for ever."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTSTP, self._suspend)
         self._open()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._close()
+        try:
+            while True:
+                cols, rows = read_terminal_size(1)
+                text = self._compose(max(cols, 20), max(rows, 4))
+                if self._drawn != (cols, rows, text):
+                    self._drawn = cols, rows, text
+                    self._output.put(text.encode("utf-8", "replace"))
+                    await self._output.drain()
+                await asyncio.sleep(0.2)
+        except OutputError:  # the terminal is gone
+            self.leave()
+        finally:
+            self._close()
 
     def _open(self) -> None:
         if os.isatty(0):
@@ -8147,7 +8155,6 @@ class Screen:
             tty.setcbreak(0)
             asyncio.get_running_loop().add_reader(0, self._read)
         self._output.put(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor or wrapping
-        self.touch()
 
     def _close(self) -> None:
         with contextlib.suppress(termios.error):  # the terminal is gone
@@ -8164,23 +8171,7 @@ class Screen:
         self._close()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
-
-    def touch(self) -> None:
-        self._is_touched.set()
-
-    async def run(self) -> None:
-        """Draw for ever."""
-        while True:
-            await self._is_touched.wait()
-            self._is_touched.clear()
-            cols, rows = read_terminal_size(1)
-            try:
-                text = self._compose(max(cols, 20), max(rows, 4))
-                self._output.put(text.encode("utf-8", "replace"))
-                await self._output.drain()
-            except OutputError:  # the terminal is gone
-                self.leave()
-            await asyncio.sleep(0.2)
+        self._drawn = 0, 0, ""
 
     def _read(self) -> None:
         try:
@@ -8196,18 +8187,17 @@ class Screen:
             elif key in SORTS:
                 self._sort, self._top = key, 0
             self._scroll(self.KEYS.get(key, 0))
-        self.touch()
 
     def _scroll(self, rows: int) -> None:
-        self._top = max(0, min(self._top + rows, len(self._everybody) - self._shown))
+        self._top = max(0, min(self._top + rows, len(self.everybody) - self._shown))
 
     def _compose(self, cols: int, rows: int) -> str:
         title, order = SORTS[self._sort]
         self._shown = rows - 3
         self._scroll(0)
-        everybody = sorted(self._everybody, key=lambda one: (order(one), one.target.name))
+        everybody = sorted(self.everybody, key=lambda one: (order(one), one.target.name))
         last_row = min(self._top + self._shown, len(everybody))
-        lines = [clean_text(format_totals(self._everybody, cols), cols)]
+        lines = [clean_text(format_totals(self.everybody, cols), cols)]
         for state, line in format_table(everybody, cols, slice(self._top, last_row)):
             paint = STATE_COLOURS.get(state, "") if self._is_coloured or not state else ""
             lines.append(f"{paint}{line}{PLAIN if paint else ''}")
@@ -8215,7 +8205,7 @@ class Screen:
         keys = "q quit · c n s: by CPU, name, state · arrows scroll"
         place = f"{self._top + 1}-{last_row} of {len(everybody)} by {title}"
         last = f"{place} · {keys if self._before else 'Ctrl-C quits'}"
-        lines.append(clean_text(self._log.problem or last, cols))
+        lines.append(clean_text(self.log.problem or last, cols))
         return "\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J"
 
 
@@ -8281,17 +8271,14 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
     rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        while True:
-            now = time.monotonic()
-            if rounds and now >= rounds[-1]:
+        udp.settimeout(0.02)
+        while time.monotonic() < start + seconds and len(found) < MAX_FOUND_SERVERS:
+            if rounds and time.monotonic() >= rounds[-1]:
                 rounds.pop()
                 send_probes(udp, addresses, port)
-            if now >= start + seconds or len(found) >= MAX_FOUND_SERVERS:
-                break
-            udp.settimeout(max(0.001, (rounds[-1] if rounds else start + seconds) - now))
             try:
                 data, source = udp.recvfrom(2 * KIB)
-            except OSError:  # the time is over, or an ICMP error came back
+            except OSError:  # nothing has come, or an ICMP error
                 continue
             reply = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
@@ -12552,7 +12539,7 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
             asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
     if screen is not None:
         screen.leave = watching.cancel
-    with screen or contextlib.nullcontext(), contextlib.suppress(asyncio.CancelledError):
+    with contextlib.suppress(asyncio.CancelledError):
         await watching
 
 
@@ -12585,31 +12572,16 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if given.log in ("", "-"):  # perhaps an unset variable; going on without a log would be wrong
         raise ConfigError("--log: name a file")
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
-    screen: Screen | None = None
-    lines = EventWriter(given.json)
+    lines, log = EventWriter(given.json), MonitorLog(given.log or "")
 
     def emit(watched: Watched, event: dict[str, Any]) -> None:
-        if screen is not None:
-            screen.touch()
-        elif not given.once:
+        if not is_live and not given.once:
             lines.write(watched.target.name, event)
 
-    log = MonitorLog(given.log or "")
     everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
-    monitor = Monitor(everybody, log)
-
-    async def run() -> None:
-        nonlocal screen
-        if given.once:
-            await watch_once(monitor)
-            return
-        screen = Screen(everybody, log) if is_live else None
-        try:
-            await watch(monitor, screen)
-        finally:
-            lines.output.finish(FINISH_SECONDS)
-
-    asyncio.run(end_quietly(run()))
+    monitor, screen = Monitor(everybody, log), Screen(everybody, log) if is_live else None
+    asyncio.run(end_quietly(watch_once(monitor) if given.once else watch(monitor, screen)))
+    lines.output.finish(FINISH_SECONDS)
     if not given.once:
         return 0
     write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
@@ -12642,7 +12614,7 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """`discover`: ask who is there, print it, return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
-    given = parse_arguments("discover", [*([f"--discovery-port={twin}"] if twin else []), *argv])
+    given = parse_arguments("discover", [f"--discovery-port={twin}", *argv] if twin else argv)
     formats: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
         "json": to_json,
         "prometheus": format_prometheus,
