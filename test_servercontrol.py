@@ -336,6 +336,11 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
+    def end(self, task_id: str) -> dict[str, Any]:
+        """Kill a task and return what /tasks says about it then."""
+        assert self.request("POST", f"/kill?id={task_id}").status == 200
+        return self.wait_for_end(task_id)
+
     def connect(self, port: int | None = None) -> socket.socket:
         """Return a TCP connection to the HTTP port."""
         return socket.create_connection(("127.0.0.1", port or self.port), PATIENCE_SECONDS)
@@ -393,6 +398,16 @@ def is_complete(task_id: str) -> Callable[[dict[str, Any]], bool]:
 def loops() -> list[str]:
     """Return the event loops to test on."""
     return ["asyncio"] + (["uvloop"] if sc.uvloop is not None else [])
+
+
+def in_loop(test: Any) -> Any:
+    """Run a coroutine function as a test."""
+
+    @functools.wraps(test)
+    def run(*given: Any, **named: Any) -> None:
+        asyncio.run(test(*given, **named))
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -1930,19 +1945,19 @@ class TestFeed:
         ("from the beginning", 0, True, 91, (1, 90)), ("from the future", 101, True, 91, (0, 90)),
         ("other boot", 95, False, 91, (0, 90)),
     )  # fmt: skip
-    def test_where_one_that_comes_back_goes_on(self, since: int, same_boot: bool, cursor: int, gap):
-        async def run() -> None:
-            viewers, viewer = sc.Viewers(asyncio.get_running_loop()), TestRounds.Viewer()
-            viewer.transport.get_write_buffer_size.return_value = 0
-            viewers.feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
-            assert (viewers.feed.first, viewers.feed.next) == (91, 101)
-            viewers.join(viewer, since, same_boot)
-            viewers.flush_all()
-            told, less, events = b"".join(viewer.taken).partition(b"<")
-            assert less + events == b"".join(b"<%d>" % seq for seq in range(cursor, 101))
-            assert told[2:] == (b'{"type":"gap","from":%d,"to":%d}' % gap if gap else b"")
-
-        asyncio.run(run())
+    @in_loop
+    async def test_where_one_that_comes_back_goes_on(
+        self, since: int, same_boot: bool, cursor: int, gap
+    ):
+        viewers, viewer = sc.Viewers(asyncio.get_running_loop()), TestRounds.Viewer()
+        viewer.transport.get_write_buffer_size.return_value = 0
+        viewers.feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
+        assert (viewers.feed.first, viewers.feed.next) == (91, 101)
+        viewers.join(viewer, since, same_boot)
+        viewers.flush_all()
+        told, less, events = b"".join(viewer.taken).partition(b"<")
+        assert less + events == b"".join(b"<%d>" % seq for seq in range(cursor, 101))
+        assert told[2:] == (b'{"type":"gap","from":%d,"to":%d}' % gap if gap else b"")
 
     @cases(
         ("everything", sc.Choice(), None),
@@ -2104,7 +2119,7 @@ class TestMessages:
     @pytest.mark.parametrize(
         "text",
         ["", "{", "[]", "5", "null", '"x"', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":NaN}',
-         '{"a":-Infinity}', '{"a":1}x', "\ufeff{}", b"\xff{}", '{"a":"\n"}', "{'a':1}",
+         "9" * 65000, '{"a":-Infinity}', '{"a":1}x', "\ufeff{}", b"\xff{}", '{"a":"\n"}', "{'a':1}",
          "[" * 100_000, '{"a":' * 100_000],
         ids=lambda text: repr(text)[:20],
     )  # fmt: skip
@@ -2151,7 +2166,10 @@ class TestMessages:
            '"env":{"A=":"x"}', '"env":{"A":"\\u0000"}', '"env":{"\\udfff":""}', '"timeout":"1"',
            '"timeout":true', '"timeout":-1', '"timeout":31622401',
            '"timeout":null', '"timeout":1e300', '"name":5', '"env":null',
-           '"env":[["A","b"]]', '"name":""', '"name":"%s"' % ("n" * 201))],
+           '"env":[["A","b"]]', '"window":-1', '"window":true', '"window":"1"', '"window":1.5',
+           '"stdin":5', '"stdin":null', '"stdin":"\\ud800"', '"tty":1', '"tty":"yes"',
+           '"tty":true,"cols":0', '"tty":true,"rows":10000', '"tty":true,"cols":80.5',
+           '"tty":true,"rows":true', '"cols":80', '"tty":false,"rows":24', '"name":""', '"name":"%s"' % ("n" * 201))],
         ("unknown field", "", b'{"cmd":"x","comand":"y"}', "unknown_field"),
         ("other case", "", b'{"cmd":"x","Cmd":"y"}', "unknown_field"),
         ("command too long", "", b'{"cmd":"%b"}' % (b"#" * 65537), "too_large"),
@@ -2646,10 +2664,6 @@ class TestWebSocketHandshake:
             peer.send(make_frame(0xC1, b"{}"))
             assert peer.read_close()[0] == 1002
 
-    def test_own_subprotocol_is_chosen(self, server: ServerProcess) -> None:
-        with server.websocket(subprotocols=["other", "servercontrol.v1"]) as websocket:
-            assert websocket.subprotocol == "servercontrol.v1"
-
     def test_messages_in_the_segment_of_the_upgrade(self, server: ServerProcess) -> None:
         with RawPeer(server, extra=make_frame(0x81, '{"type":"hello"}')) as peer:
             assert peer.receive(is_type("hello"))
@@ -2779,20 +2793,6 @@ class TestWebSocketRules:
                     assert 1 <= len(pings) <= 2
                 assert asking.receive(is_type("pong"))
 
-    @each_loop
-    def test_stopping_server_says_1001_and_then_nothing(self, loop: str, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.05") as server:
-            with RawPeer(server) as silent, server.websocket() as client:
-                task_id = server.start("sleep 60")
-                receive_events(client, is_type("task_start"))
-                server.process.terminate()
-                events = receive_events(client, is_complete(task_id))
-                assert (events[-1]["state"], events[-1]["signal"]) == ("killed", "TERM")
-                with pytest.raises(Exception, match="1001"):
-                    receive_events(client, lambda event: False)
-                assert silent.read_close() == (1001, "the server stops")
-            assert server.process.wait(PATIENCE_SECONDS) == 0
-
 
 # End to end: events ──────────────────────────────────────────────────────────────────────────
 
@@ -2860,32 +2860,6 @@ class TestEvents:
         assert "".join(event["output"] for event in outputs) == "a\033\0\r\n\ufffd€"
         assert (end["signal"], end["output_bytes"]) == (None, 11)
 
-    def test_every_client_sees_the_same_order(self, server: ServerProcess) -> None:
-        paths = ("/", "/ws")
-        with contextlib.ExitStack() as stack:
-            clients = [
-                stack.enter_context(server.websocket(paths[n % 2])) if n % 3 else
-                stack.enter_context(RawPeer(server, paths[n % 2])) for n in range(6)
-            ]  # fmt: skip
-            loop = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; done"
-            ids = [server.start(loop) for _ in range(10)]
-            for task_id in ids:
-                server.wait_for_end(task_id)
-            last = server.start("exit 0")
-            streams = []
-            for client in clients:
-                israw = isinstance(client, RawPeer)
-                streams.append(
-                    client.receive(is_complete(last)) if israw
-                    else receive_events(client, is_complete(last))
-                )  # fmt: skip
-        begin = max(stream[0]["seq"] for stream in streams)
-        streams = [[event for event in stream if event["seq"] >= begin] for stream in streams]
-        assert all(check_stream(stream) == [] for stream in streams)
-        assert all(stream == streams[0] for stream in streams)
-        outputs = [event for event in streams[0] if event["type"] == "task_output"]
-        assert {event["task_id"] for event in outputs} == set(ids)
-
     def test_silent_client_gets_broadcasts_alone(self, server: ServerProcess) -> None:
         with RawPeer(server) as silent, server.websocket() as asking:
             asking.send('{"type":"hello"}')
@@ -2938,9 +2912,7 @@ class TestEvents:
 
     @cases(
         ("not JSON", "ls", "bad_json"), ("empty", "", "bad_json"), ("array", "[]", "bad_json"),
-        ("number", "5", "bad_json"), ("null", "null", "bad_json"), ("NaN", '{"type":NaN}', "bad_json"),
-        ("deep arrays", "[" * 65000, "bad_json"), ("deep objects", '{"a":' * 13000, "bad_json"),
-        ("huge number", "9" * 65000, "bad_json"), ("twice", '{"type":"ping","type":"ping"}', "bad_json"),
+        ("huge number", "9" * 65000, "bad_json"), ("deep objects", '{"a":' * 13000, "bad_json"),
         ("no type", "{}", "bad_message"), ("type 5", '{"type":5}', "bad_message"),
         ("unknown", '{"type":"exec","cmd":"ls"}', "unknown_type"),
         ("__init__", '{"type":"__init__"}', "unknown_type"),
@@ -3118,22 +3090,6 @@ class TestReplay:
         assert (hello["type"], hello["boot_id"], events[0]["seq"]) == ("hello", boot, 1)
         assert hello["seq"] >= events[-1]["seq"]
 
-    def test_connection_broken_again_and_again(self, server: ServerProcess) -> None:
-        boot = server.get("/info")["boot_id"]
-        with RawPeer(server) as first:
-            task_id = server.start("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
-            events = first.receive(is_type("task_start"))
-        chance = random.Random(7)
-        while not is_complete(task_id)(events[-1]):
-            with RawPeer(server, f"/ws?boot={boot}&since={events[-1]['seq']}") as peer:
-                stop = chance.randrange(1, 40)
-                events += peer.receive(
-                    lambda event: is_complete(task_id)(event) or event["seq"] >= events[-1]["seq"] + stop
-                )  # fmt: skip
-        assert check_stream(events) == []
-        outputs = [e["output"] for e in events if e.get("task_id") == task_id and "output" in e]
-        assert "".join(outputs) == "".join(f"line {n}\n" for n in range(3000))
-
     @pytest.mark.parametrize("since", [0, 1, 10**15])
     def test_other_boot_is_a_gap(self, server: ServerProcess, since: int) -> None:
         task_id = server.start("exit 0")
@@ -3188,97 +3144,85 @@ class TestRounds:
             viewers.join(viewer, None, True)
         return viewers, everybody
 
-    def test_round_ends_though_there_is_always_news(self, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_round_ends_though_there_is_always_news(self, monkeypatch: Any) -> None:
         """Each turn serves a step; who joins, and what is published meanwhile, is for the next."""
-
-        async def run() -> None:
-            viewers, everybody = self.gather(5 * sc.ROUND_STEP)
-            viewers.flush_all()
-            viewers.publish("stats_update", n=1)
-            for turn in range(1, 6):
-                viewers.flush()
-                viewers.join(self.Viewer(), 0, True)
-                viewers.publish("stats_update", n=2)
-                assert sum(bool(one.taken) for one in everybody) == turn * sc.ROUND_STEP
-                assert viewers.feed.is_dirty
-            viewers.flush_all()
-            last = viewers.feed.next - 1
-            for viewer in viewers.all:
-                seqs = viewer.seqs()
-                assert seqs == list(range(seqs[0], last + 1)), "in order, once, to the end"
-
         monkeypatch.setattr(sc, "FLUSH_TURN_SECONDS", -1.0)
-        asyncio.run(run())
+        viewers, everybody = self.gather(5 * sc.ROUND_STEP)
+        viewers.flush_all()
+        viewers.publish("stats_update", n=1)
+        for turn in range(1, 6):
+            viewers.flush()
+            viewers.join(self.Viewer(), 0, True)
+            viewers.publish("stats_update", n=2)
+            assert sum(bool(one.taken) for one in everybody) == turn * sc.ROUND_STEP
+            assert viewers.feed.is_dirty
+        viewers.flush_all()
+        last = viewers.feed.next - 1
+        for viewer in viewers.all:
+            seqs = viewer.seqs()
+            assert seqs == list(range(seqs[0], last + 1)), "in order, once, to the end"
 
-    def test_news_of_a_round_begin_the_next(self, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_news_of_a_round_begin_the_next(self, monkeypatch: Any) -> None:
         """Also for those who were served before the news came, and when nothing else comes."""
-
-        async def run() -> None:
-            viewers, everybody = self.gather(3 * sc.ROUND_STEP)
-            await asyncio.sleep(0.01)  # all have been served
-            viewers.publish("stats_update")
-            await asyncio.sleep(0)
-            viewers.publish("stats_update")
-            for _ in range(20):
-                await asyncio.sleep(0)
-            assert [one.seqs() for one in everybody] == [[1, 2]] * len(everybody)
-
         monkeypatch.setattr(sc, "FLUSH_TURN_SECONDS", -1.0)
-        asyncio.run(run())
+        viewers, everybody = self.gather(3 * sc.ROUND_STEP)
+        await asyncio.sleep(0.01)  # all have been served
+        viewers.publish("stats_update")
+        await asyncio.sleep(0)
+        viewers.publish("stats_update")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [one.seqs() for one in everybody] == [[1, 2]] * len(everybody)
 
-    def test_few_are_served_at_once_but_not_in_a_flood(self, monkeypatch: Any) -> None:
-        async def run() -> None:
-            viewers, few = self.gather(sc.FEW_VIEWERS)
-            await asyncio.sleep(0)
-            viewers._hurried_at = -1e12
-            viewers.publish("stats_update")
-            assert [one.seqs() for one in few] == [[1]] * len(few)
-            viewers.publish("stats_update")
-            assert few[0].seqs() == [1], "one write for many events"
-            await asyncio.sleep(0)
-            assert few[0].seqs() == [1, 2]
-            viewers.join(self.Viewer(), None, True)
-            await asyncio.sleep(0)
-            viewers._hurried_at = -1e12
-            viewers.publish("stats_update")
-            assert few[0].seqs() == [1, 2], "they are not few any more"
-
+    @in_loop
+    async def test_few_are_served_at_once_but_not_in_a_flood(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "FEW_PAUSE_SECONDS", 1e9)
-        asyncio.run(run())
+        viewers, few = self.gather(sc.FEW_VIEWERS)
+        await asyncio.sleep(0)
+        viewers._hurried_at = -1e12
+        viewers.publish("stats_update")
+        assert [one.seqs() for one in few] == [[1]] * len(few)
+        viewers.publish("stats_update")
+        assert few[0].seqs() == [1], "one write for many events"
+        await asyncio.sleep(0)
+        assert few[0].seqs() == [1, 2]
+        viewers.join(self.Viewer(), None, True)
+        await asyncio.sleep(0)
+        viewers._hurried_at = -1e12
+        viewers.publish("stats_update")
+        assert few[0].seqs() == [1, 2], "they are not few any more"
 
-    def test_nothing_is_sent_after_a_close_or_to_who_has_left(self) -> None:
-        async def run() -> None:
-            viewers, everybody = self.gather(4)
-            closed, left, stalled, _ = everybody
-            closed.close(1000, "")
-            viewers.resume(closed)
-            viewers.stall(stalled)
-            viewers.publish("stats_update")
-            viewers.leave(left)
-            viewers.flush_all()
-            assert [one.seqs() for one in everybody] == [[], [], [], [1]]
-            viewers.publish("stats_update")
-            viewers.resume(stalled)
-            viewers.flush_all()
-            assert [one.seqs() for one in everybody] == [[], [], [1, 2], [1, 2]]
-            assert viewers.written_bytes == sum(len(b"".join(one.taken)) for one in everybody)
+    @in_loop
+    async def test_nothing_is_sent_after_a_close_or_to_who_has_left(self) -> None:
+        viewers, everybody = self.gather(4)
+        closed, left, stalled, _ = everybody
+        closed.close(1000, "")
+        viewers.resume(closed)
+        viewers.stall(stalled)
+        viewers.publish("stats_update")
+        viewers.leave(left)
+        viewers.flush_all()
+        assert [one.seqs() for one in everybody] == [[], [], [], [1]]
+        viewers.publish("stats_update")
+        viewers.resume(stalled)
+        viewers.flush_all()
+        assert [one.seqs() for one in everybody] == [[], [], [1, 2], [1, 2]]
+        assert viewers.written_bytes == sum(len(b"".join(one.taken)) for one in everybody)
 
-        asyncio.run(run())
-
-    def test_what_nobody_chose_is_not_encoded(self, monkeypatch: Any) -> None:
-        async def run() -> None:
-            viewers, some = self.gather(3, "cpu_alert")
-            for n in range(100):
-                viewers.publish("task_output", task_id="1", output=b"x" * n, offset=0)
-                viewers.flush_all()
-            assert not viewers._round and encoded.call_count == 0
-            viewers.publish("cpu_alert")
-            viewers.flush_all()
-            assert [one.seqs() for one in some] == [[101]] * 3 and encoded.call_count == 1
-
+    @in_loop
+    async def test_what_nobody_chose_is_not_encoded(self, monkeypatch: Any) -> None:
         encoded = mock.Mock(side_effect=sc.encode_event)
         monkeypatch.setattr(sc, "encode_event", encoded)
-        asyncio.run(run())
+        viewers, some = self.gather(3, "cpu_alert")
+        for n in range(100):
+            viewers.publish("task_output", task_id="1", output=b"x" * n, offset=0)
+            viewers.flush_all()
+        assert not viewers._round and encoded.call_count == 0
+        viewers.publish("cpu_alert")
+        viewers.flush_all()
+        assert [one.seqs() for one in some] == [[101]] * 3 and encoded.call_count == 1
 
     def test_tasks_wait_for_viewers_but_not_for_ever(self, tmp_path: Path) -> None:
         feed = 'type("Feed", (), {"is_dirty": True, "must_pause": False})'
@@ -3418,25 +3362,22 @@ class TestCompression:
 class TestSlowViewers:
     """SPEC 2: a slow client costs nobody anything."""
 
-    def test_flood_waits_until_they_have_caught_up(self) -> None:
+    @in_loop
+    async def test_flood_waits_until_they_have_caught_up(self) -> None:
         """Only then is their patience whole again, and only half a feed behind it begins."""
-
-        async def run() -> None:
-            viewers = sc.Viewers(asyncio.get_running_loop())
-            while not viewers.feed.middle:
-                viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
-            feed = viewers.feed
-            viewer = mock.Mock(audience=sc.Audience(None, 0), is_stalled=False)
-            viewers._queue = {viewer: None}
-            for cursor, is_pressed in (
-                (feed.middle, False), (feed.middle - 1, True), (feed.middle, True),
-                (feed.next - 1, True), (feed.next, False), (feed.next - 1, False),
-            ):  # fmt: skip
-                viewer.cursor = cursor
-                viewers._find_pressure()
-                assert feed.must_pause is is_pressed, cursor
-
-        asyncio.run(run())
+        viewers = sc.Viewers(asyncio.get_running_loop())
+        while not viewers.feed.middle:
+            viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
+        feed = viewers.feed
+        viewer = mock.Mock(audience=sc.Audience(None, 0), is_stalled=False)
+        viewers._queue = {viewer: None}
+        for cursor, is_pressed in (
+            (feed.middle, False), (feed.middle - 1, True), (feed.middle, True),
+            (feed.next - 1, True), (feed.next, False), (feed.next - 1, False),
+        ):  # fmt: skip
+            viewer.cursor = cursor
+            viewers._find_pressure()
+            assert feed.must_pause is is_pressed, cursor
 
     def test_viewers_that_read_nothing(self, server: ServerProcess) -> None:
         with contextlib.ExitStack() as stack:
@@ -3680,26 +3621,6 @@ class TestDiscovery:
                 assert server.get("/health") == {"ok": True}
             replies += prober.receive(0.2)
             assert 5 <= len(replies) <= 5 * (math.ceil(time.monotonic() - began) + 1)
-
-    def test_limit_in_all(self, server: ServerProcess) -> None:
-        with contextlib.ExitStack() as stack:
-            port, hosts = server.discovery_port, (f"127.0.1.{n}" for n in range(1, 121))
-            probers = [stack.enter_context(Prober(port, host)) for host in hosts]
-            began = time.monotonic()
-            for prober in probers * 5:
-                prober.send()
-            assert server.get("/health") == {"ok": True}
-            replies: list[Any] = []
-
-            def receive_all() -> int:
-                for prober in probers:
-                    replies.extend(prober.receive(0))
-                return len(replies)
-
-            wait_until(lambda: receive_all() >= 30)
-            time.sleep(0.2)  # no more come
-            seconds = math.ceil(time.monotonic() - began) + 1
-            assert receive_all() <= 50 * seconds < 600
 
     def test_prober_that_is_gone(self, server: ServerProcess) -> None:
         for number in range(5):
@@ -4141,12 +4062,6 @@ class TestHttpRefused(RunsNothing):
         assert received.startswith(b"HTTP/1.1 %d " % status)
         assert received.partition(b"\r\n\r\n")[2] == b""
 
-    @pytest.mark.parametrize("path", ["/ws", "/ws?since=0"])
-    def test_plain_get_of_websocket_path_is_426(self, server: ServerProcess, path: str) -> None:
-        answer = server.request("GET", path)
-        check_error(answer, 426)
-        assert answer.headers["sec-websocket-version"] == "13"
-
 
 class TestHttpConnection(RunsTasks):
     """RFC 9112, 9: keep-alive, pipelining, HTTP/1.0, bodies, 100-continue."""
@@ -4271,18 +4186,6 @@ class TestHttpConnection(RunsTasks):
         urls = [f"{url}/health", f"{url}/nothing", f"{url}/tasks"]
         told = curl(*(a for u in urls for a in ("-o", os.devnull, u)), "-w", "%{num_connects} ")
         assert told.stdout.split() == [b"1", b"0", b"0"]
-
-    def test_both_ports_speak_both_protocols(self, server: ServerProcess) -> None:
-        assert server.port != server.ws_port
-        for port in (server.port, server.ws_port):
-            data = make_request("GET /health", "Connection: close")
-            assert AnswerStream(server.exchange(data, port)).next().json() == {"ok": True}
-            for path in ("/", "/ws"):
-                with server.connect(port) as connection:
-                    connection.sendall(make_request(f"GET {path}", *UPGRADE_FIELDS))
-                    answer = AnswerStream(connection).next()
-                assert answer.status == 101
-                assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
     def test_reset_in_an_answer_is_no_news(self, server: ServerProcess) -> None:
         task_id = server.run("head -c 4000000 /dev/zero | tr '\\0' a")["task_id"]
@@ -4434,8 +4337,7 @@ class TestRoutes(RunsTasks):
         assert "127.0.0.1" in task["by"] and "run" in task["by"]
         assert task["cwd"] == os.getcwd()
         assert server.get("/tasks")[-1] == task
-        server.request("POST", f"/kill?id={task_id}")
-        task = server.wait_for_end(task_id)
+        task = server.end(task_id)
         assert (task["state"], task["exit_code"], task["signal"]) == ("killed", 143, "TERM")
         assert task["started"] <= task["ended"]
         later = server.run("true")["task_id"]
@@ -4466,8 +4368,7 @@ class TestRoutes(RunsTasks):
         task_id = server.start("exec sleep 300")
         answer = server.request("HEAD", f"/logs?id={task_id}&follow")
         assert answer.status == 200 and answer.body == b""
-        assert server.request("POST", f"/kill?id={task_id}").status == 200
-        server.wait_for_end(task_id)
+        server.end(task_id)
 
     @pytest.mark.parametrize("name", ["NOPE", "", "9", "TERM%00", "T%20ERM"])
     def test_kill_with_unknown_signal_does_nothing(self, server: ServerProcess, name: str) -> None:
@@ -4476,18 +4377,6 @@ class TestRoutes(RunsTasks):
         assert server.task(task_id)["state"] == "running"
         assert server.request("POST", f"/kill?id={task_id}&signal=int").status == 200
         assert server.wait_for_end(task_id)["exit_code"] == 130
-
-    def test_get_and_head_change_nothing(self, server: ServerProcess) -> None:
-        task_id = server.start("exec sleep 300")
-        for method in ("GET", "HEAD"):
-            for path in (
-                f"/kill?id={task_id}", "/exec", "/exec?wait", f"/kill?id={task_id}&signal=9",
-            ):  # fmt: skip
-                assert server.request(method, path, b"true").status == 405
-        task = server.get("/tasks")[-1]
-        assert (task["task_id"], task["state"]) == (task_id, "running")
-        server.request("POST", f"/kill?id={task_id}")
-        server.wait_for_end(task_id)
 
     def test_stats_tell_the_newest_event(self, server: ServerProcess) -> None:
         stats = server.get("/stats")
@@ -4513,8 +4402,7 @@ class TestRoutes(RunsTasks):
         ports = {"http": server.port, "ws": server.ws_port, "discovery": server.discovery_port}
         assert info["ports"] == ports and info["uptime"] >= 0 and info["clients"] == 0
         assert info["limits"]["max_tasks"] == 64 and info["limits"]["max_clients"] == 10000
-        server.request("POST", f"/kill?id={task_id}")
-        server.wait_for_end(task_id)
+        server.end(task_id)
         later = server.get("/info")
         assert later["boot_id"] == info["boot_id"] and later["seq"] > info["seq"]
         assert later["tasks_running"] == 0
@@ -4555,12 +4443,9 @@ RUN_TRUE = b'{"cmd":"true"}'
 NAVIGATION = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
 # Three ways in for a web page: (request line, fields, body).
 PAGE_REQUESTS = [
-    ("POST /exec", (JSON_FIELD,), RUN_TRUE),
-    ("GET /tasks", (), b""),
-    ("GET /health", (), b""),
-    ("GET /", UPGRADE_FIELDS, b""),
-    ("GET /ws", UPGRADE_FIELDS, b""),
-]
+    ("POST /exec", (JSON_FIELD,), RUN_TRUE), ("GET /tasks", (), b""), ("GET /health", (), b""),
+    ("GET /", UPGRADE_FIELDS, b""), ("GET /ws", UPGRADE_FIELDS, b""),
+]  # fmt: skip
 
 
 class TestGate(RunsNothing):
@@ -4598,19 +4483,9 @@ class TestGate(RunsNothing):
             check_error(answer, 403)
             assert not [name for name in answer.headers if name.startswith("access-control")]
 
-    def test_two_origins_are_403(self, server: ServerProcess) -> None:
-        own = f"Origin: http://localhost:{server.port}"
-        for second in (own, "Origin: http://evil.test"):
-            data = make_request("GET /tasks", own, second, host=f"localhost:{server.port}")
-            check_error(ask(server, data), 403)
-
-    @pytest.mark.parametrize("origin, host", [
-        ("http://localhost:PORT", "localhost:PORT"), ("http://127.0.0.1:PORT", "127.0.0.1:PORT"),
-        ("http://[::1]:PORT", "[::1]:PORT"), ("http://localhost", "localhost"),
-        ("http://localhost:80", "localhost"), ("http://localhost", "localhost:80"),
-    ])  # fmt: skip
-    def test_own_origin_is_served(self, server: ServerProcess, origin: str, host: str) -> None:
-        origin, host = (text.replace("PORT", str(server.port)) for text in (origin, host))
+    def test_own_origin_is_served(self, server: ServerProcess) -> None:
+        host = f"localhost:{server.port}"
+        origin = f"http://{host}"
         for line, fields, body in PAGE_REQUESTS[1:]:
             data = make_request(line, "Origin: " + origin, *fields, body=body, host=host)
             answer = ask(server, data)
@@ -4629,25 +4504,6 @@ class TestGate(RunsNothing):
         frame = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
         check_error(ask(server, make_request("GET /", field, *frame)), 403)
         assert ask(server, make_request("GET /", field, *NAVIGATION)).status == 200
-
-    @pytest.mark.parametrize("site", ["same-origin", "none"])
-    def test_own_site_is_served(self, server: ServerProcess, site: str) -> None:
-        for path in ("/", "/tasks"):
-            assert ask(server, make_request(f"GET {path}", f"Sec-Fetch-Site: {site}")).status == 200
-
-    @pytest.mark.parametrize("media_type", ["text/plain", FORM_TYPE, "multipart/form-data", None])
-    @pytest.mark.parametrize("mark", ["Origin: http://localhost", "Sec-Fetch-Site: same-origin"])
-    def test_form_of_a_browser_is_415(self, server: ServerProcess, mark: str, media_type: Any):
-        fields = [mark] + ([f"Content-Type: {media_type}"] if media_type else [])
-        check_error(ask(server, make_request("POST /exec", *fields, body=RUN_TRUE)), 415)
-        cross = ["Sec-Fetch-Site: cross-site", *fields[1:]]
-        check_error(ask(server, make_request("POST /exec", *cross, body=RUN_TRUE)), 403)
-
-    def test_unlisted_preflight_is_403(self, server: ServerProcess) -> None:
-        fields = ("Origin: http://evil.test", "Access-Control-Request-Method: POST")
-        answer = ask(server, make_request("OPTIONS /exec", *fields))
-        check_error(answer, 403)
-        assert not [name for name in answer.headers if name.startswith("access-control")]
 
     @pytest.mark.parametrize(
         "line, fields, body", CLOSED_REQUESTS, ids=[r[0] for r in CLOSED_REQUESTS]
@@ -4704,20 +4560,6 @@ class TestOwnerOfAPort:
             finally:
                 os.kill(server.pid, signal.SIGCONT)
             assert server.get("/tasks") == []
-
-    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
-        request = make_request("POST /exec", body=b"id")
-
-        def attack() -> bytes:
-            for number in range(300):
-                with server.connect() as connection:
-                    connection.sendall(request)
-                    if number % 3:
-                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
-            return b"sent"
-
-        assert as_nobody(attack) == b"sent"
-        assert server.get("/tasks") == []
 
     def test_half_closed_client_is_still_ours(self, server: ServerProcess) -> None:
         with server.connect() as connection:
@@ -5142,12 +4984,6 @@ class TestTokens:
             check_error(ask(network_server, data), 401)
             data = make_request("GET /tasks", "Origin: https://one.test", PREFLIGHT_FIELD)
             check_error(ask(network_server, data), 401)
-
-    def test_foreign_origin_is_403_with_the_right_token(self, network_server: TokenServer) -> None:
-        for line, fields, body in PAGE_REQUESTS:
-            foreign = ("Origin: http://evil.test", bearer(SERVER_RUN_TOKEN))
-            data = make_request(line, *foreign, *fields, body=body)
-            check_error(ask(network_server, data), 403)
 
     def test_keep_alive_asks_for_every_request(self, network_server: TokenServer) -> None:
         """A token is good for one request, not for the connection."""
@@ -5991,8 +5827,7 @@ class TestTimeouts:
                 assert server.wait_for_end(ended)["state"] == "timeout"
                 connection.sendall(make_request("GET /health"))
                 assert stream.next().status == 200
-                server.request("POST", f"/kill?id={task_id}")
-                server.wait_for_end(task_id)
+                server.end(task_id)
 
 
 class Pestering:
@@ -6110,12 +5945,10 @@ class TestLimits:
             for path in ("/exec", "/exec?wait", "/exec?follow"):
                 check_error(server.request("POST", path, b"true"), 429)
             assert [task["task_id"] for task in server.get("/tasks")] == [first, second]
-            server.request("POST", f"/kill?id={first}")
-            server.wait_for_end(first)
+            server.end(first)
             third = server.start("exec sleep 300")
             for task_id in (second, third):
-                server.request("POST", f"/kill?id={task_id}")
-                server.wait_for_end(task_id)
+                server.end(task_id)
 
     def test_no_exec_runs_types_and_kills_nothing(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--no-exec") as server:
@@ -6168,8 +6001,7 @@ class TestLimits:
         with ServerProcess(tmp_path, "--keep-tasks=2") as server, unharmed(server, runs=True):
             longest = server.start("exec sleep 300")
             finished = [server.run("true")["task_id"] for _ in range(2)]
-            server.request("POST", f"/kill?id={longest}")
-            assert server.wait_for_end(longest)["state"] == "killed"
+            assert server.end(longest)["state"] == "killed"
             kept = [task["task_id"] for task in server.get("/tasks")]
             assert kept == [longest, finished[1]]
 
@@ -6519,8 +6351,7 @@ class TestTaskProcess:
         _, out, err = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3))
         assert out == err and out.startswith("pipe:")
         assert os.getsid(pid) == os.getpgid(pid) == pid
-        kill_task(server, task_id)
-        assert server.wait_for_end(task_id)["state"] == "killed"
+        assert server.end(task_id)["state"] == "killed"
 
     def test_stdout_and_stderr_come_in_order(self, server: Any) -> None:
         answer = server.run("for i in $(seq 200); do echo o$i; echo e$i >&2; done")
@@ -6592,16 +6423,6 @@ class TestTaskProcess:
         answer = server.request("POST", "/exec", json.dumps({"cmd": "echo", **fields}))
         assert (answer.status, answer.json()["error"]) == (status, code)
         assert server.get("/tasks") == before
-
-    def test_thousand_tasks_fifty_at_a_time(self, server: Any) -> None:
-        """CASES 61; the `tidy` fixture looks for zombies and descriptors."""
-        command = "echo $SERVERCONTROL_TASK_ID; exit 3"
-        with concurrent.futures.ThreadPoolExecutor(50) as pool:
-            answers = list(pool.map(lambda _: server.run(command), range(1000)))
-        assert len({answer["task_id"] for answer in answers}) == 1000
-        wrong = [a for a in answers if (a["output"], a["exit_code"]) != (a["task_id"] + "\n", 3)]
-        assert wrong == []
-        assert len(server.get("/tasks")) == 200  # --keep-tasks
 
     def test_hundred_megabytes_without_a_line_end(self, server: Any) -> None:
         """CASES 57, 71."""
@@ -6725,29 +6546,25 @@ class Typist:
             if event["type"] == "task_complete":
                 self.end = event
 
+    def read_until(self, condition: Callable[[], Any]) -> Any:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, (self.text, self.errors)
+            self.read()
+        return condition()
+
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Read until the output has the pattern; it is searched from there on next time."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            match = re.search(pattern, self.text)
-            if match:
-                self.text = self.text[match.end() :]
-                return match
-            assert self.end is None and time.monotonic() < end, self.text
-            self.read()
+        match = self.read_until(lambda: re.search(pattern, self.text) or self.end)
+        assert match is not self.end, self.text
+        self.text = self.text[match.end() :]
+        return match
 
     def wait_for_errors(self, count: int) -> None:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while len(self.errors) < count:
-            assert time.monotonic() < end, self.errors
-            self.read()
+        self.read_until(lambda: len(self.errors) >= count)
 
     def wait_for_end(self) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while self.end is None:
-            assert time.monotonic() < end, self.text
-            self.read()
-        return self.end
+        return self.read_until(lambda: self.end)
 
 
 @pytest.mark.usefixtures("tidy")
@@ -6811,25 +6628,22 @@ class TestTaskWindow:
             kill_task(server, task_id)
             read.join()
 
-    def test_gets_its_turns_again(self) -> None:
+    @in_loop
+    async def test_gets_its_turns_again(self) -> None:
         """Beside others that write as fast as they can: _begin_turn() passes over who waits."""
+        task = sc.Task("1", sc.ExecRequest("x"), "me", sc.OutputLog(100))
+        task.fd, other_end = os.pipe()
+        resumed = asyncio.Event()
 
-        async def run() -> None:
-            task = sc.Task("1", sc.ExecRequest("x"), "me", sc.OutputLog(100))
-            task.fd, other_end = os.pipe()
-            resumed = asyncio.Event()
+        def resume(task: Any) -> None:
+            sc.Outputs.resume(mock.Mock(), task)
+            resumed.set()
 
-            def resume(task: Any) -> None:
-                sc.Outputs.resume(mock.Mock(), task)
-                resumed.set()
-
-            task.set_timer("read", 0.0, resume)
-            await resumed.wait()
-            assert "read" not in task.timers
-            asyncio.get_running_loop().remove_reader(task.fd)
-            sc.close_fds((task.fd, other_end))
-
-        asyncio.run(run())
+        task.set_timer("read", 0.0, resume)
+        await resumed.wait()
+        assert "read" not in task.timers
+        asyncio.get_running_loop().remove_reader(task.fd)
+        sc.close_fds((task.fd, other_end))
 
     def test_kill_does_not_wait(self, server: ServerProcess) -> None:
         task_id = server.start("yes", window=1)
@@ -6955,17 +6769,6 @@ class TestTaskInput:
             assert typist.errors == ["no_terminal", *["bad_field"] * 7]
             assert server.request("POST", "/stdin?id=999999", b"x").status == 404
             assert server.request("GET", f"/stdin?id={typist.task_id}").status == 405
-
-    @pytest.mark.parametrize("fields", [
-        {"window": -1}, {"window": True}, {"window": "1"}, {"window": 1.5},
-        {"stdin": 5}, {"stdin": None}, {"stdin": "\ud800"}, {"tty": 1}, {"tty": "yes"},
-        {"tty": True, "cols": 0}, {"tty": True, "rows": 10000}, {"tty": True, "cols": 80.5},
-        {"tty": True, "rows": True}, {"cols": 80}, {"tty": False, "rows": 24},
-    ])  # fmt: skip
-    def test_bad_fields_are_400(self, server: ServerProcess, fields: Any) -> None:
-        body = json.dumps({"cmd": "true", **fields})
-        answer = server.request("POST", "/exec", body, Content_Type="application/json")
-        assert (answer.status, answer.json()["error"]) == (400, "bad_field")
 
 
 @pytest.mark.usefixtures("tidy")
@@ -7369,16 +7172,6 @@ class TestState:
         assert all(task_id.isdigit() for task_id in ids)
         assert sorted(set(ids), key=int) == ids
         assert int(ids[3]) == int(ids[2]) + 1  # no number is skipped, except after a crash
-
-    def test_ids_are_shared_by_two_instances(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as one, ServerProcess(tmp_path) as two:
-            with concurrent.futures.ThreadPoolExecutor(20) as pool:
-                servers = [(one, two)[i % 2] for i in range(240)]
-                ids = list(pool.map(lambda server: server.run("true")["task_id"], servers))
-            assert len(set(ids)) == 240
-            for server in (one, two):
-                listed = [int(task["task_id"]) for task in server.get("/tasks")]
-                assert listed == sorted(listed) and len(listed) == 120
 
     @pytest.mark.parametrize("damage", ["x", "-5\n", "1\0", "9" * 30])
     def test_damaged_id_file_is_no_way_back(self, tmp_path: Path, damage: str) -> None:
@@ -7848,13 +7641,18 @@ os.write = write_or_fail
         assert path.read_bytes().endswith(b"\n")
 
     def test_instances_share_one_chain(self, tmp_path: Path) -> None:
+        """And no id is given twice; each server's rise."""
         path = tmp_path / "audit.log"
         option = f"--audit-log={path}"
         with ServerProcess(tmp_path, option) as one, ServerProcess(tmp_path, option) as two:
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 servers = [(one, two)[n % 2] for n in range(400)]
                 ids = list(pool.map(lambda server: server.run("true")["task_id"], servers))
-            assert one.get("/info")["audit_errors"] == two.get("/info")["audit_errors"] == 0
+            assert len(set(ids)) == 400
+            for server in (one, two):
+                listed = [int(task["task_id"]) for task in server.get("/tasks")]
+                assert listed == sorted(listed) and len(listed) == 200
+                assert server.get("/info")["audit_errors"] == 0
         status, told = verify(path)
         assert status == 0 and told.count("\n") == 1, told
         for event in ("task_start", "task_complete"):
@@ -7878,8 +7676,7 @@ os.write = write_or_fail
             ends = [r for r in read_audit(path, "task_complete") if r["state"] == "interrupted"]
             assert sorted(r["task_id"] for r in ends) == sorted(lost)
             assert {r["boot_id"] for r in ends} == {boot_id}
-            kill_task(alive, other)
-            alive.wait_for_end(other)
+            alive.end(other)
         (end,) = [r for r in read_audit(path, "task_complete") if r["task_id"] == other]
         assert end["state"] == "killed"
         assert verify(path)[0] == 0
@@ -8384,8 +8181,7 @@ class TestStarter:
                 task_id = server.start("(sleep 60 &); (setsid sleep 61 &); exec sleep 60")
                 three = ["sleep 60", "sleep 60", "sleep 61"]  # that has called setsid() then
                 wait_until(lambda: sorted(map(read_command_line, child_pids(pid))) == three)
-                kill_task(server, task_id)
-                assert server.wait_for_end(task_id)["signal"] == "TERM"
+                assert server.end(task_id)["signal"] == "TERM"
                 wait_until(lambda: len(child_pids(pid)) == 1)  # it left the session
                 os.kill(pid, signal.SIGTERM)
                 assert server.process.wait(PATIENCE_SECONDS) == 0
@@ -8432,7 +8228,7 @@ class TestStopping:
                     received += kept.recv(65536)
                 start = time.monotonic()
                 os.kill(server.pid, getattr(signal, f"SIG{name}"))
-                with pytest.raises(Exception, match="1001"):
+                with pytest.raises(Exception, match="1001.*the server stops"):
                     receive_events(viewer, lambda event: False)
                 assert server.process.wait(PATIENCE_SECONDS) == 0
                 assert time.monotonic() - start < sc.LINGER_SECONDS * 0.8
@@ -9010,11 +8806,9 @@ class TestPassedSockets:
     ])  # fmt: skip
     def test_refused_with_status_2(self, tmp_path: Path, kinds: list[str], names: str, word: str):
         make = {
-            "tcp": bind,
-            "idle": socket.socket,
-            "udp": lambda: socket.socket(type=socket.SOCK_DGRAM),
-            "file": tempfile.TemporaryFile,
-        }
+            "tcp": bind, "idle": socket.socket,
+            "udp": lambda: socket.socket(type=socket.SOCK_DGRAM), "file": tempfile.TemporaryFile,
+        }  # fmt: skip
         with contextlib.ExitStack() as stack:
             start = activate(*(stack.enter_context(make[kind]()) for kind in kinds))
             env = {"XDG_STATE_HOME": str(tmp_path), "LISTEN_FDNAMES": names}
@@ -9341,16 +9135,13 @@ class Player(Impostor):
 OK = b"HTTP/1.0 200 OK\r\n\r\n"
 STREAM = b"HTTP/1.0 200 OK\r\nX-Task-Id: 1\r\nX-Offset: 0\r\n\r\nhi\n"
 ENDED = {"state": "done", "exit_code": 0, "output_bytes": 3}
+# what: what Player answers
 NONSENSE: dict[str, dict[str, Any]] = {
-    # what: what Player answers
     "a length that is none": {"/info": b"HTTP/1.0 200 OK\r\nContent-Length: x\r\n\r\n{}"},
     "a length of no server": {"/info": OK[:-2] + b"Content-Length: 99999999999\r\n\r\n{}"},
-    "a list": {"/info": []},
-    "nothing": {"/info": b""},
-    "SSH": {"/info": b"SSH-2.0-x\r\n\r\n"},
+    "a list": {"/info": []}, "nothing": {"/info": b""}, "SSH": {"/info": b"SSH-2.0-x\r\n\r\n"},
     "deep JSON": {"/info": OK + b"[" * 100_000},
-    "a huge number": {"/info": OK + b'{"boot_id":' + b"9" * 5000 + b"}"},
-    "no run": {"/info": {}},
+    "a huge number": {"/info": OK + b'{"boot_id":' + b"9" * 5000 + b"}"}, "no run": {"/info": {}},
     "no task": {"/exec": OK},
     "a task id for a request": {"/exec": STREAM.replace(b": 1", b": 1 HTTP/1.1")},
     "an infinite offset": {"/exec": STREAM.replace(b": 0", b": 1e999")},
@@ -9362,30 +9153,24 @@ NONSENSE: dict[str, dict[str, Any]] = {
     "an infinite length": {"/tasks": OK + b'{"state":"done","output_bytes":1e999}'},
     "no state": {"/tasks": {**ENDED, "state": None}},
     "kept output that is none": {"/tasks": {**ENDED, "output_bytes": 4}, "/logs": OK},
-}
+}  # fmt: skip
 
 
+# text: (host, port, tls, path, unix)
 TARGETS = {
-    # text: (host, port, tls, path, unix)
-    "web1": ("web1", 8080, False, "", ""),
-    "web1:81": ("web1", 81, False, "", ""),
-    "10.0.0.1": ("10.0.0.1", 8080, False, "", ""),
-    "::1": ("::1", 8080, False, "", ""),
-    "[::1]": ("::1", 8080, False, "", ""),
-    "[::1]:81": ("::1", 81, False, "", ""),
+    "web1": ("web1", 8080, False, "", ""), "web1:81": ("web1", 81, False, "", ""),
+    "10.0.0.1": ("10.0.0.1", 8080, False, "", ""), "::1": ("::1", 8080, False, "", ""),
+    "[::1]": ("::1", 8080, False, "", ""), "[::1]:81": ("::1", 81, False, "", ""),
     "fe80::1%eth0": ("fe80::1%eth0", 8080, False, "", ""),
     "https://[fe80::1%25eth0]:81/": ("fe80::1%eth0", 81, True, "", ""),
-    "http://web1": ("web1", 80, False, "", ""),
-    "http://web1:8080/": ("web1", 8080, False, "", ""),
+    "http://web1": ("web1", 80, False, "", ""), "http://web1:8080/": ("web1", 8080, False, "", ""),
     "https://web1/sc/": ("web1", 443, True, "/sc", ""),
-    "ws://web1:8082": ("web1", 8082, False, "", ""),
-    "wss://web1": ("web1", 443, True, "", ""),
+    "ws://web1:8082": ("web1", 8082, False, "", ""), "wss://web1": ("web1", 443, True, "", ""),
     "HTTP://Web1:08/": ("web1", 8, False, "", ""),
     "/run/sc.sock": ("", 0, False, "", "/run/sc.sock"),
     "unix:/run/unix:x": ("", 0, False, "", "/run/unix:x"),
-    "./sc.sock": ("", 0, False, "", "./sc.sock"),
-    "../sc.sock": ("", 0, False, "", "../sc.sock"),
-}
+    "./sc.sock": ("", 0, False, "", "./sc.sock"), "../sc.sock": ("", 0, False, "", "../sc.sock"),
+}  # fmt: skip
 NO_TARGETS = (
     *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
     *("unix:", "unix://", "web1:0", "http://web1:0/", "web1:-1", "//web1", "http:web1", "?", "#a"),
@@ -9648,8 +9433,7 @@ class TestExec:
             finished = run_client("exec", cutter.place, "--", "sleep 0.5; echo hi")
             assert (finished.stdout, cutter.cut, cutter.count) == (b"hi\n", 0, 2)
         for task_id in floods:
-            kill_task(plain_server, task_id)
-            plain_server.wait_for_end(task_id)
+            plain_server.end(task_id)
 
     def test_runs_so_many_at_a_time(self, tmp_path: Path) -> None:
         with contextlib.ExitStack() as stack:
@@ -9988,8 +9772,7 @@ class TestExec:
                 told = f"task {task_id} is left running: http://{place}/logs?id={task_id}\n"
                 assert told.encode() in process.stderr.read()
                 assert plain_server.task(task_id)["state"] == "running"
-                kill_task(plain_server, task_id)
-        assert plain_server.wait_for_end(task_id)["state"] == "killed"
+                assert plain_server.end(task_id)["state"] == "killed"
 
     def test_honours_signals_that_are_ignored(self, place: str) -> None:
         """As under nohup, or in the background of a script."""
@@ -10163,8 +9946,7 @@ class TestExec:
                 assert (b"may have been started" in process.stderr.read()) is is_again
         task_id = plain_server.get("/tasks")[-1]["task_id"]
         if is_again:
-            kill_task(plain_server, task_id)
-        assert plain_server.wait_for_end(task_id)["state"] == "killed"
+            assert plain_server.end(task_id)["state"] == "killed"
 
     @pytest.mark.parametrize("answers", [1, 2])
     def test_ends_in_whatever_moment_it_is_left(self, monkeypatch: Any, answers: int) -> None:
@@ -11267,27 +11049,24 @@ class TestMonitor:
         (written,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "cpu_alert"]
         assert (written["cpu"], written["raised"]) == (99.0, 5)
 
-    def test_blames_nobody_for_its_own_silence(self, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_blames_nobody_for_its_own_silence(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "SILENCE_SECONDS", 0.4)
         told, take, watched = make_monitor()
         take(HELLO)
-
-        async def run() -> None:
-            looking = asyncio.ensure_future(told.monitor._look())
-            await asyncio.sleep(0)
-            time.sleep(1)  # stopped ourselves: nobody else is to blame
-            await asyncio.sleep(0.2)
-            assert told[-1]["type"] == "server_up"
-            take({**STATS, "seq": 2})
-            watched.link.heard_at = time.monotonic() - 1
-            while told[-1]["type"] != "server_silent":
-                await asyncio.sleep(0.01)
-            assert told[-1]["reason"] == "nothing was heard for 0.4 s"
-            assert watched.stats == {}
-            assert take(HELLO) == ["server_back"] and told[-1]["silent_ms"] >= 1000
-            looking.cancel()
-
-        asyncio.run(run())
+        looking = asyncio.ensure_future(told.monitor._look())
+        await asyncio.sleep(0)
+        time.sleep(1)  # stopped ourselves: nobody else is to blame
+        await asyncio.sleep(0.2)
+        assert told[-1]["type"] == "server_up"
+        take({**STATS, "seq": 2})
+        watched.link.heard_at = time.monotonic() - 1
+        while told[-1]["type"] != "server_silent":
+            await asyncio.sleep(0.01)
+        assert told[-1]["reason"] == "nothing was heard for 0.4 s"
+        assert watched.stats == {}
+        assert take(HELLO) == ["server_back"] and told[-1]["silent_ms"] >= 1000
+        looking.cancel()
 
     def test_does_not_wait_for_one_that_never_answers(self) -> None:
         with bind() as mute:
@@ -11376,8 +11155,7 @@ class TestMonitorLog:
                 server.run("echo alone")
             with log.open("ab") as file:
                 file.write(b'{"time":"half a li')
-            kill_task(server, long)
-            server.wait_for_end(long)
+            server.end(long)
             with Watcher(place, f"--log={log}") as watcher:
                 watcher.wait_for("stats_update")
                 watcher.stop()
@@ -11407,8 +11185,7 @@ class TestMonitorLog:
                 watcher.process.kill()
                 watcher.process.wait()
             alone = server.run("echo alone")["task_id"]
-            kill_task(server, long)
-            server.wait_for_end(long)
+            server.end(long)
             with Watcher(place, f"--log={log}") as watcher:
                 wait_until(lambda: ends_in(log, long) and ends_in(log, alone))
                 watcher.stop()
@@ -11422,39 +11199,30 @@ class TestMonitorLog:
         commands = {one["command"] for one in records if one["event"] == "task_complete"}
         assert commands == {"sleep 60", "echo alone"}
 
-    def test_names_what_a_crash_took(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("is_crash", [True, False])
+    def test_restart_loses_no_task_a_crash_is_named(self, tmp_path: Path, is_crash: bool) -> None:
         log, state = tmp_path / "log", tmp_path / "state"
-        with ServerProcess(state) as server:
-            with Watcher(server.place, f"--log={log}") as watcher:
-                watcher.wait_for("stats_update")
-                lost = server.start("sleep 60")
-                watcher.wait_for("task_start")
+        with ServerProcess(state) as server, Watcher(server.place, f"--log={log}") as watcher:
+            watcher.wait_for("stats_update")
+            long = server.start("sleep 60")
+            watcher.wait_for("task_start")
+            if is_crash:
                 server.kill()
-                with ServerProcess(state, f"--port={server.port}") as again:
-                    again.run("exit 5")
-                    watcher.wait_for("task_complete")
-                    watcher.stop()
-        records = read_lines(log)
-        assert [one["task_id"] for one in records if one["event"] == "task_lost"] == [lost]
-        (gap,) = [one for one in records if one["event"] == "gap"]
-        assert gap["to"] is None and gap["from"] > 0 and gap["reason"] == "restarted"
-        check_monitor_log(log, state / "servercontrol" / "audit.log")
-
-    def test_loses_no_task_to_a_clean_restart(self, tmp_path: Path) -> None:
-        log, state = tmp_path / "log", tmp_path / "state"
-        with ServerProcess(state) as server:
-            with Watcher(server.place, f"--log={log}") as watcher:
-                watcher.wait_for("stats_update")
-                server.start("sleep 60")
-                watcher.wait_for("task_start")
+            else:
                 server.process.terminate()
                 server.process.wait()
-                with ServerProcess(state, f"--port={server.port}") as again:
-                    again.run("exit 5")
-                    watcher.wait_for("task_complete", 2)
-                    watcher.stop()
+            with ServerProcess(state, f"--port={server.port}") as again:
+                again.run("exit 5")
+                watcher.wait_for("task_complete", 1 if is_crash else 2)
+                watcher.stop()
+        records = read_lines(log)
+        lost = [one["task_id"] for one in records if one["event"] == "task_lost"]
+        assert lost == [long] * is_crash
+        gaps = [one for one in records if one["event"] == "gap"]
+        if is_crash:
+            (gap,) = gaps
+            assert gap["to"] is None and gap["from"] > 0 and gap["reason"] == "restarted"
         check_monitor_log(log, state / "servercontrol" / "audit.log")
-        assert not [one for one in read_lines(log) if one["event"] == "task_lost"]
 
     def test_names_a_run_that_nobody_saw(self, tmp_path: Path) -> None:
         """Also where the run before it said goodbye, and it was over in a moment."""
@@ -11503,8 +11271,7 @@ class TestMonitorLog:
                     cutter.cut_all()
                     for number in range(40):
                         server.run(f"head -c 3000 /dev/zero | tr '\\0' x; exit {number}")
-                    kill_task(server, open_one)
-                    server.wait_for_end(open_one)
+                    server.end(open_one)
                     away = False
                     watcher.wait_for("gap")
                     last = server.start("exit 1")
@@ -11513,20 +11280,6 @@ class TestMonitorLog:
         gaps = [one for one in read_lines(log) if one["event"] == "gap"]
         assert gaps and gaps[0]["to"] >= gaps[0]["from"] > 0
         check_monitor_log(log, state / "servercontrol" / "audit.log")
-
-    def test_survives_a_log_that_becomes_a_folder(self, place: str, plain_server, tmp_path: Path):
-        log = tmp_path / "log"
-        with Watcher(place, f"--log={log}") as watcher:
-            watcher.wait_for("server_up")
-            log.unlink()
-            log.mkdir()  # what cannot be written to
-            plain_server.run("true")
-            plain_server.run("true")
-            watcher.wait_for("task_complete", 2)
-            watcher.process.send_signal(signal.SIGINT)
-            assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            complaint = f"servercontrol: --log: {log}: Is a directory\n"
-            assert watcher.process.stderr.read().decode() == complaint
 
     def test_makes_up_for_a_full_disk(self, place: str, plain_server: Any, tmp_path: Path):
         """What could not be written is written when there is room, also after half a record."""
@@ -11835,12 +11588,9 @@ class TestMonitorScreen:
     def test_columns_stand_still_while_it_scrolls(self) -> None:
         targets = [sc.parse_target(name, "a") for name in ("short", "a-longer-name")]
         facts = {
-            "state": sc.ServerState.UNREACHABLE,
-            "stats": {},
-            "tasks": {},
-            "alert": "",
+            "state": sc.ServerState.UNREACHABLE, "stats": {}, "tasks": {}, "alert": "",
             "reason": "x",
-        }
+        }  # fmt: skip
         everybody: Any = [mock.Mock(target=target, **facts) for target in targets]
         tables = [sc.format_table(everybody, 80, slice(n, n + 1)) for n in (0, 1)]
         assert [table[1][1].split()[0] for table in tables] == ["short", "a-longer-name"]
@@ -12271,8 +12021,10 @@ class TestMetrics:
         """Each byte is counted once, and the rates of a tick are those since the tick before."""
         start = time.monotonic() - 100
         samples = [
-            make_sample(now=start + at, busy_ticks=busy, total_ticks=at, net={"a": (count, 0)})
-            for at, busy, count in ((0, 0, 0), (10, 10, 300), (15, 10, 700), (20, 15, 800))
+            make_sample(
+                now=start + at, busy_ticks=busy, total_ticks=at, net={"a": (count, 2 * count)}
+            )
+            for at, busy, count in ((0, 0, 40), (10, 10, 340), (15, 10, 740), (20, 15, 840))
         ]
         source, publish = mock.Mock(), mock.MagicMock()
         source.side_effect = [*samples, OSError(errno.EMFILE, "no descriptors")]
@@ -12281,10 +12033,10 @@ class TestMetrics:
             sampler = sc.Sampler(sc.Config(cpu_alert=100), publish, mock.Mock(), {}, mock.Mock())
             sampler.tick()
             sampler.refresh()
-            assert (sampler.sample, sampler.net_recv) == (samples[2], 700)
+            assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[2], 740, 1480)
             assert publish.call_count == len(sampler.history) == 1
             sampler.tick()
-            assert (sampler.sample, sampler.net_recv) == (samples[3], 800)
+            assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[3], 840, 1680)
             sampler.refresh()  # which fails
             assert sampler.sample is samples[3]
 
@@ -12307,29 +12059,6 @@ class TestMetrics:
         with mock.patch.object(sc, "choose_source", lambda: source):
             asyncio.run(run())
         assert source.call_count == 1
-
-    def test_network_counters_never_go_back(self) -> None:
-        """An interface that is removed takes its bytes out of the kernel's sum."""
-        readings = [
-            {"a": (20, 10), "b": (80, 40)},
-            {"a": (25, 12), "b": (125, 48)},
-            {"a": (27, 13)},
-            {"a": (28, 23)},
-        ]
-        source = mock.Mock()
-        source.side_effect = [make_sample(net=net) for net in readings]
-
-        async def run() -> list[tuple[int, int]]:
-            publish = mock.MagicMock()
-            sampler = sc.Sampler(sc.Config(), publish, mock.Mock(), {}, mock.Mock())
-            seen = [(sampler.net_recv, sampler.net_sent)]
-            for _ in readings[1:]:
-                sampler.tick()
-                seen.append((sampler.net_recv, sampler.net_sent))
-            return seen
-
-        with mock.patch.object(sc, "choose_source", lambda: source):
-            assert asyncio.run(run()) == [(100, 50), (150, 60), (152, 61), (153, 71)]
 
 
 class Receiver(http.server.ThreadingHTTPServer):
@@ -12474,15 +12203,6 @@ class TestWebhook:
         assert [path for path, _, _ in receiver.posts] == ["/x/"] * 4  # no redirect was followed
         kinds = [body["type"] for _, _, body in receiver.posts]
         assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
-
-    def test_what_comes_before_the_answer_is_no_failure(self, tmp_path: Path) -> None:
-        """RFC 9110, 15.2: else the alert would be delivered three times."""
-        usage = Usage(tmp_path, **QUICK_TRIES)
-        with Receiver("early") as receiver:
-            with alerting(tmp_path, usage, receiver.url) as server:
-                usage.set(95)
-                server.wait_for_log("webhook_sent")
-            assert len(receiver.posts) == 1 and not server.log("webhook_failed")
 
     def test_dead_receiver_and_unknown_name_are_failures(self, tmp_path: Path) -> None:
         with bind() as placeholder:
@@ -12940,15 +12660,13 @@ class TestNetwork:
         ran = run_client("exec", "--all", "--fold", "--", "exit 3", prefix=network.at("4"), **hosts)
         assert ran.stdout.endswith(b"(3 servers, exit code 3)\n") and ran.returncode == 3
 
-    def test_giving_up_a_connection_is_no_sign_of_life(self) -> None:
-        async def run() -> None:
-            link = sc.Link(sc.parse_target("a", "a"), bool)
-            link.heard_at = 5.0
-            with pytest.raises(sc.UnreachableError):
-                await link._receive(b"")
-            assert link.heard_at == 5.0
-
-        asyncio.run(run())
+    @in_loop
+    async def test_giving_up_a_connection_is_no_sign_of_life(self) -> None:
+        link = sc.Link(sc.parse_target("a", "a"), bool)
+        link.heard_at = 5.0
+        with pytest.raises(sc.UnreachableError):
+            await link._receive(b"")
+        assert link.heard_at == 5.0
 
     def test_tells_silence_and_return(self, network: Network) -> None:
         """Both must come within 5 s; 8 are given to a machine that is busy."""
@@ -13090,12 +12808,10 @@ class TestFromElsewhere:
             port = find_fixed_port()
             config = re.search(r"```nginx\n(.*?)```", read_docs(), re.DOTALL).group(1)
             changes = {
-                "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
-                "sc.example.org": "localhost",
-                "/etc/ssl/sc.pem": str(certificate.cert),
-                "/etc/ssl/sc.key": str(certificate.key),
+                "listen 443 ssl": f"listen 127.0.0.1:{port} ssl", "sc.example.org": "localhost",
+                "/etc/ssl/sc.pem": str(certificate.cert), "/etc/ssl/sc.key": str(certificate.key),
                 "127.0.0.1:8080": server.place,
-            }
+            }  # fmt: skip
             if path == "/":  # as the comment there says
                 changes["location /sc/ {"] = "location / {"
                 passed = f"proxy_pass http://127.0.0.1:{server.port}"
@@ -13202,11 +12918,9 @@ class TestShipper:
         spool.mkdir()
         with ServerProcess(tmp_path) as server, Collector(b"") as collector:
             changes = {
-                "/var/spool/rsyslog": str(spool),
-                "/var/lib/servercontrol/audit.log": str(log),
-                "logs.example.org": "127.0.0.1",
-                '"6514"': f'"{collector.port}"',
-            }
+                "/var/spool/rsyslog": str(spool), "/var/lib/servercontrol/audit.log": str(log),
+                "logs.example.org": "127.0.0.1", '"6514"': f'"{collector.port}"',
+            }  # fmt: skip
             config = read_example("rsyslog.conf")
             for old, text in changes.items():
                 assert old in config, old
@@ -13311,9 +13025,6 @@ class TestDashboard:
         assert policy["form-action"] == "'none'" and policy["img-src"] == "data:"
         other = self.ask(server, Host="[::1]:8080").headers["content-security-policy"]
         assert "connect-src 'self';" in other
-
-    def test_page_is_small(self):
-        assert len(sc.Page().compressed) < 32 * 1024
 
     def test_source_makes_no_markup_of_data_and_loads_nothing(self):
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
@@ -14371,10 +14082,9 @@ class TestPage:
                 host, text = visit.page.evaluate("told[0]")
                 assert host == socket.gethostname() and "CPU" in text
 
-    @pytest.mark.parametrize(
-        "answer, words",
-        [("denied", "allow them in this site's settings"), ("default", "click once more")],
-    )
+    @pytest.mark.parametrize("answer, words", [
+        ("denied", "allow them in this site's settings"), ("default", "click once more"),
+    ])  # fmt: skip
     def test_notifications_that_are_refused_are_explained(self, visit, answer: str, words: str):
         visit.wait_live().page.click("#bell")
         visit.page.evaluate(f"Notification.requestPermission = async () => '{answer}'")
@@ -14798,34 +14508,13 @@ def definitions() -> dict[str, int]:
     return found
 
 
-class NameUses(ast.NodeVisitor):
-    """Collects the names that are read outside annotations, which are never evaluated."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[str, int]] = []
-
-    def visit_Name(self, node: ast.Name) -> None:
-        if isinstance(node.ctx, ast.Load):
-            self.found.append((node.id, node.lineno))
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self.visit(node.value)
-
-    def visit_arg(self, node: ast.arg) -> None:
-        pass
-
-    def visit_FunctionDef(self, node: Any) -> None:
-        node.returns = None
-        self.generic_visit(node)
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-
 def name_uses() -> list[tuple[str, int]]:
-    visitor = NameUses()
-    visitor.visit(ast.parse(SOURCE))
-    return visitor.found
+    """Return the names that are read outside annotations, which are never evaluated."""
+    tree = ast.parse(SOURCE)
+    for node in ast.walk(tree):
+        vars(node).update(dict.fromkeys({"annotation", "returns"} & set(node._fields)))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [(node.id, node.lineno) for node in names if isinstance(node.ctx, ast.Load)]
 
 
 def code_lines() -> set[int]:
@@ -16050,6 +15739,7 @@ def soak_short_tasks(server: ServerProcess, scale: float) -> str:
 
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         assert len(set(pool.map(run, range(300)))) == 300  # warm, and more than are kept
+        assert len(server.get("/tasks")) == 200
         descriptors, memory = server.descriptors(), server.resident_kib()
         begin = time.monotonic()
         assert len(set(pool.map(run, range(count)))) == count
@@ -16108,12 +15798,9 @@ SOAK_OPTIONS = {
     ),  # so that /logs has what the events no longer have
 }
 SOAK_JOBS = {
-    "cuts": soak_cuts,
-    "stalls": soak_stalls,
-    "load": soak_load,
-    "short-tasks": soak_short_tasks,
+    "cuts": soak_cuts, "stalls": soak_stalls, "load": soak_load, "short-tasks": soak_short_tasks,
     "siege": soak_siege,
-}
+}  # fmt: skip
 
 
 def soak_run(name: str, scale: float, *options: str) -> str:
