@@ -1829,8 +1829,8 @@ class Feed:
     _bytes: int = 0
     # Window bits -> seq -> compressed frame, once that was needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells which
-    # viewers have missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
+    # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells who
+    # has missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
     # The newest dropped seq of tasks whose lists were deleted; what else of them was dropped is not
@@ -1894,8 +1894,7 @@ class Feed:
     ) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
-        kinds: None is all. bits: of the compression window, 0 for none. max_bytes: the last frame
-        begins before that.
+        bits: of the compression window, 0 for none. max_bytes: the last frame begins before that.
         """
         assert cursor >= self.first
         seqs: Iterable[int] = range(cursor, self.next)
@@ -3219,7 +3218,7 @@ def find_session(session: int) -> list[int]:
 
 
 def is_session_gone(session: int) -> bool:
-    """Whether only the shell is left; False if that cannot be found out now."""
+    """Whether only the shell is left, as far as can be found out now."""
     members = find_session(session)
     return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
 
@@ -3253,7 +3252,7 @@ def reap_orphans(shells: set[int]) -> None:
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
     """Return the server's and the child's ends of [output, input]. Raises OSError.
 
-    A terminal is both for the child; where there is no input there is no second one.
+    Without input there is only the output. Of a terminal the child has one end for both.
     """
     opened: list[int] = []
     try:
@@ -3389,12 +3388,11 @@ class Outputs:
     # Bytes of output that are kept, and that were ever read.
     kept_bytes: int = 0
     total_bytes: int = 0
-    # perf_counter: until when tasks are read in this turn of the event loop (0 before the first one
-    # is), and when one was last read.
+    # perf_counter: until when tasks are read in this turn of the event loop (0: it has not begun),
+    # and when one was last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    # Those that wait to be read, in this order.
-    _queue: dict[Task, None] = field(default_factory=dict)
+    _queue: dict[Task, None] = field(default_factory=dict)  # of tasks that wait to be read
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
         """Read a task's output from now on."""
@@ -3420,10 +3418,9 @@ class Outputs:
             task.fd = -1
 
     def _read(self, task: Task) -> None:
-        """There is output: read it now, or when it is this task's turn.
+        """There is output: read it now, or in the next turn of the event loop.
 
-        In one turn of the event loop all tasks together are read for READ_TURN_SECONDS. The others
-        wait in the queue and are read first in the next turn.
+        In one turn, tasks are read for READ_TURN_SECONDS. Those that wait are read first.
         """
         self._queue[task] = None
         if self._turn_end:
@@ -3447,18 +3444,16 @@ class Outputs:
             self._read_at = now
             task = next(iter(self._queue))
             del self._queue[task]
-            if task.fd >= 0:
-                self._read_now(task)
+            room = task.room
+            if task.fd < 0:
+                pass  # it has ended meanwhile
+            elif self._feed.must_pause:
+                self._pause(task, PRESSURE_SECONDS)
+            elif not room:
+                self._pause(task, WINDOW_SECONDS, lifts_window=True)
+            else:
+                self._take(task, self._read_chunk(task, room))
             now = time.perf_counter()
-
-    def _read_now(self, task: Task) -> None:
-        room = task.room
-        if self._feed.must_pause:
-            self._pause(task, PRESSURE_SECONDS)
-        elif not room:
-            self._pause(task, WINDOW_SECONDS, lifts_window=True)
-        else:
-            self._take(task, self._read_chunk(task, room))
 
     def _pause(self, task: Task, seconds: float, lifts_window: bool = False) -> None:
         asyncio.get_running_loop().remove_reader(task.fd)
@@ -3503,7 +3498,7 @@ class Outputs:
         task.wake()
 
     def _drop_output(self) -> None:
-        """Limit what is kept of all tasks: first of the finished ones, last inside windows."""
+        """Limit what all tasks keep: drop it from finished ones first, inside windows last."""
         running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
         for is_last, task in itertools.product((False, True), [*self._finished, *running]):
             excess = self.kept_bytes - KEEP_ALL_OUTPUT_BYTES
@@ -3704,7 +3699,7 @@ class Tasks:
             reap_orphans({task.pid for task in self.running.values()})
 
     def _advance(self, task: Task, delay: float = 0.01) -> None:
-        """End a task if its shell has ended and, while it is being stopped, all its session."""
+        """End a task if its shell has ended, and while it is being stopped, its whole session."""
         if not has_exited(task.pid):
             return
         if task.phase is TaskPhase.KILLING:
@@ -3941,7 +3936,7 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Change what a viewer hears, also of what it was not sent yet; return the seq before."""
+        """Change what a viewer hears from now on; return the seq up to which it heard the old."""
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
