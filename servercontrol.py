@@ -1325,10 +1325,11 @@ def check_deflate_answer(text: str) -> int:
     extensions = parse_extensions(text)
     if not extensions:
         return 0
-    found = parse_deflate_parameters(extensions[0][1]) or {}
-    is_ours = len(extensions) == 1 and extensions[0][0] == DEFLATE and zlib is not None
+    name, parameters = extensions[0]
+    is_ours = name == DEFLATE and len(extensions) == 1 and zlib is not None
+    found = parse_deflate_parameters(parameters) or {}
     is_offered = "server_no_context_takeover" in found and "client_max_window_bits" not in found
-    if not is_ours or not is_offered or found.get("server_max_window_bits") == 0:
+    if not is_ours or not is_offered:
         raise ValueError("an extension was answered that was not offered")
     return 15
 
