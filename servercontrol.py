@@ -167,6 +167,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
     Endpoint = tuple[IpAddress, int]  # with a port
     Place = tuple[int, tuple[Any, ...]]  # family and address of a socket
+    OwnerQuery = Callable[[Endpoint, Endpoint], int]  # returns a uid
     Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
     Publish = Callable[..., dict[str, Any]]  # Viewers.publish
     Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
@@ -843,7 +844,9 @@ SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 # TCP states of a client that has connected and may have closed its sending side
 # (linux/tcp_states.h).
 CLIENT_STATES = (1, 4, 5)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2
-FORWARDING_FIELDS = {"forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip"}
+FORWARDING_FIELD = re.compile(
+    "forwarded|x-forwarded-.*|x-real-ip|via|cf-connecting-ip|true-client-ip"
+)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OPEN_PATHS = ("/", "/health")
 BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
@@ -992,12 +995,8 @@ def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
 
 
 def is_top_level_visit(head: RequestHead) -> bool:
-    return (
-        head.method == "GET"
-        and head.path == "/"
-        and head.value("sec-fetch-mode") == "navigate"
-        and head.value("sec-fetch-dest") == "document"
-    )
+    fetch = (head.value("sec-fetch-mode"), head.value("sec-fetch-dest"))
+    return (head.method, head.path, *fetch) == ("GET", "/", "navigate", "document")
 
 
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
@@ -1020,9 +1019,7 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
 
 
 def is_forwarded(head: RequestHead) -> bool:
-    return any(
-        name in FORWARDING_FIELDS or name.startswith("x-forwarded-") for name, _ in head.fields
-    )
+    return any(FORWARDING_FIELD.fullmatch(name) for name, _ in head.fields)
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
@@ -1057,8 +1054,7 @@ def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpErro
 
 def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     """Rule 3. Return the role of the request's token, None if it has none. Raises HttpError."""
-    names = (pair.partition("=")[0] for pair in head.query.split("&"))
-    if "token" in map(urllib.parse.unquote_plus, names):
+    if "token" in dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)):
         message = "a token does not belong into an address; send Authorization: Bearer TOKEN"
         raise unauthorized("token_in_query", message)
     shown = [] if policy.no_auth else find_tokens(head)
@@ -2178,11 +2174,9 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
 
 def check_form_body(body: bytes) -> None:
     """Refuse a form, and a script that lost its line ends. Raises CommandError `form_body`."""
-    field = re.match(rb"(cmd|command)=", body)
+    field = re.match(rb"(?s)(?:cmd|command)=(.{0,200})", body)
     if field:
-        command = shlex.quote(
-            urllib.parse.unquote_plus(body[field.end() :][:200].decode("latin-1"))
-        )
+        command = shlex.quote(urllib.parse.unquote_plus(field[1].decode("latin-1")))
         message = "a form would change + and & in the command: send it as the body itself"
         raise CommandError("form_body", f"{message}, curl -d {command} http://…/exec")
     if body.startswith(b"#!") and b"\n" not in body:
@@ -2291,9 +2285,9 @@ def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
     return networks
 
 
-def encode_metric_sample(name: str, value: float, label: str = "", text: str = "") -> str:
+def encode_labelled_sample(name: str, label: str, text: str, value: float) -> str:
     text = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'{name}{{{label}="{text}"}} {value}' if label else f"{name} {value}"
+    return f'{name}{{{label}="{text}"}} {value}'
 
 
 class Histogram:
@@ -2314,7 +2308,7 @@ class Histogram:
         bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
         counts = itertools.accumulate(self._counts)
         pairs = zip(counts, bounds)
-        lines = [encode_metric_sample(f"{name}_bucket", n, "le", bound) for n, bound in pairs]
+        lines = [encode_labelled_sample(f"{name}_bucket", "le", bound, n) for n, bound in pairs]
         return [*lines, f"{name}_sum {self._sum}", f"{name}_count {sum(self._counts)}"]
 
 
@@ -2334,9 +2328,9 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
         if isinstance(value, Histogram):
             kind, samples = "histogram", value.encode(name)
         elif label:
-            samples = [encode_metric_sample(name, n, label, of) for of, n in value.items()]
+            samples = [encode_labelled_sample(name, label, of, n) for of, n in value.items()]
         else:
-            samples = [encode_metric_sample(name, value)]
+            samples = [f"{name} {value}"]
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
     return "\n".join([*lines, ""]).encode("utf-8", "replace")
 
@@ -4478,7 +4472,7 @@ def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
-def choose_owner_query() -> Callable[[Endpoint, Endpoint], int]:
+def choose_owner_query() -> OwnerQuery:
     """Return the one of both that works here; netlink is tried with a socket of this process."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -4525,9 +4519,7 @@ def tune_socket(connection: socket.socket) -> None:
 
 def keep_alive(connection: socket.socket) -> None:
     """Let the kernel notice within 20 s that the other host is dead, if it can (tcp(7))."""
-    if connection.family == socket.AF_UNIX:
-        return
-    with contextlib.suppress(OSError):  # it is closed already
+    with contextlib.suppress(OSError):  # it is closed already, or a Unix socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
@@ -4539,11 +4531,11 @@ def identify_peer(
     listener: ListenerKind,
     address: Any,
     scheme: str,
-    query_owner: Callable[[Endpoint, Endpoint], int],
+    query_owner: OwnerQuery,
 ) -> tuple[Peer, str]:
     """Return who is at the other end, and a name for logs.
 
-    Called right after accept: a socket that is closed loses its owner.
+    Called right after accept, since a socket that is closed loses its owner.
     """
     if listener is ListenerKind.UNIX:
         return Peer(listener, uid=find_unix_owner(connection), scheme=scheme), "unix"
@@ -4835,19 +4827,18 @@ def find_exec_request(server: Server, request: Request) -> ExecRequest:
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
 
-# Those that need one of the others, in the query of /exec.
+# Flags of /exec -> those of which each needs one.
 EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wait",)}
 
 
 def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
     """Return the flags of /exec that are set. Raises HttpError 400 for one without its partner."""
-    names = {"wait", "follow", *EXEC_FLAGS} & set(parameters)
-    flags = {name for name in names if parse_flag(parameters, name)}
+    flags = {name for name in ("wait", "follow", *EXEC_FLAGS) if parse_flag(parameters, name)}
     if {"wait", "follow"} <= flags:
         raise HttpError(400, "bad_query", "wait or follow, not both")
-    for name in flags & set(EXEC_FLAGS):
-        if not flags & set(EXEC_FLAGS[name]):
-            raise HttpError(400, "bad_query", f"{name} goes with {' or '.join(EXEC_FLAGS[name])}")
+    for name, partners in EXEC_FLAGS.items():
+        if name in flags and not flags & set(partners):
+            raise HttpError(400, "bad_query", f"{name} goes with {' or '.join(partners)}")
     return flags
 
 
@@ -4996,7 +4987,7 @@ async def answer_info(server: Server, request: Request) -> Any:
 
 
 def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
-    """Return the rows that encode_metrics() takes."""
+    """Return (name, value, help) of each metric, for encode_metrics()."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
@@ -5138,7 +5129,7 @@ def find_command(message: dict[str, Any]) -> tuple[Role, Command]:
 # Finding the way
 
 
-def find_route(head: RequestHead, scheme: str = "http") -> Route:
+def find_route(head: RequestHead, scheme: str) -> Route:
     """Return the route of a request. Raises HttpError 404, 405 or 426."""
     route = ROUTES.get(head.path)
     if route is None:
@@ -5168,9 +5159,11 @@ def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
 def parse_since(parameters: Mapping[str, str], boot_id: str) -> tuple[int | None, bool]:
     """Return (the seq to replay after or None, whether it is of this boot)."""
     since = parameters.get("since")
-    if since is not None and not DIGITS.fullmatch(since):
+    if since is None:
+        return None, True
+    if not DIGITS.fullmatch(since):
         raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
-    return None if since is None else int(since), parameters.get("boot", boot_id) == boot_id
+    return int(since), parameters.get("boot", boot_id) == boot_id
 
 
 # The codes of errors that keep somebody from what another client may do. In /metrics each is there
