@@ -816,6 +816,9 @@ class TestHttpMessages:
         assert (head.status_code, bytes(head.reason), bytes(data.data)) == (200, b"OK", b"x" * 26)
         assert list(end.headers) == [(b"x-code", b"7")]
 
+    def test_boot_without_since_asks_for_no_replay(self) -> None:
+        assert sc.parse_since({"boot": "another"}, "this") == (None, True)
+
     def test_status_has_its_phrase(self) -> None:
         assert sc.encode_response_head(404, []) == b"HTTP/1.1 404 Not Found\r\n\r\n"
         assert set(sc.COMMAND_STATUS.values()) <= set(map(int, http.HTTPStatus))
