@@ -48,7 +48,7 @@ Map (search for the number and a dot):
 May I run this as root? Read these places in this order, some 910 lines in all. The
 number is how many lines each has:
 
-     347  section 6                 who gets in: the gate, check_access, and its rules in order
+     342  section 6                 who gets in: the gate, check_access, and its rules in order
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
       26  identify_peer             whose process is at the other end: the kernel is asked
