@@ -995,8 +995,8 @@ def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
 
 
 def is_top_level_visit(head: RequestHead) -> bool:
-    fetch = (head.value("sec-fetch-mode"), head.value("sec-fetch-dest"))
-    return (head.method, head.path, *fetch) == ("GET", "/", "navigate", "document")
+    purpose = (head.value("sec-fetch-mode"), head.value("sec-fetch-dest"))
+    return (head.method, head.path, *purpose) == ("GET", "/", "navigate", "document")
 
 
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
@@ -2128,7 +2128,6 @@ SIDE: Rule = (
     f"1 to {MAX_TERMINAL_SIDE}",
 )
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
-BYTES: Rule = (lambda value: type(value) is int and value >= 0, "a number of bytes")
 EXEC_FIELDS: dict[str, Rule] = {
     "cwd": TEXT,
     "env": (is_environment, "an object of strings without NUL"),
@@ -2145,7 +2144,7 @@ EXEC_FIELDS: dict[str, Rule] = {
     "cols": SIDE,
     "rows": SIDE,
     "ref": NAME,
-    "window": BYTES,
+    "window": (lambda value: type(value) is int and value >= 0, "a number of bytes"),
 }
 
 
