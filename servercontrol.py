@@ -2976,23 +2976,15 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     return path
 
 
-class ChainReport(NamedTuple):
-    """The result of check_chain(). notes: what is odd, in the order of the lines."""
-
-    lines: int
-    first_prev: str
-    last_hash: str
-    notes: list[str]
-    is_broken: bool
-
-
-def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> ChainReport:
-    """Walk the chain of records.
+def check_chain(
+    lines: Iterable[bytes], prev: str | None, head: str | None
+) -> tuple[list[str], bool, str]:
+    """Walk the chain of records; return what is to be said, whether it holds, and its last hash.
 
     prev: the hash that the first record must name, None for any. head: the hash of the newest line
     according to FILE.head, None if unknown: some line must have it.
     """
-    count, first_prev, notes, is_broken = 0, "", [], False
+    count, first_prev, told, is_broken = 0, "", [], False
     seen_head = head is None or head == prev
     last_hash = prev or ZERO_HASH
     for count, line in enumerate(lines, 1):
@@ -3001,22 +2993,22 @@ def check_chain(lines: Iterable[bytes], prev: str | None, head: str | None) -> C
             named = str(parse_json_object(line)["prev"])
         except (CommandError, KeyError):
             # A crash left half a line. The next record names its hash nevertheless.
-            notes.append(f"line {count} is not a whole record")
+            told.append(f"line {count} is not a whole record")
         else:
             first_prev = first_prev or named
             if named != last_hash and not (count == 1 and prev is None):
                 is_broken = True
-                notes.append(
-                    f"line {count} does not follow: lines before it were changed or removed"
-                )
+                problem = "lines before it were changed or removed"
+                told.append(f"line {count} does not follow: {problem}")
         last_hash = hash_line(line)
         seen_head = seen_head or last_hash == head
     if not seen_head:
         is_broken = True
-        notes.append(
-            f"line {count} is not the last that was written: changed, or lines are missing"
-        )
-    return ChainReport(count, first_prev or ZERO_HASH, last_hash, notes, is_broken)
+        problem = "changed, or lines are missing"
+        told.append(f"line {count} is not the last that was written: {problem}")
+    verdict = "the chain is BROKEN" if is_broken else "the chain holds"
+    start = "" if first_prev in ("", ZERO_HASH) else "; it goes on from an older file"
+    return [*told, f"{count} lines; {verdict}{start}"], not is_broken, last_hash
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
@@ -12399,20 +12391,18 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not files and path in ("-", "none"):
         raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
     files = files or (path,)
-    prev, status = None, 0
+    prev, is_whole = None, True
     for file in files:
         head = read_hash(file) if file == files[-1] else None
         try:
             with open(file, "rb") as lines:
-                report = check_chain(lines, prev, head)
+                told, holds, prev = check_chain(lines, prev, head)
         except OSError as error:
             raise StartError(f"{file}: {error.strerror}") from None
-        verdict = "the chain is BROKEN" if report.is_broken else "the chain holds"
-        start = "" if report.first_prev == ZERO_HASH else "; it goes on from an older file"
-        for text in (*report.notes, f"{report.lines} lines; {verdict}{start}"):
+        for text in told:
             write_output(f"{file}: {text}\n".encode("utf-8", "surrogateescape"))
-        prev, status = report.last_hash, status or int(report.is_broken)
-    return status
+        is_whole = is_whole and holds
+    return 0 if is_whole else 1
 
 
 def find_hosts_file(environ: Mapping[str, str]) -> str:
@@ -12872,10 +12862,9 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
     is_changeable = any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found)
     read = {f"--{name.replace('_', '-')}": getattr(config, name) for name in CREDENTIALS}
     written = {"--unix": config.unix, "--audit-log": config.audit_log} if is_sandboxed else {}
+    is_emptied = script.startswith(EMPTIED_FOLDERS)
     doubts = {
-        f"{script} is gone when that folder is emptied; /usr/local/bin is not": script.startswith(
-            EMPTIED_FOLDERS
-        ),
+        f"{script} is gone when that folder is emptied; /usr/local/bin is not": is_emptied,
         f"the service's account cannot read {script}; in /usr/local/bin it can": not is_readable,
         f"not only root can change {script}, and so what this service does": is_changeable,
     }
@@ -12883,9 +12872,8 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
         doubts[f"{option}: there is no file {path}"] = path and is_missing(path)
     for option, path in written.items():
         is_outside = not os.path.abspath(path).startswith(SANDBOX_FOLDERS)
-        doubts[f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone"] = (
-            path not in ("", "-", "none") and is_outside
-        )
+        doubt = f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone"
+        doubts[doubt] = is_outside and path not in ("", "-", "none")
     return [doubt for doubt, is_so in doubts.items() if is_so]
 
 
