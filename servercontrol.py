@@ -7845,7 +7845,7 @@ class Watched:
         """
         self.record_gap(self.link.seq + 1, None, "restarted")
         for task_id in list(self.tasks):
-            self._record_end("task_lost", task_id, reason="the server was restarted")
+            self._record_end("task_lost", task_id=task_id, reason="the server was restarted")
         self.ended.clear()  # a server without its old state folder begins again with id 1
 
     def _take_gap(self, event: dict[str, Any]) -> None:
@@ -7858,7 +7858,7 @@ class Watched:
             if task["state"] != "running":
                 self._take_end({**task, "duration_ms": task["ended"] - task["started"]})
         for task_id in set(self.tasks) - {task["task_id"] for task in tasks}:
-            self._record_end("task_lost", task_id, reason="the server remembers it no more")
+            self._record_end("task_lost", task_id=task_id, reason="the server remembers it no more")
 
     def _take_start(self, task: dict[str, Any]) -> None:
         """Take the start of a task, or a task in a list of those that run."""
@@ -7874,16 +7874,15 @@ class Watched:
         self.record("task_start", **{name: task[name] for name in self.TASK})
 
     def _take_end(self, task: dict[str, Any]) -> None:
-        names = ("exit_code", "signal", "state", "duration_ms", "output_bytes")
+        parse_task_id(task["task_id"])
+        names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
         fields = {name: task[name] for name in names}
-        task_id = parse_task_id(task["task_id"])
-        self._record_end("task_complete", task_id, **fields, killed_by=task.get("killed_by"))
+        self._record_end("task_complete", **fields, killed_by=task.get("killed_by"))
 
-    def _record_end(self, event: str, task_id: str, **fields: Any) -> None:
-        if task_id not in self.ended:
-            start = self.tasks.get(task_id, {})
-            told = {name: start.get(name) for name in ("command", "by")}
-            self.record(event, task_id=task_id, **fields, **told)
+    def _record_end(self, event: str, **fields: Any) -> None:
+        if fields["task_id"] not in self.ended:
+            start = self.tasks.get(fields["task_id"], {})
+            self.record(event, **fields, command=start.get("command"), by=start.get("by"))
 
     def _take_stats(self, event: dict[str, Any]) -> None:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
@@ -8003,9 +8002,10 @@ class EventWriter:
             dropped, self._dropped = self._dropped, 0
             now_ms = int(time.time() * 1000)
             self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
-        # JSON in ASCII, so that text from a server cannot control a terminal.
-        as_json = self._as_json and json.dumps({**event, "server": name})
-        line = as_json or format_event(name or "-", event)
+        if self._as_json:  # in ASCII, so that text from a server cannot control a terminal
+            line = json.dumps({**event, "server": name})
+        else:
+            line = format_event(name or "-", event)
         self.output.put(f"{line}\n".encode("utf-8", "replace"))
         self.output.check()
 
