@@ -57,8 +57,8 @@ number is how many lines each has:
       16  find_route                which role each path needs
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
-      74  Spawner                   how a command is started: session, environment, descriptors
-     202  Tasks                     how it is watched, stopped with all that it started, and ends
+      69  Spawner                   how a command is started: session, environment, descriptors
+     203  Tasks                     how it is watched, stopped with all that it started, and ends
       95  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
@@ -1924,13 +1924,13 @@ class Feed:
         return frames[seq] or entry
 
     def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
-        """Yield the seqs of each of these kinds that has one from the cursor on, and its index."""
+        """Yield the seqs of each kind that has one from the cursor on, and the index of that."""
         for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
             if seqs[-1] >= cursor:
                 yield seqs, bisect.bisect_left(seqs, cursor)
 
     def find_next(self, cursor: int, kinds: frozenset[str] | None) -> int:
-        """Return the seq of the first event of these kinds from the cursor on, or else `next`."""
+        """Return the seq of the next event of these kinds, or else `next`."""
         if kinds is None:
             return cursor
         later = self._find_later(cursor, kinds)
@@ -1945,7 +1945,7 @@ class Feed:
 
 
 def find_character(data: bytes, start: int) -> int:
-    """Return the first index from `start` on at which a UTF-8 character begins."""
+    """Return the first index from `start` on where a UTF-8 character begins."""
     while start < len(data) and data[start] & 0xC0 == 0x80:
         start += 1
     return start
@@ -3112,8 +3112,7 @@ class Task:
     replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
     fd: int = -1  # the server's end of the pipe or terminal with its output; -1 is closed
     input: TaskInput | None = None
-    # Columns and rows of its terminal.
-    size: tuple[int, int] | tuple[None, None] = (None, None)
+    size: tuple[int, int] | tuple[None, None] = (None, None)  # columns, rows of its terminal
     # The WebSocket client that typed last. It answers the questions that programs ask a terminal.
     typist: object = None
     # The state that it will have in the end; and who killed it.
@@ -3277,17 +3276,13 @@ def raise_descriptor_limit() -> tuple[int, int]:
     return soft, hard
 
 
+@dataclass
 class Spawner:
-    """Starts processes. descriptor_limit: for them, from before the server raised its own."""
+    """Starts processes."""
 
-    def __init__(
-        self, shell: str, environment: Mapping[str, str], descriptor_limit: tuple[int, int]
-    ) -> None:
-        self._shell = shell
-        # The tokens have been taken out of it.
-        own = {**environment, "PYTHONUNBUFFERED": "1"}
-        self._environment = {os.fsencode(name): os.fsencode(value) for name, value in own.items()}
-        self._descriptor_limit = descriptor_limit
+    _shell: str
+    _environment: Mapping[bytes, bytes]  # from which the tokens were taken
+    _descriptor_limit: tuple[int, int]  # from before the server raised its own
 
     def spawn(self, task: Task) -> None:
         """Start a task's shell, and set what the task knows of it. Raises OSError."""
@@ -3331,7 +3326,7 @@ class Spawner:
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
     def _make_environment(self, task: Task) -> dict[bytes, bytes]:
-        environment = dict(self._environment)
+        environment = {**self._environment, b"PYTHONUNBUFFERED": b"1"}
         if task.request.tty:
             environment[b"TERM"] = b"xterm-256color"
             for name in (b"COLUMNS", b"LINES"):  # of the terminal that the server was started on
@@ -3388,7 +3383,7 @@ class Outputs:
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def finish(self, task: Task) -> None:
-        """Read what the shell, which has ended, has left in the pipe, but not what others write."""
+        """Read what the shell, which has ended, has left, but not what others write later."""
         left = 0
         if task.fd >= 0 and task.request.tty:
             left = TERMINAL_BUFFER_BYTES  # some may still be on its way; only read() waits for it
@@ -3522,7 +3517,7 @@ def reap_shell(task: Task) -> tuple[float, int]:
 
 @dataclass(eq=False)
 class Tasks:
-    """All tasks: the running ones, and the finished ones that are kept."""
+    """The running tasks, and the finished ones that are kept."""
 
     _config: Config
     _ids: TaskIds
@@ -3531,12 +3526,11 @@ class Tasks:
     _log: Log
     _audit: AuditLog
     _spawner: Spawner
-    # All kept tasks by id, oldest first, and the running ones among them.
+    # By id: all kept tasks, oldest first, and the running ones among them.
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
-    # The finished ones, in the order in which they ended.
-    _finished: deque[Task] = field(default_factory=deque)
-    # `ref` -> id of the task that was started for it, also if that is no longer kept.
+    _finished: deque[Task] = field(default_factory=deque)  # in the order in which they ended
+    # `ref` -> id of the task that was started for it, kept or not.
     _refs: dict[str, str] = field(default_factory=dict)
     is_stopping: bool = False  # the server is; then no task is started
     # For /metrics, since the start of the server.
@@ -12364,7 +12358,7 @@ async def serve(config: Config, log: Log) -> None:
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
     audit = AuditLog(find_audit_log(config.audit_log, folder), boot_id, log)
-    spawner, ids = Spawner(config.shell, os.environ, descriptor_limit), TaskIds(folder, log)
+    spawner, ids = Spawner(config.shell, os.environb, descriptor_limit), TaskIds(folder, log)
     parts = (config, log, audit, tokens, ids, listeners, tls, spawner, boot_id, folder, Page())
     try:
         check_exposure(config, listeners, tokens, log)
