@@ -2752,7 +2752,7 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
     """Return the last line of a file without its newline, and whether it has one."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail[:-1]:
-        step = min(start, READ_CHUNK_BYTES)
+        step = min(start, max(4 * KIB, len(tail)))  # doubled, as a line may be long
         start -= step
         tail = os.pread(file.fileno(), step, start) + tail
     is_whole = tail.endswith(b"\n")
