@@ -1613,12 +1613,12 @@ class WebSocketConnection:
         # The close frame that answers what was received, until take_outgoing().
         self._outgoing = b""
 
-    def encode(self, opcode: Opcode, payload: bytes, fin: bool = True) -> bytes:
-        """Return a frame, masked if this end is the client; a whole message may be compressed."""
+    def encode(self, opcode: Opcode, payload: bytes) -> bytes:
+        """Return a frame, masked if this end is the client; a message may be compressed."""
         mask = self._make_mask and self._make_mask()
-        may_deflate = self.deflate_bits and fin and opcode in (Opcode.TEXT, Opcode.BINARY)
+        may_deflate = self.deflate_bits and opcode in (Opcode.TEXT, Opcode.BINARY)
         data = deflate(payload, self.deflate_bits) if may_deflate else b""
-        return encode_frame(opcode, data or payload, mask, fin, bool(data))
+        return encode_frame(opcode, data or payload, mask, is_deflated=bool(data))
 
     def close(self, code: int, reason: str = "") -> bytes:
         """Begin the closing handshake: return the close frame, b"" if it was sent before."""
@@ -1628,40 +1628,37 @@ class WebSocketConnection:
         return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
 
     def take_outgoing(self) -> bytes:
-        """Return the close frame that next_message() made, once."""
+        """Return the close frame that take() made, once."""
         outgoing, self._outgoing = self._outgoing, b""
         return outgoing
 
-    def feed(self, data: bytes) -> None:
-        self._buffer += data
-
-    def next_message(self) -> Message | None:
-        """Return the next message of what was fed, or None.
+    def take(self, data: bytes) -> Iterator[Message]:
+        """Take bytes from the peer and yield the messages that they complete.
 
         Never raises. After a violation the state is CLOSED, close_code has the code, and
-        take_outgoing() returns the close frame. Nothing after the returned message was parsed: the
+        take_outgoing() returns the close frame. Nothing after the message at hand was parsed: the
         caller may close the connection because of it, and then the rest is ignored (1.4).
         """
+        self._buffer += data
         try:
             while self.state is not WebSocketState.CLOSED:
-                message: Message | None = next(self._messages)
-                if message is not None and message.opcode is Opcode.CLOSE:
+                message = next(self._messages)
+                if message is None:
+                    return
+                if message.opcode is Opcode.CLOSE:
                     assert isinstance(message.data, bytes)
                     # The answer echoes the code (5.5.1).
                     self._end(*parse_close_payload(message.data), message.data[:2])
-                    return message
-                if message is None or self.state is WebSocketState.OPEN:
-                    return message
+                elif self.state is not WebSocketState.OPEN:
+                    continue
+                yield message
         except WebSocketError as error:
             answer = encode_close_payload(error.close_code, error.reason)
             self._end(error.close_code, error.reason, answer)
         self._buffer.clear()
-        return None
 
     def receive(self, data: bytes) -> list[Message]:
-        """Take bytes from the peer and return all messages that they complete."""
-        self.feed(data)
-        return list(iter(self.next_message, None))
+        return list(self.take(data))
 
     def _end(self, code: int | None, reason: str, answer: bytes) -> None:
         self.close_code, self.close_reason = code, reason
@@ -5405,7 +5402,7 @@ class Exchanges:
         connection.role = None
         role = connection.role = server.check_access(connection.peer, head)
         if role is not None:
-            server.newcomers.discard(connection)
+            server.newcomers.pop(connection, None)
         # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
@@ -5508,8 +5505,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
     while True:
         if data:
             viewer.heard_at = time.monotonic()
-            websocket.feed(data)
-            while (message := websocket.next_message()) is not None:
+            for message in websocket.take(data):
                 is_done = message.opcode is Opcode.CLOSE
                 handle_message(connection.server, viewer, message)
                 await connection.inbox.rest()
@@ -5565,7 +5561,8 @@ class Connection(asyncio.Protocol):
         self.opened_at = self._progress_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
-            server.newcomers.add(self)
+            server.newcomers[self] = None
+            server.newcomers.make_room(self.opened_at)
         is_extra = len(server.connections) > server.max_clients
         loop = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
@@ -5707,7 +5704,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self.server.connections.discard(self)
-        self.server.newcomers.discard(self)
+        self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
         self.server.deadlines.set(self, None)
         if self.viewer is not None:
@@ -5785,7 +5782,7 @@ class Connection(asyncio.Protocol):
         self.server.viewers.join(self.viewer, since, same_boot)
 
 
-class Newcomers:
+class Newcomers(dict[Connection, None]):
     """Limits the connections that have not passed the gate yet, in all and by source.
 
     Above the limit, the source with the most of them loses its oldest one. In a burst (many clients
@@ -5794,30 +5791,21 @@ class Newcomers:
     """
 
     def __init__(self, server: Server) -> None:
+        super().__init__()  # oldest first
         self._connections = server.connections
         self._half = server.max_clients // 2
-        # Oldest first.
-        self._all: dict[Connection, None] = {}
-
-    def add(self, connection: Connection) -> None:
-        self._all[connection] = None
-        self.make_room(time.monotonic())
-
-    def discard(self, connection: Connection) -> None:
-        """A connection has passed the gate, or is gone."""
-        self._all.pop(connection, None)
 
     def make_room(self, now: float) -> None:
         """End those who are too many. The sweep asks again for those who had a grace."""
-        while len(self._all) > min(MAX_NEWCOMERS, self._half):
-            counts = Counter(one.source for one in self._all)
+        while len(self) > min(MAX_NEWCOMERS, self._half):
+            counts = Counter(one.source for one in self)
             most = max(counts.values())
-            loser = next(one for one in self._all if counts[one.source] == most)
+            loser = next(one for one in self if counts[one.source] == most)
             is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
-            if is_spared and len(self._connections) <= self._half and len(self._all) <= MAX_BURST:
+            if is_spared and len(self._connections) <= self._half and len(self) <= MAX_BURST:
                 return
             # Now, and not only when the transport is gone: many may be accepted in one turn.
-            self.discard(loser)
+            del self[loser]
             self._connections.discard(loser)
             loser.end(End.RESET)
 

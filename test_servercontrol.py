@@ -1643,15 +1643,14 @@ class TestWebSocketConnection:
         connection = sc.WebSocketConnection(deflate_bits=15)
         data = b"x" * 125
         assert connection.encode(sc.Opcode.PING, data) == build_frame(PING, data, None)
-        assert connection.encode(sc.Opcode.TEXT, data, False) == build_frame(TEXT_START, data, None)
         assert connection.encode(sc.Opcode.TEXT, data)[0] == DEFLATED
 
     def test_nothing_after_the_message_at_hand_is_looked_at(self) -> None:
         connection = sc.WebSocketConnection()
-        connection.feed(build_frame(BINARY) + build_frame(TEXT, b"x") + b"\xff\xff")
-        assert connection.next_message() == (2, b"")
+        messages = connection.take(build_frame(BINARY) + build_frame(TEXT, b"x") + b"\xff\xff")
+        assert next(messages) == (2, b"")
         assert connection.close(1003) == b"\x88\x02\x03\xeb"
-        assert connection.next_message() is None and connection.take_outgoing() == b""
+        assert list(messages) == [] and connection.take_outgoing() == b""
 
     def test_messages_before_a_violation_are_received(self) -> None:
         outcome = feed_websocket(build_frame(TEXT, b"a") + build_frame(PING) + b"\xff\xff")
@@ -1705,8 +1704,7 @@ class TestWebSocketConnection:
         connection = sc.WebSocketConnection(make_mask=lambda: next(masks))
         for mask in FRAME_MASKS[:3]:
             assert connection.encode(sc.Opcode.TEXT, b"Hello") == build_frame(TEXT, b"Hello", mask)
-        fragment = connection.encode(sc.Opcode.TEXT, b"x", fin=False)
-        assert fragment == build_frame(TEXT_START, b"x", FRAME_MASKS[3])
+        assert connection.encode(sc.Opcode.PING, b"x") == build_frame(PING, b"x", FRAME_MASKS[3])
         assert connection.receive(build_frame(TEXT, b"hi", None)) == [(1, "hi")]
         assert connection.close(1000) == build_frame(CLOSE, b"\x03\xe8", FRAME_MASKS[4])
 
@@ -1739,7 +1737,9 @@ class TestWebSocketConnection:
         for parts in texts:
             for at, part in enumerate(parts):
                 opcode = sc.Opcode.CONTINUATION if at else sc.Opcode.TEXT
-                wire += sender.encode(opcode, part.encode("utf-8"), fin=at == len(parts) - 1)
+                data, mask = part.encode("utf-8"), b"\x01\x02\x03\x04" if to_server else None
+                fragment = sc.encode_frame(opcode, data, mask, at == len(parts) - 1)
+                wire += fragment if len(parts) > 1 else sender.encode(opcode, data)
         wire += sender.close(3000, "end")
         received = [m for piece in cut_bytes(wire, places) for m in receiver.receive(piece)]
         assert received[:-1] == [(1, "".join(parts)) for parts in texts]
