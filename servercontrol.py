@@ -3878,14 +3878,14 @@ class Viewers:
             self._find_pressure()
         return event
 
-    def join(self, viewer: Viewer, since: int | None, same_boot: bool) -> None:
+    def join(self, viewer: Viewer, since: int | None) -> None:
         """Add a viewer, from now on or from the event after `since`."""
         self.all.add(viewer)
         if viewer.is_stalled:
             self._stalled.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
-        if not same_boot or viewer.cursor > self.feed.next:
+        if viewer.cursor > self.feed.next:
             # `since` is from another boot: what is missing is not known. No event has seq 0.
             viewer.cursor = self.feed.first
             self._send_gap(viewer, 0, viewer.cursor - 1)
@@ -5138,14 +5138,14 @@ def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
     return parameters
 
 
-def parse_since(parameters: Mapping[str, str], boot_id: str) -> tuple[int | None, bool]:
-    """Return (the seq to replay after or None, whether it is of this boot)."""
+def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
+    """Return the seq to replay after, or None. A seq of another boot is above all of ours."""
     since = parameters.get("since")
     if since is None:
-        return None, True
+        return None
     if not DIGITS.fullmatch(since):
         raise HttpError(400, "bad_query", "since must be a seq, a decimal number")
-    return int(since), parameters.get("boot", boot_id) == boot_id
+    return int(since) if parameters.get("boot", boot_id) == boot_id else sys.maxsize
 
 
 # The codes of errors that keep somebody from what another client may do. In /metrics each is there
@@ -5758,7 +5758,7 @@ class Connection(asyncio.Protocol):
         if role is None:  # the gate never allows that; checked again all the same
             raise HttpError(401, "unauthorized", "watching needs a role")
         parameters = parse_query(head.query, repeatable="task")
-        since, same_boot = parse_since(parameters, self.server.boot_id)
+        since = parse_since(parameters, self.server.boot_id)
         choice = parse_choice_query(parameters)
         says_hello = parse_flag(parameters, "hello")
         extension, bits = choose_deflate(head)
@@ -5779,7 +5779,7 @@ class Connection(asyncio.Protocol):
         self.viewer.is_stalled = self in self.server.stalled
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
-        self.server.viewers.join(self.viewer, since, same_boot)
+        self.server.viewers.join(self.viewer, since)
 
 
 class Newcomers(dict[Connection, None]):

@@ -817,7 +817,7 @@ class TestHttpMessages:
         assert list(end.headers) == [(b"x-code", b"7")]
 
     def test_boot_without_since_asks_for_no_replay(self) -> None:
-        assert sc.parse_since({"boot": "another"}, "this") == (None, True)
+        assert sc.parse_since({"boot": "another"}, "this") is None
 
     def test_status_has_its_phrase(self) -> None:
         assert sc.encode_response_head(404, []) == b"HTTP/1.1 404 Not Found\r\n\r\n"
@@ -1943,20 +1943,18 @@ class TestFeed:
 
     # Of 100 events 91 to 100 are kept.
     @cases(
-        ("nothing missed", 100, True, 101, None), ("one missed", 99, True, 100, None),
-        ("all kept ones missed", 90, True, 91, None), ("one too old", 89, True, 91, (90, 90)),
-        ("from the beginning", 0, True, 91, (1, 90)), ("from the future", 101, True, 91, (0, 90)),
-        ("other boot", 95, False, 91, (0, 90)),
+        ("nothing missed", 100, 101, None), ("one missed", 99, 100, None),
+        ("all kept ones missed", 90, 91, None), ("one too old", 89, 91, (90, 90)),
+        ("from the beginning", 0, 91, (1, 90)), ("other boot", sys.maxsize, 91, (0, 90)),
+        ("from the future", 101, 91, (0, 90)), ("from now on", None, 101, None),
     )  # fmt: skip
     @in_loop
-    async def test_where_one_that_comes_back_goes_on(
-        self, since: int, same_boot: bool, cursor: int, gap
-    ):
+    async def test_where_one_that_comes_back_goes_on(self, since: int | None, cursor: int, gap):
         viewers, viewer = sc.Viewers(asyncio.get_running_loop()), TestRounds.Viewer()
         viewer.transport.get_write_buffer_size.return_value = 0
         viewers.feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
         assert (viewers.feed.first, viewers.feed.next) == (91, 101)
-        viewers.join(viewer, since, same_boot)
+        viewers.join(viewer, since)
         viewers.flush_all()
         told, less, events = b"".join(viewer.taken).partition(b"<")
         assert less + events == b"".join(b"<%d>" % seq for seq in range(cursor, 101))
@@ -3144,7 +3142,7 @@ class TestRounds:
         viewers = sc.Viewers(asyncio.get_running_loop())
         everybody = [self.Viewer(*only) for _ in range(count)]
         for viewer in everybody:
-            viewers.join(viewer, None, True)
+            viewers.join(viewer, None)
         return viewers, everybody
 
     @in_loop
@@ -3156,7 +3154,7 @@ class TestRounds:
         viewers.publish("stats_update", n=1)
         for turn in range(1, 6):
             viewers.flush()
-            viewers.join(self.Viewer(), 0, True)
+            viewers.join(self.Viewer(), 0)
             viewers.publish("stats_update", n=2)
             assert sum(bool(one.taken) for one in everybody) == turn * sc.ROUND_STEP
             assert viewers.feed.is_dirty
@@ -3191,7 +3189,7 @@ class TestRounds:
         assert few[0].seqs() == [1], "one write for many events"
         await asyncio.sleep(0)
         assert few[0].seqs() == [1, 2]
-        viewers.join(self.Viewer(), None, True)
+        viewers.join(self.Viewer(), None)
         await asyncio.sleep(0)
         viewers._hurried_at = -1e12
         viewers.publish("stats_update")
@@ -16215,13 +16213,15 @@ def fuzz_parse_query(query: str) -> Outcome:
 
 def fuzz_check_query(query: str, outcome: Outcome) -> None:
     """What is accepted, urllib reads in the same way."""
-    for parameters, (since, same_boot) in outcome.items:
+    for parameters, since in outcome.items:
         pairs = [pair.partition("=") for pair in query.split("&") if pair]
         plain = functools.partial(urllib.parse.unquote_plus, errors="strict")
         assert [(plain(name), plain(value)) for name, _, value in pairs] == list(parameters.items())
         digits = parameters.get("since")
-        assert since is None if digits is None else f"{since}" == (digits.lstrip("0") or "0")
-        assert same_boot == (digits is None or parameters.get("boot", "b") == "b")
+        if digits is None or parameters.get("boot", "b") != "b":
+            assert since == (None if digits is None else sys.maxsize)
+        else:
+            assert f"{since}" == (digits.lstrip("0") or "0")
 
 
 def fuzz_make_access(chance: random.Random) -> Any:
