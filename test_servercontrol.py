@@ -36,6 +36,7 @@ import http.client
 import http.server
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import ipaddress
 import itertools
@@ -1766,7 +1767,7 @@ def cases(*rows: tuple[Any, ...]) -> Any:
     """Parametrize a test with rows whose first column is the id and the argument `name`."""
 
     def decorate(test: Any) -> Any:
-        arguments = test.__code__.co_varnames[1 : test.__code__.co_argcount]
+        arguments = list(inspect.signature(test).parameters)[1:]
         names = [name for name in arguments if name not in ("server", "servers")]
         values = [row[1:] if len(names) > 1 else row[1] for row in rows]
         return pytest.mark.parametrize(",".join(names), values, ids=[row[0] for row in rows])(test)
