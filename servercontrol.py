@@ -58,7 +58,7 @@ number is how many lines each has:
       17  parse_exec_body           what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
       69  Spawner                   how a command is started: session, environment, descriptors
-     203  Tasks                     how it is watched, stopped with all that it started, and ends
+     201  Tasks                     how it is watched, stopped with all that it started, and ends
       95  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
@@ -1774,8 +1774,7 @@ class AlertRule:
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
 # and lag are normal delivery from another cursor; and what was dropped from there on is known, and
-# is sent as a `gap`. (Kafka's consumers and the kernel's /dev/kmsg work like this.) A list of seqs
-# for each kind of event serves viewers that choose what they hear.
+# is sent as a `gap`. A list of seqs for each kind of event serves viewers that choose.
 # OutputLog is the same idea for the output of one task, in bytes instead of events.
 
 EVENT_TYPES = (
@@ -3542,8 +3541,6 @@ class Tasks:
     def __post_init__(self) -> None:
         self.outputs = Outputs(self._publish, self._feed, self.running, self._finished)
 
-    # Looking things up
-
     def get(self, task_id: Any) -> Task:
         """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
         task = self.kept.get(parse_task_id(task_id))
@@ -3745,10 +3742,7 @@ class Compressor:
     _left_seconds = _now = 0.0
 
     def compress(self, frame: bytes, bits: int) -> bytes:
-        """Return the frame for viewers with such a window; plain when no time is left.
-
-        That is once for each event, so viewers on slow links, who need it most, seldom meet this.
-        """
+        """Return the frame for viewers with such a window; plain when no time is left."""
         now = time.perf_counter()
         earned = self._left_seconds + (now - self._now) * DEFLATE_SHARE
         self._left_seconds, self._now = min(earned, DEFLATE_SECONDS), now
@@ -3850,13 +3844,11 @@ class Viewers:
         self._news: set[str] = set()
         # (audience, cursor) -> frames and the cursor after them, for the viewers of a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
-        # When few viewers were last served in the turn of the event.
-        self._hurried_at = 0.0
+        self._hurried_at = 0.0  # when few viewers were last served in the turn of the event
         self._stalled: set[Viewer] = set()
         # Viewers that are behind -> how many seconds tasks may still wait for each of them.
         self._patience: dict[Viewer, float] = {}
-        # When it was last found out whether tasks must pause for them.
-        self._looked_at = 0.0
+        self._looked_at = 0.0  # for that
 
     @property
     def written_bytes(self) -> int:
@@ -4001,7 +3993,6 @@ class Viewers:
 
     def _serve_step(self, step: list[Viewer]) -> None:
         # Usually a viewer is at the cursor of the one before it, and its socket takes everything.
-        # That costs two comparisons and one system call.
         newest, audience, cursor = self.feed.next, None, 0
         for viewer in reversed(step):
             if viewer.is_stalled or viewer.cursor == newest:
