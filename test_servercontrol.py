@@ -4423,6 +4423,26 @@ class TestOwnerOfAPort:
     """CASES, fact 1, and what follows from it: the kernel is asked about a pair of ports, and the
     answer must be about who sent the bytes."""
 
+    @pytest.mark.parametrize(
+        "peer, local, is_asked",
+        [
+            ("127.0.0.1", "127.0.0.2", True),
+            ("::1", "::1", True),
+            ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True),
+            ("192.0.2.1", "127.0.0.1", False),
+            ("127.0.0.1", "192.0.2.1", False),
+            ("2001:db8::1", "::1", False),
+        ],
+    )
+    def test_only_loopback_ends_have_an_owner(self, peer: str, local: str, is_asked: bool) -> None:
+        connection = mock.Mock()
+        connection.getsockname.return_value = (local, 8080)
+        connection.getsockopt.return_value = bytes([1])  # established
+        query = mock.Mock(return_value=1000)
+        listener = sc.ListenerKind.LOOPBACK
+        found, _ = sc.identify_peer(connection, listener, (peer, 40000), "http", query)
+        assert (found.uid, query.called) == ((1000, True) if is_asked else (None, False))
+
     @pytest.mark.parametrize("loop", loops())
     def test_port_of_a_reset_connection_proves_nothing(self, tmp_path: Path, loop: str) -> None:
         with ServerProcess(tmp_path, f"--loop={loop}") as server:
