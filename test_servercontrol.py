@@ -13268,16 +13268,21 @@ def walk_states(visit: Visit, server: ServerProcess) -> Iterator[str]:
     yield "login"
 
 
+@pytest.fixture(scope="class")
+def page_server(tmp_path_factory: Any) -> Iterator[ServerProcess]:
+    with ServerProcess(
+        tmp_path_factory.mktemp("page"), "--interval=0.2", "--alert-for=600"
+    ) as server:
+        yield server
+
+
 @pytest.mark.xdist_group("browser")
 class TestPage:
     """The page in a real Chromium."""
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def server(cls, tmp_path_factory: Any) -> Iterator[ServerProcess]:
-        state = tmp_path_factory.mktemp("page")
-        with ServerProcess(state, "--interval=0.2", "--alert-for=600") as server:
-            yield server
+    @pytest.fixture
+    def server(self, page_server: ServerProcess) -> ServerProcess:
+        return page_server
 
     @pytest.fixture
     def visit(self, browser: Any, server: ServerProcess) -> Iterator[Visit]:
@@ -13840,8 +13845,7 @@ class TestPage:
         assert visit.page.is_hidden("#notice")
 
     def test_gap_after_a_lost_connection_is_told_and_filled(self, browser: Any, tmp_path: Path):
-        code = "sc.Feed.__init__.__defaults__ = (20_000, lambda frame, _: frame)  # bytes of kept events"
-        script, go = make_launcher(tmp_path, code), tmp_path / "go"
+        script, go = make_launcher(tmp_path, KEEP_EVENTS_BYTES=20_000), tmp_path / "go"
         with ServerProcess(tmp_path, "--interval=0.2", script=script) as server:
             with Visit(browser, f"http://{server.place}/") as visit:
                 visit.wait_live()
