@@ -12337,7 +12337,7 @@ async def serve(config: Config, log: Log) -> None:
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
     audit = AuditLog(find_audit_log(config.audit_log, folder), boot_id, log)
-    spawner, ids = Spawner(config.shell, os.environb, descriptor_limit), TaskIds(folder, log)
+    spawner, ids = Spawner(config.shell, dict(os.environb), descriptor_limit), TaskIds(folder, log)
     parts = (config, log, audit, tokens, ids, listeners, tls, spawner, boot_id, folder, Page())
     try:
         check_exposure(config, listeners, tokens, log)
