@@ -1589,7 +1589,7 @@ class WebSocketConnection:
     """
 
     __slots__ = (
-        "state close_code close_reason deflate_bits _make_mask _buffer _messages _outgoing"
+        "state close_code close_reason deflate_bits answer _make_mask _buffer _messages"
     ).split()
 
     def __init__(
@@ -1603,6 +1603,8 @@ class WebSocketConnection:
         # How the connection ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
+        # The close frame that must be sent then; b"" if ours was sent before.
+        self.answer = b""
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
         # Bytes that were received and are not parsed yet, and what parses them.
@@ -1610,8 +1612,6 @@ class WebSocketConnection:
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
         )
-        # The close frame that answers what was received, until take_outgoing().
-        self._outgoing = b""
 
     def encode(self, opcode: Opcode, payload: bytes) -> bytes:
         """Return a frame, masked if this end is the client; a message may be compressed."""
@@ -1627,17 +1627,11 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSING
         return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
 
-    def take_outgoing(self) -> bytes:
-        """Return the close frame that take() made, once."""
-        outgoing, self._outgoing = self._outgoing, b""
-        return outgoing
-
     def take(self, data: bytes) -> Iterator[Message]:
         """Take bytes from the peer and yield the messages that they complete.
 
-        Never raises. After a violation the state is CLOSED, close_code has the code, and
-        take_outgoing() returns the close frame. Nothing after the message at hand was parsed: the
-        caller may close the connection because of it, and then the rest is ignored (1.4).
+        Never raises: a violation makes the state CLOSED. Nothing after the message at hand was
+        parsed: the caller may close the connection, and then the rest is ignored (1.4).
         """
         self._buffer += data
         try:
@@ -1663,7 +1657,7 @@ class WebSocketConnection:
     def _end(self, code: int | None, reason: str, answer: bytes) -> None:
         self.close_code, self.close_reason = code, reason
         if self.state is WebSocketState.OPEN:
-            self._outgoing = self.encode(Opcode.CLOSE, answer)
+            self.answer = self.encode(Opcode.CLOSE, answer)
         self.state = WebSocketState.CLOSED
 
 
@@ -4422,7 +4416,7 @@ class SystemdNotifier:
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
 # answer; or become a Viewer. Only deadlines that have passed are looked at. Each kind of error
-# becomes an answer in one place: make_error_response, handle_text.
+# becomes an answer in one place: make_error_response, handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
@@ -5173,55 +5167,48 @@ class End(enum.Enum):
     RESET = "reset"  # the kernel is to forget what the peer does not take, too
 
 
-class Deadlines:
-    """When the present phase of each connection must be over.
+class Deadlines(dict[float, "dict[Connection, float]"]):
+    """When the present phase of each connection must be over: monotonic times.
 
     Who has the same number of seconds falls due in the order of getting them, so each number has
-    a list of its own, and only those that are due are looked at.
+    a dictionary of its own, and only those that are due are looked at.
     """
-
-    def __init__(self) -> None:
-        # By seconds: monotonic times.
-        self._times: dict[float, dict[Connection, float]] = {}
 
     def set(self, connection: Connection, seconds: float | None) -> None:
         if connection.deadline_seconds is not None:
-            del self._times[connection.deadline_seconds][connection]
+            del self[connection.deadline_seconds][connection]
         connection.deadline_seconds = seconds
         if seconds is not None:
-            self._times.setdefault(seconds, {})[connection] = time.monotonic() + seconds
+            self.setdefault(seconds, {})[connection] = time.monotonic() + seconds
 
     def take_due(self, now: float) -> list[Connection]:
         """Return those whose time is up; they have no deadline any more."""
         due: list[Connection] = []
-        for times in self._times.values():
+        for times in self.values():
             due += itertools.takewhile(lambda one: times[one] <= now, times)  # noqa: B023
         for connection in due:
             self.set(connection, None)
         return due
 
 
-class Turns:
+class Turns(deque["asyncio.Future[None]"]):
     """A queue of clients that have had their share of this turn of the event loop."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self) -> None:
         """Go on in a later turn, after those who came before."""
         loop = asyncio.get_running_loop()
-        if not self._waiting:
+        if not self:
             loop.call_soon(self._wake)
         mine = loop.create_future()
-        self._waiting.append(mine)
+        self.append(mine)
         await mine
 
     def _wake(self) -> None:
-        for _ in range(min(CLIENTS_PER_TURN, len(self._waiting))):
-            one = self._waiting.popleft()
+        for _ in range(min(CLIENTS_PER_TURN, len(self))):
+            one = self.popleft()
             if not one.done():  # its connection has gone
                 one.set_result(None)
-        if self._waiting:
+        if self:
             asyncio.get_running_loop().call_soon(self._wake)
 
 
@@ -5329,8 +5316,13 @@ class Exchanges:
         try:
             while await self._serve_request():
                 await self._connection.inbox.rest()
-        except Exception as error:
-            await self._refuse(error)
+        except ConnectionError:
+            pass
+        except Exception as error:  # the rest of the input cannot be trusted
+            if not self._transport.is_closing():
+                response, head = make_error_response(self._server, error), self._parser.head
+                self._transport.write(encode_answer(self._server, head, response, False))
+                await linger(self._connection)
         return self._parser.take_rest()
 
     async def _serve_request(self) -> bool:
@@ -5447,29 +5439,27 @@ class Exchanges:
         await self._connection.drain()
         return keep_alive
 
-    async def _refuse(self, error: Exception) -> None:
-        """Answer an error after which the input cannot be trusted, and end the connection."""
-        if isinstance(error, ConnectionError) or self._transport.is_closing():
-            return
-        response = make_error_response(self._server, error)
-        answer = encode_answer(self._server, self._parser.head, response, keep_alive=False)
-        self._transport.write(answer)
-        await linger(self._connection)
 
-
-def handle_text(server: Server, viewer: Viewer, text: str | bytes) -> None:
-    """The one place where the error of a message is answered."""
+def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
+    """Carry out what a WebSocket client sent. The one place where its error is answered."""
+    if message.opcode is Opcode.PING:
+        assert isinstance(message.data, bytes)
+        viewer.send_pong(message.data)
+    elif message.opcode is Opcode.BINARY:
+        viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
+    if message.opcode is not Opcode.TEXT:
+        return
     reference: dict[str, Any] = {}
     try:
-        message = parse_json_object(text)
-        if isinstance(message.get("ref"), (str, int, float)):
-            reference = {"ref": message["ref"]}
-        needed, command = find_command(message)
+        fields = parse_json_object(message.data)
+        if isinstance(fields.get("ref"), (str, int, float)):
+            reference = {"ref": fields["ref"]}
+        needed, command = find_command(fields)
         server.check_role(needed, viewer.role)
-        reply = command(server, viewer, message)
+        reply = command(server, viewer, fields)
     except CommandError as error:
         if is_refusal(error):
-            server.note_refusal(viewer.by, error.code, str(message.get("type")))
+            server.note_refusal(viewer.by, error.code, str(fields.get("type")))
         reply = {"type": "error", "code": error.code, "message": error.message}
     except Exception:
         server.log.write_limited("error", "message_failed", trace=traceback.format_exc())
@@ -5477,17 +5467,6 @@ def handle_text(server: Server, viewer: Viewer, text: str | bytes) -> None:
         return
     if reply is not None:
         viewer.send_json({**reply, **reference})
-
-
-def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
-    """Carry out what a WebSocket client sent."""
-    if message.opcode is Opcode.PING:
-        assert isinstance(message.data, bytes)
-        viewer.send_pong(message.data)
-    elif message.opcode is Opcode.BINARY:
-        viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
-    elif message.opcode is Opcode.TEXT:
-        handle_text(server, viewer, message.data)
 
 
 async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -> None:
@@ -5500,12 +5479,12 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
                 is_done = message.opcode is Opcode.CLOSE
                 handle_message(connection.server, viewer, message)
                 await connection.inbox.rest()
-            connection.transport.write(websocket.take_outgoing())
         if websocket.state is not WebSocketState.OPEN:
             connection.server.viewers.leave(viewer)
             if connection.phase is Phase.WEBSOCKET:
                 connection.begin_phase(Phase.CLOSING, CLOSE_SECONDS)
         if websocket.state is WebSocketState.CLOSED:
+            connection.transport.write(websocket.answer)
             # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
             # of which it can only be told by closing.
             if connection.transport.can_write_eof() or not is_done:
@@ -5872,18 +5851,14 @@ def adopt_socket(fd: int) -> socket.socket:
     return listener
 
 
-def is_stale_socket(path: str) -> bool:
-    """Whether there is a socket on which nobody listens."""
+def bind_unix(path: str) -> socket.socket:
+    """Return a listening socket (0600) in place of what a crash has left. Raises OSError."""
+    is_left = False
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any other file
-        return is_refused and stat.S_ISSOCK(os.lstat(path).st_mode)
-    return False
-
-
-def bind_unix(path: str) -> socket.socket:
-    """Return a listening socket (0600) in place of what a crash has left. Raises OSError."""
-    if is_stale_socket(path):
+        is_left = is_refused and stat.S_ISSOCK(os.lstat(path).st_mode)
+    if is_left:
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)

@@ -105,7 +105,7 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
             raw = payload.encode("utf-8") if isinstance(payload, str) else payload
             if opcode not in (sc.Opcode.CLOSE, sc.Opcode.PONG):
                 writer.write(websocket.encode(echo, raw))
-        writer.write(websocket.take_outgoing())
+        writer.write(websocket.answer)
         await writer.drain()
         if websocket.state is sc.WebSocketState.OPEN:
             data = await reader.read(65536)
@@ -1437,8 +1437,7 @@ def receive_as_server(pieces: Iterable[bytes], deflate_bits: int = 0) -> Outcome
     """Run a server's end. Items: messages. End: its close code and the frame it answers."""
     connection = sc.WebSocketConnection(deflate_bits=deflate_bits)
     items = [message for piece in pieces for message in connection.receive(piece)]
-    answer = connection.take_outgoing()
-    assert connection.take_outgoing() == b""
+    answer = connection.answer
     if connection.state is sc.WebSocketState.OPEN:
         assert answer == b"" and connection.close_code is None
         return Outcome(items, None)
@@ -1634,7 +1633,7 @@ class TestWebSocketConnection:
         messages = connection.take(build_frame(BINARY) + build_frame(TEXT, b"x") + b"\xff\xff")
         assert next(messages) == (2, b"")
         assert connection.close(1003) == b"\x88\x02\x03\xeb"
-        assert list(messages) == [] and connection.take_outgoing() == b""
+        assert list(messages) == [] and connection.answer == b""
 
     def test_messages_before_a_violation_are_received(self) -> None:
         outcome = feed_websocket(build_frame(TEXT, b"a") + build_frame(PING) + b"\xff\xff")
@@ -1653,9 +1652,9 @@ class TestWebSocketConnection:
     def test_data_after_the_close_is_ignored(self) -> None:
         connection = sc.WebSocketConnection()
         assert len(connection.receive(build_frame(CLOSE) + build_frame(TEXT, b"x"))) == 1
-        assert connection.take_outgoing() == b"\x88\x00"
+        assert connection.answer == b"\x88\x00"
         assert connection.receive(build_frame(TEXT, b"x") + b"\xff\xff") == []
-        assert (connection.close_code, connection.take_outgoing()) == (None, b"")
+        assert (connection.close_code, connection.answer) == (None, b"\x88\x00")
         assert connection.close(1001) == b""
 
     def test_our_close_is_sent_once_and_waits_for_the_answer(self) -> None:
@@ -1667,13 +1666,13 @@ class TestWebSocketConnection:
         assert connection.state is sc.WebSocketState.CLOSING
         payload = b"\x03\xe9why"
         assert connection.receive(build_frame(CLOSE, payload)) == [(8, payload)]
-        assert connection.state is sc.WebSocketState.CLOSED and connection.take_outgoing() == b""
+        assert connection.state is sc.WebSocketState.CLOSED and connection.answer == b""
         assert (connection.close_code, connection.close_reason) == (1001, "why")
 
     def test_violation_after_our_close_is_not_answered(self) -> None:
         connection = sc.WebSocketConnection()
         connection.close(1000)
-        assert connection.receive(b"\xff\xff") == [] and connection.take_outgoing() == b""
+        assert connection.receive(b"\xff\xff") == [] and connection.answer == b""
         assert connection.state is sc.WebSocketState.CLOSED and connection.close_code == 1002
 
     @pytest.mark.parametrize("first", [TEXT, BINARY, PING, CLOSE])
@@ -1681,7 +1680,7 @@ class TestWebSocketConnection:
         connection = sc.WebSocketConnection(make_mask=lambda: RFC_MASK)
         assert connection.receive(build_frame(first)) == [] and connection.close_code == 1002
         payload = b"\x03\xea" + connection.close_reason.encode("utf-8")
-        assert connection.take_outgoing() == build_frame(CLOSE, payload)
+        assert connection.answer == build_frame(CLOSE, payload)
 
     def test_client_masks_each_frame_anew(self) -> None:
         masks = iter(FRAME_MASKS)
@@ -1727,7 +1726,7 @@ class TestWebSocketConnection:
         wire += sender.close(3000, "end")
         received = [m for piece in cut_bytes(wire, places) for m in receiver.receive(piece)]
         assert received[:-1] == [(1, "".join(parts)) for parts in texts]
-        assert sender.receive(receiver.take_outgoing()) == [(8, b"\x0b\xb8")]
+        assert sender.receive(receiver.answer) == [(8, b"\x0b\xb8")]
         assert sender.state is receiver.state is sc.WebSocketState.CLOSED
 
     @pytest.mark.parametrize("seed", range(4))
