@@ -26,39 +26,42 @@ The way of the data:
 Map (search for the number and a dot):
 
     1. Imports and version: the two optional packages, names for annotations
-    2. Constants: every limit, time-out and protocol number
-    3. Errors: what others may do wrong, COMMAND_STATUS
+    2. Constants: limits, time-outs, pauses, protocol numbers
+    3. Errors: what others may do wrong, COMMAND_STATUS; see also REFUSALS in 16
     4. Configuration: Config, the options of `serve`
     5. HTTP messages: HttpParser, RequestHead, query, answers' heads and chunks
-    6. Access: check_access, tokens, owners of sockets, RateLimit
-    7. WebSocket handshake and frames: upgrade, Opcode, close codes, frames, deflate
+    6. Access: Role, check_access, tokens, owners of sockets, RateLimit
+    7. WebSocket handshake and frames: upgrade, Opcode, CloseCode, frames, permessage-deflate
     8. WebSocket connection: messages from frames, the closing handshake
     9. Statistics and alerts: parsers of /proc, rates, AlertRule
-    10. Feed and kept output: the log of events, its cursors; output kept per task
-    11. Messages and datagrams: JSON, events, request fields, metrics, discovery, webhook
-    12. Log, state folder and audit log: stderr, task ids, tokens, records in a chain
-    13. Tasks: start, terminal, reading and its pauses, stopping, the end
-    14. Viewers: publish, flush, viewers that are slow, pings
+    10. Feed and kept output: EVENT_TYPES, the log of events, its cursors; output kept per task
+    11. Messages and datagrams: JSON, events, EXEC_FIELDS, forms of metrics, discovery, webhook
+    12. Log, state folder and audit log: stderr, task ids, tokens, the chain, crashed runs
+    13. Tasks: phases, start, terminal, Outputs (reading in turns, pauses), stopping, the end
+    14. Viewers: publish, flush, slow viewers and how they pause tasks, pings
     15. Background loops: sampling, webhook, answers to probes, systemd
-    16. Server: routes, HTTP and WebSocket answers, error bodies, sockets, deadlines, stop
-    17. Client: names of servers, Link, exec, monitor with log and screen, discover
+    16. Server: ROUTES, COMMANDS, metrics, facts for probes, heads of answers, Newcomers, stop
+    17. Client: names of servers, Link, exec, monitor with log and COLUMNS, discover
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
-    19. Command line: options, banner, signals, verify-audit, systemd unit, main
+    19. Command line: options, environment, banner, signals, verify-audit, systemd unit, main
 
-May I run this as root? Read these places in this order, some 910 lines in all. The
+May I run this as root? Read these places in this order, some 940 lines in all. The
 number is how many lines each has:
 
-     342  section 6                 who gets in: the gate, check_access, and its rules in order
+     345  section 6                 who gets in: the gate, check_access, and its rules in order
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
       26  identify_peer             whose process is at the other end: the kernel is asked
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       20  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
-      17  parse_exec_body           what a request to run something may say
+      20  handle_message            the second door: messages of WebSocket clients, COMMANDS
+       6  Server.check_role         who may run something; both doors ask it
+      14  parse_exec_fields         what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
       69  Spawner                   how a command is started: session, environment, descriptors
-     201  Tasks                     how it is watched, stopped with all that it started, and ends
+     204  Tasks                     how it is stopped with all that it started, and ends
+      10  signal_session            which processes a signal reaches
       95  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
@@ -223,18 +226,18 @@ MAX_DEFLATE_BYTES = 256 * KIB
 # plain, so that a flood hardly slows other viewers. A tenth compresses some 16 MB a second.
 DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
-PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; silence for as long: the peer is gone
+PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; who never answers one is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
-STOP_CLOSE_SECONDS = 0.6  # CLOSE_SECONDS while the server stops: idle, that takes less than 1 s
+STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
 
 # Sending: one write to a viewer has about this size. It limits what a stalled viewer costs beyond
 # the kept events; larger writes gained nothing measurable.
 BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. Broadcasts alone leave less in a buffer: one batch, which may end with the
-# largest frame.
+# tasks) is closed. Broadcasts alone never reach that: at most one batch of them waits, whose last
+# frame may be the largest.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -244,8 +247,8 @@ READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 ROUND_SECONDS = 0.05  # tasks are not read during a round of many viewers, for so long at most
 ROUND_STEP = 16  # viewers between two looks at the clock
-# So few viewers are served in the turn in which the output was read, which saves 15 us; but not
-# more often than this, since in a flood one write for many events costs less.
+# Up to FEW_VIEWERS are served in the turn in which output was read, which saves 15 us, but only
+# every FEW_PAUSE_SECONDS: in a flood one write for many events costs less.
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
 # If a viewer that still reads falls half a feed behind, tasks pause until it has caught up, for at
@@ -255,8 +258,9 @@ PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
 PRESSURE_SECONDS = 0.002  # between two checks
 
-# What a client sends is parsed in pieces of this size, for so long in one turn of the event loop,
-# which serves so many waiting clients: many tiny frames or requests from one delay nobody else.
+# A client's input is parsed in pieces of INPUT_PIECE_BYTES. After INPUT_TURN_SECONDS of work it
+# waits for a later turn, which lets CLIENTS_PER_TURN go on. So many tiny frames or requests of one
+# client delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
@@ -268,8 +272,8 @@ KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
 # A pipe's capacity. Even fully escaped as JSON it stays below 1 MiB, the largest message that
 # common WebSocket clients accept by default.
 READ_CHUNK_BYTES = 64 * KIB
-# Kept output is stored in blocks, so that readers can share them. What is shorter is put together,
-# which copies up to so much for a small chunk.
+# Kept output is stored in blocks, so that readers can share them. Shorter chunks are joined, which
+# copies up to one block for a small chunk.
 OUTPUT_BLOCK_BYTES = 16 * KIB
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
@@ -280,10 +284,10 @@ MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999  # columns or rows
 MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
-KILL_GRACE_SECONDS = 3.0  # from TERM to KILL
+KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it too
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
 # What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
-# reader's side (tcp_rmem). So of a task with a window more is kept, so many times --keep-output.
+# reader's side (tcp_rmem). So a task with a window keeps KEEP_TIMES as much as --keep-output says.
 KEEP_TIMES = 5
 
 # Access.
@@ -316,7 +320,7 @@ PORT_TRIES = 100  # the wanted port and 99 further
 LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
-TLS_GOODBYE_SECONDS = 0.5
+TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
 # In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
 # core busy for a second, and the client's machine may be slow too.
@@ -335,7 +339,7 @@ MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
-RETRY_SECONDS = 0.25  # doubled with each failure
+RETRY_SECONDS = 0.25  # before the first retry of a client; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
 REFUSED_RETRY_SECONDS = 20.0  # longer, since a wrong token does not become right by itself
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
@@ -437,7 +441,8 @@ class CommandError(ServerControlError):
     message: str
 
 
-# CommandError.code -> status of the HTTP answer; any other code is 400.
+# CommandError.code -> status of the HTTP answer; any other code is 400. A code that keeps somebody
+# out is in REFUSALS (section 16) as well, for the audit log and /metrics.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -861,7 +866,10 @@ BEARER_PROTOCOL = "bearer."  # prefix of a token that a browser sends as a WebSo
 
 
 class Role(enum.Enum):
-    """What a client may do: VIEW watches; RUN also starts, stops and types."""
+    """What a client may do: VIEW watches; RUN also starts, stops and types.
+
+    Compared in Server.check_role() and follow_response(); load_tokens() has a token for each.
+    """
 
     VIEW = "view"
     RUN = "run"
@@ -1181,7 +1189,10 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: the close codes that this file sends or checks for."""
+    """RFC 6455, 7.4.1: the close codes that this file sends or checks for.
+
+    Link._receive() says which of them count as a refusal.
+    """
 
     NORMAL = 1000
     GOING_AWAY = 1001
@@ -1771,6 +1782,7 @@ class AlertRule:
 # is sent as a `gap`. A list of seqs for each kind of event serves viewers that choose.
 # OutputLog is the same idea for the output of one task, in bytes instead of events.
 
+# All broadcast events. The monitor takes those of Watched.TAKES, the page those of its EVENTS.
 EVENT_TYPES = (
     "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
 ).split()
@@ -1820,10 +1832,9 @@ class Feed:
     # has missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
-    # The newest dropped seq of tasks whose lists were deleted; what else of them was dropped is not
-    # known any more.
+    # Up to this seq it is not known whether tasks whose lists were deleted had dropped events.
     _forgotten: int = 0
-    # Set by Viewers, for who publishes much: whether viewers wait to be served, and whether to
+    # Set by Viewers, read by Outputs: whether viewers wait to be served, and whether tasks must
     # pause until slow ones have caught up.
     is_dirty: bool = False
     must_pause: bool = False
@@ -2118,6 +2129,7 @@ SIDE: Rule = (
     f"1 to {MAX_TERMINAL_SIDE}",
 )
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
+# Field of POST /exec -> its check. Each is also a field of ExecRequest, and a word of HELP.
 EXEC_FIELDS: dict[str, Rule] = {
     "cwd": TEXT,
     "env": (is_environment, "an object of strings without NUL"),
@@ -2249,12 +2261,16 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """Return the answer to a probe: at most 256 bytes, so a long hostname is cut."""
+    """Return the answer to a probe: at most 256 bytes, so a long hostname is cut.
+
+    Server._describe_for_probe() gives the facts; clients read them in parse_discovery_reply().
+    """
     hostname = str(facts["hostname"])
     while True:
         reply = encode_json({"type": "SERVER_RESPONSE", **facts, "hostname": hostname})
         if len(reply) <= MAX_DISCOVERY_REPLY_BYTES:
             return reply
+        assert hostname  # the other fields take 172 bytes
         hostname = hostname[:-1]
 
 
@@ -2771,7 +2787,8 @@ def write_hash(path: str, line_hash: str) -> None:
 class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
-    path: "-" is stderr, "none" nothing.
+    Events: start, stop, refused and task_kill are written by Server; task_start and task_complete
+    by Tasks._tell() and complete_crashed_runs(). path: "-" is stderr, "none" nothing.
     """
 
     path: str
@@ -2780,8 +2797,8 @@ class AuditLog:
     # The hash of the newest line that was written.
     _hash: str = ZERO_HASH
     _lock_seconds: float = LOCK_SECONDS
-    # Each refusal takes up the log for a second, until this time (monotonic); the number of those
-    # that were left out.
+    # As if each refusal took a second to write: when the last would be done (monotonic). Those that
+    # come when it is MAX_REFUSALS seconds ahead are left out, and counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
     # Records that could not be written.
@@ -3017,7 +3034,7 @@ SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the s
 
 
 class TaskPhase(enum.Enum):
-    """How far a task is on the way to its end."""
+    """How far a task is on the way to its end. Clients see Task.state instead."""
 
     RUNNING = "running"  # until its shell ends
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
@@ -3143,7 +3160,8 @@ class Task:
 
     @property
     def room(self) -> int:
-        """How many bytes may be read now. Small numbers count as 0, or pieces would get smaller."""
+        """How many bytes may be read now. Less than half a usual piece counts as 0; otherwise
+        the pieces would get smaller and smaller."""
         if not self.window:
             return READ_CHUNK_BYTES
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
@@ -3359,8 +3377,7 @@ class Outputs:
     # Bytes of output that are kept, and that were ever read.
     kept_bytes: int = 0
     total_bytes: int = 0
-    # perf_counter: until when tasks are read in this turn of the event loop (0: it has not begun),
-    # and when one was last read.
+    # perf_counter: the end of this turn's time for reading (0: no turn); when one was last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
     _queue: dict[Task, None] = field(default_factory=dict)  # of tasks that wait to be read
@@ -3369,7 +3386,7 @@ class Outputs:
         """Read a task's output from now on."""
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
             task.taken = math.inf
-        task.cancel_timer("read")  # also one that has fired, since this tells who is paused
+        task.cancel_timer("read")  # also one that has fired: it means that the task is paused
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def finish(self, task: Task) -> None:
@@ -3400,6 +3417,7 @@ class Outputs:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
+        """Begin a turn if tasks wait, and plan the next one. Else turns stop until _read()."""
         self._turn_end = 0.0
         if self._queue:
             self._turn_end = time.perf_counter() + READ_TURN_SECONDS
@@ -3407,8 +3425,12 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
+        """Read the waiting tasks in order while the turn lasts. The others wait for the next.
+
+        Nothing is read while viewers are still being served, for ROUND_SECONDS at most: meanwhile
+        the pipes fill, so the next reads give fewer and larger events.
+        """
         now = time.perf_counter()
-        # While viewers are being served, pipes gather what is then fewer and larger events.
         if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
             return
         while self._queue and now < self._turn_end:
@@ -3667,7 +3689,8 @@ class Tasks:
             reap_orphans({task.pid for task in self.running.values()})
 
     def _advance(self, task: Task, delay: float = 0.01) -> None:
-        """End a task if its shell has ended, and while it is being stopped, its whole session."""
+        """End a task whose shell has ended. If it is being stopped, first wait until its whole
+        session has ended, or KILL was sent."""
         if not has_exited(task.pid):
             return
         if task.phase is TaskPhase.KILLING:
@@ -3680,6 +3703,10 @@ class Tasks:
         self._finish(task)
 
     def _finish(self, task: Task) -> None:
+        """Take a task to its end: what the shell left in the pipe is read before that is announced.
+
+        No timer may be left when the shell is reaped, since its pid may be used again then.
+        """
         self.outputs.finish(task)
         for name in list(task.timers):
             task.cancel_timer(name)
@@ -3760,11 +3787,11 @@ class Viewer:
     choice: Choice
     audience: Audience = field(init=False)  # once it has joined
     cursor: int = 0  # the seq from which on it needs events
-    is_stalled: bool = False  # whether the transport still has something to write
+    is_stalled: bool = False  # its transport still has something to write, or it has left
     pong_due: bytes | None = None  # the newest ping that was not answered, since it is stalled
     written_bytes: int = 0
     largest_reply: int = 0  # bytes of the largest message to this client alone
-    # Monotonic times: the last byte from the peer; when it was last not stalled; our last ping.
+    # Monotonic times: the last byte from the peer; the end of its last stall; our last ping.
     heard_at: float = field(default_factory=time.monotonic)
     taken_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
@@ -3831,14 +3858,14 @@ class Viewers:
         # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
-        # The viewers to serve in this round (the next one last), and in the next one; and the kinds
-        # of events since this one began.
+        # The viewers left in this round (the last is served first); those for the next round; the
+        # kinds of events published since this one began.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
         # (audience, cursor) -> frames and the cursor after them, for the viewers of a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
-        self._hurried_at = 0.0  # when few viewers were last served in the turn of the event
+        self._hurried_at = 0.0  # when publish() last served few viewers at once
         self._stalled: set[Viewer] = set()
         # Viewers that are behind -> how many seconds tasks may still wait for each of them.
         self._patience: dict[Viewer, float] = {}
@@ -3872,7 +3899,8 @@ class Viewers:
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
         if viewer.cursor > self.feed.next:
-            # `since` is from another boot: what is missing is not known. No event has seq 0.
+            # `since` is from another boot: how much is missing is unknown, so the gap begins at 0,
+            # which no event has.
             viewer.cursor = self.feed.first
             self._send_gap(viewer, 0, viewer.cursor - 1)
         self._serve_next(viewer)
@@ -3934,10 +3962,11 @@ class Viewers:
         self._schedule()
 
     def _find_pressure(self) -> None:
-        """Find out whether tasks must pause, so that viewers who read lose no events.
+        """Find out whether tasks must pause, so that viewers that still read lose no events.
 
-        They must when one is half the feed behind, until it has caught up; for one that has stopped
-        reading, for PATIENCE_SECONDS in all.
+        They pause once a viewer is half the feed behind, until it has caught up. One that we have
+        not served yet counts without limit; a stalled one that took something within
+        LATELY_SECONDS, for PATIENCE_SECONDS in all; one that has stopped reading does not count.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
@@ -3946,7 +3975,7 @@ class Viewers:
         # Whoever is in none of these has been sent everything.
         for viewer in {*self._stalled, *self._round, *self._queue}:
             cursor = self.find_seen(viewer) + 1
-            # For those who have caught up the patience is whole again.
+            # Only those that are behind stay in the table: catching up restores the patience.
             if cursor < self.feed.next:
                 patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
             if cursor >= limit:
@@ -4415,7 +4444,7 @@ class SystemdNotifier:
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
-# answer; or become a Viewer. Only deadlines that have passed are looked at. Each kind of error
+# answer; or become a Viewer. A sweep looks only at deadlines that have passed. Each kind of error
 # becomes an answer in one place: make_error_response, handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
@@ -5170,8 +5199,8 @@ class End(enum.Enum):
 class Deadlines(dict[float, "dict[Connection, float]"]):
     """When the present phase of each connection must be over: monotonic times.
 
-    Who has the same number of seconds falls due in the order of getting them, so each number has
-    a dictionary of its own, and only those that are due are looked at.
+    Deadlines of equal length fall due in the order in which they were set. So each length has its
+    own list, and only its first entries are looked at.
     """
 
     def set(self, connection: Connection, seconds: float | None) -> None:
@@ -5233,7 +5262,7 @@ class Inbox:
 
     async def rest(self) -> None:
         """Let others have their turn, once this client has had its share. Called after each piece
-        of work. What the client made us wait for counts as work too, which is harmless."""
+        of work. Other waits than for its bytes count as work too; that only costs it a turn."""
         now = time.perf_counter()
         self._worked_seconds += now - self._since
         if self._worked_seconds > INPUT_TURN_SECONDS:
@@ -5408,7 +5437,7 @@ class Exchanges:
             connection.begin_phase(Phase.ANSWERING, None)
         else:
             connection.begin_phase(Phase.WAITING, None)
-            if connection.has_sent_all:  # its end came with the request
+            if connection.has_sent_all:  # before this phase, so eof_received() did not cancel it
                 connection.task.cancel()
             keep_alive(connection.transport.get_extra_info("socket"))
         try:
@@ -5590,9 +5619,11 @@ class Connection(asyncio.Protocol):
             raise ConnectionAbortedError
 
     def end(self, how: End) -> None:
-        """End the connection; nothing else does. connection_lost() follows.
+        """Close the connection; no other place closes the transport. connection_lost() follows.
 
-        check_progress() ends a client that does not take what is still to be written.
+        _run() calls it with WRITTEN when its work is over, for whatever reason; NOW is for a server
+        that stops, RESET for a peer that does not keep up. During a TLS handshake there is no
+        transport: closing the socket makes the handshake fail, and then _run() calls again.
         """
         if self.phase is Phase.OPENING:
             with contextlib.suppress(OSError):  # the peer may have reset it
@@ -5603,14 +5634,15 @@ class Connection(asyncio.Protocol):
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
-            # asyncio has closed it already when the client did, and takes a second close of a TLS
-            # transport ill: a look at its buffer fails after that.
+            # If the client closed first, asyncio has closed it already. A second close() of a TLS
+            # transport would break get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
                 asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
-            # Else that would stay in the kernel's memory for minutes, and the peer's writes hang.
+            # Without a reset, what the peer does not take would stay in the kernel for minutes, and
+            # a peer that still writes would hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
                 with contextlib.suppress(OSError):  # it is closed already
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
@@ -5630,8 +5662,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands; with TLS, the handshake is over."""
         self.transport = cast("asyncio.Transport", transport)
-        # 0: we are told whenever something cannot be written at once, and when all is written.
-        # asyncio's TLS would tell us of 0 bytes, too.
+        # So pause_writing() comes as soon as anything must wait, and resume_writing() when all is
+        # written. With TLS 1, since asyncio would pause for 0 bytes too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.reader.set_transport(transport)
         self.opened_at = time.monotonic()
@@ -5686,7 +5718,7 @@ class Connection(asyncio.Protocol):
 
     def check_progress(self, now: float) -> None:
         """End a connection whose peer has taken nothing for too long, while something waits."""
-        # Nothing but replies to a viewer is added meanwhile.
+        # Meanwhile only a viewer's replies are added, and written_bytes counts those.
         written = self.viewer.written_bytes if self.viewer else 0
         taken = written - count_waiting_bytes(self.transport)
         if taken > self._taken_bytes:
@@ -5695,7 +5727,7 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """The deadline of the present phase has passed: end the connection."""
+        """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
         if self.viewer is not None and self.viewer.is_open:
             if self.viewer.keep_alive(now):
                 self.server.deadlines.set(self, PING_SECONDS)
@@ -5745,7 +5777,7 @@ class Connection(asyncio.Protocol):
         send = self._socket.send if is_plain else lambda data: 0
         websocket = WebSocketConnection(deflate_bits=bits)
         self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
-        # Answers before this may wait still; pause_writing() has been called for them already.
+        # Earlier answers may still wait: pause_writing() came before there was a viewer.
         self.viewer.is_stalled = self in self.server.stalled
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
@@ -5753,7 +5785,7 @@ class Connection(asyncio.Protocol):
 
 
 class Newcomers(dict[Connection, None]):
-    """Limits the connections that have not passed the gate yet, in all and by source.
+    """Limits the connections that have not passed the gate yet.
 
     Above the limit, the source with the most of them loses its oldest one. In a burst (many clients
     that reconnect at once) each has NEWCOMER_GRACE_SECONDS first, unless there are more than
@@ -5774,7 +5806,7 @@ class Newcomers(dict[Connection, None]):
             is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
             if is_spared and len(self._connections) <= self._half and len(self) <= MAX_BURST:
                 return
-            # Now, and not only when the transport is gone: many may be accepted in one turn.
+            # Here, not in connection_lost(), which comes later: many may be accepted in one turn.
             del self[loser]
             self._connections.discard(loser)
             loser.end(End.RESET)
@@ -6083,7 +6115,7 @@ class Server:
         # Those of them whose transport has something to write; and when each must be looked at.
         self.stalled: set[Connection] = set()
         self.deadlines = Deadlines()
-        # Asked once: a kernel's answer "no such socket" must not make us read long tables.
+        # Chosen once; else each "no such socket" would fall back to reading long tables.
         self.query_owner = choose_owner_query()
         self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self)
@@ -6678,16 +6710,17 @@ def check_seq(value: Any) -> int:
 
 @dataclass(eq=False)
 class Link:
-    """The events of one server but for output, each once and in order, over as many connections as
+    """The events of one server except output, each once and in order, over as many connections as
     it takes.
 
-    Each connection begins with `hello`, which says whose events follow, and the first time also
-    where to begin.
+    `hello` must be the first of each connection. The first one of all says where to begin. Later
+    ones change nothing, unless the server is another run: then all that it still has comes, after a
+    `gap`.
 
-    take: gets every event of EVENT_TYPES; of other types none: no server says what only we do.
-    Besides it gets each `hello`, `lost` (reason, status) when a connection ends, `restarted` when
-    the server is another process than before, and each `gap`, with the server's list of `tasks`.
-    Should it raise UnreachableError, the event comes again.
+    take: gets every event of EVENT_TYPES; a type that only Link makes is ignored when a server
+    sends it. Besides it gets each `hello`, `lost` (reason, status) when a connection ends,
+    `restarted` when the server is another process than before, and each `gap`, with the server's
+    list of `tasks`. Should it raise UnreachableError, the event comes again.
     """
 
     target: Target
@@ -6960,10 +6993,10 @@ class RemoteTask:
         return task
 
     async def _read_stream(self) -> None:
-        """Write what comes, until that ends, or stands still for some time although there is more.
+        """Write what comes until the stream ends, or stands still although there is more.
 
-        Then the connection is dead, though no end says so: a proxy or firewall has forgotten it. Or
-        our reader pauses: coming again, we say that we are there, and the task goes on waiting.
+        Then a proxy or firewall has forgotten the connection; or our own stdout pauses, and asking
+        again tells the server that this reader lives.
         """
         assert self.stream is not None
         reader, writer = self.stream
@@ -7400,7 +7433,12 @@ class Execution:
         self._stopping: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
-        """Return the exit status. Raises OutputError."""
+        """Return the exit status. Raises OutputError.
+
+        Three things end it: all commands have ended; this client leaves (a second Ctrl-C, another
+        signal, Ctrl-]), and what runs goes on; or stdout fails: then the commands are stopped,
+        which is waited for ANSWER_SECONDS at most.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
@@ -7415,7 +7453,7 @@ class Execution:
                 self._report.conclude()
                 return self._left.result()
             return everything.result()
-        except OutputError:  # stdout is closed
+        except OutputError:
             stopping = asyncio.ensure_future(self._stop_all())
             await self._wait_for(stopping, ANSWER_SECONDS)
             if not stopping.done():
@@ -7535,8 +7573,8 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or only before it refused
 
 
-# After which states these may come; the others may come after each. A server that was up is first
-# called silent, after 5 s: most connections that break are there again before.
+# State -> from which states it is entered; one that is not here, from any. A server that was up is
+# first called silent, after 5 s: most connections that break are there again before.
 STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
     ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
@@ -7974,7 +8012,7 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns after the server's name: title, side and width.
+# The monitor's columns after the server's name: title, side and width. See list_cells().
 COLUMNS = (
     *(("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5")),
     ("LAST ALERT", ""),
@@ -12117,6 +12155,7 @@ TWINS = {
     for one in dataclasses.fields(Config)
     if one.name != "no_auth"
 }
+# Variables that are no option's twin; any other SERVERCONTROL_* is logged as unknown_variable.
 OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
 
 
