@@ -45,7 +45,7 @@ Map (search for the number and a dot):
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, environment, banner, signals, verify-audit, systemd unit, main
 
-May I run this as root? Read these places in this order, some 940 lines in all. The
+May I run this as root? Read these places in this order, some 950 lines in all. The
 number is how many lines each has:
 
      345  section 6                 who gets in: the gate, check_access, and its rules in order
@@ -55,7 +55,7 @@ number is how many lines each has:
       34  Exchanges._serve_request  the door: head, gate, only then the body, answer
       20  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
-      20  handle_message            the second door: messages of WebSocket clients, COMMANDS
+      27  handle_message            the second door: messages of WebSocket clients, COMMANDS
        6  Server.check_role         who may run something; both doors ask it
       14  parse_exec_fields         what a request to run something may say
       36  answer_exec               where the gate and the tasks meet
