@@ -393,7 +393,7 @@ class StartError(ServerControlError):
     """The options are fine, but this machine refuses: one line on stderr, exit status 1."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HttpError(ServerControlError):
     """A request that is answered with a status and a JSON body; the connection may close.
 
@@ -425,7 +425,7 @@ class OutputError(ServerControlError):
         self.is_closed = error.errno == errno.EPIPE
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class WebSocketError(ServerControlError):
     """A violation of RFC 6455, or of a limit, that ends the connection."""
 
@@ -433,7 +433,7 @@ class WebSocketError(ServerControlError):
     reason: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CommandError(ServerControlError):
     """A well-formed request that cannot be carried out: an HTTP answer, or an `error` message."""
 
@@ -1750,7 +1750,7 @@ def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
     }
 
 
-@dataclass
+@dataclass(repr=False)
 class AlertRule:
     """Says when CPU usage raises an alert, and when that is over. Percent; monotonic seconds."""
 
@@ -1807,7 +1807,7 @@ class Choice(NamedTuple):
         return {"only": only, "tasks": None if self.tasks is None else sorted(self.tasks, key=int)}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
@@ -1952,7 +1952,7 @@ def find_character(data: bytes, start: int) -> int:
     return start
 
 
-@dataclass
+@dataclass(repr=False)
 class OutputLog:
     """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
 
@@ -2538,11 +2538,12 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
     status = os.fstat(fd)
     if status.st_size == 0 and not status.st_mode & 0o600:
-        os.fchmod(fd, 0o600)  # the umask has removed all rights
+        with contextlib.suppress(OSError):  # it is of another account
+            os.fchmod(fd, 0o600)  # the umask has removed all rights
     return open(fd, "r+b", buffering=0)
 
 
-@dataclass
+@dataclass(repr=False)
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all instances of this account.
 
@@ -2561,19 +2562,18 @@ class TaskIds:
             try:
                 last = self._count_in_file(os.path.join(self._folder, "last-task-id"))
             except OSError as error:
-                self._log.write("warning", "state_not_written", error=error.strerror or "")
-                self._folder = None
+                reason = error.strerror or ""
+                self._log.write_limited("warning", "state_not_written", 60, error=reason)
         self._last = last or max(self._last, int(time.time() * 1000)) + 1
         return str(self._last)
 
-    @staticmethod
-    def _count_in_file(path: str) -> int:
+    def _count_in_file(self, path: str) -> int:
         with open_private_file(path) as file:
             lock_file(file)
             text = file.read(64).decode("ascii", "replace").strip()
             # If the number is damaged, go on from one that counting from 1 cannot have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
-            last = int(time.time() * 1000) if damaged else int(text or 0)
+            last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
             # Fixed width: one write replaces it whole.
             os.pwrite(file.fileno(), b"%18d\n" % (last + 1), 0)
             return last + 1
@@ -2777,9 +2777,12 @@ def check_audit_file(file: FileIO) -> None:
 
 
 def write_hash(path: str, line_hash: str) -> None:
-    """Write FILE.head, if the folder (such as /var/log) allows the file."""
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError), open_private_file(path + ".head", flags) as file:
+    """Write FILE.head, if the folder (such as /var/log) allows the file. Raises OSError."""
+    try:
+        file = open_private_file(path + ".head", os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    with file:
         os.pwrite(file.fileno(), line_hash.encode("ascii") + b"\n", 0)
 
 
@@ -2794,8 +2797,9 @@ class AuditLog:
     path: str
     boot_id: str
     _log: Log
-    # The hash of the newest line that was written.
+    # The hash of the newest line that was written; device, inode and size of the file after that.
     _hash: str = ZERO_HASH
+    _written: tuple[int, int, int] | None = None
     _lock_seconds: float = LOCK_SECONDS
     # As if each refusal took a second to write: when the last would be done (monotonic). Those that
     # come when it is MAX_REFUSALS seconds ahead are left out, and counted.
@@ -2867,9 +2871,12 @@ class AuditLog:
             return False
 
     def _continue(self, file: FileIO, record: dict[str, Any]) -> None:
-        size, is_whole = os.fstat(file.fileno()).st_size, True
-        if size:
-            last, is_whole = read_last_line(file, size)
+        status, is_whole = os.fstat(file.fileno()), True
+        place = status.st_dev, status.st_ino
+        if (*place, status.st_size) == self._written:
+            pass  # the hash is ours, so a last line that was changed meanwhile will be found
+        elif status.st_size:
+            last, is_whole = read_last_line(file, status.st_size)
             self._hash = hash_line(last)
         else:
             self._hash = read_hash(self.path) or self._hash
@@ -2878,7 +2885,7 @@ class AuditLog:
         data = line + b"\n" if is_whole else b"\n" + line + b"\n"
         if os.write(file.fileno(), data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._hash = hash_line(line)
+        self._hash, self._written = hash_line(line), (*place, status.st_size + len(data))
         write_hash(self.path, self._hash)
 
 
@@ -2910,16 +2917,13 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
     open_tasks: dict[str, tuple[str, int]] = {}
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
     with open(path, "rb") as file:
-        lines = list(filter(pattern.search, file))
-    for line in lines:
-        try:
-            record = parse_json_object(line)
-            if record["event"] == "task_start" and record["boot_id"] in boot_ids:
-                open_tasks[record["task_id"]] = record["boot_id"], int(record["pid"])
-            elif record["event"] == "task_complete":
-                open_tasks.pop(record["task_id"], None)
-        except (CommandError, KeyError):
-            pass  # half a line
+        for line in filter(pattern.search, file):
+            with contextlib.suppress(CommandError, KeyError):  # half a line
+                record = parse_json_object(line)
+                if record["event"] == "task_start" and record["boot_id"] in boot_ids:
+                    open_tasks[record["task_id"]] = record["boot_id"], int(record["pid"])
+                elif record["event"] == "task_complete":
+                    open_tasks.pop(record["task_id"], None)
     return open_tasks
 
 
@@ -3047,7 +3051,7 @@ def set_terminal_size(fd: int, cols: int, rows: int) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TaskInput:
     """The input of a task, by pipe or terminal. It waits here until the task reads it."""
 
@@ -3091,7 +3095,7 @@ class TaskInput:
             self.close()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Task:
     """One command, its process and its output."""
 
@@ -3284,7 +3288,7 @@ def raise_descriptor_limit() -> tuple[int, int]:
     return soft, hard
 
 
-@dataclass
+@dataclass(repr=False)
 class Spawner:
     """Starts processes."""
 
@@ -3366,7 +3370,7 @@ def read_available(fd: int, size: int) -> bytes | None:
         return b""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Outputs:
     """Reads the output of running tasks in fair turns, publishes it, and keeps the newest of it."""
 
@@ -3527,7 +3531,7 @@ def reap_shell(task: Task) -> tuple[float, int]:
     return round(usage.ru_utime + usage.ru_stime, 6), rss
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tasks:
     """The running tasks, and the finished ones that are kept."""
 
@@ -3774,7 +3778,7 @@ class Compressor:
         return frame
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Viewer:
     """One WebSocket client."""
 
@@ -3838,7 +3842,7 @@ class Viewer:
             self.transport.write(data)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Audience:
     """Viewers that hear the same events: those at the same cursor share each batch."""
 
@@ -4333,7 +4337,7 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
         return []
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Discovery:
     """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
 
@@ -4355,7 +4359,8 @@ class Discovery:
         # By address. A socket that is bound to one address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
-            for address in (*self.places, "127.255.255.255" if self.loopback_only else "0.0.0.0"):
+            last = "127.255.255.255" if self.loopback_only else "0.0.0.0"
+            for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
                 # Servers on one host share the port: each receives all broadcasts, one a unicast.
@@ -4594,7 +4599,7 @@ class TlsFiles:
             self._log.write("info", "tls_reloaded", cert=self._paths[0])
 
 
-@dataclass
+@dataclass(repr=False)
 class Request:
     """A request that has passed the gate. by: the client, for events and logs.
 
@@ -4610,7 +4615,7 @@ class Request:
     ends: list[Callable[[], Any]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class Response:
     """An answer. pieces: the body as it comes, instead of `body`; trailers: filled meanwhile."""
 
@@ -4653,7 +4658,7 @@ async def follow_output(
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
         move(offset)
-        for piece in pieces[:4]:
+        for piece in pieces[:16]:
             yield piece
             offset += len(piece)
             move(offset)
@@ -6038,7 +6043,8 @@ def limit_clients(config: Config, log: Log) -> int:
     """Return how many connections there may be: no more than descriptors."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    room = soft - SPARE_DESCRIPTORS - min(config.max_tasks, soft // 4)
+    # A task has up to three: its output, its input, and after its end the pipe of what it left.
+    room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
     max_clients = max(4, min(config.max_clients, room))
     if max_clients < config.max_clients:
         log.write("warning", "few_descriptors", limit=soft, max_clients=max_clients)
@@ -6708,7 +6714,7 @@ def check_seq(value: Any) -> int:
     return value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Link:
     """The events of one server except output, each once and in order, over as many connections as
     it takes.
@@ -6852,7 +6858,7 @@ class Link:
             self.seq = max(self.seq, seq)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class RemoteTask:
     """A command on a server, from its start to its exit code.
 
@@ -7108,7 +7114,7 @@ async def read_input() -> AsyncIterator[bytes]:
         yield data
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Keyboard:
     """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it,
     as does Ctrl-C before the task has started. Without a connection keys wait for the next one.
@@ -7581,7 +7587,7 @@ STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
@@ -7695,7 +7701,7 @@ class MonitorLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Watched:
     """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
@@ -8071,7 +8077,7 @@ def format_table(
     return lines
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Screen:
     """The monitor on a terminal: composed 5 times a second, and drawn when it has changed."""
 
