@@ -2918,12 +2918,15 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
     with open(path, "rb") as file:
         for line in filter(pattern.search, file):
-            with contextlib.suppress(CommandError, KeyError):  # half a line
+            try:
                 record = parse_json_object(line)
-                if record["event"] == "task_start" and record["boot_id"] in boot_ids:
-                    open_tasks[record["task_id"]] = record["boot_id"], int(record["pid"])
-                elif record["event"] == "task_complete":
-                    open_tasks.pop(record["task_id"], None)
+                event, task_id, boot_id = (record[name] for name in ("event", "task_id", "boot_id"))
+            except (CommandError, KeyError):
+                continue  # half a line, or about no task
+            if event == "task_complete":
+                open_tasks.pop(task_id, None)
+            elif event == "task_start" and boot_id in boot_ids:
+                open_tasks[task_id] = boot_id, int(record["pid"])
     return open_tasks
 
 

@@ -2040,8 +2040,24 @@ class TestOutputLog:
         assert b"".join(log.read()) == b"0123456789" * 100_000
         assert len(log.read()) <= sc.MIB // sc.OUTPUT_BLOCK_BYTES + 1
 
+    # Section 11 ──────────────────────────────────────────────────────────────────────────────────
 
-# Section 11 ──────────────────────────────────────────────────────────────────────────────────
+    def test_far_behind_is_read_in_large_pieces(self) -> None:
+        """Each read lists all blocks up to the end, so there must be few reads."""
+        task = sc.Task("1", sc.ExecRequest("x"), "me", sc.OutputLog(8 * sc.MIB))
+        for _ in range(900):
+            task.output.append(b"x" * 9000)
+
+        async def follow() -> int:
+            task.completed.set_result(None)
+            moves: list[int] = []
+            read = mock.Mock(wraps=task.output.read)
+            with mock.patch.object(task.output, "read", read):
+                pieces = [one async for one in sc.follow_output(task, 0, {}, moves.append)]
+            assert sum(map(len, pieces)) == 8_100_000
+            return int(read.call_count)
+
+        assert asyncio.run(follow()) < 60
 
 
 def parse_strict_json(text: Any) -> Any:
@@ -7005,6 +7021,18 @@ class TestState:
         assert sorted(set(ids), key=int) == ids
         assert int(ids[3]) == int(ids[2]) + 1  # no number is skipped, except after a crash
 
+    def test_ids_rise_whatever_becomes_of_their_file(self, tmp_path: Path) -> None:
+        ids, path = sc.TaskIds(str(tmp_path), sc.Log("json", "error")), tmp_path / "last-task-id"
+        taken = [int(ids.take()), int(ids.take())]
+        path.unlink()
+        taken.append(int(ids.take()))
+        path.rename(tmp_path / "aside")
+        path.mkdir()  # as if descriptors were used up
+        taken.append(int(ids.take()))
+        path.rmdir()
+        taken += [int(ids.take()), int(sc.TaskIds(str(tmp_path), sc.Log("json", "error")).take())]
+        assert taken == sorted(set(taken)) and taken[:3] == [1, 2, 3], taken
+
     @pytest.mark.parametrize("damage", ["x", "-5\n", "1\0", "9" * 30])
     def test_damaged_id_file_is_no_way_back(self, tmp_path: Path, damage: str) -> None:
         ids = []
@@ -7239,6 +7267,16 @@ class TestAuditChain:
         assert status == 1 and f"{len(lines)} lines; the chain is BROKEN" in told
         problems = [line for line in told.splitlines() if "not a whole record" not in line][:-1]
         assert problems[0].startswith(f"{path}: line {number} "), told
+
+    def test_line_changed_while_it_is_the_last_is_found(self, tmp_path: Path) -> None:
+        """The next record names what was written, not what stands there now."""
+        path = tmp_path / "audit.log"
+        audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
+        audit.write("task_start", task_id="1", command="rm -rf /")
+        path.write_bytes(path.read_bytes().replace(b"rm -rf /", b"ls -al /"))
+        audit.write("task_start", task_id="2", command="true")
+        status, told = verify(path)
+        assert status == 1 and f"{path}: line 2 " in told, told
 
     def test_rotated_files_are_one_chain(self, tmp_path: Path) -> None:
         path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
@@ -14280,6 +14318,14 @@ class TestLayout:
             if name not in sizes or abs(sizes[name] - count) > 2 + count // 20
         }
         assert not wrong, f"the module's docstring has other counts than {wrong}"
+
+    def test_large_state_is_not_shown(self):
+        """asyncio formats what a callback was called with when it raises: repr() must be short."""
+        for node in ast.walk(TREE):
+            for one in getattr(node, "decorator_list", []):
+                text = ast.unparse(one)
+                if text.startswith("dataclass") and "frozen=True" not in text:
+                    assert "repr=False" in text, node.name
 
     def test_no_name_is_used_above_its_definition(self):
         defined = definitions()
