@@ -2044,11 +2044,11 @@ class TestOutputLog:
 
     def test_far_behind_is_read_in_large_pieces(self) -> None:
         """Each read lists all blocks up to the end, so there must be few reads."""
-        task = sc.Task("1", sc.ExecRequest("x"), "me", sc.OutputLog(8 * sc.MIB))
-        for _ in range(900):
-            task.output.append(b"x" * 9000)
 
         async def follow() -> int:
+            task = sc.Task("1", sc.ExecRequest("x"), "me", sc.OutputLog(8 * sc.MIB))
+            for _ in range(900):
+                task.output.append(b"x" * 9000)
             task.completed.set_result(None)
             moves: list[int] = []
             read = mock.Mock(wraps=task.output.read)
