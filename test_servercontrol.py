@@ -175,11 +175,8 @@ PATIENCE_SECONDS = 60.0
 
 @functools.cache
 def compiled_script() -> str:
-    """Return the script as byte code, for what is started hundreds of times.
-
-    Python compiles a script anew at each start, which would be half of what all tests take. The
-    servers that tests share, and the screens, are started from the script itself.
-    """
+    """Return the script as byte code: Python compiles a script anew at each start, which would be
+    half of what all tests take. Shared servers, and screens, are started from the script itself."""
     folder = tempfile.mkdtemp(prefix="servercontrol-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chmod(folder, 0o755)  # some servers run as another account
@@ -6028,8 +6025,7 @@ ANY_PORTS = ("--port=0", "--ws-port=0", "--no-discovery")
 def check_refusal(
     state: Path, status: int, words: list[str], *options: str, files: Any = (), **env: str
 ) -> None:
-    """The start is refused with one line on stderr that holds the words; no file is left but
-    those that were there."""
+    """The start is refused in one line that holds the words; no file is left but those there."""
     result = run_client(*options, XDG_STATE_HOME=str(state), **env)
     lines = result.stderr.decode().splitlines()
     assert (result.returncode, result.stdout, len(lines)) == (status, b"", 1), result
@@ -12245,10 +12241,8 @@ class TestPrometheus:
 
 
 class Network:
-    """Hosts on a switch, each a network namespace of this machine: host N has 10.77.0.N.
-
-    Behind a router, 10.77.0.254, is the host `far`, 10.78.0.1.
-    """
+    """Hosts on a switch, each a network namespace of this machine: host N has 10.77.0.N. Behind a
+    router, 10.77.0.254, is the host `far`, 10.78.0.1."""
 
     FAR = "10.78.0.1"
 
@@ -12393,10 +12387,8 @@ class TestNetwork:
         assert self.discover(network, "1") == self.URLS
 
     def test_finds_by_address(self, network: Network) -> None:
-        """Host 4 knows the way to two others, and no network whose broadcast address it could ask.
-
-        That is how tunnels and clouds look.
-        """
+        """Host 4 knows the way to two others, and no network whose broadcast address it could ask:
+        how tunnels and clouds look."""
         inside = ("-n", network.prefix + "4")
         network.ip(*inside, "address", "flush", "dev", "eth0")
         network.ip(*inside, "address", "add", "10.77.0.4/32", "dev", "eth0")
