@@ -6370,7 +6370,7 @@ class Target:
 # A scheme, its s, a host, a port, a path.
 SERVER_NAME = re.compile(
     r"(?!unix:)(?=[!-~]+\Z)(?:(http|ws)(s?)://)?"
-    r"(\[[0-9a-f:.]+(?:%[^]]+)?\]|[^][:/?#@,]+)(?::([0-9]{0,5}))?(/[^?#]*)?",
+    r"(\[[0-9a-f:.]+(?:%[^]/?#@,]+)?\]|[^][:/?#@,]+)(?::([0-9]{0,5}))?(/[^?#]*)?",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -6659,18 +6659,20 @@ class Control:
         # Who sends a request, and who reads an answer; the others wait in the order of requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
+        self._unanswered = 0
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
         """Return the JSON object of a 200 answer."""
         fields = [("Content-Type", "application/octet-stream")] if body else []
         request = encode_request(self._target, method, path, fields, body)
         async with self._sending:
-            if self._streams and (self._streams[0].at_eof() or self._streams[0].exception()):
+            if self._streams and not self._unanswered and await self._has_unasked():
                 self.close()
             if self._streams is None:
                 self._streams = await open_target(self._target, CONNECT_SECONDS)
             reader, writer = self._streams
             writer.write(request)
+            self._unanswered += 1
             answer = asyncio.ensure_future(self._read_answer(reader))
         # It is read also if nobody waits for it any more. Then asyncio shall not log an error.
         answer.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -6683,6 +6685,18 @@ class Control:
         except CommandError:
             raise foreign_error() from None
 
+    async def _has_unasked(self) -> bool:
+        """Whether the connection has ended, or says what nobody asked for, as a proxy's 408 does
+        before it closes an idle one: that must not be taken for the next answer."""
+        assert self._streams is not None
+        try:
+            await wait_within(0, self._streams[0].read(1))
+        except asyncio.TimeoutError:
+            return False
+        except OSError:
+            pass
+        return True
+
     async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
         async with self._reading:
             try:
@@ -6692,6 +6706,8 @@ class Control:
                 if self._streams is not None and self._streams[0] is reader:
                     self.close()
                 raise
+            finally:
+                self._unanswered -= 1
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -7564,7 +7580,7 @@ class Execution:
         """Start nothing more; stop what runs, and what is starting as soon as it has an id."""
         tasks = [task for task in self._tasks if task.exit_code is None and task.failure is None]
         await asyncio.gather(*(task.stop() for task in tasks))
-        while any(task.is_running and task.is_stop_owed for task in tasks):
+        while any(task.is_running and task.task_id is None for task in tasks):
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
     def _leave(self, status: int) -> None:
@@ -7651,6 +7667,8 @@ class MonitorLog:
 
     def add(self, record: dict[str, Any]) -> None:
         """Take a record, which flush() writes."""
+        if len(self._waiting) >= 100 and not self.problem:  # one event may make thousands
+            self.flush()
         self._waiting.append(encode_json(record) + b"\n")
         count, size = len(self._waiting), sum(map(len, self._waiting))
         if count > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
@@ -8198,7 +8216,7 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
     except CommandError:
         return None
     ports = {name: facts.get(name) for name in ("port", "ws_port")}
-    is_reply = facts.get("type") == "SERVER_RESPONSE"
+    is_reply, run_id = facts.get("type") == "SERVER_RESPONSE", str(facts.get("id"))
     if not (is_reply and all(type(one) is int and 0 < one < 65536 for one in ports.values())):
         return None
     return {
@@ -8208,7 +8226,7 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
         "url": f"{'https' if facts.get('tls') is True else 'http'}://{address}:{ports['port']}",
         "version": clean_text(facts.get("version", ""), 64),
         **{name: facts.get(name) is True for name in ("tls", "auth", "exec")},
-        "id": clean_text(facts.get("id", ""), 16),
+        "id": run_id if re.fullmatch("[0-9a-f]{16}", run_id) else "",
     }
 
 
@@ -8258,7 +8276,8 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
             reply = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
             if reply is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
-                found[reply["address"], reply["port"], reply["id"]] = reply
+                # The first reply counts: a later one may be forged.
+                found.setdefault((reply["address"], reply["port"], reply["id"]), reply)
     return merge_replies(found.values())
 
 

@@ -9313,6 +9313,30 @@ class TestExec:
             finished = run_client("exec", server.place, "--", "true")
         assert (finished.returncode, b": 429: " in finished.stderr) == (125, True)
 
+    @in_loop
+    async def test_what_nobody_asked_for_is_no_answer(self) -> None:
+        """As a proxy's 408 before it closes an idle connection."""
+        connections: list[int] = []
+
+        async def serve(reader: Any, writer: Any) -> None:
+            connections.append(len(connections) + 1)
+            while await reader.readuntil(b"\r\n\r\n"):
+                body = b'{"n":%d}' % connections[-1]
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n" + body)
+                if len(connections) == 1:
+                    await asyncio.sleep(0.1)
+                    writer.write(b"HTTP/1.1 408 Request Time-out\r\nContent-Length: 0\r\n\r\n")
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            control = sc.Control(sc.parse_target("a", f"127.0.0.1:{port}"))
+            both = await asyncio.gather(control.ask("GET", "/a"), control.ask("GET", "/b"))
+            assert both[0] == {"n": 1}
+            await asyncio.sleep(0.3)
+            assert await control.ask("GET", "/c") == {"n": 2}
+            assert await control.ask("GET", "/d") == {"n": 2}  # it is kept
+            control.close()
+
     def test_shows_a_token_only_where_it_belongs(self, tmp_path: Path) -> None:
         write_token(tmp_path, "right", SERVER_RUN_TOKEN)
         with TokenServer(tmp_path / "state") as server, Impostor(b"") as impostor:
@@ -11147,6 +11171,18 @@ class TestMonitorLog:
             assert finished.returncode == 2
             assert b"log: another monitor writes it" in finished.stderr
             watcher.stop()
+
+    def test_one_large_event_loses_nothing(self, tmp_path: Path) -> None:
+        """A gap may list more tasks than may wait for a full disk."""
+        path = tmp_path / "log"
+        log = sc.MonitorLog(str(path))
+        log.read()
+        for number in range(sc.MAX_WAITING_RECORDS + 100):
+            log.add({"time": "", "boot_id": "b", "seq": number})
+        log.flush()
+        os.close(log._fd)
+        seqs = [json.loads(line)["seq"] for line in path.read_text().splitlines()]
+        assert seqs == list(range(sc.MAX_WAITING_RECORDS + 100))
 
     def test_says_again_where_a_quiet_server_stands(self, tmp_path: Path, monkeypatch: Any) -> None:
         """Only the end of a long log is read, and others may have written all of that."""
