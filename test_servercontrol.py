@@ -2726,6 +2726,34 @@ class TestWebSocketRules:
                     assert 1 <= len(pings) <= 2
                 assert asking.receive(is_type("pong"))
 
+    @pytest.mark.parametrize("loop", loops())
+    def test_stopping_server_says_1001_and_then_nothing(self, loop: str, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.05") as server:
+            with RawPeer(server) as silent, server.websocket() as client:
+                task_id = server.start("sleep 60")
+                receive_events(client, is_type("task_start"))
+                server.process.terminate()
+                events = receive_events(client, is_complete(task_id))
+                assert (events[-1]["state"], events[-1]["signal"]) == ("killed", "TERM")
+                with pytest.raises(Exception, match="1001"):
+                    receive_events(client, lambda event: False)
+                assert silent.read_close() == (1001, "the server stops")
+            assert server.process.wait(PATIENCE_SECONDS) == 0
+
+    @cases(
+        ("a violation", b"\xff\xff"), ("a bad text", make_frame(0x81, b"\xff")),
+        ("a close", make_frame(0x88, b"\x03\xe8")), ("more", make_frame(0x82) + b"\x88\x80mask"),
+    )  # fmt: skip
+    def test_nothing_after_a_binary_message_counts(
+        self, server: ServerProcess, later: bytes
+    ) -> None:
+        asked = make_frame(0x81, '{"type":"ping"}') + make_frame(0x89, b"x")
+        with RawPeer(server) as peer:
+            peer.send(make_frame(0x82, b"x") + asked + later)
+            frames = list(peer.frames())
+            assert frames[-1] == (0x88, b"\x03\xebtext messages only")
+            assert not [one for one in frames[:-1] if one[0] == 0x8A or b'"pong"' in one[1]]
+
 
 # End to end: events ──────────────────────────────────────────────────────────────────────────
 
@@ -2887,6 +2915,32 @@ class TestEvents:
             assert server.task(running)["state"] == "running"
             server.request("POST", f"/kill?id={running}")
 
+    def test_every_client_sees_the_same_order(self, server: ServerProcess) -> None:
+        paths = ("/", "/ws")
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(server.websocket(paths[n % 2])) if n % 3 else
+                stack.enter_context(RawPeer(server, paths[n % 2])) for n in range(6)
+            ]  # fmt: skip
+            loop = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; done"
+            ids = [server.start(loop) for _ in range(10)]
+            for task_id in ids:
+                server.wait_for_end(task_id)
+            last = server.start("exit 0")
+            streams = []
+            for client in clients:
+                israw = isinstance(client, RawPeer)
+                streams.append(
+                    client.receive(is_complete(last)) if israw
+                    else receive_events(client, is_complete(last))
+                )  # fmt: skip
+        begin = max(stream[0]["seq"] for stream in streams)
+        streams = [[event for event in stream if event["seq"] >= begin] for stream in streams]
+        assert all(check_stream(stream) == [] for stream in streams)
+        assert all(stream == streams[0] for stream in streams)
+        outputs = [event for event in streams[0] if event["type"] == "task_output"]
+        assert {event["task_id"] for event in outputs} == set(ids)
+
 
 class TestChoice:
     """SPEC 2: a client hears what it asks for."""
@@ -3021,6 +3075,47 @@ class TestReplay:
             hello, *events = peer.receive(is_type("task_complete"))
         assert (hello["type"], hello["boot_id"], events[0]["seq"]) == ("hello", boot, 1)
         assert hello["seq"] >= events[-1]["seq"]
+
+    @pytest.mark.parametrize("since", [0, 1, 10**15])
+    def test_other_boot_is_a_gap(self, server: ServerProcess, since: int) -> None:
+        task_id = server.start("exit 0")
+        server.wait_for_end(task_id)
+        with RawPeer(server, f"/?since={since}&boot=0123456789abcdef") as peer:
+            events = peer.receive(is_complete(task_id))
+        assert len(check_stream(events)) == 1 and events[0]["type"] == "gap"
+        assert events[0]["to"] == events[1]["seq"] - 1
+
+    def test_too_old_is_a_gap(self, server: ServerProcess) -> None:
+        seen = server.get("/info")["seq"]
+        flood = server.start("head -c 20000000 /dev/zero | tr '\\0' x")
+        server.wait_for_end(flood)
+        last = server.start("exit 0")
+        server.wait_for_end(last)
+        boot = server.get("/info")["boot_id"]
+        with RawPeer(server, f"/?since={seen}&boot={boot}") as peer:
+            events = peer.receive(is_complete(last))
+        assert check_stream(events) == events[:1]
+        assert (events[0]["from"], events[0]["to"]) == (seen + 1, events[1]["seq"] - 1)
+        kept = sum(len(event.get("output", "")) for event in events)
+        assert 15 * sc.MIB < kept < 16 * sc.MIB
+
+    def test_connection_broken_again_and_again(self, server: ServerProcess) -> None:
+        boot = server.get("/info")["boot_id"]
+        with RawPeer(server) as first:
+            task_id = server.start("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
+            events = first.receive(is_type("task_start"))
+        chance = random.Random(7)
+        while not is_complete(task_id)(events[-1]):
+            with RawPeer(server, f"/ws?boot={boot}&since={events[-1]['seq']}") as peer:
+                stop = chance.randrange(1, 40)
+                events += peer.receive(
+                    lambda event: is_complete(task_id)(event) or event["seq"] >= events[-1]["seq"] + stop
+                )  # fmt: skip
+        assert check_stream(events) == []
+        output = "".join(
+            e["output"] for e in events if e.get("task_id") == task_id and "output" in e
+        )
+        assert output == "".join(f"line {n}\n" for n in range(3000))
 
 
 class TestRounds:
@@ -3572,6 +3667,28 @@ class TestDiscovery:
                     (reply,) = prober.ask(source)
                     assert (reply["auth"], reply["exec"]) == (False, False)
 
+    def test_limit_in_all(self, server: ServerProcess) -> None:
+        with contextlib.ExitStack() as stack:
+            probers = [
+                stack.enter_context(Prober(server.discovery_port, f"127.0.1.{n}"))
+                for n in range(1, 121)
+            ]
+            began = time.monotonic()
+            for prober in probers * 5:
+                prober.send()
+            assert server.get("/health") == {"ok": True}
+            replies: list[Any] = []
+
+            def receive_all() -> int:
+                for prober in probers:
+                    replies.extend(prober.receive(0))
+                return len(replies)
+
+            wait_until(lambda: receive_all() >= 30)
+            time.sleep(0.2)  # no more come
+            seconds = math.ceil(time.monotonic() - began) + 1
+            assert receive_all() <= 50 * seconds < 600
+
 
 # Shared pieces of the HTTP, access and limit tests ───────────────────────────────────────────
 
@@ -4061,6 +4178,26 @@ class TestHttpConnection(RunsTasks):
         events = {r["event"] for r in server.records[records:]}
         assert events <= {*"task_start task_kill task_complete cpu_alert alert_resolved".split()}
 
+    def test_100_comes_before_the_body(self, server: ServerProcess) -> None:
+        with server.connect() as connection:
+            fields = ("Expect: 100-continue", "Content-Length: 6")
+            connection.sendall(make_request("POST /exec?wait", *fields))
+            assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(b"echo y")
+            assert AnswerStream(connection).next().json()["output"] == "y\n"
+
+    def test_both_ports_speak_both_protocols(self, server: ServerProcess) -> None:
+        assert server.port != server.ws_port
+        for port in (server.port, server.ws_port):
+            data = make_request("GET /health", "Connection: close")
+            assert AnswerStream(server.exchange(data, port)).next().json() == {"ok": True}
+            for path in ("/", "/ws"):
+                with server.connect(port) as connection:
+                    connection.sendall(make_request(f"GET {path}", *UPGRADE_FIELDS))
+                    answer = AnswerStream(connection).next()
+                assert answer.status == 101
+                assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
 
 # End to end: the routes ──────────────────────────────────────────────────────────────────────
 
@@ -4371,6 +4508,20 @@ class TestGate(RunsNothing):
         (answer,) = ask_as_nobody(server, make_request("GET /", host="evil.test"))
         check_error(answer, 403)
 
+    def test_other_account_that_closes_at_once_runs_nothing(self, server: ServerProcess) -> None:
+        """Its orphaned socket is listed with uid 0, our own when the tests run as root."""
+
+        def send_and_close() -> bytes:
+            with server.connect() as connection:
+                connection.sendall(post(body=b"true"))
+            return b"sent"
+
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert [as_nobody(send_and_close) for _ in range(3)] == [b"sent"] * 3
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
 
 class TestOwnerOfAPort:
     """CASES, fact 1, and what follows from it: the kernel is asked about a pair of ports, and the
@@ -4440,6 +4591,20 @@ class TestOwnerOfAPort:
                 last = [stream.next().json()["task_id"] for _ in range(200)][-1]
                 mine = AnswerStream(other).next().json()["task_id"]
             assert int(last) - int(mine) > 150
+
+    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
+        request = make_request("POST /exec", body=b"id")
+
+        def attack() -> bytes:
+            for number in range(300):
+                with server.connect() as connection:
+                    connection.sendall(request)
+                    if number % 3:
+                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
+            return b"sent"
+
+        assert as_nobody(attack) == b"sent"
+        assert server.get("/tasks") == []
 
 
 class TestAccessOptions:
@@ -6278,6 +6443,20 @@ class TestTaskProcess:
         assert logs["logs"] == "x" * 8 * sc.MIB
         assert server.resident_kib() - before < 100 * 1024
 
+    def test_task_outlives_its_viewers(self, server: Any, gate: Gate) -> None:
+        body = f"echo one; {gate.wait}; echo two"
+        head = f"POST /exec?follow HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with server.connect() as follower:
+            follower.sendall(f"{head}\r\n\r\n{body}".encode())
+            received = b""
+            while b"one" not in received:
+                received += follower.recv(65536)
+        (task_id,) = re.findall(r"(?i)x-task-id: (\d+)", received.decode())
+        assert server.task(task_id)["state"] == "running"
+        gate.open()
+        assert server.wait_for_end(task_id)["exit_code"] == 0
+        assert server.get(f"/logs?id={task_id}")["logs"] == "one\ntwo\n"
+
 
 @pytest.mark.usefixtures("tidy")
 class TestTaskStop:
@@ -6906,6 +7085,13 @@ class TestTaskLimits:
             assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (512, 512)
             outputs = {server.run("ulimit -Sn; ulimit -Hn")["output"] for _ in range(50)}
             assert outputs == {"256\n512\n"}
+
+    def test_tokens_do_not_reach_children(self, tmp_path: Path) -> None:
+        """CASES 49."""
+        names = ("SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN")
+        env = {name: f"{name}-0123456789abcdef" for name in names}
+        with ServerProcess(tmp_path, env=env) as server:
+            assert "0123456789abcdef" not in server.run("env")["output"]
 
 
 class TestFaults:
@@ -7597,6 +7783,38 @@ os.write = write_or_fail
         assert record["command"] == command
         assert verify(state_file(server, "audit.log"))[0] == 0
 
+    @pytest.mark.parametrize("loop", loops())
+    def test_log_can_be_renamed_at_any_time(self, tmp_path: Path, loop: str) -> None:
+        path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
+        options = (f"--audit-log={path}", f"--loop={loop}")
+        with ServerProcess(tmp_path, *options) as server:
+            server.run("true")
+            path.rename(older)
+            server.run("true")
+            assert read_audit(path)[0]["prev"] == hash_text(older.read_bytes().splitlines()[-1])
+        path.rename(old)
+        with ServerProcess(tmp_path, *options) as server:  # and a restart between
+            server.run("true")
+        assert read_audit(path)[0]["prev"] == hash_text(old.read_bytes().splitlines()[-1])
+        status, told = verify(older, old, path)
+        assert status == 0 and told.count("the chain holds") == 3, told
+
+    def test_half_line_of_a_crash_stays_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "servercontrol" / "audit.log"
+        with ServerProcess(tmp_path):
+            pass
+        count = len(read_audit(path))
+        with path.open("ab") as file:
+            file.write(b'{"time":"2026-01-01T00:')
+        with ServerProcess(tmp_path) as server:
+            server.run("true")
+            with path.open("ab") as file:  # and of another instance, while we run
+                file.write(b'{"time":')
+            server.run("true")
+        status, told = verify(path)
+        assert status == 0 and told.count("is not a whole record") == 2
+        assert f"line {count + 1} is not a whole record" in told
+
 
 # Command line, ports, log ────────────────────────────────────────────────────────────────────
 
@@ -7870,6 +8088,17 @@ class TestPorts:
                     levels = [record["level"] for record in server.records]
                     assert levels.count("warning") == count
                     assert server.run("echo hi")["output"] == "hi\n"
+
+    @needs_ipv6
+    def test_ipv6_loopback(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, "--host=::1") as server:
+            assert server.log("listening")[0]["http"] == f"http://[::1]:{server.port}"
+            answer = ask_host("::1", server.port, "/exec?wait", "echo six")
+            assert answer["output"] == "six\n"
+            assert ask_host("::1", server.port, "/tasks")[0]["by"].startswith("[::1]:")
+            assert b" 101 " in upgrade("::1", server.ws_port)
+            with pytest.raises(ConnectionRefusedError):
+                ask_host("127.0.0.1", server.port)
 
 
 class TestLogging:
@@ -11858,6 +12087,35 @@ class TestMetrics:
             asyncio.run(run())
         assert source.call_count == 1
 
+    def test_events_add_up_to_the_newest_seq(self, server: ServerProcess) -> None:
+        server.get("/stats")  # there is one event
+        low, values, high = server.get("/info"), scrape(server), server.get("/info")
+        total = sum(n for (name, _), n in values.items() if name == "events_total")
+        assert 0 < low["seq"] <= total <= high["seq"]
+
+    def test_network_counters_never_go_back(self) -> None:
+        """An interface that is removed takes its bytes out of the kernel's sum."""
+        readings = [
+            {"a": (20, 10), "b": (80, 40)},
+            {"a": (25, 12), "b": (125, 48)},
+            {"a": (27, 13)},
+            {"a": (28, 23)},
+        ]
+        source = mock.Mock()
+        source.side_effect = [make_sample(net=net) for net in readings]
+
+        async def run() -> list[tuple[int, int]]:
+            publish = mock.MagicMock()
+            sampler = sc.Sampler(sc.Config(), publish, mock.Mock(), {}, mock.Mock())
+            seen = [(sampler.net_recv, sampler.net_sent)]
+            for _ in readings[1:]:
+                sampler.tick()
+                seen.append((sampler.net_recv, sampler.net_sent))
+            return seen
+
+        with mock.patch.object(sc, "choose_source", lambda: source):
+            assert asyncio.run(run()) == [(100, 50), (150, 60), (152, 61), (153, 71)]
+
 
 class Receiver(http.server.ThreadingHTTPServer):
     """Takes alerts. answers: one a request, the last one for all that follow; a status, or
@@ -12109,6 +12367,16 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
                 begin = events[-1]["timestamp"]
                 alert = receive_events(websocket, is_type("cpu_alert"))[-1]
         assert 900 <= alert["timestamp"] - begin < 5000
+
+    def test_what_comes_before_the_answer_is_no_failure(self, tmp_path: Path) -> None:
+        """RFC 9110, 15.2: else the alert would be delivered three times."""
+        usage = Usage(tmp_path, **QUICK_TRIES)
+        with Receiver("early") as receiver:
+            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
+            with ServerProcess(tmp_path, *options, script=usage.script) as server:
+                usage.set(95)
+                server.wait_for_log("webhook_sent")
+            assert len(receiver.posts) == 1 and not server.log("webhook_failed")
 
 
 def write_targets(path: Path, port: int, count: int) -> dict[int, str]:
@@ -12828,6 +13096,9 @@ class TestDashboard:
         page = sc.Page()
         assert vars(page) == {}
         assert page.compressed is page.compressed and len(page.compressed) <= 80 * 1024
+
+    def test_page_is_small(self):
+        assert len(sc.Page().compressed) < 32 * 1024
 
 
 def start_browser() -> Any:
