@@ -13180,6 +13180,11 @@ class Visit:
         """Wait for a JavaScript expression. (Playwright's own way is stopped by the policy.)"""
         self.wait_until(lambda: self.page.evaluate(expression))
 
+    def open(self, task_id: str) -> None:
+        """Pick a task, the newest, once the page has heard of it."""
+        self.wait_until_true(f"tasks.has('{task_id}')")
+        self.page.locator("#tasks button").first.click()
+
     def wait_live(self) -> Visit:
         self.wait_for("#link", "^live$")
         return self
@@ -13477,9 +13482,8 @@ def page_server(tmp_path_factory: Any) -> Iterator[ServerProcess]:
         yield server
 
 
-@pytest.mark.xdist_group("browser")
-class TestPage:
-    """The page in a real Chromium."""
+class OnPage:
+    """What tests of the page have in common. Each class has a browser and a process of its own."""
 
     @pytest.fixture
     def server(self, page_server: ServerProcess) -> ServerProcess:
@@ -13492,6 +13496,11 @@ class TestPage:
         for task in server.get("/tasks"):
             if task["state"] == "running":
                 server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
+
+
+@pytest.mark.xdist_group("browser of TestPage")
+class TestPage(OnPage):
+    """The page in a real Chromium: output and the terminal."""
 
     def test_first_paint_has_data(self, visit: Visit):
         visit.wait_for("#cpu", r"^\d+\.\d %$")
@@ -13538,7 +13547,7 @@ class TestPage:
 
     def test_overlapping_and_missing_output_is_mended(self, visit: Visit, server: ServerProcess):
         task_id = server.run("printf 'äbcdefgh'")["task_id"]
-        visit.page.locator("#tasks button").first.click()
+        visit.open(task_id)
         visit.wait_for("#lines", "äbcdefgh")
         take = f"(offset, output) => stream.take({{task_id: '{task_id}', offset, output, timestamp: 1}})"
         visit.page.evaluate(f"({take})(0, 'äb')")  # known
@@ -13562,9 +13571,9 @@ class TestPage:
         visit.wait_for("#state", "running")
 
     def test_run_again_uses_the_same_folder(self, visit: Visit, server: ServerProcess):
-        server.run("pwd; echo $SECRET", cwd="/usr", env={"SECRET": "again"})
+        task = server.run("pwd; echo $SECRET", cwd="/usr", env={"SECRET": "again"})
         visit.page.reload()  # so that the page knows the task from /tasks
-        visit.wait_live().page.locator("#tasks button").first.click()
+        visit.wait_live().open(task["task_id"])
         visit.wait_for("#lines", "^/usr\nagain$")
         before = visit.text("#facts")
         visit.page.click("#rerun")
@@ -13577,7 +13586,7 @@ class TestPage:
         command = "printf '\\357\\273\\277'; yes 'äöü 漢字 😀, and so on and so forth' | head -c 3000001; echo; sleep 60"
         task_id = server.start(command)
         wait_until(lambda: server.task(task_id)["output_bytes"] > 3_000_000)
-        visit.page.locator("#tasks button").first.click()
+        visit.open(task_id)
         end = server.task(task_id)["output_bytes"]
         visit.wait_until_true(f"stream.next === {end} && stream.queue.length === 0")
         whole = server.get(f"/logs?id={task_id}")["logs"]
@@ -14034,6 +14043,11 @@ class TestPage:
         visit.wait_for("#hits", "^1 of 1$")
         visit.wait_for("#lines .hit", "^99999$")
 
+
+@pytest.mark.xdist_group("browser of TestPageAround")
+class TestPageAround(OnPage):
+    """The page in a real Chromium: connections, logging in, tasks, devices, several viewers."""
+
     def test_lost_connection_loses_no_output(self, visit: Visit):
         visit.run("i=0; while [ $i -lt 150 ]; do echo line $i; i=$((i+1)); sleep 0.01; done")
         visit.wait_for("#lines", "line 20")
@@ -14154,7 +14168,7 @@ class TestPage:
                 body = json.dumps({"cmd": "echo seen; sleep 60"})
                 fields = {"Content_Type": JSON_TYPE, "Authorization": f"Bearer {run_token}"}
                 task_id = server.request("POST", "/exec", body, **fields).json()["task_id"]
-                visit.page.locator("#tasks button").first.click()
+                visit.open(task_id)
                 visit.wait_for("#lines", "^seen$")
                 assert visit.page.is_disabled("#stop") and visit.page.is_disabled("#rerun")
                 del fields["Content_Type"]
