@@ -256,7 +256,7 @@ class ServerProcess:
         self.reader.join(PATIENCE_SECONDS)
         self.process.stderr.close()
         if self.check and kind is None:
-            assert status == 0
+            assert status == 0, "".join(self.stderr)
             assert not [line for line in self.stderr if "Traceback" in line or "never retr" in line]
 
     def _read_log(self) -> None:
