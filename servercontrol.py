@@ -3679,7 +3679,8 @@ class Tasks:
     def stop_all(self) -> None:
         self.is_stopping = True
         for task in list(self.running.values()):
-            self.stop(task, by=SERVER_STOP)
+            with contextlib.suppress(CommandError):  # it has ended
+                self.stop(task, by=SERVER_STOP)
 
     def kill_all(self) -> None:
         for task in self.running.values():
@@ -6293,7 +6294,8 @@ class Server:
         work = asyncio.all_tasks() - {asyncio.current_task()}
         for task in work:
             task.cancel()
-        await asyncio.wait(work, timeout=1.0)
+        if work:  # wait() raises ValueError for none
+            await asyncio.wait(work, timeout=1.0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
     def _close_connections(self) -> None:
