@@ -12,7 +12,8 @@ RECIPE_PACKAGES := ansible-core
 # The other peer of `make bench`, beside websockets; the tests do not need it.
 BENCH_PACKAGES := picows
 CHECK_PACKAGES := ruff mypy types-psutil
-PYTEST := -m pytest -q -ra -n 5 --dist loadgroup
+# A class in one process: its tests share a server, or a browser.
+PYTEST := -m pytest -q -ra -n 5 --dist loadscope
 FUZZ_SECONDS ?= 120
 export TEST_PACKAGES EXTRA_PACKAGES PYTEST
 

@@ -3679,7 +3679,7 @@ class Tasks:
     def stop_all(self) -> None:
         self.is_stopping = True
         for task in list(self.running.values()):
-            with contextlib.suppress(CommandError):  # it has ended
+            with contextlib.suppress(CommandError):  # its end has failed; the others go on
                 self.stop(task, by=SERVER_STOP)
 
     def kill_all(self) -> None:
@@ -5682,7 +5682,6 @@ class Connection(asyncio.Protocol):
         self.reader.feed_data(data)
 
     def pause_writing(self) -> None:
-        """The transport cannot write all that it has at once."""
         self.server.stalled.add(self)
         self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
         if self.viewer is not None:
@@ -5697,7 +5696,6 @@ class Connection(asyncio.Protocol):
             await self._drained
 
     def resume_writing(self) -> None:
-        """The transport has written everything."""
         self.server.stalled.discard(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -5713,7 +5711,7 @@ class Connection(asyncio.Protocol):
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """Forget the connection, and end the work that was done for it."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
@@ -5737,15 +5735,11 @@ class Connection(asyncio.Protocol):
 
     def expire(self, now: float) -> None:
         """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
-        if self.viewer is not None and self.viewer.is_open:
-            if self.viewer.keep_alive(now):
-                self.server.deadlines.set(self, PING_SECONDS)
-            else:
-                self.end(End.RESET)
-            return
-        if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
-            self.phase = Phase.EXPIRED
-        if self.phase in (Phase.IDLE, Phase.EXPIRED):
+        if self.viewer is not None and self.viewer.is_open and self.viewer.keep_alive(now):
+            self.server.deadlines.set(self, PING_SECONDS)
+        elif self.phase in (Phase.IDLE, Phase.READING):
+            if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
+                self.phase = Phase.EXPIRED
             self.task.cancel()
         else:
             self.end(End.RESET)
@@ -5758,8 +5752,6 @@ class Connection(asyncio.Protocol):
         """Return who asks: address, role, and the account where the kernel knows it."""
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
         return f"{self.address} {self.role.value if self.role else '-'}{uid}"
-
-    # WebSocket
 
     def upgrade(self, head: RequestHead, role: Role | None) -> None:
         """Turn the connection into a viewer's (RFC 6455, 4.2)."""
@@ -5781,9 +5773,8 @@ class Connection(asyncio.Protocol):
             raise HttpError(503, "stopping", "the server is stopping")
         self.transport.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
-        is_plain = self.peer.scheme == "http"
         # TLS takes nothing directly: all goes through the transport.
-        send = self._socket.send if is_plain else lambda data: 0
+        send = self._socket.send if self.peer.scheme == "http" else lambda data: 0
         websocket = WebSocketConnection(deflate_bits=bits)
         self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
         # Earlier answers may still wait: pause_writing() came before there was a viewer.
@@ -6294,8 +6285,7 @@ class Server:
         work = asyncio.all_tasks() - {asyncio.current_task()}
         for task in work:
             task.cancel()
-        if work:  # wait() raises ValueError for none
-            await asyncio.wait(work, timeout=1.0)
+        await asyncio.wait(work, timeout=1.0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
     def _close_connections(self) -> None:

@@ -12671,7 +12671,6 @@ def network(tmp_path_factory: Any) -> Iterator[Network]:
         yield network
 
 
-@pytest.mark.xdist_group("network")
 class TestNetwork:
     """SPEC 6, 11: several machines on a network, as far as the kernel can play them."""
 
@@ -13498,7 +13497,6 @@ class OnPage:
                 server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
 
 
-@pytest.mark.xdist_group("browser of TestPage")
 class TestPage(OnPage):
     """The page in a real Chromium: output and the terminal."""
 
@@ -14044,7 +14042,6 @@ class TestPage(OnPage):
         visit.wait_for("#lines .hit", "^99999$")
 
 
-@pytest.mark.xdist_group("browser of TestPageAround")
 class TestPageAround(OnPage):
     """The page in a real Chromium: connections, logging in, tasks, devices, several viewers."""
 
@@ -14667,6 +14664,8 @@ class TestLayout:
         assert {name: size for name, size in sizes.items() if size > 60} == {}
         assert statistics.median(sizes.values()) <= 9
         assert statistics.quantiles(sizes.values(), n=10)[8] <= 30
+        classes = [node for node in TREE.body if isinstance(node, ast.ClassDef)]
+        assert [c.name for c in classes if (c.end_lineno or 0) - c.lineno >= 250] == []
         deep = [f"{f.name}:{f.lineno}" for f in FUNCTIONS if nesting(f) > 3]
         assert deep == []
 
