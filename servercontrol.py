@@ -2873,13 +2873,13 @@ class AuditLog:
     def _continue(self, file: FileIO, record: dict[str, Any]) -> None:
         status, is_whole = os.fstat(file.fileno()), True
         place = status.st_dev, status.st_ino
-        if (*place, status.st_size) == self._written:
-            pass  # the hash is ours, so a last line that was changed meanwhile will be found
-        elif status.st_size:
-            last, is_whole = read_last_line(file, status.st_size)
-            self._hash = hash_line(last)
-        else:
-            self._hash = read_hash(self.path) or self._hash
+        # If the file is as we left it, our hash stays: a last line that was changed will be found.
+        if (*place, status.st_size) != self._written:
+            if status.st_size:
+                last, is_whole = read_last_line(file, status.st_size)
+                self._hash = hash_line(last)
+            else:
+                self._hash = read_hash(self.path) or self._hash
         line = encode_json({**record, "prev": self._hash})
         # After a crash or a full disk the file may end with half a line. It is left unchanged.
         data = line + b"\n" if is_whole else b"\n" + line + b"\n"
@@ -3877,7 +3877,7 @@ class Viewers:
         self._stalled: set[Viewer] = set()
         # Viewers that are behind -> how many seconds tasks may still wait for each of them.
         self._patience: dict[Viewer, float] = {}
-        self._looked_at = 0.0  # for that
+        self._looked_at = 0.0  # when that was last counted down
 
     @property
     def written_bytes(self) -> int:
