@@ -3614,9 +3614,10 @@ class Tasks:
         return task
 
     def _tell(self, kind: str, facts: dict[str, Any], told: str, audited: str) -> int:
-        """Publish these facts, and write those into the audit log; return the timestamp."""
-        event = self._publish(kind, **{name: facts[name] for name in told.split()})
+        """Write those facts into the audit log, and publish these; return the timestamp."""
+        # In this order: what a viewer has seen is in the log, also if the server is killed now.
         self._audit.write(kind, **{name: facts[name] for name in audited.split()})
+        event = self._publish(kind, **{name: facts[name] for name in told.split()})
         return int(event["timestamp"])
 
     # Typing

@@ -7691,6 +7691,13 @@ os.write = write_or_fail
         assert ("not a whole record" in told) is (written == "data[:20]")
         assert path.read_bytes().endswith(b"\n")
 
+    def test_is_written_before_anybody_is_told(self) -> None:
+        """So a server that is killed in between does not call a task interrupted that was seen to
+        end."""
+        tasks = mock.Mock(_publish=mock.Mock(return_value={"timestamp": 7}))
+        assert sc.Tasks._tell(tasks, "task_start", {"task_id": "1"}, "task_id", "task_id") == 7
+        assert [name for name, *_ in tasks.mock_calls] == ["_audit.write", "_publish"]
+
     def test_instances_share_one_chain(self, tmp_path: Path) -> None:
         """And no id is given twice; each server's rise."""
         path = tmp_path / "audit.log"
