@@ -8356,6 +8356,21 @@ class TestStopping:
                 assert time.monotonic() - start < 30
                 wait_for_death(pids)
 
+    def test_nothing_is_started_any_more(self, tmp_path: Path) -> None:
+        """By a client that has been connected before."""
+        may_end = tmp_path / "may end"
+        deaf = f"trap '' TERM; echo ready; until [ -e '{may_end}' ]; do sleep 0.02; done"
+        request = b"POST /exec?wait HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\ntrue"
+        with ServerProcess(tmp_path) as server, server.connect() as kept:
+            start_ready(server, deaf)
+            os.kill(server.pid, signal.SIGTERM)
+            wait_until(lambda: not listening_ports(server.pid))
+            kept.sendall(request)
+            answer = read_all(kept)
+            may_end.touch()
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"the server is stopping" in answer
+            assert server.process.wait(PATIENCE_SECONDS) == 0
+
     def test_child_that_cannot_be_reaped_does_not_hold_it(self, tmp_path: Path) -> None:
         """CASES 78: while somebody traces a child, neither TERM nor its death gets through."""
         libc, ptrace_seize = ctypes.CDLL(None, use_errno=True), 0x4206
@@ -13328,6 +13343,8 @@ SEQUENCES = [
     *((f"EL {n}", FILL + f"\x1b[3;4H\x1b[41m\x1b[{n}K", None) for n in ("", 0, 1, 2)),
     ("DECSED", FILL + "\x1b[3;4H\x1b[?J", None), ("DECSEL", FILL + "\x1b[3;4H\x1b[?1K", None),
     ("IL", FILL + "\x1b[2;4H\x1b[2Lx", None), ("DL", FILL + "\x1b[2;4H\x1b[2Mx", None),
+    ("IL outside a region", FILL + "\x1b[2;4r\x1b[5;1H\x1b[L\x1b[H\x1b[L", FULL),
+    ("DL outside a region", FILL + "\x1b[2;4r\x1b[5;1H\x1b[M\x1b[H\x1b[M", FULL),
     ("DCH", FILL + "\x1b[2;4H\x1b[3P", None), ("ECH", FILL + "\x1b[2;4H\x1b[45m\x1b[3X", None),
     ("SU", FILL + "\x1b[2S", FULL[14:]), ("SD", FILL + "\x1b[2T", "||" + FULL[:27]),
     ("SU in a region", FILL + "\x1b[2;4r\x1b[S", FULL[:6] + FULL[13:27] + "|" + FULL[27:]),
