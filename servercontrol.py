@@ -349,6 +349,7 @@ EXEC_WINDOW_BYTES = 1 * MIB  # for one server: 64 such tasks fill a server's kep
 EXEC_WINDOWS_BYTES = 16 * MIB  # for all servers together
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # to write what is left when a command of the client ends
+REFUSED = range(400, 500)  # with such a status the same request would fail again (RFC 9110, 15.5)
 # Two states of an UnreachableError that no server has sent.
 SAME_STATUS = 208  # the server was named twice, and its other name runs the command
 ENDED_STATUS = 410  # contact was lost, but the command has ended
@@ -6425,23 +6426,13 @@ def encode_request(
     version: str = "1.1",
 ) -> bytes:
     """Return a request with the server's token. Raises UnreachableError if that cannot be read."""
-    lines = [f"{method} {target.path}{path} HTTP/{version}", f"Host: {target.authority}"]
-    token = target.read_token()
+    own, token = {"Host": target.authority}, target.read_token()
     if token is not None:
-        lines.append(f"Authorization: Bearer {token}")
+        own["Authorization"] = f"Bearer {token}"
     if method == "POST":
-        lines.append(f"Content-Length: {len(body)}")
-    lines += [f"{name}: {value}" for name, value in fields]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
-
-def parse_response_head(head: bytes) -> tuple[int, dict[str, str]]:
-    """Return (status, lower-case name -> value). Raises UnreachableError."""
-    status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
-    if status is None:
-        raise UnreachableError("what answers there does not speak HTTP (is it https?)")
-    fields = re.findall(r"\n([^:\r\n]*):([^\r\n]*)", head.decode("latin-1"))
-    return int(status[1]), {name.lower(): value.strip() for name, value in fields}
+        own["Content-Length"] = str(len(body))
+    line = f"{method} {target.path}{path} HTTP/{version}\r\n".encode("latin-1")
+    return line + encode_fields([*own.items(), *fields]) + body
 
 
 def foreign_error() -> UnreachableError:
@@ -6473,11 +6464,6 @@ def make_client_tls() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
-
-
-def is_final(error: UnreachableError) -> bool:
-    """Whether the same request would fail again (RFC 9110, 15.5)."""
-    return 400 <= error.status < 500
 
 
 def explain_failure(error: Exception) -> str:
@@ -6564,17 +6550,14 @@ async def open_target(target: Target, seconds: float) -> StreamPair:
     async def connect() -> StreamPair:
         if target.unix:
             return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
-        tls = make_client_tls() if target.tls else None
+        tls: dict[str, Any] = {}
+        if target.tls:
+            tls = {"ssl": make_client_tls(), "server_hostname": target.host}
         connection = await connect_socket(target.host, target.port)
         keep_alive(connection)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
-        return await asyncio.open_connection(
-            sock=connection,
-            ssl=tls,
-            server_hostname=target.host if tls else None,
-            limit=CLIENT_BUFFER_BYTES,
-        )
+        return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
 
     try:
         return await wait_within(seconds, connect())
@@ -6585,7 +6568,7 @@ async def open_target(target: Target, seconds: float) -> StreamPair:
 async def read_response_head(
     reader: asyncio.StreamReader, target: Target
 ) -> tuple[int, dict[str, str]]:
-    """Return (status, fields) of the next answer."""
+    """Return (status, lower-case name -> value) of the next answer."""
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
     except asyncio.TimeoutError:
@@ -6593,7 +6576,11 @@ async def read_response_head(
     except (OSError, EOFError, asyncio.LimitOverrunError):
         hint = "" if target.tls else " (is it https?)"
         raise UnreachableError(f"disconnected before it answered{hint}") from None
-    return parse_response_head(head[:-4])
+    status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
+    if status is None:
+        raise UnreachableError("what answers there does not speak HTTP (is it https?)")
+    found = re.findall(r"\n([^:\r\n]*):([^\r\n]*)", head.decode("latin-1"))
+    return int(status[1]), {name.lower(): value.strip() for name, value in found}
 
 
 async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> bytes:
@@ -6762,7 +6749,7 @@ class Link:
             except UnreachableError as error:
                 self.take({"type": "lost", "reason": str(error), "status": error.status})
                 delay = RETRY_SECONDS if self._has_hello else min(delay * 2, MAX_RETRY_SECONDS)
-                if is_final(error):
+                if error.status in REFUSED:
                     delay = REFUSED_RETRY_SECONDS
             # Outside of `except`, so that the exception and its data are freed before.
             await asyncio.sleep(spread(delay))
@@ -6808,13 +6795,10 @@ class Link:
         path = "/ws?hello&task=none"
         if self.boot_id:
             path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
-        fields = [
-            *UPGRADE_FIELDS,
-            ("Sec-WebSocket-Key", key),
-            ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-            *([("Sec-WebSocket-Extensions", DEFLATE_OFFER)] if zlib else []),
-        ]
-        request = encode_request(self.target, "GET", path, fields)
+        own = {"Sec-WebSocket-Key": key, "Sec-WebSocket-Version": WEBSOCKET_VERSION}
+        if zlib:
+            own["Sec-WebSocket-Extensions"] = DEFLATE_OFFER
+        request = encode_request(self.target, "GET", path, [*UPGRADE_FIELDS, *own.items()])
         seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
         stream = open_stream(self.target, request, seconds, wanted=101)
         answer, reader, self._writer = await wait_within(seconds * 2, stream)
@@ -6985,7 +6969,10 @@ class RemoteTask:
                     await self._end(task)
                 trouble = ""
             except UnreachableError as error:
-                if is_final(error) or time.monotonic() - self.good_at > EXEC_GIVE_UP_SECONDS:
+                if (
+                    error.status in REFUSED
+                    or time.monotonic() - self.good_at > EXEC_GIVE_UP_SECONDS
+                ):
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
@@ -7095,7 +7082,6 @@ class RemoteTask:
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
     async def send(self, path: str, more: str = "", data: bytes = b"") -> None:
-        """POST something to it."""
         await self.control.ask("POST", f"{path}?id={self.task_id}{more}", data)
 
 
@@ -7136,43 +7122,34 @@ class Keyboard:
     leave: Callable[[], None]
     interrupt: Callable[[], None]
     tell: Callable[[str], None]
-    # The terminal's attributes before.
-    before: list[Any] = field(default_factory=list)
     # Keys that are not sent yet, and the requests that are under way.
     waiting: bytes = b""
     sending: set[asyncio.Future[None]] = field(default_factory=set)
     # Whether the user was told that the task does not read its input.
     is_full: bool = False
 
-    def __enter__(self) -> Keyboard:
-        self.before = termios.tcgetattr(0)
+    async def run(self) -> None:
+        """Take keys until the user leaves, or this is cancelled."""
+        loop, before = asyncio.get_running_loop(), termios.tcgetattr(0)
         tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead stays
         self.task.connected = self._resize
-        loop = asyncio.get_running_loop()
-        loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self._resize)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(0)
-        loop.remove_signal_handler(signal.SIGWINCH)
-        with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(0, termios.TCSADRAIN, self.before)
-
-    def _read(self) -> None:
         try:
-            data = os.read(0, 4096)
-        except OSError:  # the terminal is gone
-            data = b""
-        if not data or b"\x1d" in data:  # Ctrl-]
-            asyncio.get_running_loop().remove_reader(0)
-            self.leave()
-        elif b"\x03" in data and self.task.task_id is None:  # Ctrl-C
-            self.interrupt()
-        else:
-            self.waiting += data
-            self._send_keys()
+            async for data in read_input():
+                if b"\x1d" in data:  # Ctrl-]
+                    break
+                if b"\x03" in data and self.task.task_id is None:  # Ctrl-C
+                    self.interrupt()
+                else:
+                    self.waiting += data
+                    self._send_keys()
+        except OSError:
+            pass  # the terminal is gone
+        finally:
+            loop.remove_signal_handler(signal.SIGWINCH)
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+        self.leave()
 
     def _resize(self) -> None:
         if self.task.stream is not None:
@@ -7199,24 +7176,6 @@ class Keyboard:
         sending = asyncio.ensure_future(send())
         self.sending.add(sending)
         sending.add_done_callback(self.sending.discard)
-
-
-class LineWriter:
-    """Writes whole lines of output, each after its server's name; half a line waits for its end."""
-
-    def __init__(self, prefix: bytes, write: Callable[[bytes], None]) -> None:
-        self._prefix, self._write = prefix, write
-        self._rest = b""
-
-    def write(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            lines, self._rest = [*lines, self._rest], b""
-        self._write(b"".join(b"%b%b\n" % (self._prefix, line) for line in lines))
-
-    def end(self) -> None:
-        if self._rest:
-            self.write(b"\n")
 
 
 def write_some(fd: int, data: bytearray, milliseconds: int = 0) -> int:
@@ -7330,9 +7289,9 @@ class Report:
         self._is_coloured = wants_colours()
         # How wide the names before the lines are, 0 for none.
         self._width = max(len(target.name) for target in targets) if len(targets) > 1 else 0
-        # Server -> its output that is kept for --fold, or who writes its lines beside others.
+        # Server -> its output that is kept for --fold; beside others, the line that has no end yet.
         self._kept: dict[str, list[bytes]] = {}
-        self._lines: dict[str, LineWriter] = {}
+        self._begun: dict[str, bytes] = {}
         self.tasks = [self._make_task(target, fields, fold) for target in targets]
 
     def _make_task(self, target: Target, fields: Mapping[str, Any], fold: bool) -> RemoteTask:
@@ -7342,22 +7301,27 @@ class Report:
             self._kept[name] = []
             write = self._kept[name].append
         elif self._width:
-            colour = COLOURS[len(self._lines) % len(COLOURS)] if self._is_coloured else ""
+            colour = COLOURS[len(self._begun) % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
-            self._lines[name] = LineWriter(prefix.encode("utf-8", "replace"), write)
-            write = self._lines[name].write
+            self._begun[name] = b""
+            write = functools.partial(self._write_lines, name, prefix.encode("utf-8", "replace"))
+        drain, note = self.output.drain, self.note
+        return RemoteTask(target, fields, write, drain, lambda text: note(f"{name}: {text}"))
 
-        def tell(text: str) -> None:
-            self.note(f"{name}: {text}")
-
-        return RemoteTask(target, fields, write, self.output.drain, tell)
+    def _write_lines(self, name: str, prefix: bytes, data: bytes) -> None:
+        """Write the lines that are whole, each after the server's name."""
+        *lines, rest = (self._begun[name] + data).split(b"\n")
+        if len(rest) > MAX_LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        self._begun[name] = rest
+        self.output.put(b"".join(b"%b%b\n" % (prefix, line) for line in lines))
 
     def note(self, text: str) -> None:
         self._notes.put(encode_note(text))
 
-    def end(self, name: str) -> None:
-        if name in self._lines:
-            self._lines[name].end()
+    def end(self, task: RemoteTask) -> None:
+        if self._begun.get(task.target.name):
+            task.write(b"\n")
 
     async def drain(self) -> None:
         """Wait until everything is written. Raises OutputError."""
@@ -7375,7 +7339,7 @@ class Report:
         self._show_kept()
         groups: dict[tuple[int, str], list[str]] = {}
         for task in self.tasks:
-            self.end(task.target.name)
+            self.end(task)
             if task.is_running:
                 left = "its command may have been started"
                 if task.task_id is not None:
@@ -7423,21 +7387,12 @@ class Report:
 class Execution:
     """One command on one or several servers, with Ctrl-C.
 
-    fold: see Report. parallel: servers at a time. once: if two names are of one server, it runs the
-    command once.
+    parallel: servers at a time. once: if two names are of one server, it runs the command once.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        fields: dict[str, Any],
-        fold: bool,
-        parallel: int,
-        once: bool = False,
-    ) -> None:
-        window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // min(len(targets), parallel))
-        self._report = Report(targets, {**fields, "window": window}, fold)
-        self._tasks = self._report.tasks
+    def __init__(self, report: Report, parallel: int, once: bool = False) -> None:
+        self._report, self._tasks = report, report.tasks
+        fields = self._tasks[0].fields
         self._places = asyncio.Semaphore(parallel)
         self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
         self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
@@ -7461,12 +7416,11 @@ class Execution:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
         everything = asyncio.ensure_future(self._run_all())
+        leave, tell = functools.partial(self._leave, 0), self._report.note
+        keyboard = Keyboard(self._tasks[0], leave, self._interrupt, tell)
+        typing = asyncio.ensure_future(keyboard.run()) if self._has_keyboard else everything
         try:
-            with contextlib.ExitStack() as stack:
-                if self._has_keyboard:
-                    leave, tell = functools.partial(self._leave, 0), self._report.note
-                    stack.enter_context(Keyboard(self._tasks[0], leave, self._interrupt, tell))
-                await self._wait_for(everything)
+            await self._wait_for(everything)
             if self._left.done():
                 self._report.conclude()
                 return self._left.result()
@@ -7479,8 +7433,9 @@ class Execution:
                 self._report.conclude()
             raise
         finally:
-            everything.cancel()
-            await asyncio.gather(everything, return_exceptions=True)
+            for work in (everything, typing):
+                work.cancel()
+            await asyncio.gather(everything, typing, return_exceptions=True)
             self._report.finish()
 
     async def _wait_for(self, work: asyncio.Future[Any], seconds: float | None = None) -> None:
@@ -7520,7 +7475,7 @@ class Execution:
                 if feeding is not None:
                     feeding.cancel()
         task.control.close()
-        self._report.end(name)
+        self._report.end(task)
 
     def _claim(self, name: str, info: Mapping[str, Any]) -> None:
         """Raise UnreachableError if another name has the command run on this server already."""
@@ -7839,8 +7794,8 @@ class Watched:
     def _take_lost(self, event: dict[str, Any]) -> bool:
         is_known = bool(self.reason == event["reason"])
         self.reason = event["reason"]
-        is_refusal = 400 <= event["status"] < 500
-        state = ServerState.REFUSED if is_refusal else ServerState.UNREACHABLE
+        is_refused = event["status"] in REFUSED
+        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
         self.change(state, reason=self.reason)
         return is_known
 
@@ -8065,9 +8020,8 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
     parts.append(f"{tasks} task{'s' * (tasks != 1)}")
     up = [one for one in everybody if one.state is ServerState.UP and one.stats]
     if up:
-        cpu, used, total = (
-            sum(one.stats[name] for one in up) for name in ("cpu", "ram_used", "ram_total")
-        )
+        names = "cpu", "ram_used", "ram_total"
+        cpu, used, total = (sum(one.stats[name] for one in up) for name in names)
         top = max(up, key=lambda one: one.stats["cpu"])
         memory = f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
         parts.append(f"CPU {cpu / len(up):.1f} %, {memory}")
@@ -8223,12 +8177,6 @@ def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
     }
 
 
-def find_broadcasts() -> list[str]:
-    """Return the broadcast addresses of this machine's networks, also of loopback."""
-    found = {str(net.broadcast_address) for net in read_link_networks() if net.prefixlen < 31}
-    return [*sorted(found or {"255.255.255.255"}), "127.255.255.255"]
-
-
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
     for address in addresses:
         with contextlib.suppress(OSError):  # it cannot be reached
@@ -8295,16 +8243,11 @@ def name_hosts(
 
 
 def format_prometheus(found: Sequence[dict[str, Any]]) -> str:
-    """Return a list for Prometheus' file_sd_configs."""
-    return to_json(
-        [
-            {
-                "targets": [f"{one['address']}:{one['port']}"],
-                "labels": {"hostname": name, "__scheme__": "https" if one["tls"] else "http"},
-            }
-            for name, one in name_hosts(found).items()
-        ]
-    )
+    groups = []
+    for name, one in name_hosts(found).items():
+        labels = {"hostname": name, "__scheme__": "https" if one["tls"] else "http"}
+        groups.append({"targets": [f"{one['address']}:{one['port']}"], "labels": labels})
+    return to_json(groups)
 
 
 def format_ansible(found: Sequence[dict[str, Any]]) -> str:
@@ -11892,11 +11835,7 @@ class OneLineParser(argparse.ArgumentParser):
 # default). Without a default here, Config has it. A bool is a flag; a tuple may be repeated.
 OPTIONS: Options = {
     "where to listen": {
-        "--host": (
-            parse_host_option,
-            "ADDRESS",
-            "address to listen on; beyond loopback everybody needs a token",
-        ),
+        "--host": (parse_host_option, "ADDRESS", "listen here; beyond loopback a token is needed"),
         "--port": (parse_port, "N", "HTTP port; 0 is any"),
         "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
         "--discovery-port": (parse_port, "N", "UDP port for discovery"),
@@ -12097,16 +12036,7 @@ With --user the token is in ~/.local/state/servercontrol of that account.
         "verify-audit [FILE...]",
         "Say whether the chain of hashes in an audit log holds, and where it breaks.",
         "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-        {
-            "": {
-                "file": (
-                    str,
-                    "FILE",
-                    "the log, rotated ones before it (default: of this account)",
-                    (),
-                )
-            }
-        },
+        {"": {"file": (str, "FILE", "oldest first (default: the log of this account)", ())}},
     ),
 }
 
@@ -12497,9 +12427,11 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         fields.update(tty=True, cols=cols, rows=rows)
     if given.stdin:
         fields["stdin"] = True
+    places = min(len(targets), given.parallel)
+    fields["window"] = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // places)
 
     async def run() -> int:
-        return await Execution(targets, fields, given.fold, given.parallel, given.all).run()
+        return await Execution(Report(targets, fields, given.fold), places, given.all).run()
 
     return asyncio.run(end_quietly(run()))
 
@@ -12610,14 +12542,15 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     chosen = [name for name in formats if getattr(given, name)]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[1]}: not allowed with argument --{chosen[0]}")
-    addresses = []
+    networks = {str(one.broadcast_address) for one in read_link_networks() if one.prefixlen < 31}
+    addresses = [*sorted(networks or {"255.255.255.255"}), "127.255.255.255"]
     for address in given.at:
         try:
             addresses.append(socket.gethostbyname(address))
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", "") or error
             raise ConfigError(f"--at: {address}: {reason}") from None
-    found = probe_network(find_broadcasts() + addresses, given.discovery_port, given.timeout)
+    found = probe_network(addresses, given.discovery_port, given.timeout)
     text = ""
     if chosen or found:
         text = formats[chosen[0]](found) if chosen else format_found(found)
@@ -12744,13 +12677,8 @@ WorkingDirectory=-~
 UNIT_WORD = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
 
 
-# Option that names a file to read -> the file's name as a systemd credential.
-CREDENTIALS = {
-    "token_file": "token",
-    "view_token_file": "view-token",
-    "tls_cert": "tls-cert",
-    "tls_key": "tls-key",
-}
+# Options that name a file to read. As a systemd credential it has the option's name without _file.
+CREDENTIALS = ("token_file", "view_token_file", "tls_cert", "tls_key")
 EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # at boot, or earlier
 HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # in UNIT_SANDBOX
 SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
@@ -12788,8 +12716,9 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
         if name in CREDENTIALS and hands_over and value:
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
-            lines += f"LoadCredential={CREDENTIALS[name]}:{value.replace('%', '%%')}\n"
-            words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{CREDENTIALS[name]}")
+            credential = option.strip("-").replace("-file", "")
+            lines += f"LoadCredential={credential}:{value.replace('%', '%%')}\n"
+            words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{credential}")
         elif value is True:
             words.append(option)
         else:

@@ -9299,8 +9299,13 @@ class TestTargets:
         "head", [b"", b"SSH-2.0-OpenSSH", b"HTTP/2 200", b"HTTP/1.1 2x0", b"\x15\x03\x01", b"\r\n"]
     )
     def test_wants_http(self, head: bytes) -> None:
-        with pytest.raises(sc.UnreachableError):
-            sc.parse_response_head(head)
+        async def read() -> None:
+            reader = asyncio.StreamReader()
+            reader.feed_data(head + b"\r\n\r\n")
+            await sc.read_response_head(reader, sc.parse_target("", "web1"))
+
+        with pytest.raises(sc.UnreachableError, match="does not speak HTTP"):
+            asyncio.run(read())
 
     def test_shows_no_control_characters(self) -> None:
         assert sc.clean_text("a\x1b[31mb\nc\u202e") == "a?[31mb?c?"
@@ -10049,7 +10054,7 @@ class TestExec:
         """Also some turns of the event loop after an answer, where wait_for() may swallow it."""
 
         async def run(target: sc.Target, turns: int) -> bool:
-            execution = sc.Execution([target], {"cmd": "sleep 60"}, False, 1)
+            execution = sc.Execution(sc.Report([target], {"cmd": "sleep 60"}, False), 1)
             seen = []
 
             def leave_after(turns: int) -> None:
