@@ -228,8 +228,8 @@ DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; who never answers one is gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
-STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
+STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
 
 # Sending: one write to a viewer has about this size. It limits what a stalled viewer costs beyond
 # the kept events; larger writes gained nothing measurable.
@@ -3770,18 +3770,26 @@ class Compressor:
     """Compresses events, for a limited share of the time."""
 
     # Seconds that may be used, and when (perf_counter) they were counted.
-    _left_seconds = _now = 0.0
+    _left_seconds = _counted_at = 0.0
 
     def compress(self, frame: bytes, bits: int) -> bytes:
         """Return the frame for viewers with such a window; plain when no time is left."""
         now = time.perf_counter()
-        earned = self._left_seconds + (now - self._now) * DEFLATE_SHARE
-        self._left_seconds, self._now = min(earned, DEFLATE_SECONDS), now
+        earned = self._left_seconds + (now - self._counted_at) * DEFLATE_SHARE
+        self._left_seconds, self._counted_at = min(earned, DEFLATE_SECONDS), now
         if self._left_seconds <= 0:
             return frame
         frame = deflate_frame(frame, bits)
         self._left_seconds -= time.perf_counter() - now
         return frame
+
+
+class ViewerState(enum.Enum):
+    """Whether a viewer takes events. READY and STALLED alternate; LEFT is the end."""
+
+    READY = "ready"  # its transport has nothing to write
+    STALLED = "stalled"  # its transport still has something to write
+    LEFT = "left"  # our close frame was sent, or the client has gone
 
 
 @dataclass(eq=False, repr=False)
@@ -3796,8 +3804,8 @@ class Viewer:
     by: str
     choice: Choice
     audience: Audience = field(init=False)  # once it has joined
+    state: ViewerState = ViewerState.READY
     cursor: int = 0  # the seq from which on it needs events
-    is_stalled: bool = False  # its transport still has something to write, or it has left
     pong_due: bytes | None = None  # the newest ping that was not answered, since it is stalled
     written_bytes: int = 0
     largest_reply: int = 0  # bytes of the largest message to this client alone
@@ -3822,18 +3830,18 @@ class Viewer:
 
     def send_pong(self, payload: bytes) -> None:
         """Answer a ping; while the viewer is stalled, only the newest one (RFC 6455, 5.5.3)."""
-        if self.is_stalled:
+        if self.state is ViewerState.STALLED:
             self.pong_due = payload
         elif self.is_open:
             self.write(self.websocket.encode(Opcode.PONG, payload))
 
     def close(self, code: int, reason: str) -> None:
         self.write(self.websocket.close(code, reason))
-        self.is_stalled = True
+        self.state = ViewerState.LEFT
 
-    def keep_alive(self, now: float) -> bool:
-        """Ping; return False when the last ping was not answered."""
-        if self.is_stalled:  # a ping would wait in the buffer; WRITE_STALL_SECONDS applies instead
+    def ping(self, now: float) -> bool:
+        """Return False, without a ping, when the last one was not answered."""
+        if self.state is ViewerState.STALLED:  # it would wait; WRITE_STALL_SECONDS applies instead
             self.heard_at = now
         elif self.heard_at < self.pinged_at:
             return False
@@ -3898,13 +3906,13 @@ class Viewers:
             self._hurried_at = now
             self.flush()
         if not self.feed.must_pause and now - self._looked_at >= PRESSURE_SECONDS:
-            self._find_pressure()
+            self._update_pressure()
         return event
 
     def join(self, viewer: Viewer, since: int | None) -> None:
         """Add a viewer, from now on or from the event after `since`."""
         self.all.add(viewer)
-        if viewer.is_stalled:
+        if viewer.state is ViewerState.STALLED:
             self._stalled.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
@@ -3921,7 +3929,7 @@ class Viewers:
             self.all.remove(viewer)
             self._leave_audience(viewer)
             self._left_bytes += viewer.written_bytes
-        viewer.is_stalled = True  # it may still be in the round, which skips stalled viewers
+        viewer.state = ViewerState.LEFT  # it may still be in the round, which skips it now
         self._stalled.discard(viewer)
         self._queue.pop(viewer, None)
 
@@ -3951,15 +3959,16 @@ class Viewers:
 
     def stall(self, viewer: Viewer) -> None:
         """Skip a viewer, until its transport has written everything."""
-        viewer.is_stalled = True
-        if viewer in self.all:
-            self._stalled.add(viewer)
+        if viewer.state is ViewerState.READY:
+            viewer.state = ViewerState.STALLED
+            if viewer in self.all:
+                self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
         """Go on with a viewer, whose transport has written everything."""
-        if not viewer.is_open or viewer not in self.all:
+        if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
-        viewer.is_stalled = False
+        viewer.state = ViewerState.READY
         self._stalled.discard(viewer)
         viewer.taken_at = time.monotonic()
         if viewer.pong_due is not None:
@@ -3971,8 +3980,8 @@ class Viewers:
         self._queue[viewer] = None
         self._schedule()
 
-    def _find_pressure(self) -> None:
-        """Find out whether tasks must pause, so that viewers that still read lose no events.
+    def _update_pressure(self) -> None:
+        """Set whether tasks must pause, so that viewers that still read lose no events.
 
         They pause once a viewer is half the feed behind, until it has caught up. One that we have
         not served yet counts without limit; a stalled one that took something within
@@ -3990,14 +3999,14 @@ class Viewers:
                 patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
             if cursor >= limit:
                 continue
-            if not viewer.is_stalled:
+            if viewer.state is ViewerState.READY:
                 self.feed.must_pause = True  # it is us who are slow
             elif now - viewer.taken_at <= LATELY_SECONDS:
                 patience[viewer] -= elapsed
                 self.feed.must_pause |= patience[viewer] > 0
         self._patience = patience
         if self.feed.must_pause:
-            self._loop.call_later(PRESSURE_SECONDS, self._find_pressure)
+            self._loop.call_later(PRESSURE_SECONDS, self._update_pressure)
 
     def _schedule(self) -> None:
         if not self.feed.is_dirty:
@@ -4026,9 +4035,9 @@ class Viewers:
 
     def _serve_step(self, step: list[Viewer]) -> None:
         # Usually a viewer is at the cursor of the one before it, and its socket takes everything.
-        newest, audience, cursor = self.feed.next, None, 0
+        newest, audience, cursor, ready = self.feed.next, None, 0, ViewerState.READY
         for viewer in reversed(step):
-            if viewer.is_stalled or viewer.cursor == newest:
+            if viewer.state is not ready or viewer.cursor == newest:
                 continue
             if viewer.cursor != cursor or viewer.audience is not audience:
                 data, after = self._find_batch(viewer)
@@ -4524,7 +4533,7 @@ def tune_socket(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
-def keep_alive(connection: socket.socket) -> None:
+def enable_keepalive(connection: socket.socket) -> None:
     """Let the kernel notice within 20 s that the other host is dead, if it can (tcp(7))."""
     with contextlib.suppress(OSError):  # it is closed already, or a Unix socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -5450,7 +5459,7 @@ class Exchanges:
             connection.begin_phase(Phase.WAITING, None)
             if connection.has_sent_all:  # before this phase, so eof_received() did not cancel it
                 connection.task.cancel()
-            keep_alive(connection.transport.get_extra_info("socket"))
+            enable_keepalive(connection.transport.get_extra_info("socket"))
         try:
             try:
                 response = await request.route.answer(self._server, request)
@@ -5737,7 +5746,7 @@ class Connection(asyncio.Protocol):
 
     def expire(self, now: float) -> None:
         """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
-        if self.viewer is not None and self.viewer.is_open and self.viewer.keep_alive(now):
+        if self.viewer is not None and self.viewer.is_open and self.viewer.ping(now):
             self.server.deadlines.set(self, PING_SECONDS)
         elif self.phase in (Phase.IDLE, Phase.READING):
             if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
@@ -5780,7 +5789,8 @@ class Connection(asyncio.Protocol):
         websocket = WebSocketConnection(deflate_bits=bits)
         self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
         # Earlier answers may still wait: pause_writing() came before there was a viewer.
-        self.viewer.is_stalled = self in self.server.stalled
+        if self in self.server.stalled:
+            self.server.viewers.stall(self.viewer)
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
         self.server.viewers.join(self.viewer, since)
@@ -6554,7 +6564,7 @@ async def open_target(target: Target, seconds: float) -> StreamPair:
         if target.tls:
             tls = {"ssl": make_client_tls(), "server_hostname": target.host}
         connection = await connect_socket(target.host, target.port)
-        keep_alive(connection)
+        enable_keepalive(connection)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
         return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)

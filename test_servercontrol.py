@@ -3203,6 +3203,7 @@ class TestRounds:
         viewers, everybody = self.gather(4)
         closed, left, stalled, _ = everybody
         closed.close(1000, "")
+        viewers.stall(closed)
         viewers.resume(closed)
         viewers.stall(stalled)
         viewers.publish("stats_update")
@@ -3371,14 +3372,14 @@ class TestSlowViewers:
         while not viewers.feed.middle:
             viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
         feed = viewers.feed
-        viewer = mock.Mock(audience=sc.Audience(None, 0), is_stalled=False)
+        viewer = mock.Mock(audience=sc.Audience(None, 0), state=sc.ViewerState.READY)
         viewers._queue = {viewer: None}
         for cursor, is_pressed in (
             (feed.middle, False), (feed.middle - 1, True), (feed.middle, True),
             (feed.next - 1, True), (feed.next, False), (feed.next - 1, False),
         ):  # fmt: skip
             viewer.cursor = cursor
-            viewers._find_pressure()
+            viewers._update_pressure()
             assert feed.must_pause is is_pressed, cursor
 
     def test_viewers_that_read_nothing(self, server: ServerProcess) -> None:
