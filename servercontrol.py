@@ -4468,6 +4468,9 @@ class SystemdNotifier:
 # becomes an answer in one place: make_error_response, handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
+PLAIN_TEXT = "text/plain; charset=utf-8"
+METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+HTML_TEXT = "text/html; charset=utf-8"
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
 
 
@@ -4651,8 +4654,12 @@ async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-def text_response(fields: dict[str, Any], name: str, pieces: Sequence[bytes]) -> Response:
-    """Return JSON whose text field `name` may be long: then it is written piece by piece."""
+def output_response(
+    fields: dict[str, Any], name: str, pieces: Sequence[bytes], is_raw: bool
+) -> Response:
+    """Return output as text, or as the field `name` of JSON; a long one piece by piece."""
+    if is_raw:
+        return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
     start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
     parts = itertools.chain([start], map(escape_json_text, pieces), [b'"}\n'])
     if sum(map(len, pieces)) > BATCH_BYTES:
@@ -4700,15 +4707,6 @@ class Route:
 
 # The answers of the routes
 
-PLAIN_TEXT = "text/plain; charset=utf-8"
-METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-HTML_TEXT = "text/html; charset=utf-8"
-# The answer to plain HTTP on a port with TLS.
-SPEAK_TLS = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    b"Content-Length: 84\r\n\r\n"
-    b'{"error":"tls_required","message":"this port speaks https: use https:// or wss://"}\n'
-)
 NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 HELP = """\
@@ -4883,10 +4881,7 @@ async def answer_exec(server: Server, request: Request) -> Any:
         state=task.state,
         truncated=task.output.start > 0,
     )
-    pieces = task.output.read()
-    response = text_response(fields, "output", pieces)
-    if "raw" in flags:
-        response = Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
+    response = output_response(fields, "output", task.output.read(), "raw" in flags)
     response.status = 500 if "fail" in flags and task.exit_code else 200
     response.fields = [
         ("X-Task-Id", task.task_id),
@@ -4922,9 +4917,6 @@ async def answer_logs(server: Server, request: Request) -> Response:
         return follow_response(server, request, task, offset)
     pieces = task.output.read(offset)
     start = task.output.end - sum(map(len, pieces))
-    if parse_flag(request.parameters, "raw"):
-        places = [("X-Offset", str(start)), ("X-Next-Offset", str(task.output.end))]
-        return Response(media_type=PLAIN_TEXT, fields=places, pieces=iterate_pieces(pieces))
     fields = {
         "task_id": task.task_id,
         "offset": start,
@@ -4932,7 +4924,9 @@ async def answer_logs(server: Server, request: Request) -> Response:
         "dropped": task.output.start,
         "running": task.phase is not TaskPhase.ENDED,
     }
-    return text_response(fields, "logs", pieces)
+    response = output_response(fields, "logs", pieces, parse_flag(request.parameters, "raw"))
+    response.fields = [("X-Offset", str(start)), ("X-Next-Offset", str(task.output.end))]
+    return response
 
 
 async def answer_kill(server: Server, request: Request) -> Any:
@@ -5008,24 +5002,17 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
     usage = round(newest.result()["cpu"] / 100, 3) if newest.done() else None
+    used, size = {"/": sample.disk_used}, {"/": sample.disk_total}
     return [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
         ("cpu_usage_ratio", usage, "CPU usage of all cores together in the newest interval."),
         ("memory_used_bytes", sample.ram_used, "Memory that is not available to programs."),
         ("memory_total_bytes", sample.ram_total, "Memory of the machine."),
         ("swap_used_bytes", sample.swap_used, "Swap in use."),
-        (
-            "filesystem_used_bytes{mountpoint}",
-            {"/": sample.disk_used},
-            "Used space of the file system.",
-        ),
-        ("filesystem_size_bytes{mountpoint}", {"/": sample.disk_total}, "Size of the file system."),
-        (
-            "network_receive_bytes_total",
-            sampler.net_recv,
-            "Received by all interfaces but loopback.",
-        ),
-        ("network_transmit_bytes_total", sampler.net_sent, "Sent by all interfaces but loopback."),
+        ("filesystem_used_bytes{mountpoint}", used, "Used space of the file system."),
+        ("filesystem_size_bytes{mountpoint}", size, "Size of the file system."),
+        ("network_receive_bytes_total", sampler.net_recv, "Received, except on loopback."),
+        ("network_transmit_bytes_total", sampler.net_sent, "Sent, except on loopback."),
         ("load1", sample.load_avg[0], "Load average of one minute."),
         ("uptime_seconds", sample.uptime, "Since the machine was booted."),
         ("tasks_running", len(tasks.running), "Tasks that run now."),
@@ -5035,11 +5022,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
         ("task_output_bytes_total", tasks.outputs.total_bytes, "Output of all tasks."),
         ("viewers", len(viewers.all), "WebSocket clients that are connected."),
         ("events_total{type}", events, "Events broadcast to viewers."),
-        (
-            "viewer_bytes_total",
-            viewers.written_bytes,
-            "Bytes written to WebSocket clients, before TLS.",
-        ),
+        ("viewer_bytes_total", viewers.written_bytes, "Bytes written to viewers, before TLS."),
         ("viewer_gaps_total", viewers.gaps, "Times that a viewer was told that it missed events."),
         ("refused_total{reason}", server.refused, "Requests and messages refused, by error code."),
         ("audit_errors_total", server.audit.errors, "Audit records that could not be written."),
@@ -5334,6 +5317,11 @@ def make_error_response(server: Server, error: Exception) -> Response:
     return response
 
 
+def encode_last_answer(server: Server, error: Exception, head: RequestHead | None = None) -> bytes:
+    """Return the answer to an error after which the connection ends."""
+    return encode_answer(server, head, make_error_response(server, error), keep_alive=False)
+
+
 async def linger(connection: Connection) -> None:
     """Let the client read the answer: closing with unread input would reset the connection
     and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
@@ -5369,8 +5357,7 @@ class Exchanges:
             pass
         except Exception as error:  # the rest of the input cannot be trusted
             if not self._transport.is_closing():
-                response, head = make_error_response(self._server, error), self._parser.head
-                self._transport.write(encode_answer(self._server, head, response, False))
+                self._transport.write(encode_last_answer(self._server, error, self._parser.head))
                 await linger(self._connection)
         return self._parser.take_rest()
 
@@ -5596,8 +5583,7 @@ class Connection(asyncio.Protocol):
             await self._open(is_extra)
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
-                response = make_error_response(self.server, error)
-                self.transport.write(encode_answer(self.server, None, response, keep_alive=False))
+                self.transport.write(encode_last_answer(self.server, error))
                 return
             # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
             backlog = await Exchanges(self).serve()
@@ -5628,8 +5614,11 @@ class Connection(asyncio.Protocol):
             reason = error.strerror or str(error)
             if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
                 reason = "the client spoke plain HTTP, not https"
+                hint = HttpError(
+                    400, "tls_required", "this port speaks https: use https:// or wss://"
+                )
                 with contextlib.suppress(OSError):
-                    plain.send(SPEAK_TLS)
+                    plain.send(encode_last_answer(self.server, hint))
             self.server.log.write_limited("info", "tls_failed", by=self.address, error=reason)
             raise ConnectionAbortedError from None
         finally:
