@@ -251,9 +251,8 @@ ROUND_STEP = 16  # viewers between two looks at the clock
 # every FEW_PAUSE_SECONDS: in a flood one write for many events costs less.
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
-# If a viewer that still reads falls half a feed behind, tasks pause until it has caught up, for at
-# most PATIENCE_SECONDS in all. So a viewer that takes 32 MB/s loses no event, and one that stops
-# reading delays a task by LATELY_SECONDS, once.
+# How long tasks pause for viewers that fall behind (Viewers._update_pressure). So a viewer that
+# takes 32 MB/s loses no event, and one that stops reading delays a task by LATELY_SECONDS, once.
 PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
 PRESSURE_SECONDS = 0.002  # between two checks
@@ -322,8 +321,8 @@ ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
-# In a burst, a newcomer younger than this is not closed to make room: 300 TLS handshakes keep a
-# core busy for a second, and the client's machine may be slow too.
+# Younger ones may stay: 300 TLS handshakes keep a core busy for a second, and the clients'
+# machines may be slow too.
 NEWCOMER_GRACE_SECONDS = 3.0
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
@@ -2229,14 +2228,10 @@ def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
 
     Raises CommandError `bad_field`.
     """
-    choice = Choice(
+    return Choice(
         check_choice("only", fields.get("only", before.only), EVENT_TYPES.__contains__),
         check_choice("tasks", fields.get("tasks", before.tasks), DIGITS.fullmatch),
     )
-    return before if choice == before else choice
-
-
-EVERYTHING = Choice()  # one for all viewers that choose nothing
 
 
 def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
@@ -2246,7 +2241,7 @@ def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
         fields["only"] = parameters["only"].split(",")
     if "task" in parameters:
         fields["tasks"] = parameters["task"].split(",") if parameters["task"] != "none" else []
-    return parse_choice(fields, EVERYTHING)
+    return parse_choice(fields, Choice())
 
 
 SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not its alias CLD
@@ -3039,6 +3034,15 @@ def check_chain(
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
+# The facts that the audit log has of an event, and those that viewers are told, in this order.
+TASK_EVENTS = {
+    "task_start": ("task_id command cwd by pid", "task_id command pid cwd tty cols rows by name"),
+    "task_complete": (
+        "task_id exit_code signal state killed_by duration_ms output_bytes",
+        "task_id exit_code signal state killed_by duration_ms output_bytes replaced cpu_s "
+        "max_rss_kb",
+    ),
+}
 
 
 class TaskPhase(enum.Enum):
@@ -3133,6 +3137,7 @@ class Task:
     # The state that it will have in the end; and who killed it.
     verdict: str = "done"
     killed_by: str | None = None
+    # "timeout"; "kill" and "poll" while it is stopped; "read" while its output is not read.
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     completed: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -3394,7 +3399,7 @@ class Outputs:
         """Read a task's output from now on."""
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
             task.taken = math.inf
-        task.cancel_timer("read")  # also one that has fired: it means that the task is paused
+        task.cancel_timer("read")  # also one that has fired
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def finish(self, task: Task) -> None:
@@ -3435,8 +3440,7 @@ class Outputs:
     def _read_queue(self) -> None:
         """Read the waiting tasks in order while the turn lasts. The others wait for the next.
 
-        Nothing is read while viewers are still being served, for ROUND_SECONDS at most: meanwhile
-        the pipes fill, so the next reads give fewer and larger events.
+        Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
         """
         now = time.perf_counter()
         if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
@@ -3600,11 +3604,7 @@ class Tasks:
             if len(self._refs) > MAX_REFS:
                 del self._refs[next(iter(self._refs))]
         self.started += 1
-        told, audited = (
-            "task_id command pid cwd tty cols rows by name",
-            "task_id command cwd by pid",
-        )
-        task.started_timestamp = self._tell("task_start", task.describe(), told, audited)
+        task.started_timestamp = self._tell("task_start", task.describe())
         command = request.command[:200]
         self._log.write("info", "task_start", task_id=task.task_id, command=command, by=by)
         self.outputs.resume(task)
@@ -3614,12 +3614,12 @@ class Tasks:
             task.set_timer("timeout", request.timeout, self.stop)
         return task
 
-    def _tell(self, kind: str, facts: dict[str, Any], told: str, audited: str) -> int:
-        """Write those facts into the audit log, and publish these; return the timestamp."""
+    def _tell(self, kind: str, facts: dict[str, Any]) -> int:
+        """Write an event of TASK_EVENTS into the audit log, publish it; return its timestamp."""
+        audited, told = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
         # In this order: what a viewer has seen is in the log, also if the server is killed now.
-        self._audit.write(kind, **{name: facts[name] for name in audited.split()})
-        event = self._publish(kind, **{name: facts[name] for name in told.split()})
-        return int(event["timestamp"])
+        self._audit.write(kind, **audited)
+        return int(self._publish(kind, **told)["timestamp"])
 
     # Typing
 
@@ -3739,9 +3739,7 @@ class Tasks:
         self.completed[task.state] += 1
         self.durations.add(duration)
         facts = {**task.describe(), "duration_ms": int(duration * 1000), **usage}
-        audited = "task_id exit_code signal state killed_by duration_ms output_bytes"
-        told = f"{audited} replaced cpu_s max_rss_kb"
-        task.ended_timestamp = self._tell("task_complete", facts, told, audited)
+        task.ended_timestamp = self._tell("task_complete", facts)
         logged = {"task_id": task.task_id, "state": task.state, "exit_code": task.exit_code}
         self._log.write("info", "task_complete", **logged)
 
@@ -5592,8 +5590,9 @@ class Connection(asyncio.Protocol):
         except (asyncio.CancelledError, ConnectionError):
             pass  # the peer has gone, or its deadline has passed
         except Exception:
-            trace = traceback.format_exc()
-            self.server.log.write_limited("error", "connection_failed", trace=trace)
+            self.server.log.write_limited(
+                "error", "connection_failed", trace=traceback.format_exc()
+            )
         finally:
             self.end(End.WRITTEN)
 
@@ -5643,8 +5642,8 @@ class Connection(asyncio.Protocol):
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
-            # If the client closed first, asyncio has closed it already. A second close() of a TLS
-            # transport would break get_write_buffer_size().
+            # A second close() of a TLS transport would break get_write_buffer_size(): asyncio has
+            # closed it already if the client closed first.
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
@@ -5718,8 +5717,7 @@ class Connection(asyncio.Protocol):
         self.server.deadlines.set(self, None)
         if self.viewer is not None:
             self.server.viewers.leave(self.viewer)
-        if not self.task.done():
-            self.task.cancel()
+        self.task.cancel()
 
     # Deadlines
 
@@ -6093,13 +6091,7 @@ class Server:
         self.viewers = Viewers(self._loop)
         self.turns = Turns()
         self.tasks = Tasks(
-            config,
-            self.ids,
-            self.viewers.publish,
-            self.viewers.feed,
-            log,
-            self.audit,
-            self.spawner,
+            config, self.ids, self.viewers.publish, self.viewers.feed, log, self.audit, self.spawner
         )
         # Where alerts are posted, if anywhere.
         self.webhook: Webhook | None = None

@@ -7696,7 +7696,8 @@ os.write = write_or_fail
         """So a server that is killed in between does not call a task interrupted that was seen to
         end."""
         tasks = mock.Mock(_publish=mock.Mock(return_value={"timestamp": 7}))
-        assert sc.Tasks._tell(tasks, "task_start", {"task_id": "1"}, "task_id", "task_id") == 7
+        facts = dict.fromkeys(" ".join(sc.TASK_EVENTS["task_start"]).split())
+        assert sc.Tasks._tell(tasks, "task_start", facts) == 7
         assert [name for name, *_ in tasks.mock_calls] == ["_audit.write", "_publish"]
 
     def test_instances_share_one_chain(self, tmp_path: Path) -> None:
