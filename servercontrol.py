@@ -2508,6 +2508,10 @@ class Log:
             self._last[event] = now
             self.write(level, event, **fields)
 
+    def write_fault(self, event: str) -> None:
+        """Write the exception that is being handled, a fault of this file, with its trace."""
+        self.write_limited("error", event, trace=traceback.format_exc())
+
     def _format(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
         when = format_time(time.time())
         if self._json:
@@ -5308,7 +5312,7 @@ def make_error_response(server: Server, error: Exception) -> Response:
         status = COMMAND_STATUS.get(error.code, 400)
         error = HttpError(status, error.code, error.message)
     if not isinstance(error, HttpError):
-        server.log.write_limited("error", "request_failed", trace=traceback.format_exc())
+        server.log.write_fault("request_failed")
         error = HttpError(500, "internal_error", "the server failed; its log says more")
     response = json_response({"error": error.code, "message": error.message}, error.status)
     response.fields = list(error.fields)
@@ -5496,7 +5500,7 @@ def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
             server.note_refusal(viewer.by, error.code, str(fields.get("type")))
         reply = {"type": "error", "code": error.code, "message": error.message}
     except Exception:
-        server.log.write_limited("error", "message_failed", trace=traceback.format_exc())
+        server.log.write_fault("message_failed")
         viewer.close(CloseCode.INTERNAL_ERROR, "internal error")
         return
     if reply is not None:
@@ -5590,9 +5594,7 @@ class Connection(asyncio.Protocol):
         except (asyncio.CancelledError, ConnectionError):
             pass  # the peer has gone, or its deadline has passed
         except Exception:
-            self.server.log.write_limited(
-                "error", "connection_failed", trace=traceback.format_exc()
-            )
+            self.server.log.write_fault("connection_failed")
         finally:
             self.end(End.WRITTEN)
 
@@ -6225,7 +6227,7 @@ class Server:
                 try:
                     look(now)
                 except Exception:
-                    self.log.write_limited("error", "sweep_failed", trace=traceback.format_exc())
+                    self.log.write_fault("sweep_failed")
 
     def check_role(self, needed: Role | None, role: Role | None) -> None:
         """Raise CommandError if this needs more than the role, or than the server allows."""
