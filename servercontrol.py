@@ -3771,18 +3771,18 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 class Compressor:
     """Compresses events, for a limited share of the time."""
 
-    # Seconds that may be used, and when (perf_counter) they were counted.
-    _left_seconds = _counted_at = 0.0
+    # When the time that was used will have been earned again (perf_counter).
+    _earned_at = 0.0
 
     def compress(self, frame: bytes, bits: int) -> bytes:
         """Return the frame for viewers with such a window; plain when no time is left."""
         now = time.perf_counter()
-        earned = self._left_seconds + (now - self._counted_at) * DEFLATE_SHARE
-        self._left_seconds, self._counted_at = min(earned, DEFLATE_SECONDS), now
-        if self._left_seconds <= 0:
+        if now <= self._earned_at:
             return frame
         frame = deflate_frame(frame, bits)
-        self._left_seconds -= time.perf_counter() - now
+        # No more than DEFLATE_SECONDS are saved up while nothing is compressed.
+        start = max(self._earned_at, now - DEFLATE_SECONDS / DEFLATE_SHARE)
+        self._earned_at = start + (time.perf_counter() - now) / DEFLATE_SHARE
         return frame
 
 
@@ -4623,7 +4623,7 @@ class TlsFiles:
 class Request:
     """A request that has passed the gate. by: the client, for events and logs.
 
-    ends: functions that are called when the answer is written, or the client has gone.
+    ends: what is to be called when the answer is written, or the client has gone.
     """
 
     head: RequestHead
@@ -4632,7 +4632,7 @@ class Request:
     role: Role | None
     by: str
     body: bytes = b""
-    ends: list[Callable[[], Any]] = field(default_factory=list)
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 @dataclass(repr=False)
@@ -4822,7 +4822,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         reader = object()
         move = functools.partial(server.tasks.outputs.move_reader, task, reader)
         move(offset)
-        request.ends.append(lambda: task.readers.pop(reader))
+        request.ends.callback(task.readers.pop, reader)
     pieces = follow_output(task, start, trailers, move)
     return Response(200, b"", PLAIN_TEXT, fields, pieces, trailers)
 
@@ -4866,7 +4866,7 @@ async def answer_exec(server: Server, request: Request) -> Any:
         asked = dataclasses.replace(asked, window=0)
     task = server.tasks.start(asked, request.by)
     if "tie" in flags:
-        request.ends.append(functools.partial(server.stop_tied, task, request.by))
+        request.ends.callback(server.stop_tied, task, request.by)
     if "follow" in flags:
         return follow_response(server, request, task, 0)
     fields = {"task_id": task.task_id, "command": task.request.command, "pid": task.pid}
@@ -5249,31 +5249,28 @@ class Turns(deque["asyncio.Future[None]"]):
 class Inbox:
     """What one client sends, in small pieces, so that its work can be stopped after each."""
 
-    __slots__ = ("_reader", "_turns", "_since", "_worked_seconds")
+    __slots__ = ("_reader", "_turns", "_until")
 
     def __init__(self, reader: asyncio.StreamReader, turns: Turns) -> None:
         self._reader = reader
         self._turns = turns
-        # When it last went on, and the work that was done for it since it last waited.
-        self._since = time.perf_counter()
-        self._worked_seconds = 0.0
+        # When this client will have had its share (perf_counter).
+        self._until = time.perf_counter() + INPUT_TURN_SECONDS
 
     async def read(self) -> bytes:
         """Return what there is, b"" at the end."""
         await self.rest()
+        before = time.perf_counter()
         data = await self._reader.read(INPUT_PIECE_BYTES)
-        self._since = time.perf_counter()  # waiting for bytes is no work
+        self._until += time.perf_counter() - before  # waiting for bytes is no work
         return data
 
     async def rest(self) -> None:
         """Let others have their turn, once this client has had its share. Called after each piece
         of work. Other waits than for its bytes count as work too; that only costs it a turn."""
-        now = time.perf_counter()
-        self._worked_seconds += now - self._since
-        if self._worked_seconds > INPUT_TURN_SECONDS:
+        if time.perf_counter() > self._until:
             await self._turns.wait()
-            self._worked_seconds, now = 0.0, time.perf_counter()
-        self._since = now
+            self._until = time.perf_counter() + INPUT_TURN_SECONDS
 
 
 def encode_answer(
@@ -5449,7 +5446,7 @@ class Exchanges:
             if connection.has_sent_all:  # before this phase, so eof_received() did not cancel it
                 connection.task.cancel()
             enable_keepalive(connection.transport.get_extra_info("socket"))
-        try:
+        with request.ends:
             try:
                 response = await request.route.answer(self._server, request)
                 if not isinstance(response, Response):
@@ -5457,9 +5454,6 @@ class Exchanges:
             except Exception as error:
                 response = make_error_response(self._server, error)
             return await self._write_response(request.head, response)
-        finally:
-            for end in request.ends:
-                end()
 
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
         """Write an answer, at the pace of the client. Whether another request may follow."""
