@@ -3129,9 +3129,7 @@ class Task:
     started_at: float = field(default_factory=time.monotonic)
     exit_code: int | None = None
     signal_name: str | None = None
-    decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8_DECODER("replace"))
     replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
     fd: int = -1  # the server's end of the pipe or terminal with its output; -1 is closed
     input: TaskInput | None = None
@@ -3563,9 +3561,7 @@ class Tasks:
     is_stopping: bool = False  # the server is; then no task is started
     # For /metrics, since the start of the server.
     started: int = 0
-    completed: dict[str, int] = field(
-        default_factory=lambda: {"done": 0, "killed": 0, "timeout": 0}
-    )
+    completed: Counter[str] = field(default_factory=lambda: Counter(done=0, killed=0, timeout=0))
     durations: Histogram = field(
         default_factory=lambda: Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
     )
@@ -5824,8 +5820,8 @@ def bind_host(
 ) -> None:
     """Bind and listen on all addresses of one host; add the sockets to `bound`. Raises OSError.
 
-    An address that this machine lacks is left out where there is another one: `localhost` is
-    ::1 too, also where there is no IPv6. `::` takes IPv4 too, unless 0.0.0.0 is bound beside it.
+    They share one port. An address that this machine lacks is left out where there is another one:
+    `localhost` is ::1 too, also where there is no IPv6. `::` takes IPv4 too, unless v6_only.
     """
     missing, before = None, len(bound)
     for family, (host, _, *more) in places:
@@ -5845,19 +5841,6 @@ def bind_host(
         bound.append(listener)
     if missing is not None and len(bound) == before:
         raise missing
-
-
-def bind_all(hosts: Sequence[Sequence[Place]], port: int) -> list[socket.socket]:
-    """Bind and listen on one port at all hosts. Raises OSError; then nothing is bound."""
-    v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in hosts
-    bound: list[socket.socket] = []
-    try:
-        for places in hosts:
-            bind_host(places, port, v6_only, bound)
-    except OSError:
-        close_all(bound)
-        raise
-    return bound
 
 
 def adopt_socket(fd: int) -> socket.socket:
@@ -5987,11 +5970,15 @@ class Listeners:
         places = resolve_hosts(hosts)
         if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
             places = [[*itertools.chain(*places)]]
+        v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in places  # then `::` leaves IPv4 to it
         # A port that the kernel chooses is free at the first address alone.
         for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
+            bound: list[socket.socket] = []
             try:
-                bound = bind_all(places, candidate)
+                for one in places:
+                    bind_host(one, candidate, v6_only, bound)
             except OSError as error:
+                close_all(bound)
                 if error.errno != errno.EADDRINUSE:
                     raise
                 busy = error

@@ -7966,7 +7966,7 @@ class TestPorts:
         ((pair,),) = sc.resolve_hosts(["[fe80::5%lo]"])
         assert pair == (socket.AF_INET6, ("fe80::5", 0, 0, socket.if_nametoindex("lo")))
         with pytest.raises(OSError) as caught:
-            sc.bind_all([[pair]], 0)
+            sc.bind_host([pair], 0, False, [])
         assert caught.value.errno == errno.EADDRNOTAVAIL
 
     def test_any_port(self, tmp_path: Path) -> None:
@@ -8063,14 +8063,14 @@ class TestPorts:
         """The kernel chooses one that is free at the first address; at the second it may not be."""
         busy, tried = [True, True, False, False], []
 
-        def bind_or_fail(hosts: Any, port: int) -> list[socket.socket]:
+        def bind_or_fail(places: Any, port: int, v6_only: bool, bound: list[Any]) -> None:
             tried.append(port)
             if busy.pop(0):
                 raise OSError(errno.EADDRINUSE, "busy")
-            return [bind()]
+            bound.append(bind())
 
         log = mock.Mock()
-        with mock.patch.object(sc, "bind_all", bind_or_fail):
+        with mock.patch.object(sc, "bind_host", bind_or_fail):
             sc.Listeners(sc.Config(port=0, ws_port=0), log).close()
         assert tried == [0, 0, 0, 0] and not log.write.called
 
