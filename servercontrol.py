@@ -4038,7 +4038,7 @@ class Viewers:
             if viewer.state is not ready or viewer.cursor == newest:
                 continue
             if viewer.cursor != cursor or viewer.audience is not audience:
-                data, after = self._find_batch(viewer)
+                data, after = self._prepare_batch(viewer)
                 audience, cursor, size = viewer.audience, viewer.cursor, len(data)
             viewer.cursor = after
             try:
@@ -4056,7 +4056,7 @@ class Viewers:
         while self.feed.is_dirty:
             self.flush()
 
-    def _find_batch(self, viewer: Viewer) -> tuple[bytes, int]:
+    def _prepare_batch(self, viewer: Viewer) -> tuple[bytes, int]:
         """Return a viewer's next batch; if it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
@@ -4514,7 +4514,7 @@ def read_trusted_uid() -> int:
     return -1 if os.geteuid() == overflow_uid and not maps_all else os.geteuid()
 
 
-def find_unix_owner(connection: socket.socket) -> int | None:
+def read_unix_owner(connection: socket.socket) -> int | None:
     """Return the uid of the process that connected (unix(7), SO_PEERCRED)."""
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -4555,7 +4555,7 @@ def identify_peer(
     Called right after accept, since a socket that is closed loses its owner.
     """
     if listener is ListenerKind.UNIX:
-        return Peer(listener, uid=find_unix_owner(connection), scheme=scheme), "unix"
+        return Peer(listener, uid=read_unix_owner(connection), scheme=scheme), "unix"
     local = connection.getsockname()
     # Mapped addresses are in the kernel's IPv4 tables; parse_ip() returns them as IPv4.
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
@@ -5242,22 +5242,20 @@ class Turns(deque["asyncio.Future[None]"]):
             asyncio.get_running_loop().call_soon(self._wake)
 
 
-class Inbox:
+class Inbox(asyncio.StreamReader):
     """What one client sends, in small pieces, so that its work can be stopped after each."""
 
-    __slots__ = ("_reader", "_turns", "_until")
-
-    def __init__(self, reader: asyncio.StreamReader, turns: Turns) -> None:
-        self._reader = reader
+    def __init__(self, turns: Turns) -> None:
+        super().__init__(limit=READ_CHUNK_BYTES, loop=asyncio.get_running_loop())
         self._turns = turns
         # When this client will have had its share (perf_counter).
         self._until = time.perf_counter() + INPUT_TURN_SECONDS
 
-    async def read(self) -> bytes:
-        """Return what there is, b"" at the end."""
+    async def read_piece(self) -> bytes:
+        """Return some of what there is, b"" at the end."""
         await self.rest()
         before = time.perf_counter()
-        data = await self._reader.read(INPUT_PIECE_BYTES)
+        data = await self.read(INPUT_PIECE_BYTES)
         self._until += time.perf_counter() - before  # waiting for bytes is no work
         return data
 
@@ -5327,7 +5325,7 @@ async def linger(connection: Connection) -> None:
     except OSError:
         return  # the peer has reset the connection meanwhile
     left = MAX_LINGER_BYTES
-    while left > 0 and (data := await connection.reader.read(READ_CHUNK_BYTES)):
+    while left > 0 and (data := await connection.inbox.read(READ_CHUNK_BYTES)):
         left -= len(data)
 
 
@@ -5399,7 +5397,7 @@ class Exchanges:
             if found is not None:
                 return found
             try:
-                data = await self._connection.inbox.read()
+                data = await self._connection.inbox.read_piece()
             except asyncio.CancelledError:
                 if self._connection.phase is not Phase.EXPIRED or self._parser.is_idle:
                     raise
@@ -5518,7 +5516,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
             if connection.transport.can_write_eof() or not is_done:
                 await linger(connection)
             return
-        data = await connection.inbox.read()
+        data = await connection.inbox.read_piece()
         if not data:
             return
 
@@ -5527,7 +5525,7 @@ class Connection(asyncio.Protocol):
     """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
 
     __slots__ = (
-        "server reader inbox transport peer address source role phase viewer task opened_at "
+        "server inbox transport peer address source role phase viewer task opened_at "
         "has_sent_all deadline_seconds _socket _drained _taken_bytes _progress_at"
     ).split()
 
@@ -5562,10 +5560,8 @@ class Connection(asyncio.Protocol):
             server.newcomers[self] = None
             server.newcomers.make_room(self.opened_at)
         is_extra = len(server.connections) > server.max_clients
-        loop = asyncio.get_running_loop()
-        self.reader = asyncio.StreamReader(limit=READ_CHUNK_BYTES, loop=loop)
-        self.inbox = Inbox(self.reader, server.turns)
-        self.task = loop.create_task(self._run(is_extra))
+        self.inbox = Inbox(server.turns)
+        self.task = asyncio.get_running_loop().create_task(self._run(is_extra))
 
     # Life
 
@@ -5665,12 +5661,12 @@ class Connection(asyncio.Protocol):
         # So pause_writing() comes as soon as anything must wait, and resume_writing() when all is
         # written. With TLS 1, since asyncio would pause for 0 bytes too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
-        self.reader.set_transport(transport)
+        self.inbox.set_transport(transport)
         self.opened_at = time.monotonic()
         self.begin_phase(Phase.READING, HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        self.reader.feed_data(data)
+        self.inbox.feed_data(data)
 
     def pause_writing(self) -> None:
         self.server.stalled.add(self)
@@ -5696,7 +5692,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client sends nothing more. One that waits for a task has most likely gone."""
         self.has_sent_all = True
-        self.reader.feed_eof()
+        self.inbox.feed_eof()
         if self.phase is Phase.WAITING:
             self.task.cancel()
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
