@@ -36,8 +36,8 @@ Map (search for the number and a dot):
     9. Statistics and alerts: parsers of /proc, rates, AlertRule
     10. Feed and kept output: EVENT_TYPES, the log of events, its cursors; output kept per task
     11. Messages and datagrams: JSON, events, EXEC_FIELDS, forms of metrics, discovery, webhook
-    12. Log, state folder and audit log: stderr, task ids, tokens, the chain, crashed runs
-    13. Tasks: phases, start, terminal, Outputs (reading in turns, pauses), stopping, the end
+    12. Log, state folder and audit log: stderr, task ids, tokens, the chain
+    13. Tasks: phases, crashed runs, start, Outputs (reading in turns, pauses), stopping, the end
     14. Viewers: publish, flush, slow viewers and how they pause tasks, pings
     15. Background loops: sampling, webhook, answers to probes, systemd
     16. Server: ROUTES, COMMANDS, metrics, facts for probes, heads of answers, Newcomers, stop
@@ -439,6 +439,11 @@ class CommandError(ServerControlError):
 
     code: str
     message: str
+
+
+def explain(error: Exception) -> str:
+    """Return the system's words for what failed, or else Python's."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 # CommandError.code -> status of the HTTP answer; any other code is 400. A code that keeps somebody
@@ -923,7 +928,6 @@ def parse_ip(text: str) -> IpAddress | None:
 
 
 def is_loopback(text: str) -> bool:
-    """Whether the text is a literal of 127.0.0.0/8 or ::1, also as ::ffff:127.0.0.1."""
     address = parse_ip(text)
     return address is not None and address.is_loopback
 
@@ -1088,7 +1092,6 @@ def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
 
 
 def is_preflight(head: RequestHead) -> bool:
-    """Whether this is a browser's CORS preflight (the Fetch standard)."""
     return head.method == "OPTIONS" and bool(head.values("access-control-request-method"))
 
 
@@ -1230,7 +1233,6 @@ def compute_accept(key: str) -> str:
 
 
 def is_upgrade(head: RequestHead) -> bool:
-    """Whether the request asks for another protocol (RFC 9110, 7.8)."""
     return "upgrade" in head.tokens("connection") and bool(head.values("upgrade"))
 
 
@@ -1342,7 +1344,6 @@ def check_deflate_answer(text: str) -> int:
 
 
 def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") -> bytes:
-    """Return the 101 answer; it chooses WEBSOCKET_PROTOCOL if that is offered."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Accept", compute_accept(key))]
     if WEBSOCKET_PROTOCOL in head.members("sec-websocket-protocol"):  # case matters
         fields.append(("Sec-WebSocket-Protocol", WEBSOCKET_PROTOCOL))
@@ -2235,7 +2236,6 @@ def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
 
 
 def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
-    """Return what `only` and `task` in a query ask for. Raises CommandError `bad_field`."""
     fields: dict[str, Any] = {}
     if "only" in parameters:
         fields["only"] = parameters["only"].split(",")
@@ -2244,6 +2244,7 @@ def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
     return parse_choice(fields, Choice())
 
 
+DEFAULT_SIGNAL = "TERM"  # if a client names none; Tasks.stop() itself has the same
 SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not its alias CLD
 
 
@@ -2372,7 +2373,6 @@ def parse_webhook_url(url: str) -> WebhookUrl:
 
 
 def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
-    """Return the POST of a JSON body, the last request of its connection."""
     fields = encode_fields([*url.fields, ("Content-Length", str(len(body)))])
     return f"POST {url.target} HTTP/1.1\r\n".encode("ascii") + fields + body
 
@@ -2562,8 +2562,7 @@ class TaskIds:
             try:
                 last = self._count_in_file(os.path.join(self._folder, "last-task-id"))
             except OSError as error:
-                reason = error.strerror or ""
-                self._log.write_limited("warning", "state_not_written", 60, error=reason)
+                self._log.write_limited("warning", "state_not_written", 60, error=explain(error))
         self._last = last or max(self._last, int(time.time() * 1000)) + 1
         return str(self._last)
 
@@ -2601,7 +2600,7 @@ def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> s
         os.chmod(folder, 0o700)
         return folder
     except OSError as error:
-        reason = error.strerror or ""
+        reason = explain(error)
     lost = [] if config.audit_log else ["no audit log"]
     if not (config.token_file or config.no_auth):
         lost.append("no token: only processes of this account get in")
@@ -2688,7 +2687,7 @@ def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None
         if not os.path.lexists(path):
             make_token_file(path)
     except OSError as error:
-        log.write("warning", "token_not_made", path=path, error=error.strerror or "")
+        log.write("warning", "token_not_made", path=path, error=explain(error))
         return None, None
     return load_token_file("state folder", path), path
 
@@ -2830,8 +2829,9 @@ class AuditLog:
                 self._append(record)
         except OSError as error:
             self.errors += 1
-            reason = error.strerror or ""
-            self._log.write_limited("error", "audit_failed", LOG_ERROR_SECONDS, error=reason)
+            self._log.write_limited(
+                "error", "audit_failed", LOG_ERROR_SECONDS, error=explain(error)
+            )
 
     def write_refusal(self, **fields: Any) -> None:
         """Record a refusal, unless there are too many."""
@@ -2930,53 +2930,6 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
     return open_tasks
 
 
-def find_survivors(task_id: str, session: Iterable[int]) -> list[int]:
-    """Return the processes of a session if it is this task's; else [], since pids are reused."""
-    mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
-    for pid in session:
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                is_ours = is_ours or mark in file.read().split(b"\0")
-            alive.append(pid)
-        except OSError:
-            pass  # it has ended, or is of another account now
-    return alive if is_ours else []
-
-
-def complete_crashed_runs(
-    folder: str, audit: AuditLog, log: Log, find_members: Callable[[int], list[int]]
-) -> None:
-    """Write `interrupted` for the tasks that a crash of the server left open.
-
-    find_members: returns the processes of a session.
-    """
-    try:
-        crashed = find_crashed_runs(folder, audit.path)
-        if not crashed:
-            return
-        open_tasks = find_open_tasks(audit.path, crashed)
-        for mark in crashed.values():
-            os.unlink(mark)
-    except OSError as error:
-        log.write("warning", "crash_not_completed", error=error.strerror or "")
-        return
-    pids: list[int] = []
-    for task_id, (boot_id, pid) in open_tasks.items():
-        alive: list[int] = []
-        with contextlib.suppress(OSError):  # no /proc
-            alive = find_survivors(task_id, find_members(pid))
-        pids += alive
-        how: dict[str, Any] = {"exit_code": None, "signal": None, "state": "interrupted"}
-        reason = "the server ended without stopping this task"
-        audit.write("task_complete", boot_id, task_id=task_id, **how, reason=reason, pids=alive)
-    message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
-    if pids:
-        some = " ".join(map(str, pids[:20])) + " ..." * (len(pids) > 20)
-        message += f". They may still run; to end them: kill {some}"
-    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
-    log.write("warning", "crash_completed", **counts, message=message)
-
-
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """Lock a file while this run of the server lives; return its path.
 
@@ -3038,6 +2991,9 @@ def check_chain(
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
+# What a task's state becomes at its end; until then it is "running". After a crash of the server
+# the audit log has "interrupted".
+END_STATES = ("done", "killed", "timeout")
 # The facts that the audit log has of an event, and those that viewers are told, in this order.
 TASK_EVENTS = {
     "task_start": ("task_id command cwd by pid", "task_id command pid cwd tty cols rows by name"),
@@ -3136,7 +3092,7 @@ class Task:
     size: tuple[int, int] | tuple[None, None] = (None, None)  # columns, rows of its terminal
     # The WebSocket client that typed last. It answers the questions that programs ask a terminal.
     typist: object = None
-    # The state that it will have in the end; and who killed it.
+    # Which of END_STATES it will have; and who killed it.
     verdict: str = "done"
     killed_by: str | None = None
     # "timeout"; "kill" and "poll" while it is stopped; "read" while its output is not read.
@@ -3229,6 +3185,46 @@ def is_session_gone(session: int) -> bool:
     """Whether only the shell is left, as far as can be found out now."""
     members = find_session(session)
     return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
+
+
+def find_survivors(task_id: str, session: int) -> list[int]:
+    """Return the processes of a session if it is this task's; else [], since pids are reused."""
+    mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
+    for pid in find_session(session):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                is_ours = is_ours or mark in file.read().split(b"\0")
+            alive.append(pid)
+        except OSError:
+            pass  # it has ended, or is of another account now
+    return alive if is_ours else []
+
+
+def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
+    """Write `interrupted` for the tasks that a crash of the server left open."""
+    try:
+        crashed = find_crashed_runs(folder, audit.path)
+        if not crashed:
+            return
+        open_tasks = find_open_tasks(audit.path, crashed)
+        for mark in crashed.values():
+            os.unlink(mark)
+    except OSError as error:
+        log.write("warning", "crash_not_completed", error=explain(error))
+        return
+    pids: list[int] = []
+    for task_id, (boot_id, pid) in open_tasks.items():
+        alive = find_survivors(task_id, pid)
+        pids += alive
+        how: dict[str, Any] = {"exit_code": None, "signal": None, "state": "interrupted"}
+        reason = "the server ended without stopping this task"
+        audit.write("task_complete", boot_id, task_id=task_id, **how, reason=reason, pids=alive)
+    message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
+    if pids:
+        some = " ".join(map(str, pids[:20])) + " ..." * (len(pids) > 20)
+        message += f". They may still run; to end them: kill {some}"
+    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
+    log.write("warning", "crash_completed", **counts, message=message)
 
 
 def signal_session(session: int, number: int) -> None:
@@ -3398,7 +3394,6 @@ class Outputs:
     _queue: dict[Task, None] = field(default_factory=dict)  # of tasks that wait to be read
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
-        """Read a task's output from now on."""
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
             task.taken = math.inf
         task.cancel_timer("read")  # also one that has fired
@@ -3561,7 +3556,7 @@ class Tasks:
     is_stopping: bool = False  # the server is; then no task is started
     # For /metrics, since the start of the server.
     started: int = 0
-    completed: Counter[str] = field(default_factory=lambda: Counter(done=0, killed=0, timeout=0))
+    completed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(END_STATES, 0)))
     durations: Histogram = field(
         default_factory=lambda: Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
     )
@@ -4183,7 +4178,6 @@ class Webhook:
         return self._alerts.unfinished_tasks
 
     def send(self, event: dict[str, Any]) -> None:
-        """Queue an alert to be posted. Never waits."""
         if self._alerts.full():
             self._alerts.get_nowait()
             self._alerts.task_done()
@@ -4208,7 +4202,7 @@ class Webhook:
             try:
                 status = self._post(body)
             except (OSError, ValueError) as error:  # ValueError: the name is malformed
-                reason = str(getattr(error, "strerror", None) or error)
+                reason = explain(error)
                 continue
             if 200 <= status <= 299:  # a redirect would become a GET, so it is not followed
                 return ""
@@ -4343,7 +4337,6 @@ class Sampler:
 
 
 def read_link_networks() -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link; [] if the kernel does not say."""
     try:
         return parse_link_routes(read_proc_file("/proc/net/route"))
     except (OSError, ValueError, IndexError, OverflowError):
@@ -4793,7 +4786,6 @@ async def answer_health(server: Server, request: Request) -> Any:
 
 
 async def answer_preflight(server: Server, request: Request) -> Response:
-    """Answer a browser's preflight for a page of a listed origin: it may send its request."""
     fields = [
         ("Access-Control-Allow-Methods", "GET, POST"),
         ("Access-Control-Allow-Headers", "authorization, content-type"),
@@ -4928,7 +4920,8 @@ async def answer_logs(server: Server, request: Request) -> Response:
 
 
 async def answer_kill(server: Server, request: Request) -> Any:
-    task, name = find_task(server, request), request.parameters.get("signal", "TERM")
+    task = find_task(server, request)
+    name = request.parameters.get("signal", DEFAULT_SIGNAL)
     server.stop_task(task, name, request.by)
     return {"task_id": task.task_id, "signal": name}
 
@@ -4949,7 +4942,6 @@ async def answer_resize(server: Server, request: Request) -> Any:
 
 
 async def answer_stats(server: Server, request: Request) -> Any:
-    """`GET /stats`: the newest `stats_update`, the history, or the newest alerts."""
     sampler = server.sampler
     if parse_flag(request.parameters, "alerts"):
         return {"alerts": list(sampler.alerts)}
@@ -5073,7 +5065,7 @@ def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dic
 
 def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     task = server.tasks.get(message.get("task_id"))
-    server.stop_task(task, message.get("signal", "TERM"), viewer.by)
+    server.stop_task(task, message.get("signal", DEFAULT_SIGNAL), viewer.by)
 
 
 def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
@@ -5598,12 +5590,11 @@ class Connection(asyncio.Protocol):
             plain = self._socket.dup() if options else None  # asyncio closes its own when it fails
             await loop.connect_accepted_socket(lambda: self, self._socket, **options)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = explain(error)
             if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
                 reason = "the client spoke plain HTTP, not https"
-                hint = HttpError(
-                    400, "tls_required", "this port speaks https: use https:// or wss://"
-                )
+                message = "this port speaks https: use https:// or wss://"
+                hint = HttpError(400, "tls_required", message)
                 with contextlib.suppress(OSError):
                     plain.send(encode_last_answer(self.server, hint))
             self.server.log.write_limited("info", "tls_failed", by=self.address, error=reason)
@@ -5946,8 +5937,7 @@ class Listeners:
                 self._unix_file = place, os.stat(place)
         except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
-            reason = str(getattr(error, "strerror", None) or error)
-            reason = reason.partition(" (while")[0]  # create_server() names the address again
+            reason = explain(error).partition(" (while")[0]  # then the address would come again
             raise StartError(f"cannot listen on {place}: {reason}") from None
         # Every socket with what it is bound to: asked of the sockets, not the options.
         self.kinds = [(one, find_kind(one)) for one in self._sockets]
@@ -6112,7 +6102,7 @@ class Server:
         facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
         if self.folder is not None and self.audit.is_file:  # before the first request
-            complete_crashed_runs(self.folder, self.audit, self.log, find_session)
+            complete_crashed_runs(self.folder, self.audit, self.log)
             self._mark = mark_run(self.folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds:
@@ -6129,8 +6119,7 @@ class Server:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # out of descriptors, most likely
-                reason = error.strerror or ""
-                self.log.write_limited("error", "accept_failed", error=reason)
+                self.log.write_limited("error", "accept_failed", error=explain(error))
                 self._loop.remove_reader(listener)
                 self._loop.call_later(1.0, self._watch, listener, kind)
                 return
@@ -6150,8 +6139,7 @@ class Server:
         try:
             self._discovery = Discovery(port, places, is_local, facts)
         except OSError as error:
-            reason = error.strerror or str(error)
-            self.log.write("warning", "discovery_off", port=port, error=reason)
+            self.log.write("warning", "discovery_off", port=port, error=explain(error))
             return None
         self.listeners.ports["discovery"] = self._discovery.port
         return f"udp://{places[0] if is_local else '0.0.0.0'}:{self._discovery.port}"
@@ -6224,7 +6212,7 @@ class Server:
     def stop_tied(self, task: Task, by: str) -> None:
         """Stop a task whose client has gone."""
         if task.phase is not TaskPhase.ENDED:
-            self.stop_task(task, "TERM", by)
+            self.stop_task(task, DEFAULT_SIGNAL, by)
 
     # Stopping
 
