@@ -9300,14 +9300,8 @@ class Line {
     this.time = time;
     this.head = ""; // the first run, which for most lines is the only one
     this.style = "";
-    this.others = null; // further runs
-    this.cells = null;
     this.size = 0; // of the text, in UTF-16 units
-    this.hidden = 0; // how much of the end of a packed line was not written, but erased
-    this.isPlain = true; // of a packed line: one unit is one cell
     this.version = 0; // rises with each change, so that the view knows what to draw again
-    this.next = null; // the line that goes on with this one's text, since it was too long
-    this.isNote = false; // a word from the page, not from the program
   }
   append(text, style) {
     this.pack();
@@ -9317,8 +9311,8 @@ class Line {
     else if (last?.[1] === style) last[0] += text;
     else (this.others ??= []).push([text, style]);
     this.size += text.length + this.hidden;
-    this.hidden = 0;
-    this.isPlain &&= isAscii(text);
+    if (this.hidden) this.hidden = 0;
+    if (this.isPlain && !isAscii(text)) this.isPlain = false;
     this.version++;
   }
   get runs() {
@@ -9411,6 +9405,15 @@ class Line {
     return this.cells ? !this.cells.length : !this.size;
   }
 }
+// What most of the 100,000 lines do not have, so that it takes no room in them.
+Object.assign(Line.prototype, {
+  others: null, // further runs
+  cells: null,
+  hidden: 0, // how much of the end of a packed line was not written, but erased
+  isPlain: true, // of a packed line: one unit is one cell
+  next: null, // the line that goes on with this one's text, since it was too long
+  isNote: false, // a word from the page, not from the program
+});
 // The text of lines, with a line end only where the program wrote one.
 function joinLines(lines) {
   const ends = lines.map((line, i) => (line.next && line.next === lines[i + 1] ? "" : "\n"));
@@ -9450,9 +9453,10 @@ const GRAPHICS = Object.fromEntries(
     .match(/../gu)
     .map((pair) => [...pair]),
 );
-function countLines(text) {
+// In text, or with 10 in bytes.
+function countLines(text, end = "\n") {
   let count = 0;
-  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
+  for (let at = text.indexOf(end); at >= 0; at = text.indexOf(end, at + 1)) count++;
   return count;
 }
 // The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
@@ -9491,7 +9495,6 @@ class Terminal {
       lines: [new Line(this.time)],
       base: 0,
       main: null,
-      half: "", // of a character that a write ended within
       state: GROUND,
       string: "",
       last: " ",
@@ -9519,10 +9522,7 @@ class Terminal {
     while (this.lines.length <= this.base + y) this.lines.push(new Line(this.time));
     return this.lines[this.base + y];
   }
-  write(more, time = this.time) {
-    const isSplit = (more.charCodeAt(more.length - 1) & 0xfc00) === 0xd800;
-    const text = this.half + (isSplit ? more.slice(0, -1) : more);
-    this.half = isSplit ? more.slice(-1) : "";
+  write(text, time = this.time) {
     this.time = time;
     for (let at = 0; at < text.length;) {
       if (this.state !== GROUND) {
@@ -9530,7 +9530,7 @@ class Terminal {
         continue;
       }
       CONTROL.lastIndex = at;
-      const end = CONTROL.exec(text)?.index ?? text.length;
+      const end = CONTROL.test(text) ? CONTROL.lastIndex - 1 : text.length;
       if (end > at) this.print(text.slice(at, end));
       const isLineEnd = this.isLog && text.startsWith("\r\n", end);
       if (end < text.length) this.control(isLineEnd ? 10 : text.charCodeAt(end));
@@ -9541,8 +9541,7 @@ class Terminal {
   pass(text, time) {
     const end = text.lastIndexOf("\n") + 1;
     const isWhole = !this.main && !this.top && this.bottom === this.rows - 1;
-    const isPlain =
-      this.state === GROUND && !this.half && !/[^\r\n\x20-\x7e\xa0-\uffff]/.test(text);
+    const isPlain = this.state === GROUND && !/[^\r\n\x20-\x7e\xa0-\uffff]/.test(text);
     const isLineEnd = this.isLog || text[end - 2] === "\r"; // or else x would not be known
     if (!end || !isWhole || !isPlain || !isLineEnd) return this.write(text, time);
     this.dropped += this.lines.length - 1 + countLines(text);
@@ -10660,12 +10659,13 @@ const EVENTS = {
 };
 
 // ── Output: what /logs has, then what comes live, joined by offset in bytes of UTF-8 ──
-const MAX_QUEUE = 16e6; // in UTF-16 units; what is older is not shown
-const SLICE = 16384; // as much is taken at once, so that SLICE_MS is kept
+// What waits here is bytes: as text the same would be there twice or three times over, until the
+// browser gets round to collecting it.
+const MAX_QUEUE = 16e6; // bytes; what is older is not shown
+const SLICE = 16384; // bytes; as much is taken at once, so that SLICE_MS is kept
 const SLICE_MS = 20; // of each frame; a click waits for one frame, and is seen after the next
-const KEEP = { ignoreBOM: true }; // a byte order mark stays
+const DRAW_MS = 100;
 const encoder = new TextEncoder();
-const decoder = new TextDecoder("utf-8", KEEP);
 const ANSWER_MS = 5000; // older questions of programs are not answered: who asked has gone on
 class Stream {
   // queue: what is to be shown, in order; waiting: events that came while /logs is read
@@ -10676,7 +10676,9 @@ class Stream {
     this.queue = [];
     this.queued = 0;
     this.ends = 0; // of lines, in the queue
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // a byte order mark stays
     this.isPumping = false;
+    this.drawn = 0; // when it was last drawn
     this.terminal = task.tty ? new Terminal(task.cols, task.rows) : new Terminal(0, 0);
     view.show(this.terminal);
   }
@@ -10693,7 +10695,7 @@ class Stream {
       const lost = start - this.next;
       this.next = start;
       if (lost) this.note(`${bytes(lost)} of output before this are no longer kept`);
-      const reader = body.pipeThrough(new TextDecoderStream("utf-8", KEEP)).getReader();
+      const reader = body.getReader();
       for (let part; stream === this && !(part = await reader.read()).done;) {
         this.add(part.value, 0, isNew);
       }
@@ -10713,35 +10715,32 @@ class Stream {
       return;
     }
     if (event.type === "task_resize") return this.push({ size: [event.cols, event.rows] });
-    const data = encoder.encode(event.output);
-    if (event.offset + data.length <= this.next) return;
-    const known = this.next - event.offset;
-    const text = known ? decoder.decode(data.subarray(known)) : event.output;
-    this.add(text, event.timestamp, isRecent(event.timestamp));
+    const data = encoder.encode(event.output).subarray(this.next - event.offset);
+    if (data.length) this.add(data, event.timestamp, isRecent(event.timestamp));
   }
   // Output that goes on at this.next. Time is 0 where it is not known.
-  add(text, time, isNew) {
+  add(data, time, isNew) {
     const { task } = this;
     const isLive = isNew && this.next >= task.read; // else it was here before, and was answered
-    this.next += encoder.encode(text).length;
+    this.next += data.length;
     task.read = Math.max(task.read, this.next);
-    this.push({ text, time, isLive });
+    this.push({ data, time, isLive });
   }
-  note(text) {
-    this.push({ text, isNote: true });
+  note(note) {
+    this.push({ note });
   }
   push(item) {
     this.queue.push(item);
-    this.count(item.text, 1);
+    this.count(item.data, 1);
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
-      this.count(this.queue.shift().text, -1);
+      this.count(this.queue.shift().data, -1);
       this.isHasty = true;
     }
     this.pump();
   }
-  count(text = "", sign) {
-    this.queued += sign * text.length;
-    this.ends += sign * countLines(text);
+  count(data = [], sign) {
+    this.queued += sign * data.length;
+    this.ends += sign * countLines(data, 10);
   }
   pump() {
     // some milliseconds at a time, so that the page stays alive; nothing while nobody looks
@@ -10752,30 +10751,34 @@ class Stream {
       if (stream !== this) return;
       const end = performance.now() + SLICE_MS;
       while (this.queue.length && performance.now() < end) this.step();
-      view.render();
+      // While there is more, not each frame: nobody could read it.
+      if (!this.queue.length || end - this.drawn > DRAW_MS) {
+        view.render();
+        this.drawn = end;
+      }
       this.pump();
     });
   }
   step() {
     const item = this.queue[0];
-    const { text = "", time, size, isLive, isNote } = item;
+    const { data = [], time, size, isLive, note } = item;
     const { terminal, task } = this;
-    if (this.isHasty) this.print("Some output was too fast to show here; Download has it");
+    if (this.isHasty) {
+      this.decoder.decode(); // the rest of a character may be gone
+      this.print("Some output was too fast to show here; Download has it");
+    }
     this.isHasty = false;
     if (size) terminal.resize(...size);
-    if (isNote || size) {
-      if (isNote) this.print(text);
-      this.count(text, -1);
-      this.queue.shift();
-      return;
-    }
-    const part = text.slice(0, SLICE);
-    terminal.reply = isLive ? (data) => answer(task, data) : () => {};
-    this.count(part, -1);
-    if (this.ends > MAX_LINES) terminal.pass(part, time);
-    else terminal.write(part, time);
-    if (part.length < text.length) item.text = text.slice(SLICE);
+    if (note) this.print(note);
+    if (data.length > SLICE) item.data = data.subarray(SLICE);
     else this.queue.shift();
+    if (!data.length) return;
+    const part = data.subarray(0, SLICE);
+    const text = this.decoder.decode(part, { stream: true });
+    terminal.reply = isLive ? (said) => answer(task, said) : () => {};
+    this.count(part, -1);
+    if (this.ends > MAX_LINES) terminal.pass(text, time);
+    else terminal.write(text, time);
   }
   print(note) {
     const { terminal } = this;

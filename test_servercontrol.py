@@ -13823,8 +13823,8 @@ class TestPage(OnPage):
         visit.wait_for("#lines", "start")
         script = """end => { const { terminal } = stream, { write } = terminal; window.written = 0;
           terminal.write = function (text, time) { written += text.length; write.call(this, text, time); };
-          for (let i = 0; i < 30; i++) stream.push({ time: 1, text:
-            "number " + i + end + ("line" + end).repeat(8000) + (i < 9 ? "\\x1b[31m" : "") }); }"""
+          for (let i = 0; i < 30; i++) stream.push({ time: 1, data: encoder.encode(
+            "number " + i + end + ("line" + end).repeat(8000) + (i < 9 ? "\\x1b[31m" : "")) }); }"""
         visit.page.evaluate(script, "\r\n" if tty else "\n")
         visit.wait_until_true("stream.queue.length === 0")
         script = "[stream.terminal.lines.map((one) => one.text), stream.terminal.dropped, written]"
@@ -13835,6 +13835,31 @@ class TestPage(OnPage):
         whole = 30 * (8001 * (6 if tty else 5))
         assert 0.41 * whole < written < 0.7 * whole  # 100,000 lines of 240,030 are kept
         assert visit.page.evaluate("view.sums.length") == len(lines) + 1
+
+    def test_what_waits_to_be_shown_is_bytes_and_bounded(self, visit: Visit):
+        """As text it was there several times, until the browser came to collect it."""
+        visit.run("echo start; exec sleep 60")
+        visit.wait_for("#lines", "start")
+        script = """text => {
+          const line = encoder.encode(text + "\\n"), all = new Uint8Array(line.length * 2000000), size = 1000001;
+          for (let at = 0; at < all.length; at += line.length) all.set(line, at);
+          const { decoder } = stream, { decode } = decoder, { render } = view;
+          Object.assign(window, { decoded: [], drawn: [] });
+          decoder.decode = (...given) => { decoded.push(given[0]?.length ?? 0); return decode.apply(decoder, given); };
+          view.render = function () { if (stream.queue.length) drawn.push(stream.drawn); render.call(this); };
+          for (let at = 0; at < all.length; at += size) stream.push({ time: 1, data: all.slice(at, at + size) });
+          return [decoded.length, stream.queued, stream.queue.reduce((sum, { data }) => sum + data.length, 0)]; }"""
+        line = "a \u00e4 \u6f22 \U0001f600"
+        decoded, queued, held = visit.page.evaluate(script, line)
+        assert decoded == 0 and 15e6 - 1 < held == queued <= 16e6
+        visit.wait_until_true("stream.queue.length === 0")
+        assert visit.page.evaluate("[stream.queued, stream.ends]") == [0, 0]
+        pieces = visit.page.evaluate("decoded")
+        assert max(pieces) <= 16384 and sum(pieces) == held
+        lines = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
+        assert len(lines) > 100000 and set(lines[-100000:-1]) == {line}
+        times = sorted(set(visit.page.evaluate("drawn")))  # it is drawn for other reasons as well
+        assert all(after - before > 100 for before, after in zip(times, times[1:]))
 
     def test_strings_questions_and_shapes_are_taken(self, visit: Visit):
         script = """data => { const t = new Terminal(20, 6), said = []; t.reply = (text) => said.push(text);
