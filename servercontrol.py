@@ -3785,6 +3785,9 @@ class ViewerState(enum.Enum):
     LEFT = "left"  # our close frame was sent, or the client has gone
 
 
+READY = ViewerState.READY  # each viewer of a round is compared with it: this saves a look-up
+
+
 @dataclass(eq=False, repr=False)
 class Viewer:
     """One WebSocket client."""
@@ -3797,7 +3800,8 @@ class Viewer:
     by: str
     choice: Choice
     audience: Audience = field(init=False)  # once it has joined
-    state: ViewerState = ViewerState.READY
+    # A factory, since CPython is slower where the class has such an attribute, too.
+    state: ViewerState = field(default_factory=lambda: READY)
     cursor: int = 0  # the seq from which on it needs events
     pong_due: bytes | None = None  # the newest ping that was not answered, since it is stalled
     written_bytes: int = 0
@@ -3952,7 +3956,7 @@ class Viewers:
 
     def stall(self, viewer: Viewer) -> None:
         """Skip a viewer, until its transport has written everything."""
-        if viewer.state is ViewerState.READY:
+        if viewer.state is READY:
             viewer.state = ViewerState.STALLED
             if viewer in self.all:
                 self._stalled.add(viewer)
@@ -3961,7 +3965,7 @@ class Viewers:
         """Go on with a viewer, whose transport has written everything."""
         if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
-        viewer.state = ViewerState.READY
+        viewer.state = READY
         self._stalled.discard(viewer)
         viewer.taken_at = time.monotonic()
         if viewer.pong_due is not None:
@@ -3992,7 +3996,7 @@ class Viewers:
                 patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
             if cursor >= limit:
                 continue
-            if viewer.state is ViewerState.READY:
+            if viewer.state is READY:
                 self.feed.must_pause = True  # it is us who are slow
             elif now - viewer.taken_at <= LATELY_SECONDS:
                 patience[viewer] -= elapsed
@@ -4028,9 +4032,9 @@ class Viewers:
 
     def _serve_step(self, step: list[Viewer]) -> None:
         # Usually a viewer is at the cursor of the one before it, and its socket takes everything.
-        newest, audience, cursor, ready = self.feed.next, None, 0, ViewerState.READY
+        newest, audience, cursor = self.feed.next, None, 0
         for viewer in reversed(step):
-            if viewer.state is not ready or viewer.cursor == newest:
+            if viewer.state is not READY or viewer.cursor == newest:
                 continue
             if viewer.cursor != cursor or viewer.audience is not audience:
                 data, after = self._prepare_batch(viewer)
@@ -5937,7 +5941,7 @@ class Listeners:
                 self._unix_file = place, os.stat(place)
         except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
-            reason = explain(error).partition(" (while")[0]  # then the address would come again
+            reason = explain(error).partition(" (while")[0]  # create_server() adds the address
             raise StartError(f"cannot listen on {place}: {reason}") from None
         # Every socket with what it is bound to: asked of the sockets, not the options.
         self.kinds = [(one, find_kind(one)) for one in self._sockets]
