@@ -3624,8 +3624,10 @@ class Tasks:
         self._find_input(task).write(data, is_end)
         task.typist = typist
 
-    def resize(self, task: Task, cols: int, rows: int) -> None:
+    def resize(self, task: Task, cols: Any, rows: Any) -> None:
         """Set a terminal's size. The kernel tells its programs (SIGWINCH). Raises CommandError."""
+        check_field("cols", cols, SIDE)
+        check_field("rows", rows, SIDE)
         fd = self._find_input(task).fd
         if not task.request.tty or fd < 0:
             raise CommandError("no_terminal", "the task has no terminal")
@@ -4939,8 +4941,7 @@ async def answer_stdin(server: Server, request: Request) -> Any:
 async def answer_resize(server: Server, request: Request) -> Any:
     task = find_task(server, request)
     sides = [request.parameters.get(name, "") for name in ("cols", "rows")]
-    numbers = [int(side) if DIGITS.fullmatch(side) else 0 for side in sides]
-    cols, rows = (check_field("cols and rows", number, SIDE) for number in numbers)
+    cols, rows = (int(side) if DIGITS.fullmatch(side) else 0 for side in sides)
     server.tasks.resize(task, cols, rows)
     return {"task_id": task.task_id, "cols": cols, "rows": rows}
 
@@ -5094,8 +5095,7 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
 
 def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
     task = server.tasks.get(message.get("task_id"))
-    cols, rows = (check_field(name, message.get(name), SIDE) for name in ("cols", "rows"))
-    server.tasks.resize(task, cols, rows)
+    server.tasks.resize(task, message.get("cols"), message.get("rows"))
 
 
 # The role that each message needs, and what carries it out.
