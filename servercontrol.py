@@ -5538,7 +5538,7 @@ class Connection(asyncio.Protocol):
         self.source = self.peer.uid, find_host_key(self.peer.address)
         tune_socket(connection)
         self.transport: asyncio.Transport
-        # What the newest request may do, None before the first that has passed the gate.
+        # Of the newest request; None if it shows none, or has not passed the gate.
         self.role: Role | None = None
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
