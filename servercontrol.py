@@ -2308,8 +2308,7 @@ class Histogram:
     def encode(self, name: str) -> list[str]:
         """Return the lines of its samples; in them the counts are cumulative."""
         bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
-        counts = itertools.accumulate(self._counts)
-        pairs = zip(counts, bounds)
+        pairs = zip(itertools.accumulate(self._counts), bounds)
         lines = [encode_labelled_sample(f"{name}_bucket", "le", bound, n) for n, bound in pairs]
         return [*lines, f"{name}_sum {self._sum}", f"{name}_count {sum(self._counts)}"]
 
@@ -2895,54 +2894,6 @@ def find_audit_log(config_value: str, folder: str | None) -> str:
     return "none" if folder is None else os.path.join(folder, "audit.log")
 
 
-def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> mark of the runs that have crashed and used this audit log."""
-    crashed = {}
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
-            continue
-        with open(path, "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # this run is alive
-            if file.read(4096) == os.fsencode(audit_path):
-                crashed[name[4:]] = path
-    return crashed
-
-
-def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
-    open_tasks: dict[str, tuple[str, int]] = {}
-    pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
-    with open(path, "rb") as file:
-        for line in filter(pattern.search, file):
-            try:
-                record = parse_json_object(line)
-                event, task_id, boot_id = (record[name] for name in ("event", "task_id", "boot_id"))
-            except (CommandError, KeyError):
-                continue  # half a line, or about no task
-            if event == "task_complete":
-                open_tasks.pop(task_id, None)
-            elif event == "task_start" and boot_id in boot_ids:
-                open_tasks[task_id] = boot_id, int(record["pid"])
-    return open_tasks
-
-
-def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
-    """Lock a file while this run of the server lives; return its path.
-
-    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
-    """
-    path = os.path.join(folder, f"run-{boot_id}")
-    with contextlib.suppress(OSError):  # without the mark a crash leaves its tasks open
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        os.write(fd, os.fsencode(audit_path))
-    return path
-
-
 def check_chain(
     lines: Iterable[bytes], prev: str | None, head: str | None
 ) -> tuple[list[str], bool, str]:
@@ -3187,6 +3138,41 @@ def is_session_gone(session: int) -> bool:
     return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
 
 
+def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
+    """Return boot id -> mark of the runs that have crashed and used this audit log."""
+    crashed = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
+            continue
+        with open(path, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # this run is alive
+            if file.read(4096) == os.fsencode(audit_path):
+                crashed[name[4:]] = path
+    return crashed
+
+
+def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
+    open_tasks: dict[str, tuple[str, int]] = {}
+    pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
+    with open(path, "rb") as file:
+        for line in filter(pattern.search, file):
+            try:
+                record = parse_json_object(line)
+                event, task_id, boot_id = (record[name] for name in ("event", "task_id", "boot_id"))
+            except (CommandError, KeyError):
+                continue  # half a line, or about no task
+            if event == "task_complete":
+                open_tasks.pop(task_id, None)
+            elif event == "task_start" and boot_id in boot_ids:
+                open_tasks[task_id] = boot_id, int(record["pid"])
+    return open_tasks
+
+
 def find_survivors(task_id: str, session: int) -> list[int]:
     """Return the processes of a session if it is this task's; else [], since pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
@@ -3225,6 +3211,19 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
         message += f". They may still run; to end them: kill {some}"
     counts = {"runs": len(crashed), "tasks": len(open_tasks)}
     log.write("warning", "crash_completed", **counts, message=message)
+
+
+def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
+    """Lock a file while this run of the server lives; return its path.
+
+    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
+    """
+    path = os.path.join(folder, f"run-{boot_id}")
+    with contextlib.suppress(OSError):  # without the mark a crash leaves its tasks open
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        os.write(fd, os.fsencode(audit_path))
+    return path
 
 
 def signal_session(session: int, number: int) -> None:
