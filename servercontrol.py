@@ -7319,9 +7319,7 @@ class Report:
     def _show_kept(self) -> None:
         groups: dict[tuple[str, bytes], list[str]] = {}
         for task in self.tasks:
-            name, code = task.target.name, task.exit_code
-            result = "it has not ended" if code is None else f"exit code {code}"
-            result = str(task.failure or result)
+            name, result = task.target.name, str(task.failure or self._name_end(task)[1])
             output = b"".join(self._kept.get(name, ()))
             if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
@@ -7521,7 +7519,7 @@ class MonitorLog:
 
     It is also the monitor's memory: at its start the monitor reads the newest part, to know where
     to continue. So that this part is enough, each new file gets a `position` record of each server,
-    and so does a long one every few MiB. path "": there is no log.
+    and so does a long one every few MiB. Where no log is wanted, path is os.devnull.
     """
 
     path: str
@@ -7541,8 +7539,6 @@ class MonitorLog:
 
     def read(self) -> tuple[list[bytes], bool]:
         """Open the file; return its newest lines, and whether that is all. Raises ConfigError."""
-        if not self.path:
-            return [], True
         try:
             lines = self._open(LOG_TAIL_BYTES).split(b"\n")
         except OSError as error:
@@ -7591,9 +7587,6 @@ class MonitorLog:
 
         If that fails it is tried again the next time; a line on stderr says so once a minute.
         """
-        if not self.path:
-            self._waiting.clear()
-            return
         try:
             if self._is_rotated():
                 self._open(1)
@@ -12454,7 +12447,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if given.log in ("", "-"):  # perhaps an unset variable; going on without a log would be wrong
         raise ConfigError("--log: name a file")
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
-    lines, log = EventWriter(given.json), MonitorLog(given.log or "")
+    lines, log = EventWriter(given.json), MonitorLog(given.log or os.devnull)
 
     def emit(watched: Watched, event: dict[str, Any]) -> None:
         if not is_live and not given.once:

@@ -10814,7 +10814,7 @@ class Told(list):  # type: ignore[type-arg]
     monitor: sc.Monitor
 
 
-def make_monitor(cpu_alert: Any = None, path: str = "") -> Any:
+def make_monitor(cpu_alert: Any = None, path: str = os.devnull) -> Any:
     """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
     told = Told()
     target, log = sc.parse_target("web1", "web1"), sc.MonitorLog(path)
