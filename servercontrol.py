@@ -6815,6 +6815,16 @@ class Link:
             self.seq = max(self.seq, seq)
 
 
+class Stage(enum.Enum):
+    """How far a command has come; what is said of it if contact is lost there; and what is known
+    of it then. Only RemoteTask changes it."""
+
+    NEW = "not started", ""
+    ASKED = "lost after the start", "; whether the command was started is not known"
+    RUNNING = "lost after the start", "; the command, task {}, may still be running there"
+    ENDED = "not complete", ""
+
+
 @dataclass(eq=False, repr=False)
 class RemoteTask:
     """A command on a server, from its start to its exit code.
@@ -6832,13 +6842,12 @@ class RemoteTask:
     tell: Callable[[str], None]
     # The run of the server that has the task, "" as long as it is not known.
     boot_id: str = ""
-    # Whether the server was asked to start it.
-    is_asked: bool = False
+    stage: Stage = Stage.NEW
     # Whether this client stops it, and whether the server has not been told so yet.
     is_stopping: bool = False
     is_stop_owed: bool = False
-    # The task's id, None before the start; its exit code, None before the end.
-    task_id: str | None = None
+    # The task's id, "" before the start; its exit code, None before the end.
+    task_id: str = ""
     exit_code: int | None = None
     # Why there is no exit code, or not all of the output.
     failure: UnreachableError | None = None
@@ -6861,7 +6870,7 @@ class RemoteTask:
     @property
     def is_running(self) -> bool:
         """Whether it may have been started, and is not known to have ended."""
-        return self.is_asked and self.exit_code is None and self.failure is None
+        return self.stage in (Stage.ASKED, Stage.RUNNING) and self.failure is None
 
     async def learn(self) -> dict[str, Any]:
         """Return what the server says of itself. Raises UnreachableError, also at another run."""
@@ -6879,14 +6888,15 @@ class RemoteTask:
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (0.2, 1.0, 3.0, None):
-            was_asked, self.is_asked = self.is_asked, True
+            before, self.stage = self.stage, Stage.ASKED
             try:
-                if was_asked:  # another run of the server may have started it, too
+                if before is Stage.ASKED:  # another run of the server may have started it, too
                     await self.learn()
                 await self._open("POST", "/exec?follow", encode_json(self.fields))
                 return
             except UnreachableError as error:
-                self.is_asked = was_asked or not error.status
+                if error.status:
+                    self.stage = before
                 if error.status or delay is None:
                     raise
             await asyncio.sleep(delay)
@@ -6901,7 +6911,7 @@ class RemoteTask:
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             writer.transport.abort()
             raise foreign_error()
-        self.task_id, self.stream = task_id, (reader, writer)
+        self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, (reader, writer)
         self.good_at = time.monotonic()
         lost = int(offset) - self.position
         if lost > 0:
@@ -6950,6 +6960,7 @@ class RemoteTask:
             if error.status != 404:
                 raise
         await self.learn()
+        self.stage = Stage.ENDED
         raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS)
 
     async def _ask_task(self) -> dict[str, Any]:
@@ -7002,7 +7013,7 @@ class RemoteTask:
         exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise foreign_error()
-        self.exit_code = exit_code
+        self.stage, self.exit_code = Stage.ENDED, exit_code
         if killed_by == SERVER_STOP:
             raise UnreachableError("it was stopped, which ended the command", ENDED_STATUS)
         if task["state"] == "timeout":
@@ -7018,7 +7029,7 @@ class RemoteTask:
         If that cannot be told now, it is told with the next connection.
         """
         self.is_stopping = self.is_stop_owed = True
-        if self.task_id is None:
+        if not self.task_id:
             return
         try:
             await self.send("/kill", "&signal=INT")
@@ -7099,7 +7110,7 @@ class Keyboard:
             async for data in read_input():
                 if b"\x1d" in data:  # Ctrl-]
                     break
-                if b"\x03" in data and self.task.task_id is None:  # Ctrl-C
+                if b"\x03" in data and not self.task.task_id:  # Ctrl-C
                     self.interrupt()
                 else:
                     self.waiting += data
@@ -7302,11 +7313,9 @@ class Report:
         for task in self.tasks:
             self.end(task)
             if task.is_running:
-                left = "its command may have been started"
-                if task.task_id is not None:
-                    url = f"{task.target.url}/logs?id={task.task_id}"
-                    left = f"task {task.task_id} is left running: {url}"
-                task.tell(left)
+                url = f"{task.target.url}/logs?id={task.task_id}"
+                left = f"task {task.task_id} is left running: {url}"
+                task.tell(left if task.task_id else "its command may have been started")
             groups.setdefault(self._name_end(task), []).append(task.target.name)
         parts = []
         for (code, what), names in sorted(groups.items()):
@@ -7339,8 +7348,7 @@ class Report:
             return (256, "not ended") if code is None else (code, f"exit code {code}")
         if failure.status == SAME_STATUS:
             return 256, "listed twice"
-        lost = "lost after the start" if code is None else "not complete"
-        return UNREACHABLE_STATUS, lost if task.is_asked else "not started"
+        return UNREACHABLE_STATUS, task.stage.value[0]
 
 
 class Execution:
@@ -7377,9 +7385,11 @@ class Execution:
         everything = asyncio.ensure_future(self._run_all())
         leave, tell = functools.partial(self._leave, 0), self._report.note
         keyboard = Keyboard(self._tasks[0], leave, self._interrupt, tell)
-        typing = asyncio.ensure_future(keyboard.run()) if self._has_keyboard else everything
+        typing = asyncio.ensure_future(keyboard.run() if self._has_keyboard else asyncio.sleep(0))
         try:
             await self._wait_for(everything)
+            typing.cancel()
+            await asyncio.gather(typing, return_exceptions=True)  # so the terminal is as before
             if self._left.done():
                 self._report.conclude()
                 return self._left.result()
@@ -7392,9 +7402,8 @@ class Execution:
                 self._report.conclude()
             raise
         finally:
-            for work in (everything, typing):
-                work.cancel()
-            await asyncio.gather(everything, typing, return_exceptions=True)
+            everything.cancel()
+            await asyncio.gather(everything, return_exceptions=True)
             self._report.finish()
 
     async def _wait_for(self, work: asyncio.Future[Any], seconds: float | None = None) -> None:
@@ -7428,7 +7437,7 @@ class Execution:
             except UnreachableError as error:
                 task.failure = error
                 where = "" if name == task.target.url else f" ({task.target.url})"
-                if task.is_asked or self._report.output.error is None:
+                if task.stage is not Stage.NEW or self._report.output.error is None:
                     self._report.note(f"{name}{where}: {error}{self._find_hint(task, error)}")
             finally:
                 if feeding is not None:
@@ -7451,13 +7460,10 @@ class Execution:
 
     def _find_hint(self, task: RemoteTask, error: UnreachableError) -> str:
         """Return what the user can do, or what is known about a command after contact was lost."""
-        if not task.is_asked:
+        if task.stage is Stage.NEW:
             return self.HINTS.get(str(error), "")
-        if task.exit_code is not None or error.status == ENDED_STATUS:
-            return ""
-        if task.task_id is None:
-            return "; whether the command was started is not known"
-        return f"; the command, task {task.task_id}, may still be running there"
+        known: str = task.stage.value[1]
+        return known.format(task.task_id)
 
     async def _feed(self, task: RemoteTask) -> None:
         try:
@@ -7485,9 +7491,9 @@ class Execution:
 
     async def _stop_all(self) -> None:
         """Start nothing more; stop what runs, and what is starting as soon as it has an id."""
-        tasks = [task for task in self._tasks if task.exit_code is None and task.failure is None]
+        tasks = [one for one in self._tasks if one.stage is not Stage.ENDED and not one.failure]
         await asyncio.gather(*(task.stop() for task in tasks))
-        while any(task.is_running and task.task_id is None for task in tasks):
+        while any(task.is_running and not task.task_id for task in tasks):
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
     def _leave(self, status: int) -> None:
