@@ -2429,13 +2429,25 @@ def format_value(value: Any) -> str:
     return text if re.fullmatch(r"[!#-~]*", text) else json.dumps(text)
 
 
-def write_without_waiting(fd: int, line: bytes) -> bool:
-    """Write a line of at most LOG_LINE_BYTES if that needs no waiting; return whether it was."""
+def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
+    """Write data to a descriptor that is ready within a time; return the bytes written.
+
+    A pipe that is ready takes PIPE_BUF bytes without blocking (pipe(7)), so data is not longer.
+    O_NONBLOCK is not set, since all processes that share the descriptor would have it. Raises
+    OSError.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     try:
-        is_ready = any(events & select.POLLOUT for _, events in poll.poll(0))
-        return is_ready and os.write(fd, line) == len(line)
+        return os.write(fd, data) if poll.poll(milliseconds) else 0
+    except BlockingIOError:  # another process has set O_NONBLOCK, and there is less room
+        return 0
+
+
+def write_without_waiting(fd: int, line: bytes) -> bool:
+    """Write a line of at most LOG_LINE_BYTES if that needs no waiting; return whether it was."""
+    try:
+        return write_some(fd, line) == len(line)
     except OSError:
         return False
 
@@ -2540,6 +2552,14 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
         with contextlib.suppress(OSError):  # it is of another account
             os.fchmod(fd, 0o600)  # the umask has removed all rights
     return open(fd, "r+b", buffering=0)
+
+
+def is_at(path: str, fd: int) -> bool:
+    """Whether a path leads to an open file, which may have been renamed meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(repr=False)
@@ -2860,14 +2880,8 @@ class AuditLog:
                 wait, self._lock_seconds = self._lock_seconds, LOCKED_SECONDS
                 lock_file(file, wait)
                 self._lock_seconds = LOCK_SECONDS
-                if self._is_current(file):
+                if is_at(self.path, file.fileno()):
                     return self._continue(file, record)
-
-    def _is_current(self, file: FileIO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
 
     def _continue(self, file: FileIO, record: dict[str, Any]) -> None:
         status, is_whole = os.fstat(file.fileno()), True
@@ -7150,27 +7164,11 @@ class Keyboard:
         sending.add_done_callback(self.sending.discard)
 
 
-def write_some(fd: int, data: bytearray, milliseconds: int = 0) -> int:
-    """Write as much as a descriptor takes within a time; return the bytes written.
-
-    A writable pipe takes PIPE_BUF without blocking (pipe(7)). O_NONBLOCK is not set, since all
-    processes that share the descriptor would have it. Raises OSError.
-    """
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    if not poll.poll(milliseconds):
-        return 0
-    try:
-        return os.write(fd, data[: select.PIPE_BUF])
-    except BlockingIOError:  # another process has set O_NONBLOCK, and there is less room
-        return 0
-
-
 def write_all(fd: int, data: bytearray, seconds: float = math.inf) -> None:
     """Write everything and remove it from the data, for at most this long. Raises OSError."""
     end = time.monotonic() + seconds
     while data and time.monotonic() < end:
-        del data[: write_some(fd, data, 20)]
+        del data[: write_some(fd, data[: select.PIPE_BUF], 20)]
 
 
 def write_output(data: bytes) -> None:
@@ -7231,7 +7229,7 @@ class Output:
         count = 1
         try:
             while self.waiting and count:
-                count = write_some(self._fd, self.waiting)
+                count = write_some(self._fd, self.waiting[: select.PIPE_BUF])
                 del self.waiting[:count]
         except OSError as error:
             self.error = OutputError(error)
@@ -7594,7 +7592,8 @@ class MonitorLog:
         If that fails it is tried again the next time; a line on stderr says so once a minute.
         """
         try:
-            if self._is_rotated():
+            is_here = self._fd >= 0 and is_at(self.path, self._fd)
+            if not is_here or os.fstat(self._fd).st_size < self._size:
                 self._open(1)
                 self._due_bytes = 0
             if self._size >= self._due_bytes:
@@ -7611,14 +7610,6 @@ class MonitorLog:
             if time.monotonic() - self._complained_at >= LOG_ERROR_SECONDS:
                 self._complained_at = time.monotonic()
                 write_without_waiting(2, encode_note(self.problem))
-
-    def _is_rotated(self) -> bool:
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            return True
-        is_same = self._fd >= 0 and os.path.samestat(status, os.fstat(self._fd))
-        return not is_same or status.st_size < self._size
 
     def _append(self) -> None:
         data = b"\n" * self._is_cut + b"".join(self._waiting)
@@ -8074,14 +8065,12 @@ class Screen:
         self._drawn = 0, 0, ""
 
     def _read(self) -> None:
-        try:
-            keys = os.read(0, 64).decode("utf-8", "replace")
-        except OSError:
-            keys = ""
-        if not keys:
+        data = read_available(0, 64)
+        if data == b"":
             asyncio.get_running_loop().remove_reader(0)
             self.leave()
-        for key in self.KEY.findall(keys.replace("\x1bO", "\x1b[")):
+        keys = (data or b"").decode("utf-8", "replace").replace("\x1bO", "\x1b[")
+        for key in self.KEY.findall(keys):
             if key in ("q", "Q", "\x04"):
                 self.leave()
             elif key in SORTS:
@@ -12514,10 +12503,9 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             reason = getattr(error, "strerror", "") or error
             raise ConfigError(f"--at: {address}: {reason}") from None
     found = probe_network(addresses, given.discovery_port, given.timeout)
-    text = ""
     if chosen or found:
-        text = formats[chosen[0]](found) if chosen else format_found(found)
-    write_output(text.encode("utf-8", "replace"))
+        show = formats[chosen[0]] if chosen else format_found
+        write_output(show(found).encode("utf-8", "replace"))
     if not found:
         port = given.discovery_port
         write_note(f"nothing answered on UDP port {port} (servers on loopback answer only there)")
