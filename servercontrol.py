@@ -9444,10 +9444,14 @@ const GRAPHICS = Object.fromEntries(
     .match(/../gu)
     .map((pair) => [...pair]),
 );
-// In text, or with 10 in bytes.
-function countLines(text, end = "\n") {
+function countLines(text) {
   let count = 0;
-  for (let at = text.indexOf(end); at >= 0; at = text.indexOf(end, at + 1)) count++;
+  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
+  return count;
+}
+function countEnds(data) {
+  let count = 0;
+  for (let at = 0; at < data.length; at++) if (data[at] === 10) count++; // 30 times indexOf()
   return count;
 }
 // The states of Paul Williams' parser (vt100.net/emu/dec_ansi_parser); IGNORE is a CSI sequence
@@ -10164,18 +10168,17 @@ const view = {
   dropped: 0,
   look: 0, // rises when all lines have to be drawn again
   show(terminal) {
-    Object.assign(this, { terminal, follow: true, dropped: 0, hits: [], hit: -1 });
+    Object.assign(this, { terminal, follow: true, dropped: 0, known: 0, hits: [], hit: -1 });
     say("hits", "");
-    this.measure();
     this.draw();
   },
   draw() {
     if (!this.isDue) requestAnimationFrame(() => this.render());
     this.isDue = true;
   },
-  // The font is as large as makes a cell a whole number of the screen's pixels. Rows of a terminal
-  // touch, so that lines drawn by characters have no gaps; those of a log stand a bit apart.
-  measure() {
+  // The font is as large as makes a cell a whole number of the screen's pixels. This lays out the
+  // page four times, so it is done only when the zoom has changed.
+  measureFont() {
     const output = $("output");
     const probe = $("lines").appendChild(make("span", {}, "x".repeat(100)));
     probe.style.padding = 0;
@@ -10188,15 +10191,24 @@ const view = {
     let size = (FONT_SIZE * aim) / plain;
     size *= aim / measure(size); // advances do not grow evenly with the size
     const cell = measure(size);
-    const height = probe.getBoundingClientRect().height || 16;
+    const { width, height } = probe.getBoundingClientRect();
     probe.remove();
-    font.cell = this.char = cell;
+    font.ratio = width && devicePixelRatio; // while the output is hidden nothing can be measured
+    font.cell = cell;
+    font.height = height || 16;
     font.name = `${size}px ${getComputedStyle(output).fontFamily}`;
     font.widths.clear();
     // An underscore may lie below what the browser takes for the height of the font.
     font.pen.font = font.name;
     const { fontBoundingBoxAscent, actualBoundingBoxDescent } = font.pen.measureText("_");
-    const low = Math.max(height, fontBoundingBoxAscent + actualBoundingBoxDescent);
+    font.low = Math.max(font.height, fontBoundingBoxAscent + actualBoundingBoxDescent);
+  },
+  // Rows of a terminal touch, so that lines drawn by characters have no gaps; those of a log stand
+  // a bit apart.
+  measure() {
+    if (font.ratio !== devicePixelRatio) this.measureFont();
+    const output = $("output");
+    const { cell, height, low } = font;
     const screenRow = Math.ceil(low * devicePixelRatio) / devicePixelRatio;
     this.row = screenRow + (this.terminal?.isLog ? 2 : 0);
     const above = Math.floor(((this.row - height) / 2) * devicePixelRatio) / devicePixelRatio;
@@ -10204,7 +10216,7 @@ const view = {
     output.style.setProperty("--above", `${above}px`);
     output.style.setProperty("--stretch", (this.row + 1) / height);
     output.style.setProperty("--below", `${this.row - height - above}px`);
-    const cols = Math.floor((output.clientWidth - 24) / this.char) - ($("times").checked ? 14 : 0);
+    const cols = Math.floor((output.clientWidth - 24) / cell) - ($("times").checked ? 14 : 0);
     const fits = Math.floor((output.clientHeight - 14) / screenRow);
     Object.assign(this, { cols: clamp(cols, 10, 500), fits: clamp(fits, 4, 200), known: 0 });
     readTheme();
@@ -10266,7 +10278,7 @@ const view = {
     $("lines").dataset.shape = Math.ceil(t.shape / 2);
     $("tail").hidden = this.follow;
     if (this.follow) output.scrollTop = output.scrollHeight;
-    $("keys").style.transform = `translate(${t.x * this.char}px, ${(t.base + t.y) * this.row}px)`;
+    $("keys").style.transform = `translate(${t.x * font.cell}px, ${(t.base + t.y) * this.row}px)`;
     say("caption", t.title);
   },
   // Makes the document hold these lines; first is the number of the first one.
@@ -10731,7 +10743,7 @@ class Stream {
   }
   count(data = [], sign) {
     this.queued += sign * data.length;
-    this.ends += sign * countLines(data, 10);
+    this.ends += sign * countEnds(data);
   }
   pump() {
     // some milliseconds at a time, so that the page stays alive; nothing while nobody looks
@@ -11334,7 +11346,7 @@ function isReporting({ shiftKey }) {
 function reportMouse(event, code, isUp = false) {
   const { terminal: t } = stream;
   const { left, top } = $("sizer").getBoundingClientRect();
-  const x = Math.floor((event.clientX - left) / view.char);
+  const x = Math.floor((event.clientX - left) / font.cell);
   const y = Math.floor((event.clientY - top) / view.row) - t.base;
   const place = [x, y].map((at, i) => clamp(at, 0, (i ? t.rows : t.cols) - 1) + 1);
   const keys = 8 * event.altKey + 16 * event.ctrlKey;

@@ -13897,7 +13897,7 @@ class TestPage(OnPage):
         visit.wait_until_true("stream.terminal.y === 8")
         visit.page.wait_for_timeout(200)
         box = visit.page.locator("#lines").bounding_box()
-        cell, row = visit.page.evaluate("[view.char, view.row]")
+        cell, row = visit.page.evaluate("[font.cell, view.row]")
         script = """async encoded => { const image = make("img", { src: "data:image/png;base64," + encoded });
           await image.decode(); const { width, height } = image, pen = make("canvas", { width, height }).getContext("2d");
           pen.drawImage(image, 0, 0); const { data } = pen.getImageData(0, 0, width, height);
@@ -13912,6 +13912,19 @@ class TestPage(OnPage):
         assert len({color for colors in read_colors(10 * cell, 9 * cell) for color in colors}) == 1
         assert min(map(len, read_colors(0, cell))) > 1  # each row of pixels has some of the line
 
+    def test_font_is_measured_when_the_zoom_changes(self, visit: Visit):
+        """Not at each click on a task: it lays out the page four times."""
+        visit.run("echo one")
+        visit.page.evaluate("""() => { const { measureFont } = view; view.calls = 0;
+          view.measureFont = () => { view.calls++; measureFont.call(view); }; }""")
+        visit.run("echo two", tty=True)
+        visit.wait_for("#lines", "two")
+        visit.page.locator("#tasks button").nth(1).click()
+        visit.wait_for("#lines", "one")
+        assert visit.page.evaluate("view.calls") == 0
+        assert visit.page.evaluate("(font.ratio = 3, layOut(), view.calls)") == 1
+        assert visit.page.evaluate("font.ratio === devicePixelRatio && font.cell > 5")
+
     def test_row_never_shifts(self, visit: Visit):
         odd = "\u2764\ufe0f \u26a0\ufe0f \u23fa \u2460 \u280b \u6f22\u5b57 \u1112\u1161\u11ab \U0001f469\u200d\U0001f4bb e\u0301 \ufdfa \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31 Z\u0351\u036b\u0343".split()
         visit.run("printf '%s|\\n' " + " ".join(odd) + "; sleep 60", tty=True)
@@ -13923,7 +13936,7 @@ class TestPage(OnPage):
             let node; while (walker.nextNode()) if (walker.currentNode.data.endsWith("|")) node = walker.currentNode;
             range.setStart(node, node.length - 1); range.setEnd(node, node.length);
             const place = range.getBoundingClientRect(), box = row.getBoundingClientRect();
-            return [(place.left - left) / view.char, (box.top - top) / view.row, box.height / view.row, stream.terminal.row(i).open().length - 1]; }); }"""
+            return [(place.left - left) / font.cell, (box.top - top) / view.row, box.height / view.row, stream.terminal.row(i).open().length - 1]; }); }"""
         shown = zip(odd, visit.page.evaluate(script))
         for number, (text, (x, y, height, cells)) in enumerate(shown):
             assert abs(x - cells) < 0.1 and abs(y - number) < 0.01 and abs(height - 1) < 0.01, text
@@ -13937,7 +13950,7 @@ class TestPage(OnPage):
         script = """async ([piece, columns]) => { const t = new Terminal(0, 0), output = document.getElementById("output");
           const line = piece.repeat(130).slice(0, 130 * piece.length);
           for (let i = 0; i < 400; i++) t.write(`${i} ${[...line].slice(0, 130).join("")}${i === 200 ? " needle" : ""}\\n`);
-          view.show(t); output.style.width = `${112.5 * view.char + 24}px`; view.measure();
+          view.show(t); output.style.width = `${112.5 * font.cell + 24}px`; view.measure();
           const covered = () => { view.render(); const { top, bottom } = output.getBoundingClientRect(); let sum = 0;
             for (const row of document.querySelectorAll("#lines > div > div")) { const box = row.getBoundingClientRect();
               sum += Math.max(0, Math.min(box.bottom, bottom) - Math.max(box.top, top)); }
@@ -13997,7 +14010,7 @@ class TestPage(OnPage):
             assert not visit.page.evaluate(key, {"key": "Enter", **what})
         assert visit.page.evaluate("sent") == []
         visit.page.evaluate(text, ["\u306b\u307b", True])
-        seen = "(({ opacity, width }) => [opacity, parseFloat(width) >= 3 * view.char])(getComputedStyle(document.getElementById('keys')))"
+        seen = "(({ opacity, width }) => [opacity, parseFloat(width) >= 3 * font.cell])(getComputedStyle(document.getElementById('keys')))"
         assert visit.page.evaluate(seen) == ["1", True] and visit.page.evaluate("sent") == []
         end = (
             "document.getElementById('keys').dispatchEvent(new CompositionEvent('compositionend'))"
@@ -14025,7 +14038,7 @@ class TestPage(OnPage):
         listen = "window.sent = []; send = (message) => message && sent.push(message.data ?? ''); 0"
         visit.page.evaluate(listen)
         box = visit.page.locator("#lines").bounding_box()
-        cell, row = visit.page.evaluate("[view.char, view.row]")
+        cell, row = visit.page.evaluate("[font.cell, view.row]")
         mouse = visit.page.mouse
 
         def go(x: int, y: int) -> None:
