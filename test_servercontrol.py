@@ -6386,7 +6386,6 @@ class Typist:
         return self.read_until(lambda: self.end)
 
 
-@pytest.mark.usefixtures("tidy")
 class TestTaskWindow:
     """SPEC 5: a task with a `window` waits for its `?follow` readers."""
 
@@ -6418,6 +6417,7 @@ class TestTaskWindow:
             with connection.getresponse() as answer:
                 yield answer
 
+    @pytest.mark.usefixtures("tidy")
     def test_is_read_no_further_than_taken(self, server: ServerProcess) -> None:
         """A reader that breaks off and comes back at its offset goes on."""
         free = server.start(self.COMMAND)
@@ -6438,6 +6438,7 @@ class TestTaskWindow:
         assert (ended["exit_code"], ended["output_bytes"]) == (5, 30_000_004)
         assert got == b"0123456\n" * 3_750_000 + b"end\n"
 
+    @pytest.mark.usefixtures("tidy")
     def test_waits_for_the_slowest(self, server: ServerProcess) -> None:
         task_id = server.start("yes", window=100_000)
         with self.follow(server, task_id, 0), self.follow(server, task_id, 0) as fast:
@@ -6464,6 +6465,7 @@ class TestTaskWindow:
         asyncio.get_running_loop().remove_reader(task.fd)
         sc.close_fds((task.fd, other_end))
 
+    @pytest.mark.usefixtures("tidy")
     def test_kill_does_not_wait(self, server: ServerProcess) -> None:
         task_id = server.start("yes", window=1)
         self.wait_for_pause(server, task_id)
