@@ -297,7 +297,7 @@ MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second, so that nobody can fill the disk
-LOCK_SECONDS = 0.1  # to wait for a file's lock, which another instance holds for some 0.05 ms
+LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms, or longer by one that is stopped
 LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the event loop waits too
 
 # Statistics.
