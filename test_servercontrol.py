@@ -7693,7 +7693,7 @@ class TestCommandLine:
 
 HAS_IPV6 = Path("/proc/net/if_inet6").exists()
 needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
-LOCALHOST = " ".join({str(row[4][0]) for row in socket.getaddrinfo("localhost", None)})
+LOCALHOST = " ".join(sorted({str(row[4][0]) for row in socket.getaddrinfo("localhost", None)}))
 
 
 class TestPorts:
