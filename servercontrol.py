@@ -3677,10 +3677,15 @@ class Tasks:
             return
         signal_session(task.pid, number)
         if task.request.tty and number == signal.SIGTERM:
-            signal_session(task.pid, signal.SIGHUP)  # an interactive shell ignores TERM
+            self._hang_up(task)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
             # A stopped process receives the signal only when it continues.
             signal_session(task.pid, signal.SIGCONT)
+
+    def _hang_up(self, task: Task, delay: float = 0.1) -> None:
+        """Send HUP until the task ends: bash overlooks one that comes just before its prompt."""
+        signal_session(task.pid, signal.SIGHUP)
+        task.set_timer("hang-up", delay, self._hang_up, delay * 2)
 
     def _kill(self, task: Task) -> None:
         task.phase = TaskPhase.KILLING

@@ -6789,6 +6789,14 @@ class TestTerminal:
             # An interactive shell is deaf for TERM: without the hang-up it would take the KILL.
             assert end["signal"] != "KILL"
 
+    def test_hang_up_that_is_overlooked_comes_again(self, server: ServerProcess) -> None:
+        """bash 5.2 and 5.3 wait for a key with the signal noted, if it came just before the prompt."""
+        command = "trap '' TERM; trap 'trap - HUP' HUP; echo ready; while :; do sleep 0.01; done"
+        with Typist(server, command, tty=True) as typist:
+            typist.wait_for("ready")
+            assert kill_task(server, typist.task_id).status == 200
+            assert typist.wait_for_end()["signal"] == "HUP"
+
     def test_background_child_neither_delays_nor_breaks(self, server, gate, tmp_path: Path):
         out, armed = tmp_path / "out", tmp_path / "armed"
         # Whoever does not ignore HUP ends with the terminal's leader, here as anywhere.
