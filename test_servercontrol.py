@@ -375,9 +375,9 @@ class ServerProcess:
         # Longer than the server waits for a head: which of the two did not hear the other?
         options.setdefault("open_timeout", PATIENCE_SECONDS)
         options.setdefault("compression", None)
-        scheme = "wss" if self.context else "ws"
-        url = f"{scheme}://127.0.0.1:{self.ws_port}{path}"
-        return connect(url, ssl=self.context, **options)
+        if self.context:
+            options["sock"] = SharedTls(self.connect(self.ws_port))
+        return connect(f"ws://127.0.0.1:{self.ws_port}{path}", **options)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -385,6 +385,34 @@ class ServerProcess:
     def resident_kib(self) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
+
+
+class SharedTls:
+    """A TLS connection for the two threads of a `websockets` client. OpenSSL allows one at a time:
+    without this, an answer in 500 is lost on a busy machine, whoever the server is."""
+
+    def __init__(self, tls: socket.socket) -> None:
+        self.tls = tls
+        self.lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tls, name)
+
+    def sendall(self, data: bytes) -> None:
+        with self.lock:
+            self.tls.sendall(data)
+
+    def recv(self, size: int) -> bytes:
+        while True:
+            with self.lock:
+                self.tls.setblocking(False)
+                try:
+                    return self.tls.recv(size)
+                except ssl.SSLWantReadError:
+                    pass
+                finally:
+                    self.tls.settimeout(PATIENCE_SECONDS)
+            select.select([self.tls], [], [])
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -2724,10 +2752,11 @@ class TestWebSocketRules:
 
     @each_loop
     def test_pings_and_dead_peers(self, loop: str, tmp_path: Path) -> None:
-        times = {"PING_SECONDS": 0.3, "SWEEP_SECONDS": 0.05}
+        # This test answers in that time, however busy the machine is.
+        times = {"PING_SECONDS": 3.0, "SWEEP_SECONDS": 0.05}
         with ServerProcess(tmp_path, f"--loop={loop}", **times) as server:
             with RawPeer(server) as dead, RawPeer(server) as alive, RawPeer(server) as asking:
-                for _number in range(6):
+                for _number in range(3):
                     alive.read_until(0x89, b"")
                     alive.send(make_frame(0x8A))
                     asking.say(type="ping")  # any sign of life will do
