@@ -13,7 +13,8 @@ RECIPE_PACKAGES := ansible-core
 BENCH_PACKAGES := picows
 CHECK_PACKAGES := ruff mypy types-psutil
 # A class in one process: its tests share a server, or a browser.
-PYTEST := -m pytest -q -ra -n 5 --dist loadscope
+PYTEST := -m pytest -q -ra -n 5 --dist loadscope \
+  -W error::pytest.PytestUnhandledThreadExceptionWarning
 FUZZ_SECONDS ?= 120
 export TEST_PACKAGES EXTRA_PACKAGES PYTEST
 
