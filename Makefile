@@ -4,8 +4,9 @@ BIN := .venv/bin
 # What the tests stand on, and the two packages that the server uses when they are there.
 TEST_PACKAGES := pytest pytest-xdist hypothesis websockets h11
 EXTRA_PACKAGES := psutil uvloop
-# What drives a browser through the page (it needs Debian's chromium as well), a terminal emulator
-# to compare the page's with, and axe-core, which finds barriers. Not part of `make matrix`.
+# What drives a browser through the page (it needs Debian's chromium-headless-shell, or chromium, as
+# well), a terminal emulator to compare the page's with, and axe-core, which finds barriers. Not part
+# of `make matrix`.
 PAGE_PACKAGES := playwright pyte axe-playwright-python wcwidth
 # Read what `discover --ansible` writes; neither is this part of `make matrix`.
 RECIPE_PACKAGES := ansible-core
@@ -17,6 +18,8 @@ PYTEST := -m pytest -q -ra -n 5 --dist loadscope \
   -W error::pytest.PytestUnhandledThreadExceptionWarning
 FUZZ_SECONDS ?= 120
 export TEST_PACKAGES EXTRA_PACKAGES PYTEST
+# Compiling the tests takes each process 8 s: once is enough.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
