@@ -185,7 +185,7 @@ def compiled_script() -> str:
 
 # A process that has imported servercontrol.py and forks into one that runs it whenever it is told
 # the arguments (of Python) and the environment. Descriptors 0 to 2 come with that, and one that is
-# told the exit status. Most of what a start costs Python are its imports.
+# told the exit status. Imports are most of what a start costs Python.
 FORKER = """
 import gc, json, os, runpy, select, signal, socket, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -284,11 +284,10 @@ def start_python(command: Sequence[str], env: dict[str, str], **options: Any) ->
     def of_python(environ: Any) -> dict[str, str]:
         return {k: v for k, v in environ.items() if k[:3] in ("PYT", "LC_", "LAN")}
 
-    is_usual = command[0] == sys.executable and command[1].endswith((".pyc", "launcher.py"))
-    is_plain = options.keys() <= {"stdin", "stdout", "stderr"} and of_python(env) == of_python(
-        os.environ
-    )
-    return (Forked if is_usual and is_plain else subprocess.Popen)(command, env=env, **options)
+    is_ours = command[0] == sys.executable and command[1].endswith((".pyc", "launcher.py"))
+    is_plain = options.keys() <= {"stdin", "stdout", "stderr"}
+    forks = is_ours and is_plain and of_python(env) == of_python(os.environ)
+    return (Forked if forks else subprocess.Popen)(command, env=env, **options)
 
 
 def wait_until(condition: Any, seconds: float = PATIENCE_SECONDS, pause: float = 0.01) -> Any:
