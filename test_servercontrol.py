@@ -282,7 +282,7 @@ def start_python(command: Sequence[str], env: dict[str, str], **options: Any) ->
     """Start servercontrol.py, or what changes it first; by a fork where that makes no difference."""
 
     def of_python(environ: Any) -> dict[str, str]:
-        return {k: v for k, v in environ.items() if k[:3] in ("PYT", "LC_", "LAN")}
+        return {k: v for k, v in environ.items() if k.startswith(("PYTHON", "LC_", "LANG"))}
 
     is_ours = command[0] == sys.executable and command[1].endswith((".pyc", "launcher.py"))
     is_plain = options.keys() <= {"stdin", "stdout", "stderr"}
@@ -348,9 +348,9 @@ class ServerProcess:
         self.stderr: list[str] = []
 
     def __enter__(self) -> ServerProcess:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        options = {**streams, "stderr": subprocess.PIPE, **self.popen}
-        self.process = start_python(self.command, self.env, **options)
+        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+        streams = {"stdin": nothing, "stdout": nothing, "stderr": pipe, **self.popen}
+        self.process = start_python(self.command, self.env, **streams)
         self.reader = threading.Thread(target=self._read_log, daemon=True)
         self.reader.start()
         listening = self.wait_for_log("listening")
@@ -3919,7 +3919,10 @@ def unharmed(server: ServerProcess, runs: bool = False) -> Iterator[None]:
     """What comes in this block must leave no descriptor, no failure and (else) no task behind."""
     before = server.get("/tasks")
     if "idle_descriptors" not in vars(server):  # the first time: all connections must have ended
-        counts = (server.descriptors() for _ in range(20) if time.sleep(0.01) is None)
+        counts = []
+        for _ in range(20):
+            time.sleep(0.01)
+            counts.append(server.descriptors())
         vars(server)["idle_descriptors"] = min(counts)
     records, lines = len(server.records), len(server.stderr)
     yield
@@ -13019,7 +13022,9 @@ class Visit:
           const element = document.querySelector(selector), text = element?.innerText ?? "";
           const texts = [text, text.replace(/\\n$/, "")];
           const matches = texts.some((one) => new RegExp(pattern).test(one));
-          return matches && element?.checkVisibility({{ visibilityProperty: true }}) && [text];
+          const {{ width, height }} = element?.getBoundingClientRect() ?? {{}};
+          const isSeen = width * height && element.checkVisibility({{ visibilityProperty: true }});
+          return matches && isSeen && [text];
         }})({json.dumps([selector, pattern])})"""
         try:
             return self.wait_until_true(shown)[0]
