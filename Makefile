@@ -17,8 +17,10 @@ CHECK_PACKAGES := ruff mypy types-psutil
 PYTEST := -m pytest -q -ra -n 5 --dist loadscope \
   -W error::pytest.PytestUnhandledThreadExceptionWarning
 FUZZ_SECONDS ?= 120
-export TEST_PACKAGES EXTRA_PACKAGES PYTEST
-# Compiling the tests takes each process 8 s: once is enough.
+INSTALL := -m pip install --quiet --no-compile --upgrade
+export TEST_PACKAGES EXTRA_PACKAGES PYTEST COMPILE INSTALL
+# Compiling the tests takes 8 s: it is done once, and not by five processes at the same time.
+COMPILE := -m pytest -qq --collect-only test_servercontrol.py
 unexport PYTHONDONTWRITEBYTECODE
 
 help:            ## this list
@@ -28,6 +30,7 @@ run:             ## start the server on this machine
 	$(PYTHON) servercontrol.py
 
 test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipped
+	@$(BIN)/python $(COMPILE) >/dev/null || true
 	$(BIN)/python $(PYTEST) test_servercontrol.py
 
 check: .venv/ok  ## lint, format (the page's by Prettier) and types
@@ -56,14 +59,14 @@ clean:           ## remove what make made
 
 .venv/ok: Makefile
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade $(TEST_PACKAGES) $(CHECK_PACKAGES)
-	$(BIN)/python -m pip install --quiet --upgrade $(EXTRA_PACKAGES) || \
+	$(BIN)/python $(INSTALL) $(TEST_PACKAGES) $(CHECK_PACKAGES)
+	$(BIN)/python $(INSTALL) $(EXTRA_PACKAGES) || \
 	  echo "NOT INSTALLED: $(EXTRA_PACKAGES); their tests will be skipped"
-	$(BIN)/python -m pip install --quiet --upgrade $(BENCH_PACKAGES) || \
+	$(BIN)/python $(INSTALL) $(BENCH_PACKAGES) || \
 	  echo "NOT INSTALLED: $(BENCH_PACKAGES); make bench cannot be run"
-	$(BIN)/python -m pip install --quiet --upgrade $(PAGE_PACKAGES) || \
+	$(BIN)/python $(INSTALL) $(PAGE_PACKAGES) || \
 	  echo "NOT INSTALLED: $(PAGE_PACKAGES); the page will not be tested"
-	$(BIN)/python -m pip install --quiet --upgrade $(RECIPE_PACKAGES) || \
+	$(BIN)/python $(INSTALL) $(RECIPE_PACKAGES) || \
 	  echo "NOT INSTALLED: $(RECIPE_PACKAGES); Ansible will not be tested"
 	npm install --silent --prefix .venv/npm prettier@3 || \
 	  echo "NOT INSTALLED: prettier (it needs Node.js); the page's format will not be checked"

@@ -1432,7 +1432,7 @@ TEXT_START, BINARY_START, CONTINUE, CONTINUE_END = 0x01, 0x02, 0x00, 0x80
 
 
 def xor_bytes(data: bytes, mask: bytes) -> bytes:
-    return bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    return bytes(map(operator.xor, data, itertools.cycle(mask)))
 
 
 def build_frame(first: int, payload: bytes = b"", mask: bytes | None = RFC_MASK) -> bytes:
