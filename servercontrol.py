@@ -10172,6 +10172,7 @@ const view = {
   rows: new Map(), // from a line to its element
   dropped: 0,
   look: 0, // rises when all lines have to be drawn again
+  top: 0, // how far down it has scrolled by itself
   show(terminal) {
     Object.assign(this, { terminal, follow: true, dropped: 0, known: 0, hits: [], hit: -1 });
     say("hits", "");
@@ -10282,7 +10283,10 @@ const view = {
     $("lines").classList.toggle("reversed", !!t.modes[5]);
     $("lines").dataset.shape = Math.ceil(t.shape / 2);
     $("tail").hidden = this.follow;
-    if (this.follow) output.scrollTop = output.scrollHeight;
+    if (this.follow) {
+      output.scrollTop = output.scrollHeight;
+      this.top = output.scrollTop;
+    }
     $("keys").style.transform = `translate(${t.x * font.cell}px, ${(t.base + t.y) * this.row}px)`;
     say("caption", t.title);
   },
@@ -11559,6 +11563,7 @@ const HANDLERS = {
     if (key === "Enter") view.find(shiftKey ? -1 : 1);
   },
   "output scroll": ({ target: { scrollHeight, scrollTop, clientHeight } }) => {
+    if (view.follow && scrollTop === view.top) return; // it was the view itself that scrolled
     view.follow = scrollHeight - scrollTop - clientHeight < view.row;
     view.draw();
   },
