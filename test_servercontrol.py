@@ -3649,7 +3649,7 @@ class TestStatisticsEvents:
 # End to end: discovery ───────────────────────────────────────────────────────────────────────
 
 
-class Prober:
+class Prober(contextlib.AbstractContextManager):
     """A UDP socket that asks for servers."""
 
     def __init__(self, port: int | None, source: str = "127.0.0.1") -> None:
@@ -3660,9 +3660,6 @@ class Prober:
         self.socket.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_RECVTTL", 12), 1)
         self.socket.bind((source, 0))
         self.ttls: set[int] = set()
-
-    def __enter__(self) -> Prober:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.socket.close()
@@ -3739,13 +3736,6 @@ class TestDiscovery:
             replies += prober.receive(0.2)
             assert 5 <= len(replies) <= 5 * (math.ceil(time.monotonic() - began) + 1)
 
-    def test_prober_that_is_gone(self, server: ServerProcess) -> None:
-        for number in range(5):
-            with Prober(server.discovery_port, f"127.0.2.{number + 1}") as prober:
-                prober.send()
-        with Prober(server.discovery_port, "127.0.2.9") as prober:
-            assert len(prober.ask()) == 1
-
     @each_loop
     def test_two_servers_share_the_port(self, loop: str, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, f"--loop={loop}") as one:
@@ -3781,28 +3771,6 @@ class TestDiscovery:
                 with Prober(server.discovery_port, source) as prober:
                     (reply,) = prober.ask(source)
                     assert (reply["auth"], reply["exec"]) == (False, False)
-
-    def test_limit_in_all(self, server: ServerProcess) -> None:
-        with contextlib.ExitStack() as stack:
-            probers = [
-                stack.enter_context(Prober(server.discovery_port, f"127.0.1.{n}"))
-                for n in range(1, 121)
-            ]
-            began = time.monotonic()
-            for prober in probers * 5:
-                prober.send()
-            assert server.get("/health") == {"ok": True}
-            replies: list[Any] = []
-
-            def receive_all() -> int:
-                for prober in probers:
-                    replies.extend(prober.receive(0))
-                return len(replies)
-
-            wait_until(lambda: receive_all() >= 30)
-            time.sleep(0.2)  # no more come
-            seconds = math.ceil(time.monotonic() - began) + 1
-            assert receive_all() <= 50 * seconds < 600
 
 
 # Shared pieces of the HTTP, access and limit tests ───────────────────────────────────────────
@@ -4055,6 +4023,8 @@ REFUSED = [
     ("trailers too long", chunks(b"0\r\n" + (b"a: " + b"b" * 1000 + b"\r\n") * 5 + b"\r\n"), 431),
     ("bare LF everywhere", make_request("GET /tasks").replace(b"\r", b""), 400),
     ("target *", make_request("GET *"), 400), ("HTTP/0.9", b"GET /tasks\r\n\r\n", 400),
+    *((f"host {host!r}", make_request("POST /exec", host=host, body=b"true"), 400)
+      for host in (None, "", "a@localhost", "localhost:x")),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     ("TLS ClientHello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), 400),
     ("request line without end", b"GET /" + b"a" * 8300, 414),
@@ -4076,13 +4046,6 @@ class TestHttpRefused(RunsNothing):
             check_error(answer, status)
             assert answer.headers["connection"] == "close"
 
-    @pytest.mark.parametrize("host", [None, "", "a@localhost", "localhost:x"])
-    def test_bad_host_ends_connection(self, server: ServerProcess, host: str | None) -> None:
-        data = make_request("POST /exec", host=host, body=b"true") + SMUGGLED_HTTP
-        (answer,) = AnswerStream(server.exchange(data)).rest()
-        check_error(answer, 400)
-        check_error(ask(server, make_request("GET /tasks", host=host)), 400)
-
     @pytest.mark.parametrize("line, fields, status", [
         ("POST /nothing", (), 404), ("POST /tasks", (), 405), ("PUT /exec", (), 405),
         ("POST /exec?id=1", (), 400), ("POST /exec?a=b", (), 400),
@@ -4101,13 +4064,6 @@ class TestHttpRefused(RunsNothing):
         check_error(answer, status)
         assert answer.headers["connection"] == "close"
 
-    def test_client_that_sends_on_can_read_the_answer(self, server: ServerProcess) -> None:
-        with server.connect() as connection:
-            connection.sendall(make_request("POST /exec", "Content-Length: 2000000"))
-            connection.sendall(SMUGGLED_HTTP + bytes(2000000 - len(SMUGGLED_HTTP)))
-            (answer,) = AnswerStream(read_all(connection)).rest()
-        check_error(answer, 413)
-
     @pytest.mark.parametrize("data", [post(body=b"true")[:-1], chunks(b"4\r\ntrue\r\n0\r\n")])
     def test_request_that_ends_early_runs_nothing(self, server: ServerProcess, data: bytes) -> None:
         for part in (data, data[:20]):
@@ -4115,20 +4071,16 @@ class TestHttpRefused(RunsNothing):
             check_error(answer, 400)
 
     @pytest.mark.parametrize("method, path, allow", [
-        *((m, "/exec", {"POST"}) for m in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "BREW")),
-        *((m, "/kill?id=1", {"POST"}) for m in ("GET", "HEAD", "PATCH")),
+        *((m, "/exec", {"POST"}) for m in ("GET", "PUT", "DELETE", "OPTIONS", "BREW")),
+        *((m, "/kill?id=1", {"POST"}) for m in ("GET", "PATCH")),
         *(("POST", p, {"GET", "HEAD"}) for p in ("/", "/health", "/tasks", "/logs?id=1")),
         *(("DELETE", p, {"GET", "HEAD"}) for p in ("/stats", "/info")),
         ("get", "/tasks", {"GET", "HEAD"}),
     ])  # fmt: skip
     def test_wrong_method_is_405_with_allow(self, server: Any, method: str, path: str, allow: Any):
         answer = server.request(method, path)
-        assert answer.status == 405
+        check_error(answer, 405)
         assert set(re.split(", *", answer.headers["allow"])) == allow
-        if method == "HEAD":
-            assert answer.body == b""
-        else:
-            check_error(answer, 405)
 
     @pytest.mark.parametrize("line, status", [
         *((f"{method} {path}", 404) for method in ("GET", "POST") for path in (
@@ -4149,57 +4101,27 @@ class TestHttpRefused(RunsNothing):
         assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", answer.body)
 
     @pytest.mark.parametrize("media_type, body, status", [
-        ("application/json", b"{}", 400), ("APPLICATION/JSON; charset=utf-8", b"true", 400),
-        ("application/x-www-form-urlencoded", b"cmd=true", 400), ("text/plain", b" \n", 400),
+        ("application/x-www-form-urlencoded", b"cmd=true", 400), ("APPLICATION/JSON; a", b"true", 400),
         ("multipart/form-data; boundary=x", b"--x", 415), ("text/plain", b"#" * 65537, 413),
-        *(("", b'{"cmd":"true",%b}' % field, 400) for field in (
-            b'"cwd":"/nowhere/at/all"', b'"env":{"A":5}', b'"timeout":-1', b'"unknown":1')),
     ], ids=lambda value: str(value)[:50])  # fmt: skip
     def test_unusable_exec_body_runs_nothing(self, server, media_type, body, status):
-        fields = {"Content_Type": media_type} if media_type else {}
         for path in ("/exec", "/exec?wait", "/exec?follow"):
-            check_error(server.request("POST", path, body, **fields), status)
+            check_error(server.request("POST", path, body, Content_Type=media_type), status)
 
-    def test_form_refusal_hints_at_the_right_way(self, server: ServerProcess) -> None:
-        told = curl("-d", "cmd=a+b", f"http://localhost:{server.port}/exec").stdout
-        assert json.loads(told.decode())["error"] and b"body" in told
-
-    @pytest.mark.parametrize(
-        "path", ["/", "/health", "/tasks", "/stats", "/stats?history", "/info"]
-    )
-    def test_head_is_get_without_body(self, server: ServerProcess, path: str) -> None:
+    @pytest.mark.parametrize("path, status", [
+        *((path, 200) for path in ("/", "/health", "/tasks", "/stats", "/stats?history", "/info")),
+        ("/nothing", 404), ("/exec", 405), ("/tasks?a", 400),
+    ])  # fmt: skip
+    def test_head_is_get_without_body(self, server: Any, path: str, status: int) -> None:
         data = make_request("HEAD " + path) + make_request("GET /health", "Connection: close")
-        with server.connect() as connection:
-            connection.sendall(data)
-            stream = AnswerStream(connection)
-            first = stream.next("HEAD")
-            assert first.status == 200 and int(first.headers["content-length"]) > 0
-            assert stream.next().json() == {"ok": True} and stream.rest() == []
-
-    @pytest.mark.parametrize("fields", [(), (LENGTH_5,)], ids=["bare", "with a body"])
-    @pytest.mark.parametrize("path, status", [("/nothing", 404), ("/exec", 405), ("/tasks?a", 400)])
-    def test_head_of_error_has_no_body(self, server: Any, path: str, status: int, fields: Any):
-        data = make_request("HEAD " + path, "Connection: close", *fields) + b"hello"
-        received = server.exchange(data)
-        assert received.startswith(b"HTTP/1.1 %d " % status)
-        assert received.partition(b"\r\n\r\n")[2] == b""
+        stream = AnswerStream(server.exchange(data))
+        first = stream.next("HEAD")
+        assert first.status == status and int(first.headers["content-length"]) > 0
+        assert stream.next().json() == {"ok": True} and stream.rest() == []
 
 
 class TestHttpConnection(RunsTasks):
     """RFC 9112, 9: keep-alive, pipelining, HTTP/1.0, bodies, 100-continue."""
-
-    def test_connection_serves_many_requests(self, server: ServerProcess) -> None:
-        with server.connect() as connection:
-            stream = AnswerStream(connection)
-            for path, status in [("/health", 200), ("/nothing", 404), ("/exec", 405), ("/", 200)]:
-                connection.sendall(make_request("GET " + path))
-                assert stream.next().status == status
-            connection.sendall(post("Content-Type: application/json", body=b"[]"))
-            check_error(stream.next(), 400)  # its body was read whole, so the connection stays
-            connection.sendall(b"\r\n" + make_request("GET /health", "Connection: close"))
-            answer = stream.next()
-            assert answer.status == 200 and answer.headers["connection"] == "close"
-            assert stream.rest() == []
 
     def test_pipelined_requests_are_answered_in_order(self, server: ServerProcess) -> None:
         data, expected = b"", []
@@ -4207,6 +4129,9 @@ class TestHttpConnection(RunsTasks):
             if number % 10 == 3:
                 data += post(line="POST /exec?wait", body=b"echo %d" % number)
                 expected.append((200, f"{number}\n"))
+            elif number % 10 == 7:  # its body is read whole, so the connection stays
+                data += post(JSON_FIELD, body=b"[]") + b"\r\n"
+                expected.append((400, None))
             else:
                 path, status = [("/health", 200), ("/nothing", 404), ("/exec", 405)][number % 3]
                 data += make_request("GET " + path)
@@ -4301,36 +4226,10 @@ class TestHttpConnection(RunsTasks):
 # End to end: the routes ──────────────────────────────────────────────────────────────────────
 
 JSON_TYPE = "application/json"
-FORM_TYPE = "application/x-www-form-urlencoded"
-# (media type, body, output of the command)
-EXEC_BODIES = [
-    (JSON_TYPE, b' {"command":"echo $A $B", "env":{"A":"x y","B":"\\u00e4"}} ', "x y ä\n"),
-    ("Application/JSON; charset=utf-8", b'{"cmd":"pwd","cwd":"/usr","timeout":0}', "/usr\n"),
-    (FORM_TYPE, b"echo 'a+b&c=%41 {}'", "a+b&c=%41 {}\n"), ("", "cmd=7; echo $cmd é€😀".encode(), "7 é€😀\n"),
-    ("text/plain", b"{ echo braces; }", "braces\n"),
-    ("text/plain", b"# " + b"a" * 65526 + b"\necho " + b"z", "z\n"),
-]  # fmt: skip
 
 
 class TestRoutes(RunsTasks):
     """SPEC 3: every route, its fields and what it does."""
-
-    @pytest.mark.parametrize("media_type, body, output", EXEC_BODIES, ids=lambda v: str(v)[:40])
-    def test_exec_takes_body(self, server: Any, media_type: str, body: bytes, output: str):
-        fields = {"Content_Type": media_type} if media_type else {}
-        answer = server.request("POST", "/exec?wait", body, **fields)
-        assert answer.status == 200 and answer.headers["content-type"] == JSON_TYPE
-        assert answer.json()["output"] == output
-        assert (answer.json()["exit_code"], answer.json()["signal"]) == (0, None)
-
-    def test_exec_answers_at_once(self, server: ServerProcess) -> None:
-        answer = server.request("POST", "/exec", b"exec sleep 300")
-        started = answer.json()
-        assert answer.status == 200 and set(started) == {"task_id", "command", "pid"}
-        assert started["command"] == "exec sleep 300" and started["task_id"].isdecimal()
-        os.kill(started["pid"], signal.SIGTERM)
-        ended = server.wait_for_end(started["task_id"])
-        assert (ended["exit_code"], ended["signal"], ended["state"]) == (143, "TERM", "done")
 
     def test_exec_wait_answers_after_the_end(self, server: ServerProcess) -> None:
         told = server.run("echo out; echo err >&2; exit 7")
@@ -4340,7 +4239,8 @@ class TestRoutes(RunsTasks):
         told = server.run("exec sleep 300", timeout=0.2, window=1)
         assert told["exit_code"] == 143 and server.task(told["task_id"])["state"] == "timeout"
         told = server.request("POST", "/exec?wait=0", b"true").json()
-        assert told.keys() == {"task_id", "command", "pid"}
+        assert told.keys() == {"task_id", "command", "pid"} and told["command"] == "true"
+        assert told["task_id"].isdecimal() and told["pid"] > 0
 
     @pytest.mark.parametrize("query, status, body", [
         ("wait&raw", 200, "a\n"), ("wait&raw&fail", 500, "a\n"), ("wait&fail", 500, None),
@@ -4448,14 +4348,6 @@ class TestRoutes(RunsTasks):
         for offset in ("9", "-1", "x", "1.0", "", "1_0"):
             check_error(server.request("GET", f"/logs?id={task_id}&offset={offset}"), 400)
 
-    @pytest.mark.parametrize("name", ["NOPE", "", "9", "TERM%00", "T%20ERM"])
-    def test_kill_with_unknown_signal_does_nothing(self, server: ServerProcess, name: str) -> None:
-        task_id = server.start("exec sleep 300")
-        check_error(server.request("POST", f"/kill?id={task_id}&signal={name}"), 400)
-        assert server.task(task_id)["state"] == "running"
-        assert server.request("POST", f"/kill?id={task_id}&signal=int").status == 200
-        assert server.wait_for_end(task_id)["exit_code"] == 130
-
     def test_stats_tell_the_newest_event(self, server: ServerProcess) -> None:
         stats = server.get("/stats")
         check_event(stats)
@@ -4482,7 +4374,7 @@ class TestRoutes(RunsTasks):
         assert later["boot_id"] == info["boot_id"] and later["seq"] > info["seq"]
         assert later["tasks_running"] == 0
 
-    def test_page_holds_no_data_and_cannot_be_framed(self, server: ServerProcess) -> None:
+    def test_page_holds_no_data(self, server: ServerProcess) -> None:
         server.run("echo '<img onerror>' # marker-of-a-task")
         answer = server.request("GET", "/")
         assert answer.status == 200 and b"marker" not in answer.body
@@ -4492,28 +4384,13 @@ class TestRoutes(RunsTasks):
         # For curl: the API at a glance, with the address that was asked for.
         place = f"http://{server.place}/exec".encode()
         assert place in answer.body and answer.body.count(b"\n") <= 50
-        policy = answer.headers["content-security-policy"]
-        for part in ("default-src", "frame-ancestors", "base-uri", "form-action"):
-            assert f"{part} 'none'" in re.split(" *; *", policy)
-        assert "unsafe" not in policy
-
-    def test_log_lines_are_escaped(self, server: ServerProcess) -> None:
-        server.request("GET", "/%1b%0d%0a%7f?id=%1b%0a")
-        told = server.run("true \x1b]0;x\x07 '\r\n' \x7f\x9b", name="\x1b[2J\x7f")
-        wait_until(lambda: told["task_id"] in [r["task_id"] for r in server.log("task_complete")])
-        control = re.compile("[\x00-\x09\x0b-\x1f\x7f\x9b]")
-        assert not [line for line in server.stderr if control.search(line)]
-        for line in server.stderr:
-            assert json.loads(line)["event"]
+        assert "default-src 'none'; " in answer.headers["content-security-policy"]
 
 
 # End to end: access ──────────────────────────────────────────────────────────────────────────
 
-FORWARDED = ["Via: 1.1 proxy", "x-forwarded-for:", "X-Real-IP: 127.0.0.1"]
-
 JSON_FIELD = "Content-Type: application/json"
 RUN_TRUE = b'{"cmd":"true"}'
-NAVIGATION = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
 # Three ways in for a web page: (request line, fields, body).
 PAGE_REQUESTS = [
     ("POST /exec", (JSON_FIELD,), RUN_TRUE), ("GET /tasks", (), b""), ("GET /health", (), b""),
@@ -4524,35 +4401,22 @@ PAGE_REQUESTS = [
 class TestGate(RunsNothing):
     """SPEC 4 on a loopback listener: who gets in, and that the rest runs nothing."""
 
-    @pytest.mark.parametrize("field", FORWARDED)
-    def test_forwarded_request_is_401(self, server: ServerProcess, field: str) -> None:
-        for answer in check_answers(server, 401, CLOSED_REQUESTS, field):
-            assert "\n" not in answer.json()["message"]
-            assert answer.headers["www-authenticate"].startswith("Bearer")
-        check_answers(server, 200, OPEN_REQUESTS, field)
-
-    @pytest.mark.parametrize("host", ["evil.test:PORT", "127.0.0.1.evil.test", "0.0.0.0:PORT"])
-    def test_foreign_host_is_403(self, server: ServerProcess, host: str) -> None:
-        host = host.replace("PORT", str(server.port))
-        check_answers(server, 403, OPEN_REQUESTS[:2] + CLOSED_REQUESTS, host=host)
-
-    @pytest.mark.parametrize("host", ["LOCALHOST:PORT", "127.9.9.9", "[::1]:PORT"])
-    def test_loopback_host_is_served(self, server: ServerProcess, host: str) -> None:
-        host = host.replace("PORT", str(server.port))
-        check_answer(server, 200, "GET /tasks", host=host)
-        check_answer(server, 101, "GET /", *UPGRADE_FIELDS, host=host)
-
-    @pytest.mark.parametrize("origin", [
-        "http://evil.test", "null", "http://localhost", "http://127.0.0.1:PORT",
+    @parametrize_rows("status, field, host", [
+        ("proxy", 401, "Via: 1.1 proxy", "localhost"),
+        ("foreign host", 403, "A: b", "127.0.0.1.evil.test"), ("any address", 403, "A: b", "0.0.0.0:PORT"),
+        ("foreign origin", 403, "Origin: http://evil.test", "localhost"),
+        ("another name for us", 403, "Origin: http://127.0.0.1:PORT", "localhost:PORT"),
+        ("other site", 403, "Sec-Fetch-Site: same-site", "localhost"),
     ])  # fmt: skip
-    def test_foreign_origin_is_403(self, server: ServerProcess, origin: str) -> None:
-        host = f"localhost:{server.port}"
-        field = "Origin: " + origin.replace("PORT", str(server.port))
-        requests = [*PAGE_REQUESTS, ("OPTIONS /exec", (), b"")]
-        for answer in check_answers(server, 403, requests, field, host=host):
+    def test_stranger_is_refused_everywhere(self, server: Any, status: int, field: str, host: str):
+        field, host = (text.replace("PORT", str(server.port)) for text in (field, host))
+        for answer in check_answers(server, status, CLOSED_REQUESTS, field, host=host):
+            assert "\n" not in answer.json()["message"]
             assert not [name for name in answer.headers if name.startswith("access-control")]
+            assert status == 403 or answer.headers["www-authenticate"].startswith("Bearer")
+        check_answers(server, {401: 200}.get(status, 403), OPEN_REQUESTS[:2], field, host=host)
 
-    def test_own_origin_is_served(self, server: ServerProcess) -> None:
+    def test_own_page_and_visits_are_served(self, server: ServerProcess) -> None:
         host = f"localhost:{server.port}"
         origin = f"http://{host}"
         for line, fields, body in PAGE_REQUESTS[1:]:
@@ -4560,25 +4424,13 @@ class TestGate(RunsNothing):
             status = 101 if fields else 200
             answer = check_answer(server, status, line, "Origin: " + origin, *fields, **more)
             assert not [name for name in answer.headers if name.startswith("access-control")]
-
-    @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-    def test_other_site_is_403_save_for_a_visit(self, server: ServerProcess, site: str) -> None:
-        field = f"Sec-Fetch-Site: {site}"
-        check_answers(server, 403, PAGE_REQUESTS, field)
-        mode = ("Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty")
-        check_answers(server, 403, PAGE_REQUESTS, field, *mode)
-        for line in ("GET /tasks", "POST /", "GET /health", "POST /exec"):
-            check_answer(server, 403, line, field, *NAVIGATION)
-        frame = ("Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
-        check_answer(server, 403, "GET /", field, *frame)
-        check_answer(server, 200, "GET /", field, *NAVIGATION)
+        check_answer(server, 200, "GET /", "Sec-Fetch-Site: cross-site", *VISIT)
 
     @parametrize_rows("row", [(row[0], row) for row in CLOSED_REQUESTS + OPEN_REQUESTS])
     def test_other_account_sees_page_and_health_alone(self, server: ServerProcess, row: Any):
         line, fields, body = row
-        answer = ask_as_nobody(
-            server, 200 if row in OPEN_REQUESTS else 401, line, *fields, body=body
-        )
+        status = 200 if row in OPEN_REQUESTS else 401
+        answer = ask_as_nobody(server, status, line, *fields, body=body)
         assert answer.status == 200 or answer.headers["www-authenticate"].startswith("Bearer")
         ask_as_nobody(server, 403, "GET /", host="evil.test")
 
@@ -4594,7 +4446,7 @@ class TestOwnerOfAPort:
     def test_only_loopback_ends_have_an_owner(self, peer: str, local: str, is_asked: bool) -> None:
         connection = mock.Mock()
         connection.getsockname.return_value = (local, 8080)
-        connection.getsockopt.return_value = bytes([1])  # established
+        connection.getsockopt.return_value = bytes([8])  # half closed by the client: it is there
         query = mock.Mock(return_value=1000)
         listener = sc.ListenerKind.LOOPBACK
         found, _ = sc.identify_peer(connection, listener, (peer, 40000), "http", query)
@@ -4628,9 +4480,19 @@ class TestOwnerOfAPort:
                 assert AnswerStream(victim).next().json() == []
             assert server.get("/tasks") == []
 
-    def test_half_closed_client_is_still_ours(self, server: ServerProcess) -> None:
-        data = make_request("GET /tasks", "Connection: close")
-        assert server.exchange(data, half_close=True).startswith(b"HTTP/1.1 200 ")
+    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
+        request = make_request("POST /exec", body=b"id")
+
+        def attack() -> bytes:
+            for number in range(300):
+                with server.connect() as connection:
+                    connection.sendall(request)
+                    if number % 3:
+                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
+            return b"sent"
+
+        assert as_nobody(attack) == b"sent"
+        assert server.get("/tasks") == []
 
     @pytest.mark.parametrize("loop", loops())
     def test_pipelined_requests_keep_nobody_waiting(self, tmp_path: Path, loop: str) -> None:
@@ -4645,20 +4507,6 @@ class TestOwnerOfAPort:
                 last = [stream.next().json()["task_id"] for _ in range(200)][-1]
                 mine = AnswerStream(other).next().json()["task_id"]
             assert int(last) - int(mine) > 150
-
-    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
-        request = make_request("POST /exec", body=b"id")
-
-        def attack() -> bytes:
-            for number in range(300):
-                with server.connect() as connection:
-                    connection.sendall(request)
-                    if number % 3:
-                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
-            return b"sent"
-
-        assert as_nobody(attack) == b"sent"
-        assert server.get("/tasks") == []
 
 
 class TestAccessOptions:
@@ -4711,52 +4559,20 @@ class TestAccessOptions:
             tasks = server.get("/tasks")
             assert [task["command"] for task in tasks] == ["true", "true"]
             requests = [*PAGE_REQUESTS, ("OPTIONS /exec", (PREFLIGHT_FIELD,), b"")]
-            for origin in ("https://three.test", "http://one.test", "https://one.test:444", "null"):
-                for answer in check_answers(server, 403, requests, f"Origin: {origin}"):
-                    assert not [n for n in answer.headers if n.startswith("access-control")]
+            for answer in check_answers(server, 403, requests, "Origin: https://one.test:444"):
+                assert not [n for n in answer.headers if n.startswith("access-control")]
             assert ask(server, make_request("GET /tasks")).headers["vary"] == "Origin"
-            check_answer(server, 403, "GET /tasks", f"Origin: {listed[0]}", host="evil.test")
             assert server.get("/tasks") == tasks
-
-    def test_listed_hosts_are_served(self, tmp_path: Path) -> None:
-        options = ("--allow-host=box.test", "--allow-host=Other.Test:99")
-        with ServerProcess(tmp_path, *options) as server, unharmed(server):
-            for host in ("box.test", "BOX.test:5", "other.test:99", "localhost"):
-                check_answer(server, 200, "GET /tasks", host=host)
-            for host in ("other.test", "other.test:98", "a.box.test", "box.test.", "evil.test"):
-                check_answer(server, 403, "GET /tasks", host=host)
-            check_answer(server, 401, "GET /tasks", "Via: 1.1 proxy", host="box.test")
 
     @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
     def test_no_auth_keeps_the_host_and_origin_rules(self, tmp_path: Path, address: str) -> None:
         with ServerProcess(tmp_path, "--no-auth", f"--host={address}") as server, unharmed(server):
             assert server.wait_for_log("no_auth")["level"] == "warning"
-            for host in (
-                "127.0.0.1:1", "10.1.2.3", "[fe80::1]:80", socket.gethostname(), "localhost",
-            ):  # fmt: skip
-                check_answer(server, 200, "GET /tasks", host=host)
+            for host in ("10.1.2.3", socket.gethostname(), "localhost"):
                 check_answer(server, 200, "GET /tasks", "X-Forwarded-For: 1.2.3.4", host=host)
-            check_answers(server, 403, OPEN_REQUESTS[:2] + CLOSED_REQUESTS, host="evil.test")
+            check_answers(server, 403, CLOSED_REQUESTS, host="evil.test")
             check_answers(server, 403, PAGE_REQUESTS, "Origin: http://evil.test")
-            check_answer(server, 415, "POST /exec", "Sec-Fetch-Site: none", body=b"true")
             assert ask_as_nobody(server, 200, "GET /info").json()["role"] == "run"
-
-    @pytest.mark.parametrize("loop", loops())
-    @pytest.mark.parametrize("hosts", [["127.0.0.2"], ["::1"], ["localhost"], ["127.0.0.1", "::1"]])
-    def test_any_loopback_address_is_trusted(self, tmp_path: Path, hosts: list[str], loop: str):
-        if "::1" in hosts and not os.path.exists("/proc/net/if_inet6"):
-            pytest.skip("no IPv6 here")
-        options = [f"--host={host}" for host in hosts]
-        with ServerProcess(tmp_path, *options, f"--loop={loop}") as server:
-            for host in hosts:
-                url = f"http://{'[::1]' if host == '::1' else host}:{server.port}/exec?wait"
-                assert b'"output":"y\\n"' in curl("-g", "-d", "echo y", url).stdout
-                place = server.log("listening")[0]["http"]
-                assert url.startswith(place) or host in ("localhost", *hosts[1:]), place
-                told = curl("-g", "-d", "true", "-H", "Via: 1.1 x", "-w", "%{http_code}", url)
-                assert told.stdout.endswith(b"401")
-                listing = functools.partial(ask_from, server, "", make_request("GET /tasks"), host)
-                assert as_nobody(lambda ask=listing: b"%d" % ask().status) == b"401"
 
 
 # Shared pieces of the token, TLS and Unix socket tests ────────────────────────────────────────
@@ -4766,8 +4582,6 @@ SERVER_VIEW_TOKEN = "view-token-9876543210_-"
 TOKENS = {"SERVERCONTROL_TOKEN": SERVER_RUN_TOKEN, "SERVERCONTROL_VIEW_TOKEN": SERVER_VIEW_TOKEN}
 NETWORK_BIND = "--host=0.0.0.0"
 PREFLIGHT_FIELD = "Access-Control-Request-Method: POST"
-# What the requests of CLOSED_REQUESTS get from who may do everything, when task 1 has ended.
-OPENED = [200] * 6 + [409, 200, 200, 200, 404] + [101] * 3
 
 
 def bearer(token: str) -> str:
@@ -4847,19 +4661,6 @@ def network_server(request: Any, tmp_path_factory: Any) -> Iterator[TokenServer]
         yield server
 
 
-# What is no token of ours: (name, fields)
-WRONG_TOKENS = [
-    ("cut", (bearer(SERVER_RUN_TOKEN[:-1]),)),
-    ("both roles", (bearer(SERVER_RUN_TOKEN), bearer(SERVER_VIEW_TOKEN))),
-    ("subprotocol", (protocol("servercontrol.v1", "bearer." + SERVER_RUN_TOKEN[:-1]),)),
-]
-NO_TOKENS = [
-    ("cookie", (f"Cookie: token={SERVER_RUN_TOKEN}; Authorization=Bearer {SERVER_RUN_TOKEN}",)),
-    ("other field", (f"X-Token: {SERVER_RUN_TOKEN}", f"Proxy-Authorization: {SERVER_RUN_TOKEN}")),
-    ("other subprotocol", (protocol("servercontrol.v1", "BEARER." + SERVER_RUN_TOKEN),)),
-]
-
-
 class TestTokens:
     """SPEC 4 where tokens are needed; CASES 16, 44 to 49."""
 
@@ -4873,13 +4674,6 @@ class TestTokens:
                 assert answer.headers["www-authenticate"] == "Bearer"
             check_answers(network_server, 200, OPEN_REQUESTS, host=address)
 
-    @pytest.mark.parametrize("name, fields", WRONG_TOKENS + NO_TOKENS)
-    def test_what_is_no_token_is_401(self, network_server: TokenServer, name: str, fields: Any):
-        with unharmed(network_server):
-            for line, more, body in CLOSED_REQUESTS[:4] + CLOSED_REQUESTS[-2:]:
-                data = make_request(line, *fields, *more, body=body)
-                check_error(ask_from(network_server, fresh_source(), data), 401)
-
     @pytest.mark.parametrize("field", [
         bearer(SERVER_RUN_TOKEN), f"authorization: bearer  {SERVER_RUN_TOKEN}",
         protocol("bearer." + SERVER_RUN_TOKEN),
@@ -4891,11 +4685,9 @@ class TestTokens:
             for line, fields, body in CLOSED_REQUESTS:
                 data = make_request(line, field, *fields, body=body, host=f"{address}:1")
                 statuses.append(ask_from(network_server, "", data, address).status)
-        assert statuses == OPENED
+        assert set(statuses) == {200, 101, 404, 409}  # task 1 has ended
 
     def test_subprotocol_is_echoed_without_token(self, network_server: TokenServer) -> None:
-        from websockets.exceptions import InvalidStatus
-
         for token, role in ((SERVER_RUN_TOKEN, "run"), (SERVER_VIEW_TOKEN, "view")):
             offers = ["servercontrol.v1", "bearer." + token]
             for order in (offers, offers[::-1], ["chat", *offers]):
@@ -4906,11 +4698,6 @@ class TestTokens:
                     hello = receive_events(websocket, is_type("hello"))[-1]
                     assert (hello["role"], hello["auth"]) == (role, True)
                     assert token not in json.dumps(hello)
-        with pytest.raises(InvalidStatus) as refused:
-            network_server.websocket(subprotocols=["servercontrol.v1", "bearer." + "x" * 20])
-        assert refused.value.response.status_code == 401
-        alone = make_request("GET /ws", *UPGRADE_FIELDS, protocol("bearer." + SERVER_RUN_TOKEN))
-        assert "sec-websocket-protocol" not in ask(network_server, alone).headers
 
     def test_view_token_sees_all_and_does_nothing(self, network_server: TokenServer) -> None:
         view = bearer(SERVER_VIEW_TOKEN)
@@ -4919,51 +4706,40 @@ class TestTokens:
         actions = [*CLOSED_REQUESTS[:3], (f"POST /kill?id={task_id}", (), b"")]
         for answer in check_answers(network_server, 403, actions, view):
             assert answer.json()["error"] == "forbidden"
+        asks = make_request("POST /exec", view, "Expect: 100-continue", LENGTH_5)
+        assert network_server.exchange(asks).startswith(b"HTTP/1.1 403 ")
         for path in ("tasks", "tasks?id=1", "logs?id=1&raw", "stats", "stats?history", "info"):
             answer = check_answer(network_server, 200, f"GET /{path}", view)
         assert answer.json()["role"] == "view"
         check_answer(network_server, 404, "GET /nothing", view)
         assert network_server.get("/tasks") == before
-        assert kill_task(network_server, task_id).status == 200
-        network_server.wait_for_end(task_id)
+        network_server.end(task_id)
 
     def test_view_token_gets_every_event(self, network_server: TokenServer) -> None:
         headers = {"Authorization": f"Bearer {SERVER_VIEW_TOKEN}"}
         with network_server.websocket("/ws", additional_headers=headers) as websocket:
             task_id = network_server.start("echo out; exec sleep 300")
             receive_events(websocket, is_type("task_output"))
-            kill = {"type": "task_kill", "task_id": task_id, "ref": 7}
-            websocket.send(json.dumps(kill))
+            websocket.send(json.dumps({"type": "task_kill", "task_id": task_id, "ref": 7}))
             error = receive_events(websocket, is_type("error"))[-1]
             assert (error["code"], error["ref"]) == ("forbidden", 7)
-            seq = network_server.get("/info")["seq"]
-            receive_events(websocket, lambda event: event.get("seq", 0) > seq)
             assert network_server.task(task_id)["state"] == "running"
-            kill_task(network_server, task_id)
-            events = receive_events(websocket, is_complete(task_id))
-            check_stream(events)
+            network_server.end(task_id)
+            check_stream(receive_events(websocket, is_complete(task_id)))
 
     def test_token_in_the_address_is_401_and_nowhere(self, network_server: TokenServer) -> None:
         source = fresh_source()
         with unharmed(network_server):
-            for query in (f"id=1&token={SERVER_VIEW_TOKEN}", f"%74oken={SERVER_RUN_TOKEN}"):
-                for path, fields in (("/tasks", ()), ("/ws", UPGRADE_FIELDS), ("/", ())):
-                    for shown in ((), (bearer(SERVER_RUN_TOKEN),)):
-                        data = make_request(f"GET {path}?{query}", *shown, *fields)
-                        answer = ask_from(network_server, source, data)
-                        check_error(answer, 401)
-                        assert "Bearer" in answer.json()["message"]
-                        assert not [t for t in TOKENS.values() if t in repr(answer)]
+            for path, fields in (("/tasks", [bearer(SERVER_RUN_TOKEN)]), ("/ws", UPGRADE_FIELDS)):
+                for token in TOKENS.values():
+                    data = make_request(f"GET {path}?id=1&token={token}", *fields)
+                    answer = ask_from(network_server, source, data)
+                    check_error(answer, 401)
+                    assert "Bearer" in answer.json()["message"] and token not in repr(answer)
             # It was right: that is no guessing.
             data = make_request("GET /tasks", bearer("x" * 20))
             check_error(ask_from(network_server, source, data), 401)
             check_nowhere(network_server, SERVER_RUN_TOKEN, SERVER_VIEW_TOKEN)
-
-    def test_other_account_needs_the_token(self, network_server: TokenServer) -> None:
-        with unharmed(network_server):
-            ask_as_nobody(network_server, 401, "GET /info")
-            answer = ask_as_nobody(network_server, 200, "GET /info", bearer(SERVER_RUN_TOKEN))
-            assert answer.json()["role"] == "run"
 
     def test_many_wrong_tokens_are_429_and_the_right_one_200(self, network_server: TokenServer):
         source = fresh_source()
@@ -4981,46 +4757,15 @@ class TestTokens:
             assert ask_from(network_server, source, make_request("GET /")).status == 200
             check_error(ask_from(network_server, fresh_source(), wrong), 401)
 
-    def test_wrong_token_is_not_asked_to_go_on(self, network_server: TokenServer) -> None:
-        fields = ("Expect: 100-continue", LENGTH_5)
-        with unharmed(network_server):
-            for wrong in (bearer("x" * 20), "A: b"):
-                data = make_request("POST /exec", wrong, *fields)
-                assert network_server.exchange(data).startswith(b"HTTP/1.1 401 ")
-            view = make_request("POST /exec", bearer(SERVER_VIEW_TOKEN), *fields)
-            assert network_server.exchange(view).startswith(b"HTTP/1.1 403 ")
-        right = (bearer(SERVER_RUN_TOKEN), "Connection: close")
-        data = make_request("POST /exec?wait", *right, *fields)
-        with unharmed(network_server, runs=True), network_server.connect() as connection:
-            connection.sendall(data)
-            assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-            connection.sendall(b"echo 1"[:5])
-            assert AnswerStream(connection).next().status == 200
-
     def test_preflight_of_a_listed_origin_needs_no_token(self, network_server: TokenServer) -> None:
         with unharmed(network_server):
-            for path in ("/exec", "/tasks"):
-                fields = ("Origin: https://one.test", PREFLIGHT_FIELD)
-                answer = check_answer(network_server, 204, f"OPTIONS {path}", *fields)
-                assert answer.headers["access-control-allow-origin"] == "https://one.test"
-                assert "authorization" in answer.headers["access-control-allow-headers"]
-                for origin in ("https://two.test", "null"):
-                    other = (f"Origin: {origin}", PREFLIGHT_FIELD)
-                    answer = check_answer(network_server, 403, f"OPTIONS {path}", *other)
-                    assert "access-control-allow-origin" not in answer.headers
+            fields = ("Origin: https://one.test", PREFLIGHT_FIELD)
+            answer = check_answer(network_server, 204, "OPTIONS /exec", *fields)
+            assert answer.headers["access-control-allow-origin"] == "https://one.test"
+            assert "authorization" in answer.headers["access-control-allow-headers"]
+            check_answer(network_server, 403, "OPTIONS /exec", "Origin: null", PREFLIGHT_FIELD)
             check_answer(network_server, 401, "OPTIONS /exec", fields[0])
             check_answer(network_server, 401, "GET /tasks", *fields)
-
-    def test_keep_alive_asks_for_every_request(self, network_server: TokenServer) -> None:
-        """A token is good for one request, not for the connection."""
-        with unharmed(network_server), network_server.connect() as connection:
-            stream, statuses = AnswerStream(connection), []
-            for fields in (
-                (bearer(SERVER_RUN_TOKEN),), (), (bearer(SERVER_VIEW_TOKEN),), ("A: b",),
-            ):  # fmt: skip
-                connection.sendall(make_request("GET /tasks", *fields))
-                statuses.append(stream.next().status)
-        assert statuses == [200, 401, 200, 401]
 
 
 class TestTokenOptions:
@@ -5029,15 +4774,15 @@ class TestTokenOptions:
     def test_token_on_loopback_counts_before_trust(self, tmp_path: Path) -> None:
         """CASES 46: who shows a token gets its role, a wrong one nothing; nobody falls back."""
         with ServerProcess(tmp_path, env=TOKENS) as server, unharmed(server):
-            for name, fields in WRONG_TOKENS:
-                data = make_request("POST /exec", *fields, body=b"true")
+            wrong = SERVER_RUN_TOKEN[:-1]
+            for field in (bearer(wrong), protocol("servercontrol.v1", f"bearer.{wrong}")):
+                data = make_request("POST /exec", field, body=b"true")
                 check_error(ask_from(server, fresh_source(), data), 401)
             check_answer(server, 403, "POST /exec", bearer(SERVER_VIEW_TOKEN), body=b"true")
             right = bearer(SERVER_RUN_TOKEN)
             for fields in ((), ("Via: 1.1 proxy", right)):
                 assert check_answer(server, 200, "GET /info", *fields).json()["role"] == "run"
             check_answer(server, 200, "GET /info", right, host="evil.test")  # a page has no token
-            check_answer(server, 401, f"GET /tasks?token={SERVER_RUN_TOKEN}")
 
     @pytest.mark.parametrize("loop", loops())
     def test_require_token_asks_our_own_account(self, tmp_path: Path, loop: str) -> None:
@@ -5076,8 +4821,7 @@ class TestTokenOptions:
     @pytest.mark.parametrize("loop", loops())
     def test_tokens_of_the_environment_are_nowhere(self, tmp_path: Path, loop: str) -> None:
         """CASES 49."""
-        out, popen = tmp_path / "out", {"env": TOKENS}
-        with TokenServer(tmp_path, f"--loop={loop}", **popen) as server:
+        with TokenServer(tmp_path, f"--loop={loop}", env=TOKENS) as server:
             shown = server.run("env; set; cat /proc/self/environ | tr '\\0' '\\n'")["output"]
             assert "SERVERCONTROL_TASK_ID" in shown and "TOKEN" not in shown
             assert not [token for token in TOKENS.values() if token in shown]
@@ -5087,19 +4831,11 @@ class TestTokenOptions:
                 events = receive_events(w, is_type("task_complete"))
             assert not [token for token in TOKENS.values() if token in json.dumps(events)]
             check_nowhere(server, SERVER_RUN_TOKEN, SERVER_VIEW_TOKEN)
-        command = ["sh", "-c", f'exec "$@" >{shlex.quote(str(out))} 2>&1', "sh", *server.command]
-        with subprocess.Popen(command, env=server.env) as process:
-            try:
-                wait_until(lambda: out.exists() and "listening" in out.read_text())
-            finally:
-                process.terminate()
-        assert not [token for token in TOKENS.values() if token in out.read_text()]
 
     def test_no_auth_cannot_come_from_the_environment(self, tmp_path: Path) -> None:
-        for value in ("1", "0", "maybe"):
-            with TokenServer(tmp_path, env={"SERVERCONTROL_NO_AUTH": value}) as server:
-                check_answer(server, 401, "GET /tasks")
-                assert server.get("/info")["auth"] is True and not server.log("no_auth")
+        with TokenServer(tmp_path, env={"SERVERCONTROL_NO_AUTH": "1"}) as server:
+            check_answer(server, 401, "GET /tasks")
+            assert server.get("/info")["auth"] is True and not server.log("no_auth")
 
     def test_network_beside_loopback_trusts_on_loopback_alone(self, tmp_path: Path) -> None:
         """The bound socket decides, not the first of the options."""
@@ -5304,34 +5040,22 @@ class TestTls(RunsTasks):
         assert listening["http"] == f"https://127.0.0.1:{tls_server.port}"
         assert listening["ws"] == f"wss://127.0.0.1:{tls_server.ws_port}"
         assert tls_server.get("/info")["tls"] is True
+        host = f"localhost:{tls_server.port}"
+        for scheme, status in (("https", 200), ("http", 403)):
+            check_answer(tls_server, status, "GET /tasks", f"Origin: {scheme}://{host}", host=host)
         with Prober(tls_server.discovery_port) as prober:
             (reply,) = prober.ask()
         assert reply["tls"] is True and reply["port"] == tls_server.port
 
-    @pytest.mark.parametrize(
-        "version, served", [("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)]
-    )
-    def test_versions(self, tls_server: TlsServer, certificates: Any, version: str, served: bool):
+    @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+    def test_versions(self, tls_server: TlsServer, certificates: Any, version: Any) -> None:
         context = certificates[0].context()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the old version
-            context.maximum_version = getattr(ssl.TLSVersion, version)
-            context.minimum_version = getattr(ssl.TLSVersion, version)
-        with contextlib.suppress(ssl.SSLError):
-            context.set_ciphers("ALL:@SECLEVEL=0")  # else our own OpenSSL would refuse 1.1
+        context.minimum_version = context.maximum_version = version
         with tls_server.connect_plain() as plain:
-            try:
-                with context.wrap_socket(plain, server_hostname="localhost") as connection:
-                    told = connection.version()
-                    check_served(connection)
-            except (ssl.SSLError, ConnectionError) as error:
-                told = str(error)
+            with context.wrap_socket(plain, server_hostname="localhost") as connection:
+                check_served(connection)
         own = sc.TlsFiles(str(certificates[0].cert), str(certificates[0].key), mock.Mock()).context
         assert own.minimum_version is ssl.TLSVersion.TLSv1_2  # whatever OpenSSL's own rules are
-        if served:
-            assert told == version.replace("_", ".")
-        else:
-            assert "NO_PROTOCOLS" not in told, told  # our own side would speak it
 
     @pytest.mark.parametrize("data", [
         make_request("GET /tasks"), bytes(range(256)) * 40, b"\x16\x03\x01\xff\xff" + b"x" * 99,
@@ -5365,13 +5089,6 @@ class TestTls(RunsTasks):
                     connection.sendall(right)
                     (answer,) = AnswerStream(connection).rest()
                     assert answer.status == 200
-
-    def test_origin_is_https(self, tls_server: TlsServer) -> None:
-        host = f"localhost:{tls_server.port}"
-        for scheme, more, status in (("https", 0, 200), ("http", 0, 403), ("https", 1, 403)):
-            origin = f"Origin: {scheme}://localhost:{tls_server.port + more}"
-            check_answer(tls_server, status, "GET /tasks", origin, host=host)
-        check_answer(tls_server, 200, "GET /tasks", "Origin: https://localhost:443")
 
     def test_large_output_comes_whole(self, tls_server: TlsServer, certificates: list[Certificate]):
         """Less than is kept: else curl, if it is slow, would be cut off."""
@@ -5407,7 +5124,8 @@ class TestTlsFiles:
             connection.sendall(data)
             return AnswerStream(connection).next().status
 
-        with TlsServer(tmp_path, certificates[0], *options, env=TOKENS) as server:
+        patience = {"HANDSHAKE_SECONDS": 60, "HEAD_SECONDS": 60}
+        with TlsServer(tmp_path, certificates[0], *options, env=TOKENS, **patience) as server:
             with contextlib.ExitStack() as stack:
                 with concurrent.futures.ThreadPoolExecutor(200) as pool:
                     assert list(pool.map(enter, range(200))) == [200] * 200
@@ -5444,15 +5162,11 @@ class TestTlsFiles:
         state = tmp_path / "state"
         state.mkdir()
         for cert, key in [
-            (one.cert, two.key),
-            (one.cert, tmp_path / "missing"),
-            (tmp_path / "missing", one.key),
+            (one.cert, two.key), (one.cert, tmp_path / "missing"), (tmp_path / "missing", one.key),
             (one.cert, tmp_path / "locked"),  # must not ask on the terminal
-            (tmp_path / "empty", one.key),
-            (one.cert, tmp_path / "noise"),
-            (tmp_path, one.key),
+            (tmp_path / "empty", one.key), (one.cert, tmp_path / "noise"), (tmp_path, one.key),
             (one.cert, None),
-        ]:
+        ]:  # fmt: skip
             options = [f"--tls-cert={cert}"] + ([f"--tls-key={key}"] if key else [])
             check_refusal(state, 2, ["--tls-cert", str(cert)], "--port=0", "--ws-port=0", *options)
 
@@ -5513,21 +5227,18 @@ class TestUnixSocket:
                 assert stat.S_IMODE(server.path.lstat().st_mode) == 0o600
                 told = curl("--unix-socket", str(server.path), "http://localhost/info")
                 assert json.loads(told.stdout.decode())["role"] == "run"
-                self.check_rules(server)
+                check_answers(server, 401, CLOSED_REQUESTS, "Via: 1.1 proxy")
+                check_answer(server, 403, "GET /tasks", host="evil.test")
+                check_answer(server, 101, "GET /ws", *UPGRADE_FIELDS)
+                check_answer(server, 401, "GET /tasks", bearer("x" * 20))
+                assert server.log("listening")[0]["unix"] == str(server.path)
                 server.path.chmod(0o666)  # as a careless administrator would
                 ask_as_nobody(server, 401, "GET /info")
+                refused = read_audit(state_file(server, "audit.log"), "refused")[-1]
+                assert (refused["by"], refused["request"]) == (f"unix - uid={NOBODY}", "GET /info")
                 answer = ask_as_nobody(server, 200, "GET /info", bearer(SERVER_VIEW_TOKEN))
                 assert answer.json()["role"] == "view"
             assert not server.path.exists()
-
-    @staticmethod
-    def check_rules(server: UnixServer) -> None:
-        check_answers(server, 401, CLOSED_REQUESTS, "Via: 1.1 proxy")
-        check_answers(server, 403, CLOSED_REQUESTS, host="evil.test")
-        check_answer(server, 101, "GET /ws", *UPGRADE_FIELDS)
-        check_answer(server, 401, "GET /tasks", bearer("x" * 20))
-        check_answer(server, 403, "GET /tasks", "Origin: http://evil.test")
-        assert server.log("listening")[0]["unix"] == str(server.path)
 
     @pytest.mark.parametrize("loop", loops())
     def test_network_bind_leaves_it_trusted(self, tmp_path: Path, loop: str) -> None:
@@ -5536,17 +5247,6 @@ class TestUnixSocket:
             assert server.run("echo here")["output"] == "here\n"
             check_error(ask_from(server, "", make_request("GET /tasks")), 401)
             assert server.get("/tasks")[0]["by"] == f"unix run uid={os.geteuid()}"
-
-    def test_require_token_asks_there_too(self, tmp_path: Path) -> None:
-        with UnixServer(tmp_path, "--require-token", env=TOKENS) as server:
-            check_answer(server, 401, "POST /exec", body=b"true")
-            server.fields = (bearer(SERVER_RUN_TOKEN),)
-            assert server.get("/tasks") == []
-
-    def test_no_auth_needs_nothing_there(self, tmp_path: Path) -> None:
-        with UnixServer(tmp_path, "--no-auth") as server:
-            assert server.get("/info")["role"] == "run"
-            check_answer(server, 403, "GET /tasks", host="evil.test")
 
     def test_file_of_a_killed_server_is_replaced(self, tmp_path: Path) -> None:
         with UnixServer(tmp_path) as server:
@@ -5583,7 +5283,7 @@ class TestUnixSocket:
 # Strangers ────────────────────────────────────────────────────────────────────────────────────
 
 
-CROWDED_GRACE_SECONDS = 3.0
+CROWDED_GRACE_SECONDS = 5.0
 
 
 @pytest.fixture(scope="class", params=[*loops(), *(f"{loop} no-auth" for loop in loops())])
@@ -5591,11 +5291,9 @@ def crowded_server(request: Any, tmp_path_factory: Any) -> Iterator[ServerProces
     """A server on the network, on either loop, with tokens and with --no-auth; of less patience."""
     state = tmp_path_factory.mktemp("crowd")
     loop, _, no_auth = request.param.partition(" ")
-    kind: Any = TokenServer
-    options = [f"--loop={loop}"]
-    if no_auth:
-        kind, options = ServerProcess, [*options, NETWORK_BIND, "--no-auth"]
-    with kind(state, *options, NEWCOMER_GRACE_SECONDS=CROWDED_GRACE_SECONDS) as server:
+    kind, *options = (ServerProcess, NETWORK_BIND, "--no-auth") if no_auth else (TokenServer,)
+    grace = {"NEWCOMER_GRACE_SECONDS": CROWDED_GRACE_SECONDS}
+    with kind(state, f"--loop={loop}", *options, **grace) as server:
         server.get("/health")
         yield server
 
@@ -5647,19 +5345,6 @@ class TestStrangers:
                     peer.send(requests)
             for _ in range(3):
                 assert crowded_server.run("echo in")["output"] == "in\n"
-
-    def test_many_wrong_tokens_keep_nobody_out(self, crowded_server: ServerProcess) -> None:
-        source, wrong = fresh_source(), make_request("GET /tasks", bearer("x" * 20))
-        address = ("127.0.0.1", crowded_server.port)
-        statuses: list[int] = []
-        for _ in range(10):
-            with socket.create_connection(address, PATIENCE_SECONDS, (source, 0)) as peer:
-                peer.sendall(wrong * 100)
-                assert crowded_server.run("echo in")["output"] == "in\n"
-                peer.shutdown(socket.SHUT_WR)
-                statuses += [answer.status for answer in AnswerStream(peer).rest()]
-        needs_token = crowded_server.get("/info")["auth"]
-        assert statuses == ([401] * 10 + [429] * 990 if needs_token else [200] * 1000)
 
     def test_burst_of_token_holders_gets_in(self, crowded_server: ServerProcess) -> None:
         data = make_request("GET /info", bearer(SERVER_RUN_TOKEN))
@@ -5914,16 +5599,14 @@ class TestLimits:
                 check_error(server.request("POST", path, b"true"), 429)
             assert [task["task_id"] for task in server.get("/tasks")] == [first, second]
             server.end(first)
-            third = server.start("exec sleep 300")
-            for task_id in (second, third):
-                server.end(task_id)
+            server.end(server.start("exec sleep 300"))
+            server.end(second)
 
     def test_no_exec_runs_types_and_kills_nothing(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--no-exec") as server:
             with unharmed(server):
                 for path in ("/exec", "/exec?wait", "/exec?follow"):
                     check_error(server.request("POST", path, b"true"), 403)
-                    check_error(server.request("POST", path, RUN_TRUE, Content_Type=JSON_TYPE), 403)
                 assert server.request("POST", "/kill?id=1").status in (403, 404)
                 answer = server.request("POST", "/stdin?id=1", b"x")
                 assert answer.json()["error"] == "exec_disabled"
@@ -5938,19 +5621,6 @@ class TestLimits:
                     assert code == "exec_disabled" or (code, kind) == ("unknown_task", "task_kill")
             refused = read_audit(state_file(server, "audit.log"), "refused")
         assert (refused[0]["reason"], refused[0]["request"]) == ("exec_disabled", "POST /exec")
-
-    def test_output_above_the_limit_loses_its_beginning(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--keep-output=1000") as server, unharmed(server, runs=True):
-            told = server.run("printf '€%.0s' $(seq 1000); printf ab")
-            assert told["truncated"] is True and told["output"] == "€" * 332 + "ab"
-            logs = server.get(f"/logs?id={told['task_id']}")
-            assert logs["logs"] == told["output"] and logs["dropped"] == logs["offset"] == 2004
-            assert logs["next_offset"] == 3002 == server.task(told["task_id"])["output_bytes"]
-            later = server.get(f"/logs?id={told['task_id']}&offset=3000")
-            assert (later["logs"], later["offset"], later["dropped"]) == ("ab", 3000, 2004)
-            raw = server.request("GET", f"/logs?id={told['task_id']}&raw&offset=0")
-            assert raw.body.decode() == told["output"]
-            assert server.run("printf %01000d 0")["truncated"] is False
 
     def test_finished_tasks_above_the_limit_are_forgotten(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--keep-tasks=2") as server, unharmed(server, runs=True):
@@ -6153,7 +5823,7 @@ def server_with_output(state: Path, redirect: str, *options: str, **popen: Any) 
         server.process.wait()
 
 
-class OnTerminal:
+class OnTerminal(contextlib.AbstractContextManager):
     """A program at a terminal of its own, as a person starts it."""
 
     def __init__(self, command: list[str], env: Any, cols: int, rows: int, **popen: Any) -> None:
@@ -6165,9 +5835,6 @@ class OnTerminal:
         options["preexec_fn"] = lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0)
         options = {"start_new_session": True, **options, **popen}
         self.process = subprocess.Popen(command, env={**os.environ, **env}, **options)
-
-    def __enter__(self) -> Any:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
@@ -6341,15 +6008,19 @@ class TestTaskProcess:
         assert [(event["offset"], event["output"]) for event in mine[1:3]] == [(0, "a"), (1, "éb")]
         assert mine[3]["output_bytes"] == 4
 
-    def test_background_child_neither_delays_nor_breaks(self, server, gate, tmp_path: Path):
+    @pytest.mark.parametrize("tty", [False, True], ids=["pipe", "terminal"])
+    def test_background_child_neither_delays_nor_breaks(self, server, gate, tmp_path, tty: bool):
         """CASES 53; asyncio's own wait() hangs here on 3.11 to 3.13."""
-        marker = tmp_path / "marker"
-        late = f"{gate.wait}; seq 20000; echo late && echo alive > '{marker}'"
-        answer = server.run(f"({late}) & echo hi; exit 7")
-        assert (answer["exit_code"], answer["output"]) == (7, "hi\n")
+        marker, armed = tmp_path / "marker", tmp_path / "armed"
+        # Whoever does not ignore HUP ends with the terminal's leader, here as anywhere.
+        late = f"trap '' HUP; : >{armed}; {gate.wait}; seq 20000; echo late"
+        late += f"{';' if tty else ' &&'} echo alive >{marker}"
+        wait = f"while ! test -e {armed}; do sleep 0.01; done"
+        answer = server.run(f"({late}) & {wait}; echo hi; exit 7", tty=tty)
+        assert (answer["exit_code"], answer["output"].split()) == (7, ["hi"])
         gate.open()
         wait_until(lambda: marker.exists() and marker.read_text())
-        assert server.get(f"/logs?id={answer['task_id']}")["logs"] == "hi\n"
+        assert server.get(f"/logs?id={answer['task_id']}")["logs"] == answer["output"]
 
     @parametrize_rows("fields, status, code", [
         ("no such folder", {"cwd": "/nonexistent-folder"}, 400, "bad_cwd"),
@@ -6371,19 +6042,6 @@ class TestTaskProcess:
         assert (logs["dropped"], logs["next_offset"]) == (size - 8 * sc.MIB, size)
         assert logs["logs"] == "x" * 8 * sc.MIB
         assert server.resident_kib() - before < 100 * 1024
-
-    def test_task_outlives_its_viewers(self, server: Any, gate: Gate) -> None:
-        body = f"echo one; {gate.wait}; echo two".encode()
-        with server.connect() as follower:
-            follower.sendall(post(line="POST /exec?follow", body=body))
-            received = b""
-            while b"one" not in received:
-                received += follower.recv(65536)
-        (task_id,) = re.findall(r"(?i)x-task-id: (\d+)", received.decode())
-        assert server.task(task_id)["state"] == "running"
-        gate.open()
-        assert server.wait_for_end(task_id)["exit_code"] == 0
-        assert server.get(f"/logs?id={task_id}")["logs"] == "one\ntwo\n"
 
 
 @pytest.mark.usefixtures("tidy")
@@ -6434,6 +6092,9 @@ class TestTaskStop:
     def test_kill_sends_the_named_signal(self, server: Any, name: str) -> None:
         trap = "trap 'echo caught; exit 9' USR1; echo ready; while :; do sleep 0.02; done"
         task_id, _ = start_ready(server, trap)
+        for unknown in ("NOPE", "", "9", "TERM%00"):
+            check_error(kill_task(server, task_id, unknown), 400)
+        assert server.task(task_id)["state"] == "running"
         assert kill_task(server, task_id, name).status == 200
         task = server.wait_for_end(task_id)
         assert (task["state"], task["exit_code"], task["signal"]) == ("killed", 9, None)
@@ -6460,7 +6121,7 @@ class TestTaskStop:
         assert [e["state"] for e in events if is_complete(task_id)(e)] == ["killed"]
 
 
-class Typist:
+class Typist(contextlib.AbstractContextManager):
     """Somebody who watches one task and types into it over the same WebSocket."""
 
     def __init__(self, server: ServerProcess, command: str, **fields: Any) -> None:
@@ -6471,9 +6132,6 @@ class Typist:
         self.text = ""
         self.end: dict[str, Any] | None = None
         self.errors: list[str] = []
-
-    def __enter__(self) -> Typist:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         if self.end is None:
@@ -6577,7 +6235,7 @@ class TestTaskWindow:
             read = threading.Thread(target=fast.read)
             read.start()
             assert self.wait_for_pause(server, task_id) < 100_000 + self.ON_THE_WAY
-            kill_task(server, task_id)
+            assert server.end(task_id)["state"] == "killed"  # which waits for no reader
             read.join()
 
     @in_loop
@@ -6596,13 +6254,6 @@ class TestTaskWindow:
         assert "read" not in task.timers
         asyncio.get_running_loop().remove_reader(task.fd)
         sc.close_fds((task.fd, other_end))
-
-    @pytest.mark.usefixtures("tidy")
-    def test_kill_does_not_wait(self, server: ServerProcess) -> None:
-        task_id = server.start("yes", window=1)
-        self.wait_for_pause(server, task_id)
-        assert kill_task(server, task_id).status == 200
-        assert server.wait_for_end(task_id)["state"] == "killed"
 
     def test_outlives_its_readers(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, WINDOW_SECONDS=0.5) as server:
@@ -6745,9 +6396,10 @@ class TestTerminal:
         for _ in range(3):
             answer = server.run("seq 1 100000", tty=True)
             assert (answer["output"], answer["exit_code"]) == (expected, 0)
-        for number in range(30):
-            answer = server.run(f"echo {number}; exit {number}", tty=True)
-            assert answer["output"] == f"{number}\r\n"
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            answers = pool.map(lambda n: server.run(f"echo {n}; exit {n}", tty=True), range(60))
+            outputs = [answer["output"] for answer in answers]
+        assert outputs == [f"{number}\r\n" for number in range(60)]
 
     def test_keys_do_what_they_do_in_a_terminal(self, server: ServerProcess) -> None:
         with Typist(server, "trap 'echo got INT' INT; cat; cat; echo end", tty=True) as typist:
@@ -6831,42 +6483,6 @@ class TestTerminal:
             assert server.request("POST", f"/stdin?id={typist.task_id}&eof").status == 200
             typist.wait_for("end\r\n")
 
-    def test_job_control_of_a_shell(self, server: ServerProcess) -> None:
-        env = {"PS1": "$ ", "HOME": "/nonexistent"}
-        with Typist(server, "exec bash --norc -i", tty=True, env=env) as typist:
-            typist.type("sleep 61\n")
-            typist.wait_for("sleep 61")
-            status = Path(f"/proc/{server.task(typist.task_id)['pid']}/stat")
-
-            def has_sleep_the_terminal() -> bool:
-                """And no more bash before it becomes `sleep`, which ignores ^Z."""
-                group = status.read_text().rpartition(")")[2].split()[5]  # the terminal's: proc(5)
-                return Path(f"/proc/{group}/comm").read_text() == "sleep\n"
-
-            wait_until(has_sleep_the_terminal)
-            typist.type("\x1a")
-            typist.wait_for("Stopped")
-            typist.type("bg; jobs\n")
-            typist.wait_for("Running")
-            typist.type("fg\n")
-            typist.wait_for("fg\r\n.*sleep 61")
-            wait_until(has_sleep_the_terminal)
-            typist.type("\x03")
-            typist.wait_for(r"\^C")
-            typist.type("echo $?; exit 3\n")
-            typist.wait_for("130\r\n")
-            assert typist.wait_for_end()["exit_code"] == 3
-
-    def test_password_is_not_echoed(self, server: ServerProcess) -> None:
-        command = "stty -echo; echo ready; read -r word; stty echo; echo got ${#word}"
-        with Typist(server, command, tty=True) as typist:
-            typist.wait_for("ready\r\n")
-            typist.type("s3cret\n")
-            typist.wait_for_end()
-            assert typist.text == "got 6\r\n"
-            log = server.get(f"/logs?id={typist.task_id}")["logs"]
-            assert "s3cret" not in log + "".join(server.stderr)
-
     def test_new_size_arrives(self, server: ServerProcess) -> None:
         trap = "trap 'stty size' WINCH; echo ready; while :; do sleep 0.02; done"
         with Typist(server, trap, tty=True) as typist:
@@ -6881,27 +6497,9 @@ class TestTerminal:
             for rows in ("", "0", "10000", "1.0", "x"):
                 check_error(server.request("POST", path + rows), 400)
 
-    @parametrize_rows("program, begin, keys", [
-        ("vim", "vim -u NONE -n file", "second line", ["ihello\x1b", ":wq\r"]),
-        ("less", "LESSOPEN= less file", "second line", ["/line\r", "q"]),
-        ("top", "top -d 0.2", "PID", ["q"]),
-    ])  # fmt: skip
-    def test_full_screen_program(self, server, tmp_path: Path, program: str, begin: str, keys):
-        if shutil.which(re.sub("[A-Z]+= ", "", program).split()[0]) is None:
-            pytest.skip(f"{program.split()[0]} is not installed")
-        file = tmp_path / "file"
-        file.write_text("first line\nsecond line\n")
-        with Typist(server, program, tty=True, cwd=str(tmp_path)) as typist:
-            typist.wait_for(begin)
-            for key in keys:
-                typist.type(key)
-            assert typist.wait_for_end()["exit_code"] == 0
-        if "vim" in program:
-            assert file.read_text() == "hellofirst line\nsecond line\n"
-
     def test_kill_hangs_up(self, server: ServerProcess) -> None:
         with Typist(server, "exec bash --norc -i", tty=True) as typist:
-            typist.wait_for(r"[$#]")
+            assert "no job control" not in typist.wait_for(r"[$#]").string
             typist.type("sleep 62 & sleep 63\n")
             pid = server.task(typist.task_id)["pid"]
 
@@ -6929,27 +6527,10 @@ class TestTerminal:
             assert kill_task(server, typist.task_id).status == 200
             assert typist.wait_for_end()["signal"] == "HUP"
 
-    def test_background_child_neither_delays_nor_breaks(self, server, gate, tmp_path: Path):
-        out, armed = tmp_path / "out", tmp_path / "armed"
-        # Whoever does not ignore HUP ends with the terminal's leader, here as anywhere.
-        child = f"trap '' HUP; : >{armed}; {gate.wait}; echo late; echo written >{out}"
-        command = f"({child}) & while ! test -e {armed}; do sleep 0.01; done; echo hi"
-        answer = server.run(command, tty=True)
-        assert answer["output"] == "hi\r\n"
-        gate.open()
-        assert wait_until(lambda: out.exists() and out.read_text()) == "written\n"
-        assert "late" not in server.get(f"/logs?id={answer['task_id']}")["logs"]
-
     def test_terminal_that_is_left_for_a_while(self, server: ServerProcess) -> None:
         command = "exec 3</dev/null; exec <&3 >&3 2>&3; sleep 0.5; echo back >/dev/tty; exit 4"
         answer = server.run(command, tty=True)
         assert (answer["output"], answer["exit_code"]) == ("back\r\n", 4)
-
-    def test_many_terminals_at_once(self, server: ServerProcess) -> None:
-        with concurrent.futures.ThreadPoolExecutor(20) as pool:
-            answers = list(pool.map(lambda n: server.run(f"seq 1 {n}", tty=True), range(1, 61)))
-        for number, answer in enumerate(answers, 1):
-            assert answer["output"] == "".join(f"{n}\r\n" for n in range(1, number + 1))
 
 
 class TestTaskLimits:
@@ -7061,35 +6642,9 @@ setattr(owner, name, fail_when_told(getattr(owner, name)))
             assert server.run("echo after", tty=tty)["output"].strip() == "after"
             server.check = kind != "MEMORY"  # that one is a bug's way, and is logged as such
 
-    def test_full_disk_stops_no_task(self, tmp_path: Path) -> None:
-        flag = tmp_path / "flag"
-        code = self.CODE.format(owner="os", name="pwrite")
-        code += "write, full = os.write, fail_when_told(os.write)\n"
-        code += "os.write = lambda fd, data: (write if fd < 3 else full)(fd, data)\n"
-        with ServerProcess(tmp_path, code=code, env={"FLAG": str(flag)}) as server:
-            ids = [int(server.run("true")["task_id"])]
-            flag.write_text("ENOSPC")
-            ids += [int(server.run(f"exit {n}")["task_id"]) for n in range(5)]
-            assert server.get("/info")["audit_errors"] == 10
-            flag.unlink()
-            ids.append(int(server.run("true")["task_id"]))
-            assert sorted(set(ids)) == ids
-            assert server.get("/info")["audit_errors"] == 10
-
 
 class TestState:
     """SPEC 1, 5: the state folder, and ids that rise for ever."""
-
-    @pytest.mark.parametrize("is_there", [False, True], ids=["new", "open to others"])
-    def test_folder_is_private_whatever_the_umask(self, tmp_path: Path, is_there: bool) -> None:
-        folder = tmp_path / "new" / "servercontrol"
-        if is_there:
-            folder.mkdir(mode=0o755, parents=True)
-        with ServerProcess(tmp_path / "new", preexec_fn=lambda: os.umask(0)) as server:
-            server.run("true")
-            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert modes and set(modes.values()) == {0o600}, modes
 
     def test_folder_without_xdg_is_in_the_home(self, tmp_path: Path) -> None:
         env = {"HOME": str(tmp_path), "XDG_STATE_HOME": "relative/is/ignored"}
@@ -7134,17 +6689,18 @@ class TestState:
         path.mkdir()  # as if descriptors were used up
         taken.append(int(ids.take()))
         path.rmdir()
+        with mock.patch.object(sc.os, "pwrite", side_effect=OSError(errno.ENOSPC, "full")):
+            taken.append(int(ids.take()))
         taken += [int(ids.take()), int(sc.TaskIds(str(tmp_path), sc.Log("json", "error")).take())]
         assert taken == sorted(set(taken)) and taken[:3] == [1, 2, 3], taken
 
     @pytest.mark.parametrize("damage", ["x", "-5\n", "1\0", "9" * 30])
     def test_damaged_id_file_is_no_way_back(self, tmp_path: Path, damage: str) -> None:
-        ids = []
-        for _ in range(3):
-            with ServerProcess(tmp_path) as server:
-                ids.append(int(server.run("true")["task_id"]))
-            if len(ids) == 1:
-                (tmp_path / "servercontrol" / "last-task-id").write_text(damage)
+        log = sc.Log("json", "error")
+        ids = [int(sc.TaskIds(str(tmp_path), log).take())]
+        (tmp_path / "last-task-id").write_text(damage)
+        with mock.patch.object(sc.time, "time", itertools.count(2e9).__next__):
+            ids += [int(sc.TaskIds(str(tmp_path), log).take()) for _ in range(2)]
         assert sorted(set(ids)) == ids
 
     @parametrize_rows("command", [
@@ -7170,13 +6726,18 @@ class TestTokenFiles:
     def read_tokens(state: Path) -> list[str]:
         return [(state / "servercontrol" / name).read_text() for name in ("token", "view-token")]
 
-    @pytest.mark.parametrize("umask", [0, 0o777])
-    def test_first_start_makes_both_whatever_the_umask(self, tmp_path: Path, umask: int) -> None:
+    @pytest.mark.parametrize("umask, is_there", [(0, False), (0, True), (0o777, False)])
+    def test_first_start_makes_private_files(self, tmp_path: Path, umask: int, is_there: bool):
+        folder = tmp_path / "servercontrol"
+        if is_there:
+            folder.mkdir(mode=0o755)
         with ServerProcess(tmp_path, preexec_fn=lambda: os.umask(umask)) as server:
-            folder = tmp_path / "servercontrol"
+            server.run("true")
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            files = {path.name: path.stat() for path in folder.iterdir()}
+            assert not [name for name, one in files.items() if one.st_mode & 0o177]
             for name in ("token", "view-token"):
-                status = (folder / name).stat()
-                assert (stat.S_IMODE(status.st_mode), status.st_nlink) == (0o600, 1)
+                assert (stat.S_IMODE(files[name].st_mode), files[name].st_nlink) == (0o600, 1)
             run, view = self.read_tokens(tmp_path)
             assert run != view and re.fullmatch(r"[\w-]{43}\n", run, re.ASCII)
             for token, role in ((run, "run"), (view, "view")):
@@ -7189,18 +6750,6 @@ class TestTokenFiles:
             shown = f"umask; ls {shlex.quote(str(folder))}"
             output = server.run(shown)["output"]
             assert output.startswith(f"{umask:04o}\n")  # the task's is as it was
-
-    def test_instances_that_start_at_once_agree(self, tmp_path: Path) -> None:
-        with contextlib.ExitStack() as stack:
-            servers = [ServerProcess(tmp_path, NETWORK_BIND, "--no-discovery") for _ in range(3)]
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                list(pool.map(stack.enter_context, servers))
-            for token, role in zip(self.read_tokens(tmp_path), ("run", "view")):
-                for server in servers:
-                    answer = ask(server, make_request("GET /info", bearer(token.strip())))
-                    assert answer.json()["role"] == role
-            names = {path.name for path in (tmp_path / "servercontrol").iterdir()}
-            assert {name for name in names if "token" in name} == {"token", "view-token"}
 
     @parametrize_rows("becomes", [
         *((mode, f"chmod {mode} $0") for mode in ("644", "640", "610", "601")),
@@ -7224,18 +6773,12 @@ class TestTokenFiles:
             os.replace(path, folder / name)
             check_refusal(state, 2, [str(folder / name), "chmod 600"], *ANY_PORTS)
 
-    def test_one_token_for_both_roles_is_refused(self, tmp_path: Path) -> None:
-        same = dict.fromkeys(TOKENS, SERVER_RUN_TOKEN)
-        check_refusal(tmp_path, 2, ["both roles"], *ANY_PORTS, **same)
-
     def test_network_bind_without_a_place_for_tokens_is_refused(self, tmp_path: Path) -> None:
         """Else nobody could get in, or everybody."""
         (tmp_path / "servercontrol").write_text("no folder")
         for option in (NETWORK_BIND, "--require-token"):
             options = (option, *ANY_PORTS, "--log-level=error")
             check_refusal(tmp_path, 2, ["--token-file"], *options, files=("servercontrol",))
-        with ServerProcess(tmp_path) as server:
-            assert server.run("echo local")["output"] == "local\n"
 
     @pytest.mark.parametrize("option", [NETWORK_BIND, "--require-token", "--no-discovery"])
     def test_terminal_shows_the_token_where_it_is_needed(self, tmp_path: Path, option: str) -> None:
@@ -7244,23 +6787,17 @@ class TestTokenFiles:
             run, view = (token.strip() for token in self.read_tokens(tmp_path))
             host = socket.gethostname() if option == NETWORK_BIND else "127.0.0.1"
             link = f"http://{host}:{terminal.port}/#token={run}\r\n"
-            if option == "--no-discovery":
-                assert run not in terminal.text
-            else:
-                assert link in terminal.text
-            assert view not in terminal.text
             log, banner = terminal.text.split("\r\nServerControl ")
+            if option == "--no-discovery":
+                ws_url = terminal.read_until(r'"ws":"(ws://127\.0\.0\.1:\d+)"').group(1)
+                url = f"http://127.0.0.1:{terminal.port}"
+                for part in (f"{url}/\r\n", f"{url}/exec", "curl -d", ws_url, "this account"):
+                    assert part in banner
+                assert run not in banner
+            else:
+                assert link in banner
+            assert view not in terminal.text
             assert run not in log  # nor in the log on the same terminal
-
-    def test_redirected_output_shows_no_token(self, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        options = (NETWORK_BIND, "--log-level=debug", "--no-discovery")
-        with server_with_output(tmp_path, f">'{out}' 2>&1", *options):
-            wait_until(lambda: "listening" in out.read_text())
-            tokens = self.read_tokens(tmp_path)
-        text = out.read_text()
-        assert str(tmp_path / "servercontrol" / "token") in text
-        assert not [token for token in tokens if token.strip() in text]
 
 
 # Audit log ───────────────────────────────────────────────────────────────────────────────────
@@ -7274,16 +6811,9 @@ def hash_text(line: bytes) -> str:
 
 def verify(*files: Path) -> tuple[int, str]:
     """Return the exit status of verify-audit and what it prints."""
-    with tempfile.TemporaryFile() as out:
-        before = os.dup(1)
-        os.dup2(out.fileno(), 1)
-        try:
-            status = sc.verify_audit([str(file) for file in files], {})
-        finally:
-            os.dup2(before, 1)
-            os.close(before)
-        out.seek(0)
-        return status, out.read().decode()
+    with mock.patch.object(sc, "write_output") as write:
+        status = sc.verify_audit([str(file) for file in files], {})
+    return status, b"".join(call.args[0] for call in write.mock_calls).decode()
 
 
 def write_chain(path: Path, count: int, start: int = 1) -> list[bytes]:
@@ -7310,11 +6840,15 @@ class TestAuditChain:
     def test_long_line_is_hashed_whole(self, tmp_path: Path) -> None:
         """Also where somebody else goes on from it, who reads the end of the file alone."""
         path = tmp_path / "audit.log"
-        for size in (sc.READ_CHUNK_BYTES - 200, sc.READ_CHUNK_BYTES, 300_000):
+        controls = '\x01\x1b[2J\r\n\t\x7f\x9b\u2028\x85é€😀"\\' * 3000
+        sizes = (sc.READ_CHUNK_BYTES - 200, sc.READ_CHUNK_BYTES, 300_000)
+        commands = [*("x" * size for size in sizes), controls]
+        for command in commands:
             audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
-            audit.write("task_start", task_id="1", command="x" * size)
+            audit.write("task_start", task_id="1", command=command)
+        assert [record["command"] for record in read_audit(path)] == commands
         write_chain(path, 1)
-        assert verify(path) == (0, f"{path}: 4 lines; the chain holds\n")
+        assert verify(path) == (0, f"{path}: 5 lines; the chain holds\n")
 
     @parametrize_rows("damage, number", [
         ("nothing", lambda lines: lines, None),
@@ -7356,6 +6890,8 @@ class TestAuditChain:
         path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
         audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
         for rotated in (older, old, path):
+            if rotated is path:  # and a restart between
+                audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
             for number in range(3):
                 audit.write("task_start", task_id=str(number))
             if rotated is not path:
@@ -7401,6 +6937,26 @@ class TestAuditChain:
         assert status == 0 and told.count("is not a whole record") == 3
         assert f"{path}: line 3 is not" in told
 
+    @pytest.mark.parametrize("written", [0, 20])
+    def test_full_disk_breaks_nothing(self, tmp_path: Path, written: int) -> None:
+        path, log, write = tmp_path / "audit.log", mock.Mock(), os.write
+
+        def fill(fd: int, data: bytes) -> int:
+            if written:
+                return write(fd, data[:written])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        audit = sc.AuditLog(str(path), "b" * 16, log)
+        audit.write("task_start", task_id="1")
+        with mock.patch.object(sc.os, "write", fill):
+            for _ in range(3):
+                audit.write("task_start", task_id="2")
+        audit.write("task_start", task_id="3")
+        assert audit.errors == 3 and "No space" in str(log.mock_calls)
+        status, told = verify(path)
+        assert status == 0 and ("not a whole record" in told) is bool(written), told
+        assert path.read_bytes().endswith(b"\n")
+
     def test_exit_statuses(self, tmp_path: Path) -> None:
         path = tmp_path / "servercontrol" / "audit.log"
         path.parent.mkdir()
@@ -7424,15 +6980,10 @@ class TestAuditLog:
 
     COMMON = {"time", "event", "host", "boot_id", "prev"}
     FIELDS = {
-        "start": {"pid", "version", "http", "ws", "discovery", "unix"},
-        "task_start": {"task_id", "command", "cwd", "by", "pid"},
-        "task_complete": {
-            *("task_id", "exit_code", "signal", "state", "killed_by", "duration_ms", "output_bytes")
-        },
-        "task_kill": {"task_id", "signal", "by"},
-        "refused": {"by", "reason", "request"},
-        "stop": {"reason"},
-    }
+        "start": "pid version http ws discovery unix", "task_start": "task_id command cwd by pid",
+        "task_complete": "task_id exit_code signal state killed_by duration_ms output_bytes",
+        "task_kill": "task_id signal by", "refused": "by reason request", "stop": "reason",
+    }  # fmt: skip
 
     @pytest.mark.parametrize("loop", loops())
     def test_who_did_what_is_written_down(self, tmp_path: Path, loop: str) -> None:
@@ -7451,11 +7002,29 @@ class TestAuditLog:
         assert [records[0]["event"], records[-1]["event"]] == ["start", "stop"]
         assert records[-1]["reason"] == "SIGTERM"
         for record in records:
-            assert set(record) == self.COMMON | self.FIELDS[record["event"]]
+            assert set(record) == self.COMMON | {*self.FIELDS[record["event"]].split()}
             assert (record["boot_id"], record["host"]) == (boot_id, socket.gethostname())
             assert re.fullmatch(TestLogging.TIME, record["time"])
-        self.check_tasks(records, done, first, second)
-        self.check_refusals([r for r in records if r["event"] == "refused"])
+        uid = os.geteuid()
+        by_run = re.compile(rf"127\.0\.0\.1:\d+ run uid={uid}")
+        starts = [r for r in records if r["event"] == "task_start"]
+        assert [r["command"] for r in starts] == ["exit 3", "exec sleep 300", "exec sleep 300"]
+        assert all(by_run.fullmatch(r["by"]) and r["cwd"] == os.getcwd() for r in starts)
+        kills = [r for r in records if r["event"] == "task_kill"]
+        assert [(r["task_id"], r["signal"]) for r in kills] == [(first, "INT"), (second, "TERM")]
+        assert all(by_run.fullmatch(r["by"]) for r in kills)
+        ends = {r["task_id"]: r for r in records if r["event"] == "task_complete"}
+        assert (ends[done]["exit_code"], ends[done]["state"]) == (3, "done")
+        assert (ends[first]["signal"], ends[first]["state"]) == ("INT", "killed")
+        assert (ends[second]["exit_code"], ends[second]["signal"]) == (143, "TERM")
+        refused = [r for r in records if r["event"] == "refused"]
+        assert [(r["reason"], r["request"], r["by"].split(None, 1)[1]) for r in refused] == [
+            ("unauthorized", "GET /tasks", f"- uid={uid}"),
+            ("wrong_token", "GET /tasks", f"- uid={uid}"),
+            ("forbidden", "POST /exec", f"view uid={uid}"),
+            ("wrong_token", "GET /ws", f"- uid={uid}"),
+            ("forbidden", "task_kill", f"view uid={uid}"),
+        ]
         assert verify(tmp_path / "servercontrol" / "audit.log")[0] == 0
 
     @staticmethod
@@ -7474,39 +7043,6 @@ class TestAuditLog:
         with server.websocket(additional_headers=headers) as websocket:
             websocket.send('{"type":"task_kill","task_id":"1"}')
             receive_events(websocket, is_type("error"))
-
-    @staticmethod
-    def check_tasks(records: list[dict[str, Any]], done: str, first: str, second: str) -> None:
-        uid = os.geteuid()
-        by_run = re.compile(rf"127\.0\.0\.1:\d+ run uid={uid}")
-        starts = [r for r in records if r["event"] == "task_start"]
-        assert [r["command"] for r in starts] == ["exit 3", "exec sleep 300", "exec sleep 300"]
-        assert all(by_run.fullmatch(r["by"]) and r["cwd"] == os.getcwd() for r in starts)
-        kills = [r for r in records if r["event"] == "task_kill"]
-        assert [(r["task_id"], r["signal"]) for r in kills] == [(first, "INT"), (second, "TERM")]
-        assert all(by_run.fullmatch(r["by"]) for r in kills)
-        ends = {r["task_id"]: r for r in records if r["event"] == "task_complete"}
-        assert (ends[done]["exit_code"], ends[done]["state"]) == (3, "done")
-        assert (ends[first]["signal"], ends[first]["state"]) == ("INT", "killed")
-        assert (ends[second]["exit_code"], ends[second]["signal"]) == (143, "TERM")
-
-    @staticmethod
-    def check_refusals(refused: list[dict[str, Any]]) -> None:
-        uid = os.geteuid()
-        told = [(r["reason"], r["request"], r["by"].split(None, 1)[1]) for r in refused]
-        assert told == [
-            ("unauthorized", "GET /tasks", f"- uid={uid}"),
-            ("wrong_token", "GET /tasks", f"- uid={uid}"),
-            ("forbidden", "POST /exec", f"view uid={uid}"),
-            ("wrong_token", "GET /ws", f"- uid={uid}"),
-            ("forbidden", "task_kill", f"view uid={uid}"),
-        ]
-
-    def test_other_account_is_named(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as server:
-            ask_as_nobody(server, 401, "POST /exec", body=b"true")
-            (record,) = read_audit(state_file(server, "audit.log"), "refused")
-        assert record["by"].endswith(f" - uid={NOBODY}") and record["request"] == "POST /exec"
 
     def test_place_of_the_log(self, tmp_path: Path) -> None:
         path, standard = tmp_path / "my.log", tmp_path / "servercontrol" / "audit.log"
@@ -7543,35 +7079,6 @@ class TestAuditLog:
             assert server.get("/info")["audit_errors"] == 7
             (record,) = server.log("audit_failed")
             assert record["level"] == "error" and record["error"]
-
-    @pytest.mark.parametrize("written", ["data[:0]", "data[:20]"])
-    def test_full_disk_stops_nothing_and_is_gone_on_from(self, tmp_path: Path, written: str):
-        flag = tmp_path / "full"
-        code = f"""
-write = os.write
-def write_or_fail(fd, data):
-    if b'"prev"' not in data or not os.path.exists({str(flag)!r}):
-        return write(fd, data)
-    if {written}:
-        return write(fd, {written})
-    raise OSError(28, "No space left on device")
-os.write = write_or_fail
-"""
-        with ServerProcess(tmp_path, code=code) as server:
-            server.run("true")
-            flag.touch()
-            for _ in range(3):
-                assert server.run("echo on")["output"] == "on\n"
-            flag.unlink()
-            server.run("true")
-            assert server.get("/info")["audit_errors"] == 6
-            (record,) = server.log("audit_failed")
-            assert "space" in record["error"]
-        path = state_file(server, "audit.log")
-        status, told = verify(path)
-        assert status == 0, told
-        assert ("not a whole record" in told) is (written == "data[:20]")
-        assert path.read_bytes().endswith(b"\n")
 
     def test_is_written_before_anybody_is_told(self) -> None:
         """So a server that is killed in between does not call a task interrupted that was seen to
@@ -7661,47 +7168,6 @@ os.write = write_or_fail
             assert server.get("/info")["audit_errors"] == errors
         assert verify(path)[0] == 0
 
-    def test_long_command_is_one_line(self, tmp_path: Path) -> None:
-        text = '\x01\x1b[2J\r\n\t\x7f\x9b\u2028\x85é€😀"\\' * 3000
-        command = "exit 0\n" + text.encode("utf-8")[:65000].decode("utf-8", "ignore")
-        with ServerProcess(tmp_path) as server:
-            assert server.run(command)["exit_code"] == 0
-            (record,) = read_audit(state_file(server, "audit.log"), "task_start")
-        assert record["command"] == command
-        assert verify(state_file(server, "audit.log"))[0] == 0
-
-    @pytest.mark.parametrize("loop", loops())
-    def test_log_can_be_renamed_at_any_time(self, tmp_path: Path, loop: str) -> None:
-        path, old, older = (tmp_path / name for name in ("audit.log", "audit.1", "audit.2"))
-        options = (f"--audit-log={path}", f"--loop={loop}")
-        with ServerProcess(tmp_path, *options) as server:
-            server.run("true")
-            path.rename(older)
-            server.run("true")
-            assert read_audit(path)[0]["prev"] == hash_text(older.read_bytes().splitlines()[-1])
-        path.rename(old)
-        with ServerProcess(tmp_path, *options) as server:  # and a restart between
-            server.run("true")
-        assert read_audit(path)[0]["prev"] == hash_text(old.read_bytes().splitlines()[-1])
-        status, told = verify(older, old, path)
-        assert status == 0 and told.count("the chain holds") == 3, told
-
-    def test_half_line_of_a_crash_stays_alone(self, tmp_path: Path) -> None:
-        path = tmp_path / "servercontrol" / "audit.log"
-        with ServerProcess(tmp_path):
-            pass
-        count = len(read_audit(path))
-        with path.open("ab") as file:
-            file.write(b'{"time":"2026-01-01T00:')
-        with ServerProcess(tmp_path) as server:
-            server.run("true")
-            with path.open("ab") as file:  # and of another instance, while we run
-                file.write(b'{"time":')
-            server.run("true")
-        status, told = verify(path)
-        assert status == 0 and told.count("is not a whole record") == 2
-        assert f"line {count + 1} is not a whole record" in told
-
 
 # Command line, ports, log ────────────────────────────────────────────────────────────────────
 
@@ -7766,11 +7232,9 @@ class TestCommandLine:
         ("no_auth and a token", ["--no-auth"], {"SERVERCONTROL_TOKEN": "t" * 16}, "--no-auth"),
         ("token too short", [], {"SERVERCONTROL_TOKEN": "t" * 15}, "SERVERCONTROL_TOKEN"),
         ("token empty", [], {"SERVERCONTROL_VIEW_TOKEN": ""}, "SERVERCONTROL_VIEW_TOKEN"),
-        ("token with space", [], {"SERVERCONTROL_TOKEN": "t" * 16 + " t"}, "SERVERCONTROL_TOK"),
+        ("one token for both", [], dict.fromkeys(TOKENS, "t" * 16), "both roles"),
         ("no token file", ["--token-file=/nonexistent/t"], {}, "--token-file"),
-        ("token file is a folder", ["--token-file=/etc"], {}, "--token-file"),
         ("key without certificate", ["--tls-key=x"], {}, "--tls-key"),
-        ("no certificate", ["--tls-cert=/nonexistent/x"], {}, "--tls-cert"),
         ("no certificate in it", ["--tls-cert=/etc/hostname"], {}, "no certificate in it"),
     ])  # fmt: skip
     def test_refused_with_status_2(self, tmp_path: Path, options: Any, env: Any, word: str):
@@ -7905,6 +7369,10 @@ class TestPorts:
             tasks = ask_host(address, server.port, "/tasks")
             sources = {"[::1]" if ":" in one else "127.0.0.1" for one in served.split()}
             assert not refused or {task["by"].rpartition(":")[0] for task in tasks} == sources
+            for address in served.split() if refused else ():
+                data = make_request("GET /tasks")
+                listing = functools.partial(ask_from, server, "", data, address)
+                assert as_nobody(lambda ask=listing: b"%d" % ask().status) == b"401"
             for address in refused.split():
                 assert {*listening_ports(server.pid)} <= {*ports}
                 assert len(listening_ports(server.pid)) == 2 * served.count("127.")
@@ -7913,28 +7381,22 @@ class TestPorts:
             record = server.log("listening")[0]
             assert (record["pid"], record["version"]) == (server.process.pid, sc.__version__)
             assert hosts != "::1" or record["http"] == f"http://[::1]:{server.port}"
-            if not hosts:
-                with Prober(server.discovery_port) as prober:
-                    (reply,) = prober.ask()
-                assert (reply["port"], reply["ws_port"]) == ports
-                real = {"http": ports[0], "ws": ports[1], "discovery": server.discovery_port}
-                assert server.get("/info")["ports"] == real
-                assert len(set(real.values())) == 3 and 0 not in real.values()
+            assert len({*ports, server.discovery_port}) == 3
 
     @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-    def test_a_machine_without_ipv6_is_served_all_the_same(self, tmp_path: Path, number: int):
-        code = (
-            "make = sc.socket.create_server\n"
-            "def refuse(address, **options):\n"
-            f"    if address[0] == '::1': raise OSError({number}, 'no IPv6')\n"
-            "    return make(address, **options)\n"
-            "sc.socket.create_server = refuse"
-        )
-        with ServerProcess(tmp_path, code=code) as server:
-            assert server.get("/health") == {"ok": True}
-            with pytest.raises(ConnectionRefusedError):
-                ask_host("::1", server.port)
-            assert not [one for one in server.records if one["level"] == "warning"]
+    def test_a_machine_without_ipv6_is_served_all_the_same(self, number: int) -> None:
+        make, log = socket.create_server, mock.Mock()
+
+        def refuse(address: Any, **options: Any) -> socket.socket:
+            if address[0] == "::1":
+                raise OSError(number, "no IPv6")
+            return make(address, **options)
+
+        with mock.patch.object(sc.socket, "create_server", refuse):
+            listeners = sc.Listeners(sc.Config(port=0, ws_port=0), log)
+        assert [one.getsockname()[0] for one, _ in listeners.kinds] == ["127.0.0.1"] * 2
+        assert not log.mock_calls
+        listeners.close()
 
     def test_any_port_is_free_at_both(self) -> None:
         """The kernel chooses one that is free at the first address; at the second it may not be."""
@@ -7969,14 +7431,15 @@ class TestLogging:
     """SPEC 1, 9: what is said on stderr, and a stderr that takes nothing."""
 
     TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
-    EVENTS = ["listening", "task_start", "task_complete", "stopping"]
 
     @pytest.mark.parametrize("log_format", ["text", "json"])
     def test_lines(self, tmp_path: Path, log_format: str) -> None:
-        """CASES 21: nobody can forge a line or reach the terminal."""
+        """CASES 21: nobody can forge a line or reach the terminal. The banner is for terminals."""
         command, log = "true\nforged INFO x \x1b[2J\x7f\x9b\u2028", tmp_path / "log"
-        with server_with_output(tmp_path, f"2>'{log}'", f"--log-format={log_format}") as server:
+        redirect, option = f">'{tmp_path}/out' 2>'{log}'", f"--log-format={log_format}"
+        with server_with_output(tmp_path, redirect, option) as server:
             server.run(command)
+        assert (tmp_path / "out").read_text() == ""
         text = log.read_text(encoding="utf-8")
         assert all(c == "\n" or c.isprintable() for c in text)
         lines = text.split("\n")[:-1]
@@ -7988,7 +7451,7 @@ class TestLogging:
             assert f" pid={server.pid} " in lines[0] and " signal=SIGTERM " in lines[3]
             heads = [" ".join(line.split()[:3]) for line in lines]
         assert len(heads) == 4
-        for head, event in zip(heads, self.EVENTS):
+        for head, event in zip(heads, ["listening", "task_start", "task_complete", "stopping"]):
             assert re.fullmatch(f"{self.TIME} INFO {event}", head)
 
     def test_level(self, tmp_path: Path) -> None:
@@ -8028,19 +7491,6 @@ class TestLogging:
         dropped = [json.loads(line).get("lines_dropped", 0) for line in [*early, *late]]
         assert dropped == [*[0] * len(early), 81 - len(early), *dropped[len(early) + 1 :]]
         assert not any(dropped[len(early) + 1 :])
-
-    def test_banner_is_for_terminals(self, tmp_path: Path) -> None:
-        with Terminal(tmp_path) as terminal:
-            terminal.read_until(r"Ctrl-C")
-            ws_url = terminal.read_until(r'"ws":"(ws://127\.0\.0\.1:\d+)"').group(1)
-            banner = terminal.text[terminal.text.index("ServerControl") :]
-            url = f"http://127.0.0.1:{terminal.port}"
-            for part in (f"{url}/\r\n", f"{url}/exec", "curl -d", ws_url, "this account"):
-                assert part in banner
-        out = tmp_path / "out"
-        with server_with_output(tmp_path, f">'{out}'", stderr=subprocess.DEVNULL):
-            pass
-        assert out.read_text() == ""
 
 
 # Hard beginnings and ends ────────────────────────────────────────────────────────────────────
