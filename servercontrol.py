@@ -6282,29 +6282,28 @@ class Server:
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
-# The client: `discover`, `exec` and `monitor`. `exec` uses only HTTP: it reads the output from
-# `?follow`, and after a break continues where that ended; a Control sends everything else.
-# `monitor` has a Link to each server: one WebSocket connection, which after a break continues with
-# `since`. So nothing is lost or doubled, or the gap is named.
+# `exec` uses only HTTP: it reads the output from `?follow`, and after a break continues where that
+# ended; a Control sends everything else. `monitor` has a Link to each server: one WebSocket
+# connection, which after a break continues with `since`. So nothing is lost or doubled, or the gap
+# is named. Whatever asks a server something raises UnreachableError.
 #
 # A token is sent only to a server that is listed with it, or that is named together with
 # --token-file or SERVERCONTROL_TOKEN; never to one that has merely answered a probe. Text from
-# servers, and from whoever answers a probe, is shown without control characters. Whatever asks a
-# server something raises UnreachableError.
+# others is shown without control characters.
 
 
+Json = dict[str, Any]  # a JSON object
 Result = TypeVar("Result")
-StreamPair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Reader = asyncio.StreamReader
+StreamPair = tuple[Reader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
 class Target:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
 
-    token_file: read for each request, so that a corrected file is used at once, and a missing one
-    is an error for this server only. token: is sent if there is no such file. line: where the
-    server is listed, for messages.
-    """
+    token_file: read for each request, so a corrected file is used at once, and a missing one is an
+    error of this server alone. token: is sent if no file is named. line: where it is listed."""
 
     name: str
     host: str
@@ -6358,9 +6357,8 @@ def parse_target(name: str, text: str) -> Target:
     scheme, secure, host, digits, path = match.groups("") if match else [""] * 5
     port = int(digits or (443 if secure else 80 if scheme else Config.port))
     if not host or not 0 < port < 65536 or (path and not scheme):
-        raise ConfigError(
-            f"{text!r} is no server: say host, host:port, a URL, a socket's path, or a listed name"
-        )
+        known = "host, host:port, a URL, a socket's path, or a listed name"
+        raise ConfigError(f"{text!r} is no server: say {known}")
     # %25 stands before an IPv6 zone (RFC 6874, 2).
     host, percent, zone = host.strip("[]").replace("%25", "%").partition("%")
     return Target(name, host.lower() + percent + zone, port, bool(secure), path.rstrip("/"))
@@ -6376,18 +6374,15 @@ def parse_hosts(text: str, source: str) -> dict[str, Target]:
         name, url, token_file = (*words, "", "")[:3]
         try:
             if name in listed:
-                raise ConfigError(
-                    f"{name!r} stands in {listed[name].line.split(' of ')[0]} already"
-                )
+                raise ConfigError(f"{name!r} stands in {listed[name].line} already")
             if not url or not "".join(words).isprintable():
                 raise ConfigError(f"{name!r} needs: name url [token-file]")
             target = parse_target(name, url)
         except ConfigError as error:
             raise ConfigError(f"{source}: line {number}: {error}") from None
         path = os.path.join(os.path.dirname(source), os.path.expanduser(token_file.strip()))
-        listed[name] = dataclasses.replace(
-            target, token_file=token_file and path, line=f"line {number} of {source}"
-        )
+        place = f"line {number} of {source}"
+        listed[name] = dataclasses.replace(target, token_file=token_file and path, line=place)
     return listed
 
 
@@ -6398,25 +6393,20 @@ def clean_text(text: Any, width: int = 200) -> str:
 
 
 def encode_request(
-    target: Target,
-    method: str,
-    path: str,
-    fields: Iterable[tuple[str, str]] = (),
-    body: bytes = b"",
-    version: str = "1.1",
+    target: Target, method: str, path: str, body: bytes, version: str, upgrade: Mapping[str, str]
 ) -> bytes:
     """Return a request with the server's token. Raises UnreachableError if that cannot be read."""
-    own, token = {"Host": target.authority}, target.read_token()
+    fields, token = {"Host": target.authority, **upgrade}, target.read_token()
     if token is not None:
-        own["Authorization"] = f"Bearer {token}"
-    if method == "POST":
-        own["Content-Length"] = str(len(body))
+        fields["Authorization"] = f"Bearer {token}"
+    if method == "POST":  # /exec knows JSON by its first byte
+        fields["Content-Type"] = "application/octet-stream"
+        fields["Content-Length"] = str(len(body))
     line = f"{method} {target.path}{path} HTTP/{version}\r\n".encode("latin-1")
-    return line + encode_fields([*own.items(), *fields]) + body
+    return line + encode_fields(fields.items()) + body
 
 
 def foreign_error() -> UnreachableError:
-    """Return the error for an answer that is not ServerControl's."""
     return UnreachableError("it does not answer like ServerControl", 404)
 
 
@@ -6448,12 +6438,10 @@ def make_client_tls() -> ssl.SSLContext:
 
 def explain_failure(error: Exception) -> str:
     """Return why a connection failed, in words that help."""
-    if isinstance(error, asyncio.TimeoutError):
-        return "no answer in time"
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
-        own = os.environ.get("SSL_CERT_FILE", "")
-        is_missing_file = own and not os.path.isfile(own)  # OpenSSL does not complain about that
-        hint = f"there is no file {own}" if is_missing_file else "see SSL_CERT_FILE"
+        own, hint = os.environ.get("SSL_CERT_FILE", ""), "see SSL_CERT_FILE"
+        if own and not os.path.isfile(own):  # OpenSSL does not complain about that
+            hint = f"there is no file {own}"
         return f"its certificate is not trusted: {error.verify_message} ({hint})"
     if ssl is not None and isinstance(error, ssl.SSLError):
         return "TLS failed (is it http?)"
@@ -6463,36 +6451,33 @@ def explain_failure(error: Exception) -> str:
     return os.strerror(number).lower() if number else str(error) or "disconnected"
 
 
-def spread(seconds: float) -> float:
-    """Return about as many seconds, so that after a switch was restarted not all come at once."""
-    return seconds * (0.75 + secrets.randbelow(500) / 1000)
+async def sleep_about(seconds: float) -> None:
+    """Sleep for about so long, so that after a switch was restarted not all come at once."""
+    await asyncio.sleep(seconds * (0.75 + secrets.randbelow(500) / 1000))
 
 
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
-    """Return the result of something. Raises asyncio.TimeoutError, and what it raises.
-
-    Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end would go on.
-    """
+    """Return the result of something. Raises UnreachableError if the network fails or is too slow.
+    (Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end goes on.)"""
     future = asyncio.ensure_future(something)
-    # If it is not waited for, asyncio shall not log its exception.
+    # So asyncio logs no exception that comes too late.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
     try:
         await asyncio.wait({future}, timeout=seconds)
         if not future.done():
-            raise asyncio.TimeoutError
+            raise UnreachableError("no answer in time")
         return future.result()
+    except (OSError, UnicodeError) as error:
+        raise UnreachableError(explain_failure(error)) from None
     finally:
         future.cancel()
 
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError.
-
-    Each look-up has a thread of its own: names that no server answers for would occupy asyncio's
-    few threads, and asyncio would wait for these at the end.
-    """
+    """Return what socket.getaddrinfo() does, from a thread of its own: look-ups without an answer
+    would occupy asyncio's few, for which it waits at the end. Raises OSError, UnicodeError."""
     found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
-    found.set_running_or_notify_cancel()  # it cannot be cancelled, so the thread may always set it
+    found.set_running_or_notify_cancel()  # so it cannot be cancelled before the thread sets it
 
     def ask() -> None:
         try:
@@ -6539,54 +6524,46 @@ async def open_target(target: Target, seconds: float) -> StreamPair:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
         return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
 
-    try:
-        return await wait_within(seconds, connect())
-    except (OSError, UnicodeError, asyncio.TimeoutError) as error:
-        raise UnreachableError(explain_failure(error)) from None
+    return await wait_within(seconds, connect())
 
 
-async def read_response_head(
-    reader: asyncio.StreamReader, target: Target
-) -> tuple[int, dict[str, str]]:
+async def read_response_head(reader: Reader, target: Target) -> tuple[int, dict[str, str]]:
     """Return (status, lower-case name -> value) of the next answer."""
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
-    except asyncio.TimeoutError:
-        raise UnreachableError(f"no answer within {ANSWER_SECONDS:g} s") from None
-    except (OSError, EOFError, asyncio.LimitOverrunError):
+    except (EOFError, asyncio.LimitOverrunError):
         hint = "" if target.tls else " (is it https?)"
         raise UnreachableError(f"disconnected before it answered{hint}") from None
     status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
     if status is None:
-        raise UnreachableError("what answers there does not speak HTTP (is it https?)")
+        raise UnreachableError("it does not speak HTTP (is it https?)")
     found = re.findall(r"\n([^:\r\n]*):([^\r\n]*)", head.decode("latin-1"))
     return int(status[1]), {name.lower(): value.strip() for name, value in found}
 
 
-async def read_response_body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> bytes:
-    """Return the body of an answer. Without a length it ends with the connection."""
-    length = fields.get("content-length", str(MAX_ANSWER_BYTES + 1))
-    if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES + 1:
+async def read_response_body(reader: Reader, fields: Mapping[str, str]) -> bytes:
+    """Return the body of an answer. Without a length it ends with the connection, or is cut."""
+    length = fields.get("content-length", str(MAX_ANSWER_BYTES))
+    if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES:
         raise foreign_error()
     try:
-        body = await wait_within(ANSWER_SECONDS, reader.readexactly(int(length)))
-    except (OSError, EOFError, asyncio.TimeoutError) as error:
-        if isinstance(error, asyncio.IncompleteReadError) and "content-length" not in fields:
+        return await wait_within(ANSWER_SECONDS, reader.readexactly(int(length)))
+    except asyncio.IncompleteReadError as error:
+        if "content-length" not in fields:
             return error.partial
         raise UnreachableError("disconnected in the middle of its answer") from None
-    if len(body) > MAX_ANSWER_BYTES:
-        raise foreign_error()
-    return body
 
 
 async def open_stream(
-    target: Target, request: bytes, seconds: float = CONNECT_SECONDS, wanted: int = 200
-) -> tuple[dict[str, str], asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a request on a connection of its own; return the fields of its answer, and the rest.
-
-    seconds: for the connection. wanted: the status; any other one is an error.
-    """
-    reader, writer = await open_target(target, seconds)
+    target: Target, path: str, body: bytes = b"", upgrade: Mapping[str, str] = {}
+) -> tuple[dict[str, str], StreamPair]:
+    """Send a GET, or a POST if there is a body, on a connection of its own; return the fields of
+    the answer, and the connection. upgrade: the fields of a WebSocket handshake."""
+    method = "POST" if body else "GET"
+    # An answer to HTTP/1.0 is not chunked.
+    version, wanted = ("1.1", 101) if upgrade else ("1.0", 200)
+    request = encode_request(target, method, path, body, version, upgrade)
+    reader, writer = await open_target(target, CONNECT_SECONDS)
     try:
         writer.write(request)
         status, fields = await read_response_head(reader, target)
@@ -6595,13 +6572,12 @@ async def open_stream(
     except BaseException:
         writer.transport.abort()
         raise
-    return fields, reader, writer
+    return fields, (reader, writer)
 
 
 async def fetch(target: Target, path: str) -> bytes:
     """Return the body of a 200 answer to a GET."""
-    request = encode_request(target, "GET", path, version="1.0")
-    fields, reader, writer = await open_stream(target, request)
+    fields, (reader, writer) = await open_stream(target, path)
     try:
         return await read_response_body(reader, fields)
     finally:
@@ -6610,34 +6586,36 @@ async def fetch(target: Target, path: str) -> bytes:
 
 class Control:
     """One kept connection to a server for short requests, each sent without waiting for the last.
-
-    Their answers come in the same order (RFC 9112, 9.3.2).
-    """
+    The answers come in the same order (RFC 9112, 9.3.2)."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        # Who sends a request, and who reads an answer; the others wait in the order of requests.
+        # Held to send a request, and to read its answer: in the order of the requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Json:
         """Return the JSON object of a 200 answer."""
-        fields = [("Content-Type", "application/octet-stream")] if body else []
-        request = encode_request(self._target, method, path, fields, body)
+        request = encode_request(self._target, method, path, body, "1.1", {})
         async with self._sending:
-            if self._streams and not self._unanswered and await self._has_unasked():
+            if self._streams and not self._unanswered and await self._has_unasked(self._streams[0]):
                 self.close()
             if self._streams is None:
                 self._streams = await open_target(self._target, CONNECT_SECONDS)
-            reader, writer = self._streams
+            streams = reader, writer = self._streams
             writer.write(request)
             self._unanswered += 1
-            answer = asyncio.ensure_future(self._read_answer(reader))
-        # It is read also if nobody waits for it any more. Then asyncio shall not log an error.
-        answer.add_done_callback(lambda one: one.cancelled() or one.exception())
-        await asyncio.wait({answer})
-        status, data = answer.result()
+        try:
+            async with self._reading:
+                status, answered = await read_response_head(reader, self._target)
+                data = await read_response_body(reader, answered)
+        except BaseException:  # also if this is cancelled: its answer is not for the next request
+            if self._streams is streams:
+                self.close()
+            raise
+        finally:
+            self._unanswered -= 1
         if status != 200:
             raise refused_error(self._target, status, data)
         try:
@@ -6645,29 +6623,15 @@ class Control:
         except CommandError:
             raise foreign_error() from None
 
-    async def _has_unasked(self) -> bool:
-        """Whether the connection has ended, or says what nobody asked for, as a proxy's 408 does
-        before it closes an idle one: that must not be taken for the next answer."""
-        assert self._streams is not None
-        try:
-            await wait_within(0, self._streams[0].read(1))
-        except asyncio.TimeoutError:
-            return False
-        except OSError:
-            pass
-        return True
-
-    async def _read_answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
-        async with self._reading:
-            try:
-                status, fields = await read_response_head(reader, self._target)
-                return status, await read_response_body(reader, fields)
-            except UnreachableError:
-                if self._streams is not None and self._streams[0] is reader:
-                    self.close()
-                raise
-            finally:
-                self._unanswered -= 1
+    @staticmethod
+    async def _has_unasked(reader: Reader) -> bool:
+        """Whether it has ended, or says what is no answer, as a proxy's 408 before it closes."""
+        peek = asyncio.ensure_future(reader.read(1))
+        await asyncio.wait({peek}, timeout=0)
+        is_over = peek.done()
+        peek.cancel()
+        await asyncio.gather(peek, return_exceptions=True)
+        return is_over
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -6684,10 +6648,7 @@ NOT_AS_AGREED = (
 
 
 def check_seq(value: Any) -> int:
-    """Return the seq of an event. Raises ValueError if it is larger than any server's.
-
-    After such a seq all other events would count as old, and no server accepts it as `since`.
-    """
+    """Return an event's seq. Raises ValueError beyond any server's: all others would seem old."""
     if type(value) is not int or not 0 <= value < 10**18:
         raise ValueError("seq")
     return value
@@ -6695,27 +6656,23 @@ def check_seq(value: Any) -> int:
 
 @dataclass(eq=False, repr=False)
 class Link:
-    """The events of one server except output, each once and in order, over as many connections as
-    it takes.
+    """The events of one server except output, each once and in order, over many connections.
 
-    `hello` must be the first of each connection. The first one of all says where to begin. Later
-    ones change nothing, unless the server is another run: then all that it still has comes, after a
-    `gap`.
-
-    take: gets every event of EVENT_TYPES; a type that only Link makes is ignored when a server
-    sends it. Besides it gets each `hello`, `lost` (reason, status) when a connection ends,
-    `restarted` when the server is another process than before, and each `gap`, with the server's
-    list of `tasks`. Should it raise UnreachableError, the event comes again.
+    Each connection begins with `hello`. The first of all says where to begin; after a restart of
+    the server all that it still has comes, after a `gap`.
+    take: gets every event of EVENT_TYPES, each `hello`, and each `gap` with the server's list of
+    `tasks`; from Link itself `lost` (reason, status) when a connection ends, and `restarted` when
+    the server is another process than before. If it raises UnreachableError, the event comes again.
     """
 
     target: Target
-    take: Callable[[dict[str, Any]], None]
+    take: Callable[[Json], None]
     # The run of the server that is followed, and the seq of its newest event that was taken.
     boot_id: str = ""
     seq: int = 0
     # When bytes last came (monotonic seconds).
     heard_at: float = field(default_factory=time.monotonic)
-    # The open connection, and whether the newest one has said `hello`.
+    # The connection, and whether the newest one has said `hello`.
     _writer: asyncio.StreamWriter | None = None
     _websocket: WebSocketConnection = field(default_factory=WebSocketConnection)
     _has_hello: bool = False
@@ -6724,15 +6681,10 @@ class Link:
         """Take events for ever."""
         delay = RETRY_SECONDS / 2
         while True:
-            try:
-                await self._follow()
-            except UnreachableError as error:
-                self.take({"type": "lost", "reason": str(error), "status": error.status})
-                delay = RETRY_SECONDS if self._has_hello else min(delay * 2, MAX_RETRY_SECONDS)
-                if error.status in REFUSED:
-                    delay = REFUSED_RETRY_SECONDS
-            # Outside of `except`, so that the exception and its data are freed before.
-            await asyncio.sleep(spread(delay))
+            reason, status = await self._follow()
+            self.take({"type": "lost", "reason": reason, "status": status})
+            delay = RETRY_SECONDS if self._has_hello else min(delay * 2, MAX_RETRY_SECONDS)
+            await sleep_about(REFUSED_RETRY_SECONDS if status in REFUSED else delay)
 
     def check_silence(self, now: float) -> bool:
         """Ping a silent server; return whether it is silent for too long, and hang up then."""
@@ -6744,51 +6696,49 @@ class Link:
         return is_silent
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
-        """Send a frame, unless the server reads nothing, or the connection was reset: asyncio
-        would complain on stderr."""
+        """Send a frame, unless the server reads nothing, or is gone: asyncio would complain."""
         if self._writer is None or self._writer.transport.is_closing():
             return
         if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:
             self._writer.write(self._websocket.encode(opcode, payload))
 
-    async def _follow(self) -> None:
-        """Connect, and take events until the connection ends. Raises UnreachableError then."""
+    async def _follow(self) -> tuple[str, int]:
+        """Connect, and take events until the connection ends; return why, and the status."""
         self._has_hello = False
         try:
             reader = await self._upgrade()
             while True:
                 await self._receive(await reader.read(CLIENT_BUFFER_BYTES))
-        except (OSError, EOFError, asyncio.TimeoutError) as error:
-            raise UnreachableError(explain_failure(error)) from None
+        except UnreachableError as error:
+            return str(error), error.status
+        except OSError as error:
+            return explain_failure(error), 0
         except NOT_AS_AGREED as error:
-            text = f"it sent what cannot be understood: {clean_text(repr(error))}"
-            raise UnreachableError(text, 404) from None
+            return f"it sent what cannot be understood: {clean_text(repr(error))}", 404
         finally:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
 
-    async def _upgrade(self) -> asyncio.StreamReader:
+    async def _upgrade(self) -> Reader:
         """RFC 6455, 4.1."""
         key = base64.b64encode(os.urandom(16)).decode("ascii")
-        # An older server ignores the choice and sends output too, which is not taken.
         path = "/ws?hello&task=none"
         if self.boot_id:
             path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
-        own = {"Sec-WebSocket-Key": key, "Sec-WebSocket-Version": WEBSOCKET_VERSION}
+        upgrade = {"Sec-WebSocket-Key": key, "Sec-WebSocket-Version": WEBSOCKET_VERSION}
+        upgrade.update(UPGRADE_FIELDS)
         if zlib:
-            own["Sec-WebSocket-Extensions"] = DEFLATE_OFFER
-        request = encode_request(self.target, "GET", path, [*UPGRADE_FIELDS, *own.items()])
-        seconds = SILENCE_SECONDS * 0.6  # so that the return of a server is noticed in time
-        stream = open_stream(self.target, request, seconds, wanted=101)
-        answer, reader, self._writer = await wait_within(seconds * 2, stream)
+            upgrade["Sec-WebSocket-Extensions"] = DEFLATE_OFFER
+        stream = open_stream(self.target, path, upgrade=upgrade)
+        seconds = SILENCE_SECONDS * 1.2  # so that the return of a server is noticed in time
+        answer, (reader, self._writer) = await wait_within(seconds, stream)
         self.heard_at = time.monotonic()
         if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
         bits = check_deflate_answer(answer.get("sec-websocket-extensions", ""))
-        self._websocket = WebSocketConnection(
-            lambda: os.urandom(4), MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits
-        )
+        mask = functools.partial(os.urandom, 4)
+        self._websocket = WebSocketConnection(mask, MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits)
         return reader
 
     async def _receive(self, data: bytes) -> None:
@@ -6796,21 +6746,21 @@ class Link:
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         pings: list[Any] = [one.data for one in messages if one.opcode is Opcode.PING]
-        if pings:  # the newest alone needs an answer (RFC 6455, 5.5.3)
-            self._write(Opcode.PONG, pings[-1])
+        for ping in pings[-1:]:  # the newest alone needs an answer (RFC 6455, 5.5.3)
+            self._write(Opcode.PONG, ping)
         for message in messages:
             if message.opcode is Opcode.TEXT:
                 await self._take_message(parse_json_object(message.data))
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
-            # Invalid frames would be invalid again: this counts as a refusal.
+            # What is invalid would be so again: this counts as a refusal.
             is_invalid = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
             raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_invalid else 0)
         if not data:
             raise UnreachableError("disconnected")
 
-    async def _take_message(self, event: dict[str, Any]) -> None:
+    async def _take_message(self, event: Json) -> None:
         kind, newest = event["type"], event.get("seq", event.get("to"))
         if kind == "hello":
             self._has_hello = True
@@ -6827,16 +6777,15 @@ class Link:
         elif newest is not None:  # as in an older server's pong
             seq = check_seq(newest)
             if kind == "gap":
-                tasks = json.loads(await fetch(self.target, "/tasks"))
-                self.take({**event, "tasks": tasks})
+                self.take({**event, "tasks": json.loads(await fetch(self.target, "/tasks"))})
             elif kind in EVENT_TYPES and seq > self.seq:
                 self.take(event)
             self.seq = max(self.seq, seq)
 
 
 class Stage(enum.Enum):
-    """How far a command has come; what is said of it if contact is lost there; and what is known
-    of it then. Only RemoteTask changes it."""
+    """How far a command has come, and what is said if contact is lost there: in the summary, and
+    after the reason. Only RemoteTask changes it."""
 
     NEW = "not started", ""
     ASKED = "lost after the start", "; whether the command was started is not known"
@@ -6846,39 +6795,36 @@ class Stage(enum.Enum):
 
 @dataclass(eq=False, repr=False)
 class RemoteTask:
-    """A command on a server, from its start to its exit code.
+    """A command on a server, to its exit code: `curl …/exec?follow` that continues after a break.
 
-    It is `curl …/exec?follow` that continues after a break. fields: the body of `POST /exec`.
-    write: takes output. drain: waits until it is written. tell: shows a line to the user. With a
-    `window` the server waits for this reader, as a pipe does: so nothing is lost, however slow the
-    network or the reader of stdout is, unless this client is gone for a minute.
-    """
+    fields: the body of `POST /exec`. With a `window` the server waits for this reader, as a pipe
+    does, so nothing is lost, unless this client is gone for a minute. write: takes output. drain:
+    waits until it is written. tell: shows a line to the user."""
 
     target: Target
     fields: Mapping[str, Any]
     write: Callable[[bytes], None]
     drain: Callable[[], Awaitable[None]]
     tell: Callable[[str], None]
-    # The run of the server that has the task, "" as long as it is not known.
+    # The run of the server that has the task, "" before it is known.
     boot_id: str = ""
     stage: Stage = Stage.NEW
     # Whether this client stops it, and whether the server has not been told so yet.
     is_stopping: bool = False
     is_stop_owed: bool = False
-    # The task's id, "" before the start; its exit code, None before the end.
+    # The task's id, "" before the start; its exit code, 256 for none, and how it has ended.
     task_id: str = ""
-    exit_code: int | None = None
+    result: tuple[int, str] = (256, "not ended")
     # Why there is no exit code, or not all of the output.
     failure: UnreachableError | None = None
     # The connection with its output, and when the server was last heard (monotonic seconds).
     stream: StreamPair | None = None
     good_at: float = field(default_factory=time.monotonic)
-    # Bytes of output that have come or are lost; those that are lost.
+    # Bytes of output that came or are lost; whether some are lost; whether they end inside a line.
     position: int = 0
-    lost_bytes: int = 0
-    # Whether the output so far ends inside a line.
+    has_lost: bool = False
     is_in_line: bool = False
-    # Called whenever output can come (again).
+    # Called whenever there is a connection (again).
     connected: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -6891,7 +6837,7 @@ class RemoteTask:
         """Whether it may have been started, and is not known to have ended."""
         return self.stage in (Stage.ASKED, Stage.RUNNING) and self.failure is None
 
-    async def learn(self) -> dict[str, Any]:
+    async def learn(self) -> Json:
         """Return what the server says of itself. Raises UnreachableError, also at another run."""
         info = await self.control.ask("GET", "/info")
         boot_id = info.get("boot_id")
@@ -6911,7 +6857,7 @@ class RemoteTask:
             try:
                 if before is Stage.ASKED:  # another run of the server may have started it, too
                     await self.learn()
-                await self._open("POST", "/exec?follow", encode_json(self.fields))
+                await self._open("/exec?follow", encode_json(self.fields))
                 return
             except UnreachableError as error:
                 if error.status:
@@ -6920,24 +6866,21 @@ class RemoteTask:
                     raise
             await asyncio.sleep(delay)
 
-    async def _open(self, method: str, path: str, body: bytes = b"") -> None:
-        """Let the output come, from its start or from where we are."""
-        json_type = [("Content-Type", "application/json")]
-        # An answer to HTTP/1.0 is not chunked.
-        request = encode_request(self.target, method, path, json_type, body, version="1.0")
-        fields, reader, writer = await open_stream(self.target, request)
+    async def _open(self, path: str, body: bytes = b"") -> None:
+        """Let the output come."""
+        fields, stream = await open_stream(self.target, path, body)
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
-            writer.transport.abort()
+            stream[1].transport.abort()
             raise foreign_error()
-        self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, (reader, writer)
+        self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, stream
         self.good_at = time.monotonic()
         lost = int(offset) - self.position
         if lost > 0:
             self.position += lost
-            self.lost_bytes += lost
+            self.has_lost = True
             self.tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
-            if self.is_in_line:  # its end is lost, and what comes is of another one
+            if self.is_in_line:  # what comes is of another line
                 self.write(b"\n")
         self.connected()
         if self.is_stop_owed:
@@ -6946,12 +6889,12 @@ class RemoteTask:
     async def follow(self) -> int:
         """Write the output as it comes; return the exit code. Raises what `drain` raises, too."""
         trouble, delay = "", RETRY_SECONDS
-        while self.exit_code is None:
+        while self.stage is not Stage.ENDED:
             try:
                 if self.stream is None:
                     await self.learn()
                     path = f"/logs?id={self.task_id}&offset={self.position}&follow"
-                    await self._expect(self._open("GET", path))
+                    await self._expect(self._open(path))
                 delay = RETRY_SECONDS
                 await self._read_stream()
                 task = await self._ask_task()
@@ -6959,17 +6902,15 @@ class RemoteTask:
                     await self._end(task)
                 trouble = ""
             except UnreachableError as error:
-                if (
-                    error.status in REFUSED
-                    or time.monotonic() - self.good_at > EXEC_GIVE_UP_SECONDS
-                ):
+                gives_up = time.monotonic() - self.good_at > EXEC_GIVE_UP_SECONDS
+                if gives_up or error.status in REFUSED:
                     raise
                 if str(error) != trouble:
                     trouble = str(error)
                     self.tell(f"connection lost ({clean_text(trouble)}), trying again")
-                await asyncio.sleep(spread(delay))
+                await sleep_about(delay)
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
-        return self.exit_code
+        return self.result[0]
 
     async def _expect(self, answer: Awaitable[Result]) -> Result:
         """Return an answer about the task. Raises UnreachableError, also if it is forgotten."""
@@ -6982,18 +6923,15 @@ class RemoteTask:
         self.stage = Stage.ENDED
         raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS)
 
-    async def _ask_task(self) -> dict[str, Any]:
+    async def _ask_task(self) -> Json:
         task = await self._expect(self.control.ask("GET", f"/tasks?id={self.task_id}"))
         if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
             raise foreign_error()
         return task
 
     async def _read_stream(self) -> None:
-        """Write what comes until the stream ends, or stands still although there is more.
-
-        Then a proxy or firewall has forgotten the connection; or our own stdout pauses, and asking
-        again tells the server that this reader lives.
-        """
+        """Write what comes until the stream ends, or stands still although there is more: a proxy
+        has forgotten it; or stdout pauses, and asking again tells the server that we live."""
         assert self.stream is not None
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
@@ -7013,26 +6951,24 @@ class RemoteTask:
             taking.cancel()
             await asyncio.gather(taking, return_exceptions=True)
 
-    async def _take_output(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            await self.drain()  # so what we cannot write we do not read, and the task waits
-            try:
+    async def _take_output(self, reader: Reader) -> None:
+        with contextlib.suppress(OSError):  # how much is missing, follow() finds out
+            while True:
+                await self.drain()  # so what we cannot write we do not read, and the task waits
                 data = await reader.read(READ_CHUNK_BYTES)
-            except OSError:  # how much is missing, follow() finds out
-                return
-            if not data:
-                return
-            self.good_at = time.monotonic()
-            self.position += len(data)
-            self.is_in_line = not data.endswith(b"\n")
-            self.write(data)
+                if not data:
+                    return
+                self.good_at = time.monotonic()
+                self.position += len(data)
+                self.is_in_line = not data.endswith(b"\n")
+                self.write(data)
 
     async def _end(self, task: Mapping[str, Any]) -> None:
         await self.drain()  # what is told stands behind the output
         exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise foreign_error()
-        self.stage, self.exit_code = Stage.ENDED, exit_code
+        self.stage, self.result = Stage.ENDED, (exit_code, f"exit code {exit_code}")
         if killed_by == SERVER_STOP:
             raise UnreachableError("it was stopped, which ended the command", ENDED_STATUS)
         if task["state"] == "timeout":
@@ -7041,17 +6977,18 @@ class RemoteTask:
             self.tell(f"the command was killed by {clean_text(killed_by)}")
         if task.get("replaced") and not self.fields.get("tty"):
             self.tell("part of the output is no UTF-8 and was replaced: send that by base64")
+        if self.has_lost:
+            told = f"its output is not complete ({self.result[1]})"
+            raise UnreachableError(told, ENDED_STATUS)
 
     async def stop(self) -> None:
-        """Interrupt the command as Ctrl-C at its terminal would; what ignores that is killed.
-
-        If that cannot be told now, it is told with the next connection.
-        """
+        """Interrupt the command as Ctrl-C at its terminal would, now or with the next connection;
+        what ignores that is killed."""
         self.is_stopping = self.is_stop_owed = True
         if not self.task_id:
             return
         try:
-            await self.send("/kill", "&signal=INT")
+            await self.control.ask("POST", f"/kill?id={self.task_id}&signal=INT")
             self.is_stop_owed = False
         except UnreachableError as error:
             self.is_stop_owed = not error.status
@@ -7061,9 +6998,10 @@ class RemoteTask:
 
     async def feed(self, data: bytes) -> None:
         """Send input, b"" for its end; wait while the task is not reading it."""
+        path = f"/stdin?id={self.task_id}" + ("" if data else "&eof")
         while True:
             try:
-                await self.send("/stdin", "" if data else "&eof", data)
+                await self.control.ask("POST", path, data)
                 return
             except UnreachableError as error:
                 if error.status == 409:  # it has ended, or closed its input
@@ -7072,16 +7010,12 @@ class RemoteTask:
                     raise
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
-    async def send(self, path: str, more: str = "", data: bytes = b"") -> None:
-        await self.control.ask("POST", f"{path}?id={self.task_id}{more}", data)
-
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
     """Return (columns, rows) of a terminal; 80 x 24 where it does not say."""
-    try:
+    cols = rows = 0
+    with contextlib.suppress(OSError):
         cols, rows = os.get_terminal_size(fd)
-    except OSError:
-        cols, rows = 0, 0
     return cols or 80, rows or 24
 
 
@@ -7095,7 +7029,7 @@ async def read_input() -> AsyncIterator[bytes]:
         try:
             loop.add_reader(0, is_ready.set)
             await is_ready.wait()
-        except PermissionError:  # a regular file is always ready, and epoll does not take it
+        except PermissionError:  # epoll takes no regular file, which is always ready
             pass
         finally:
             loop.remove_reader(0)
@@ -7106,13 +7040,11 @@ async def read_input() -> AsyncIterator[bytes]:
 @dataclass(eq=False, repr=False)
 class Keyboard:
     """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it,
-    as does Ctrl-C before the task has started. Without a connection keys wait for the next one.
-    """
+    as does Ctrl-C before the task has started. Without a connection keys wait for the next one."""
 
     task: RemoteTask
     leave: Callable[[], None]
     interrupt: Callable[[], None]
-    tell: Callable[[str], None]
     # Keys that are not sent yet, and the requests that are under way.
     waiting: bytes = b""
     sending: set[asyncio.Future[None]] = field(default_factory=set)
@@ -7138,31 +7070,31 @@ class Keyboard:
             pass  # the terminal is gone
         finally:
             loop.remove_signal_handler(signal.SIGWINCH)
-            with contextlib.suppress(termios.error):  # the terminal is gone
+            with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
         self.leave()
 
     def _resize(self) -> None:
         if self.task.stream is not None:
             cols, rows = read_terminal_size(0)
-            self._send("/resize", f"&cols={cols}&rows={rows}")
+            self._send(f"/resize?id={self.task.task_id}&cols={cols}&rows={rows}")
             self._send_keys()
 
     def _send_keys(self) -> None:
         while self.waiting and self.task.stream is not None:
-            self._send("/stdin", data=self.waiting[:READ_CHUNK_BYTES])
+            self._send(f"/stdin?id={self.task.task_id}", self.waiting[:READ_CHUNK_BYTES])
             self.waiting = self.waiting[READ_CHUNK_BYTES:]
 
-    def _send(self, path: str, more: str = "", data: bytes = b"") -> None:
+    def _send(self, path: str, data: bytes = b"") -> None:
         """Send without waiting for the answer, since on a slow network the next key would wait."""
 
         async def send() -> None:
             try:
-                await self.task.send(path, more, data)
+                await self.task.control.ask("POST", path, data)
             except UnreachableError as error:
                 if error.status == 429 and not self.is_full:  # of a long paste every piece is
                     self.is_full = True
-                    self.tell("what was typed is not all taken: the task does not read it")
+                    self.task.tell("what was typed is not all taken: the task does not read it")
 
         sending = asyncio.ensure_future(send())
         self.sending.add(sending)
@@ -7185,14 +7117,13 @@ def write_output(data: bytes) -> None:
 
 
 def encode_note(text: str) -> bytes:
-    """Return a line for the user on stderr."""
     is_raw = os.isatty(2) and not termios.tcgetattr(2)[1] & termios.OPOST
     end = "\r\n" if is_raw else "\n"
     return f"servercontrol: {text}{end}".encode("utf-8", "replace")
 
 
 def write_note(text: str) -> None:
-    """Write a line for the user to stderr; do nothing if stderr is closed."""
+    """Write a line for the user to stderr, unless that is closed."""
     with contextlib.suppress(OSError):
         write_all(2, bytearray(encode_note(text)))
 
@@ -7202,30 +7133,25 @@ class Output:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # What is not written yet. As long as there is something, the event loop watches the
-        # descriptor, and this will be set.
+        # What is not written yet; if there is anything, the event loop writes on, and sets this.
         self.waiting = bytearray()
         self._is_written: asyncio.Event | None = None
+        # Why nothing more can be written.
         self.error: OutputError | None = None
 
     def put(self, data: bytes) -> None:
         if self.error is None:
             self.waiting += data
-            if self._is_written is None:
-                self._flush()
+            self._flush()
 
     async def drain(self) -> None:
         """Wait until everything is written. Raises OutputError."""
         if self._is_written is not None:
             await self._is_written.wait()
-        self.check()
-
-    def check(self) -> None:
-        """Raise OutputError if writing has failed."""
         if self.error is not None:
             raise self.error
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float = FINISH_SECONDS) -> None:
         """Block until everything is written, for at most this long."""
         with contextlib.suppress(OSError):
             write_all(self._fd, self.waiting, seconds)
@@ -7253,18 +7179,19 @@ def wants_colours() -> bool:
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class Report:
-    """The commands of an `exec`, what they write, at once or at the end, and how they have ended.
+def list_some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:10], *["…"] * (len(names) > 10)])
 
-    fields: the body of `POST /exec`. fold: keep the outputs, and show equal ones once.
-    """
+
+class Report:
+    """The commands of an `exec`, and what they write. fold: show equal outputs once, at the end."""
 
     def __init__(self, targets: Sequence[Target], fields: Mapping[str, Any], fold: bool) -> None:
-        self.output, self._notes = Output(1), Output(2)
+        self.output, self.notes = Output(1), Output(2)
         self._is_coloured = wants_colours()
         # How wide the names before the lines are, 0 for none.
         self._width = max(len(target.name) for target in targets) if len(targets) > 1 else 0
-        # Server -> its output that is kept for --fold; beside others, the line that has no end yet.
+        # Server -> its output, kept for --fold; its line that has no end yet.
         self._kept: dict[str, list[bytes]] = {}
         self._begun: dict[str, bytes] = {}
         self.tasks = [self._make_task(target, fields, fold) for target in targets]
@@ -7273,15 +7200,14 @@ class Report:
         name = target.name
         write: Callable[[bytes], None] = self.output.put
         if fold:
-            self._kept[name] = []
-            write = self._kept[name].append
+            write = self._kept.setdefault(name, []).append
         elif self._width:
             colour = COLOURS[len(self._begun) % len(COLOURS)] if self._is_coloured else ""
             prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
             self._begun[name] = b""
             write = functools.partial(self._write_lines, name, prefix.encode("utf-8", "replace"))
-        drain, note = self.output.drain, self.note
-        return RemoteTask(target, fields, write, drain, lambda text: note(f"{name}: {text}"))
+        tell = functools.partial(self.note, name)
+        return RemoteTask(target, fields, write, self.output.drain, tell)
 
     def _write_lines(self, name: str, prefix: bytes, data: bytes) -> None:
         """Write the lines that are whole, each after the server's name."""
@@ -7291,23 +7217,12 @@ class Report:
         self._begun[name] = rest
         self.output.put(b"".join(b"%b%b\n" % (prefix, line) for line in lines))
 
-    def note(self, text: str) -> None:
-        self._notes.put(encode_note(text))
+    def note(self, *words: str) -> None:
+        self.notes.put(encode_note(": ".join(words)))
 
     def end(self, task: RemoteTask) -> None:
         if self._begun.get(task.target.name):
             task.write(b"\n")
-
-    async def drain(self) -> None:
-        """Wait until everything is written. Raises OutputError."""
-        await self.output.drain()
-        with contextlib.suppress(OutputError):  # stderr is closed: nothing can be shown
-            await self._notes.drain()
-
-    def finish(self) -> None:
-        """Before this client ends: write what can be written in FINISH_SECONDS."""
-        for output in (self.output, self._notes):
-            output.finish(FINISH_SECONDS)
 
     def conclude(self) -> int:
         """Show what is kept, what still runs, and a summary; return the highest exit code."""
@@ -7319,11 +7234,11 @@ class Report:
                 url = f"{task.target.url}/logs?id={task.task_id}"
                 left = f"task {task.task_id} is left running: {url}"
                 task.tell(left if task.task_id else "its command may have been started")
-            groups.setdefault(self._name_end(task), []).append(task.target.name)
-        parts = []
-        for (code, what), names in sorted(groups.items()):
-            shown = "" if code == 0 else f" ({', '.join(names[:10])}{', …' * (len(names) > 10)})"
-            parts.append(f"{len(names)} {what}{shown}")
+            groups.setdefault(task.result, []).append(task.target.name)
+        parts = [
+            f"{len(names)} {what}" + (f" ({list_some(names)})" if code else "")
+            for (code, what), names in sorted(groups.items())
+        ]
         if len(self.tasks) > 1:
             self.note(f"{len(self.tasks)} servers: {'; '.join(parts)}")
         return max((code for code, _ in groups if code < 256), default=0)
@@ -7331,7 +7246,7 @@ class Report:
     def _show_kept(self) -> None:
         groups: dict[tuple[str, bytes], list[str]] = {}
         for task in self.tasks:
-            name, result = task.target.name, str(task.failure or self._name_end(task)[1])
+            name, result = task.target.name, str(task.failure or task.result[1])
             output = b"".join(self._kept.get(name, ()))
             if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
@@ -7343,56 +7258,44 @@ class Report:
             end = b"" if output.endswith(b"\n") or not output else b"\n"
             self.output.put(title.encode("utf-8", "replace") + output + end)
 
-    @staticmethod
-    def _name_end(task: RemoteTask) -> tuple[int, str]:
-        """Return the exit code of a server, 256 for none, and how its command has ended."""
-        code, failure = task.exit_code, task.failure
-        if failure is None:
-            return (256, "not ended") if code is None else (code, f"exit code {code}")
-        if failure.status == SAME_STATUS:
-            return 256, "listed twice"
-        return UNREACHABLE_STATUS, task.stage.value[0]
-
 
 class Execution:
-    """One command on one or several servers, with Ctrl-C.
+    """One command on one or several servers, with Ctrl-C. parallel: servers at a time. once: if two
+    names are of one server, it runs the command once."""
 
-    parallel: servers at a time. once: if two names are of one server, it runs the command once.
-    """
+    # What to do about the reasons for which a server is not reached.
+    HINTS = {
+        "connection refused": "; is it running there, on that port, with --host?",
+        "no such host": "; is it a name of the list?",
+    }
 
     def __init__(self, report: Report, parallel: int, once: bool = False) -> None:
-        self._report, self._tasks = report, report.tasks
+        self._report, self._tasks, self._once = report, report.tasks, once
         fields = self._tasks[0].fields
         self._places = asyncio.Semaphore(parallel)
         self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
         self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
         # All input, if several servers get it.
         self._input: list[bytes] | None = None
-        # boot_id -> the name that runs the command on this server; None if that may happen twice.
-        self._claims: dict[str, str] | None = {} if once else None
+        # boot_id -> the name that runs the command on this server.
+        self._claims: dict[str, str] = {}
         # Set when this client leaves, whatever the commands do.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         # What the first Ctrl-C has begun.
         self._stopping: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
-        """Return the exit status. Raises OutputError.
-
-        Three things end it: all commands have ended; this client leaves (a second Ctrl-C, another
-        signal, Ctrl-]), and what runs goes on; or stdout fails: then the commands are stopped,
-        which is waited for ANSWER_SECONDS at most.
-        """
+        """Return the exit status when all commands have ended, or this client leaves what still
+        runs (a second Ctrl-C, another signal, Ctrl-]). Raises OutputError if stdout fails, after
+        the commands were stopped, within ANSWER_SECONDS."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
         everything = asyncio.ensure_future(self._run_all())
-        leave, tell = functools.partial(self._leave, 0), self._report.note
-        keyboard = Keyboard(self._tasks[0], leave, self._interrupt, tell)
+        keyboard = Keyboard(self._tasks[0], self._leave, self._interrupt)
         typing = asyncio.ensure_future(keyboard.run() if self._has_keyboard else asyncio.sleep(0))
         try:
             await self._wait_for(everything)
-            typing.cancel()
-            await asyncio.gather(typing, return_exceptions=True)  # so the terminal is as before
             if self._left.done():
                 self._report.conclude()
                 return self._left.result()
@@ -7405,12 +7308,14 @@ class Execution:
                 self._report.conclude()
             raise
         finally:
+            typing.cancel()
             everything.cancel()
-            await asyncio.gather(everything, return_exceptions=True)
-            self._report.finish()
+            # Afterwards the terminal is as before.
+            await asyncio.gather(typing, everything, return_exceptions=True)
+            self._report.output.finish()
+            self._report.notes.finish()
 
     async def _wait_for(self, work: asyncio.Future[Any], seconds: float | None = None) -> None:
-        """Wait until something is done, or this client leaves, or for a time."""
         ends = {work, self._left}
         await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
@@ -7422,7 +7327,9 @@ class Execution:
                 raise StartError(f"standard input: {error.strerror}") from None
         await asyncio.gather(*(self._run_one(task) for task in self._tasks))
         status = self._report.conclude()
-        await self._report.drain()
+        await self._report.output.drain()
+        with contextlib.suppress(OutputError):  # stderr is closed: nothing can be shown
+            await self._report.notes.drain()
         return status
 
     async def _run_one(self, task: RemoteTask) -> None:
@@ -7434,14 +7341,16 @@ class Execution:
                 await task.start()
                 if self._has_input:
                     feeding = asyncio.ensure_future(self._feed(task))
-                code = await task.follow()
-                if task.lost_bytes:
-                    raise UnreachableError(f"its output is not complete (exit code {code})")
+                await task.follow()
             except UnreachableError as error:
-                task.failure = error
+                task.failure, task.result = error, (UNREACHABLE_STATUS, task.stage.value[0])
+                if error.status == SAME_STATUS:
+                    task.result = 256, "listed twice"
                 where = "" if name == task.target.url else f" ({task.target.url})"
+                known: str = task.stage.value[1]
+                hint = known.format(task.task_id) or self.HINTS.get(str(error), "")
                 if task.stage is not Stage.NEW or self._report.output.error is None:
-                    self._report.note(f"{name}{where}: {error}{self._find_hint(task, error)}")
+                    self._report.note(f"{name}{where}", f"{error}{hint}")
             finally:
                 if feeding is not None:
                     feeding.cancel()
@@ -7450,23 +7359,10 @@ class Execution:
 
     def _claim(self, name: str, info: Mapping[str, Any]) -> None:
         """Raise UnreachableError if another name has the command run on this server already."""
-        if self._claims is not None and info.get("role") == "run":
+        if self._once and info.get("role") == "run":
             other = self._claims.setdefault(info["boot_id"], name)
             if other != name:
                 raise UnreachableError(f"the same server as {other}", SAME_STATUS)
-
-    # What to do about the reasons for which a server is not reached.
-    HINTS = {
-        "connection refused": "; is it running there, on that port, with --host?",
-        "no such host": "; is it a name of the list?",
-    }
-
-    def _find_hint(self, task: RemoteTask, error: UnreachableError) -> str:
-        """Return what the user can do, or what is known about a command after contact was lost."""
-        if task.stage is Stage.NEW:
-            return self.HINTS.get(str(error), "")
-        known: str = task.stage.value[1]
-        return known.format(task.task_id)
 
     async def _feed(self, task: RemoteTask) -> None:
         try:
@@ -7485,11 +7381,8 @@ class Execution:
         if number != signal.SIGINT or self._stopping is not None or not running:
             self._leave(128 + number)
             return
-        names = ", ".join(
-            f"task {task.task_id or '?'} on {task.target.name}" for task in running[:5]
-        )
-        more = f" and {len(running) - 5} more" if len(running) > 5 else ""
-        self._report.note(f"stopping {names}{more} (Ctrl-C again: leave it running)")
+        names = [f"task {task.task_id or '?'} on {task.target.name}" for task in running]
+        self._report.note(f"stopping {list_some(names)} (Ctrl-C again: leave it running)")
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     async def _stop_all(self) -> None:
@@ -7499,7 +7392,7 @@ class Execution:
         while any(task.is_running and not task.task_id for task in tasks):
             await asyncio.sleep(INPUT_PAUSE_SECONDS)
 
-    def _leave(self, status: int) -> None:
+    def _leave(self, status: int = 0) -> None:
         if not self._left.done():
             self._left.set_result(status)
 
@@ -7515,7 +7408,7 @@ class ServerState(enum.Enum):
 
 
 # State -> from which states it is entered; one that is not here, from any. A server that was up is
-# first called silent, after 5 s: most connections that break are there again before.
+# called silent, and only after 5 s: most connections that break are there again before.
 STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
     ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
@@ -7526,21 +7419,18 @@ STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
 class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
-    It is also the monitor's memory: at its start the monitor reads the newest part, to know where
-    to continue. So that this part is enough, each new file gets a `position` record of each server,
-    and so does a long one every few MiB. Where no log is wanted, path is os.devnull.
-    """
+    Its newest part tells the next monitor where to continue. So a new file gets a `position` record
+    of each server, and a long one again every few MiB. path: os.devnull if no log is wanted."""
 
     path: str
     # Returns the `position` records.
-    locate: Callable[[], list[dict[str, Any]]] = list
-    # The locked file, -1 for none; its size after the last write; whether it ends inside a record,
-    # as after a crash: the next record then starts on a new line.
+    locate: Callable[[], list[Json]] = list
+    # The locked file, -1 for none; its size after the last write; whether it ends inside a record.
     _fd: int = -1
     _size: int = 0
     _is_cut: bool = False
     # Records that are not written yet, and why not; "" if all is well.
-    _waiting: list[bytes] = field(default_factory=list)
+    _waiting: bytearray = field(default_factory=bytearray)
     problem: str = ""
     _complained_at: float = -LOG_ERROR_SECONDS
     # The size at which the next `position` records are due.
@@ -7556,56 +7446,49 @@ class MonitorLog:
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
-        """Open the file and return its end. Raises OSError.
-
-        It is locked, unless it is a device: two monitors would write everything twice.
-        """
+        """Open the file and return its end. It is locked, unless it is a device: two monitors would
+        write everything twice. Raises OSError."""
         close_fds([self._fd])
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-        fd, tail = os.open(self.path, flags, 0o600), b""
-        status = os.fstat(fd)
-        try:
+        with open_private_file(self.path, os.O_APPEND | os.O_NONBLOCK) as file:
+            status, tail = os.fstat(file.fileno()), b""
             if stat.S_ISREG(status.st_mode):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                tail = os.pread(fd, tail_bytes, max(0, status.st_size - tail_bytes))
-        except OSError as error:
-            os.close(fd)
-            is_taken = isinstance(error, BlockingIOError)
-            reason = "another monitor writes it" if is_taken else error.strerror
-            raise OSError(error.errno, reason) from None
-        self._fd, self._size = fd, status.st_size
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise OSError(error.errno, "another monitor writes it") from None
+                tail = os.pread(file.fileno(), tail_bytes, max(0, status.st_size - tail_bytes))
+            # The lock stays with the copy.
+            self._fd, self._size = os.dup(file.fileno()), status.st_size
         self._is_cut = tail[-1:] not in (b"", b"\n")
         return tail
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Json) -> None:
         """Take a record, which flush() writes."""
-        if len(self._waiting) >= 100 and not self.problem:  # one event may make thousands
+        if len(self._waiting) > BATCH_BYTES and not self.problem:  # one event may make thousands
             self.flush()
-        self._waiting.append(encode_json(record) + b"\n")
-        count, size = len(self._waiting), sum(map(len, self._waiting))
-        if count > MAX_WAITING_RECORDS or size > MAX_WAITING_BYTES:
+        self._waiting += encode_json(record) + b"\n"
+        count = self._waiting.count(b"\n")
+        if count > MAX_WAITING_RECORDS or len(self._waiting) > MAX_WAITING_BYTES:
             gap = {name: record[name] for name in ("time", "boot_id", "seq")}
             gap.update(event="gap", server=None, records=count, reason=self.problem)
-            self._waiting = [encode_json(gap) + b"\n"]
+            self._waiting = bytearray(encode_json(gap) + b"\n")
             self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
-        """Write what waits in one write; find out whether the file was rotated.
-
-        If that fails it is tried again the next time; a line on stderr says so once a minute.
-        """
+        """Write what waits, to a new file if this one was rotated. If that fails it is tried again
+        the next time; a line on stderr says so once a minute."""
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
                 self._open(1)
                 self._due_bytes = 0
             if self._size >= self._due_bytes:
-                positions = [encode_json(record) + b"\n" for record in self.locate()]
+                positions = b"".join(encode_json(record) + b"\n" for record in self.locate())
                 self._waiting += positions
-                # After at least as many other bytes, so that they are not most of the file.
-                size = sum(map(len, positions))
+                # Again after at least as many other bytes, so that they are not most of the file.
+                size = len(positions)
                 self._due_bytes = self._size + size + max(LOG_STEP_BYTES, size)
             if self._waiting:
                 self._append()
@@ -7617,11 +7500,11 @@ class MonitorLog:
                 write_without_waiting(2, encode_note(self.problem))
 
     def _append(self) -> None:
-        data = b"\n" * self._is_cut + b"".join(self._waiting)
+        data = b"\n" * self._is_cut + self._waiting
         written = os.write(self._fd, data)
         self._size = os.fstat(self._fd).st_size
-        self._waiting = self._waiting[data[:written].count(b"\n") - self._is_cut :]
-        self._is_cut = data[written - 1 : written] != b"\n"
+        whole = data.rfind(b"\n", 0, written) + 1
+        self._waiting, self._is_cut = bytearray(data[whole:]), whole < written
         if self._waiting:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -7630,29 +7513,28 @@ class MonitorLog:
 class Watched:
     """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
-    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: is called
-    with this server and each event that is news. Events of its state are made here.
-    """
+    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: gets what is
+    news, and the events of the server's state, which are made here."""
 
-    TASK = ("task_id", "command", "cwd", "by", "started")
+    # What is remembered of a task, and its type.
+    TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
     target: Target
     cpu_alert: float | None
     log: MonitorLog
-    emit: Callable[[Watched, dict[str, Any]], None]
+    emit: Callable[[Watched, Json], None]
     state: ServerState = ServerState.CONNECTING
     # Why it is not up, and when it was last heard of while it was (monotonic seconds).
     reason: str = ""
     _silent_at: float = 0.0
-    # The newest `stats_update`, {} before the first; the newest alert as text, and when it was
-    # raised (the server's ms).
-    stats: dict[str, Any] = field(default_factory=dict)
+    # The newest `stats_update`, if any; the newest alert, and when it was raised (server's ms).
+    stats: Json = field(default_factory=dict)
     alert: str = ""
     alert_at: int = 0
-    # The server's newest event at the last `hello`, which has told the alerts up to there.
+    # The server's newest event at the last `hello`, which told the alerts up to there.
     _hello_seq: int = 0
     # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, Json] = field(default_factory=dict)
     open_bytes: int = 0
     ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
@@ -7660,18 +7542,17 @@ class Watched:
         self.link = Link(self.target, self.take)
         self._rule = self.cpu_alert is not None and AlertRule(self.cpu_alert, 60, 0)
 
-    def make_record(self, event: str, **fields: Any) -> dict[str, Any]:
+    def make_record(self, event: str, **fields: Any) -> Json:
         """Return a record, with the place in the server's events up to which it was read."""
         record = {"time": format_time(time.time()), "event": event, "server": self.target.name}
         return {**record, "boot_id": self.link.boot_id, "seq": self.link.seq, **fields}
 
-    def locate(self, count: int) -> dict[str, Any]:
+    def locate(self, count: int) -> Json:
         """Return a `position` record. count: of ended tasks to name."""
         ended = list(self.ended)[-count:]
         return self.make_record("position", tasks=list(self.tasks.values()), ended=ended)
 
     def record(self, event: str, **fields: Any) -> None:
-        """Write a record, and remember what it says."""
         record = self.make_record(event, **fields)
         self.remember(record)
         self.log.add(record)
@@ -7679,7 +7560,7 @@ class Watched:
     def record_gap(self, first: int, last: int | None, reason: str) -> None:
         self.record("gap", **{"from": first, "to": last, "reason": reason})
 
-    def learn(self, record: dict[str, Any]) -> None:
+    def learn(self, record: Json) -> None:
         """Take a record of an older run of the monitor. Raises one of NOT_AS_AGREED."""
         event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
         if event == "position" or boot_id != self.link.boot_id:
@@ -7689,7 +7570,7 @@ class Watched:
         self.link.boot_id, self.link.seq = boot_id, seq
         self.remember(record)
 
-    def remember(self, record: dict[str, Any]) -> None:
+    def remember(self, record: Json) -> None:
         """Keep what a record says of tasks and alerts."""
         event = record["event"]
         if event in ("cpu_alert", "alert_resolved"):
@@ -7710,7 +7591,7 @@ class Watched:
             if task:
                 self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
 
-    def take(self, event: dict[str, Any]) -> None:
+    def take(self, event: Json) -> None:
         """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
         take = self.TAKES.get(event["type"])
         is_old = take is not None and take(self, event)
@@ -7722,19 +7603,19 @@ class Watched:
         """Enter a state, if it may come after the present one; record that and tell it."""
         if self.state is state or self.state not in STATES_BEFORE.get(state, ServerState):
             return
-        event = f"server_{state.value}"
+        what = state.value
         if self.state in (ServerState.CONNECTING, ServerState.UP):
             self._silent_at = self.link.heard_at
         elif state is ServerState.UP:
             silent_ms = int((time.monotonic() - self._silent_at) * 1000)
-            event, fields = "server_back", {"silent_ms": silent_ms}
-        if event != "server_up":
-            self.alert = f"{time.strftime('%H:%M')} {event.partition('_')[2]}"
+            what, fields = "back", {"silent_ms": silent_ms}
+        if what != "up":
+            self.alert = f"{time.strftime('%H:%M')} {what}"
         self.state, self.stats = state, {}
-        self.record(event, **fields)
-        self.emit(self, {"type": event, "timestamp": int(time.time() * 1000), **fields})
+        self.record(f"server_{what}", **fields)
+        self.emit(self, {"type": f"server_{what}", "timestamp": int(time.time() * 1000), **fields})
 
-    def _take_hello(self, event: dict[str, Any]) -> bool:
+    def _take_hello(self, event: Json) -> bool:
         self.reason = ""
         self.change(ServerState.UP, version=event["version"])
         self._hello_seq = event.get("seq", 0)
@@ -7747,26 +7628,21 @@ class Watched:
             self._take_start(task)
         return True
 
-    def _take_lost(self, event: dict[str, Any]) -> bool:
-        is_known = bool(self.reason == event["reason"])
-        self.reason = event["reason"]
+    def _take_lost(self, event: Json) -> bool:
+        before, self.reason = self.reason, event["reason"]
         is_refused = event["status"] in REFUSED
         state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
         self.change(state, reason=self.reason)
-        return is_known
+        return self.reason == before
 
-    def _take_restarted(self, event: dict[str, Any]) -> None:
-        """Record that the rest of the old run is unknown.
-
-        That holds even after an orderly stop: between the two runs there may have been another.
-        """
+    def _take_restarted(self, event: Json) -> None:
+        """Record that the rest of the old run is unknown, and whether there was another since."""
         self.record_gap(self.link.seq + 1, None, "restarted")
         for task_id in list(self.tasks):
             self._record_end("task_lost", task_id=task_id, reason="the server was restarted")
         self.ended.clear()  # a server without its old state folder begins again with id 1
 
-    def _take_gap(self, event: dict[str, Any]) -> None:
-        """Record the gap, and what became of the tasks in it."""
+    def _take_gap(self, event: Json) -> None:
         tasks = event.pop("tasks")
         if event["to"] > 0:
             self.record_gap(max(1, event["from"]), event["to"], "kept no more")
@@ -7777,31 +7653,30 @@ class Watched:
         for task_id in set(self.tasks) - {task["task_id"] for task in tasks}:
             self._record_end("task_lost", task_id=task_id, reason="the server remembers it no more")
 
-    def _take_start(self, task: dict[str, Any]) -> None:
+    def _take_start(self, task: Json) -> None:
         """Take the start of a task, or a task in a list of those that run."""
         task = {"started": task.get("timestamp"), **task}
-        task_id = parse_task_id(task["task_id"])
-        for name in self.TASK:
-            if not isinstance(task[name], int if name == "started" else str):
-                raise ValueError(name)
+        start, task_id = {name: task[name] for name in self.TASK}, parse_task_id(task["task_id"])
+        if not all(isinstance(start[name], kind) for name, kind in self.TASK.items()):
+            raise ValueError("wrong task")
         if task_id in self.tasks or task_id in self.ended:
             return
         if self.open_bytes > MAX_OPEN_BYTES:
             raise UnreachableError("it says that more tasks run than it could list", 404)
-        self.record("task_start", **{name: task[name] for name in self.TASK})
+        self.record("task_start", **start)
 
-    def _take_end(self, task: dict[str, Any]) -> None:
+    def _take_end(self, task: Json) -> None:
         parse_task_id(task["task_id"])
         names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
-        fields = {name: task[name] for name in names}
-        self._record_end("task_complete", **fields, killed_by=task.get("killed_by"))
+        end = {name: task[name] for name in names}
+        self._record_end("task_complete", **end, killed_by=task.get("killed_by"))
 
     def _record_end(self, event: str, **fields: Any) -> None:
         if fields["task_id"] not in self.ended:
             start = self.tasks.get(fields["task_id"], {})
             self.record(event, **fields, command=start.get("command"), by=start.get("by"))
 
-    def _take_stats(self, event: dict[str, Any]) -> None:
+    def _take_stats(self, event: Json) -> None:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
         if not all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0])):
             raise ValueError("wrong statistics")
@@ -7813,7 +7688,7 @@ class Watched:
             alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
             self.take({"type": change, **alert})
 
-    def _take_alert(self, event: dict[str, Any]) -> bool:
+    def _take_alert(self, event: Json) -> bool:
         """Take an alert: the monitor's own if it has a rule, else the server's."""
         is_ours, raised = event.get("by") == "monitor", event["timestamp"]
         if is_ours != bool(self._rule):
@@ -7845,25 +7720,21 @@ class Monitor:
 
     def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
         """Raises ConfigError if the log cannot be used."""
-        self.all = everybody
-        self._log = log
+        self.all, self._log = everybody, log
         count = MAX_TOLD_ENDED // len(everybody)
         log.locate = lambda: [watched.locate(count) for watched in everybody]
         lines, is_whole = log.read()
         named = {watched.target.name: watched for watched in everybody}
         located = set(named) if is_whole else set()
         for line in lines:
-            try:
+            with contextlib.suppress(*NOT_AS_AGREED):  # half a line, or not of these servers
                 record = parse_json_object(line)
                 named[record["server"]].learn(record)
                 if record["event"] == "position":
                     located.add(record["server"])
-            except NOT_AS_AGREED:
-                pass  # half a line, or no record of these servers
-        for name, watched in named.items():
-            if name not in located:
-                newest = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log"
-                watched.record_gap(1, None, f"{newest} do not say where it stood")
+        reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
+        for name in sorted(named.keys() - located):
+            named[name].record_gap(1, None, reason)
         log.flush()
 
     async def run(self) -> None:
@@ -7877,7 +7748,6 @@ class Monitor:
             self._log.flush()
 
     async def _look(self) -> None:
-        """Find the servers that have fallen silent."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(SILENCE_SECONDS / 8)
@@ -7891,17 +7761,6 @@ class Monitor:
             self._log.flush()
 
 
-def format_event(name: str, event: Mapping[str, Any]) -> str:
-    """Return a line of text about a server's event."""
-    when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
-    words = [
-        f"{format_value(key)}={format_value(value)}"
-        for key, value in event.items()
-        if key not in ("type", "timestamp", "seq")
-    ]
-    return " ".join([when, name, format_value(event["type"]), *words])
-
-
 class EventWriter:
     """Writes events as lines. It drops lines rather than wait, and says how many."""
 
@@ -7910,7 +7769,7 @@ class EventWriter:
         self.output = Output(1)
         self._dropped = 0
 
-    def write(self, name: str | None, event: dict[str, Any]) -> None:
+    def write(self, name: str | None, event: Json) -> None:
         """Write an event of a server, None for none. Raises OutputError."""
         if len(self.output.waiting) > MAX_EVENT_BYTES:
             self._dropped += 1
@@ -7922,9 +7781,13 @@ class EventWriter:
         if self._as_json:  # in ASCII, so that text from a server cannot control a terminal
             line = json.dumps({**event, "server": name})
         else:
-            line = format_event(name or "-", event)
+            when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
+            facts = [one for one in event.items() if one[0] not in ("type", "timestamp", "seq")]
+            words = [f"{format_value(key)}={format_value(value)}" for key, value in facts]
+            line = " ".join([when, name or "-", format_value(event["type"]), *words])
         self.output.put(f"{line}\n".encode("utf-8", "replace"))
-        self.output.check()
+        if self.output.error is not None:
+            raise self.output.error
 
 
 def count_cells(text: str) -> int:
@@ -7943,7 +7806,7 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns after the server's name: title, side and width. See list_cells().
+# The monitor's columns after the server's name, for list_cells(): title, side and width.
 COLUMNS = (
     *(("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5")),
     ("LAST ALERT", ""),
@@ -7958,7 +7821,6 @@ SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
 
 
 def list_cells(one: Watched) -> list[str]:
-    """Return what stands in the columns of a server."""
     figures, stats = ["-"] * 3, one.stats
     if stats:
         memory = 100 * stats["ram_used"] / (stats["ram_total"] or 1)
@@ -7972,16 +7834,16 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
     counts = Counter(one.state.value for one in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     tasks = sum(len(one.tasks) for one in everybody)
-    parts = [f"{len(everybody)} server{'s' * (len(everybody) != 1)}: {states}"]
-    parts.append(f"{tasks} task{'s' * (tasks != 1)}")
+    servers = f"{len(everybody)} server{'s' * (len(everybody) != 1)}: {states}"
+    parts = [servers, f"{tasks} task{'s' * (tasks != 1)}"]
     up = [one for one in everybody if one.state is ServerState.UP and one.stats]
     if up:
         names = "cpu", "ram_used", "ram_total"
         cpu, used, total = (sum(one.stats[name] for one in up) for name in names)
-        top = max(up, key=lambda one: one.stats["cpu"])
         memory = f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
-        parts.append(f"CPU {cpu / len(up):.1f} %, {memory}")
-        parts.append(f"most CPU: {top.target.name}, {top.stats['cpu']:.1f} %")
+        top = max(up, key=lambda one: one.stats["cpu"])
+        most = f"most CPU: {top.target.name}, {top.stats['cpu']:.1f} %"
+        parts += [f"CPU {cpu / len(up):.1f} %, {memory}", most]
     while len(parts) > 1 and count_cells(" · ".join(parts)) > width:
         parts.pop()
     return " · ".join(parts)
@@ -8003,9 +7865,9 @@ def format_table(
 
 @dataclass(eq=False, repr=False)
 class Screen:
-    """The monitor on a terminal: composed 5 times a second, and drawn when it has changed."""
+    """The monitor on a terminal: composed 5 times a second, drawn when it has changed."""
 
-    # Key -> rows to scroll: arrows, Page Up and Down, Home, End, and what `less` and `vi` have.
+    # Key -> rows to scroll: arrows, Page Up and Down, Home, End, and those of `less` and `vi`.
     KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
     KEYS.update(dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize))
     KEYS.update(dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize))
@@ -8014,15 +7876,15 @@ class Screen:
 
     everybody: Sequence[Watched]
     log: MonitorLog
-    # What ends the monitor.
+    # Ends the monitor.
     leave: Callable[[], object] = lambda: None
     _sort: str = "s"
-    # The first row shown, and how many there were.
+    # The first row shown, and how many there are.
     _top: int = 0
     _shown: int = 0
-    # The picture that was drawn last, with the terminal's size.
+    # The newest picture, with the terminal's size.
     _drawn: tuple[int, int, str] = (0, 0, "")
-    # The terminal's attributes before, [] if stdin is not a terminal.
+    # The terminal's attributes before, [] if stdin is none.
     _before: list[Any] = field(default_factory=list)
     _is_coloured: bool = field(default_factory=wants_colours)
     _output: Output = field(default_factory=lambda: Output(1))
@@ -8060,7 +7922,7 @@ class Screen:
             for action in (termios.TCOOFF, termios.TCOON):  # if somebody has typed Ctrl-S
                 termios.tcflow(1, action)
         self._output.put(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
-        self._output.finish(FINISH_SECONDS)
+        self._output.finish()
 
     def _suspend(self) -> None:
         """Ctrl-Z: leave the terminal as it was, and come back to it."""
@@ -8107,19 +7969,18 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def parse_discovery_reply(data: bytes, address: str) -> dict[str, Any] | None:
+def parse_discovery_reply(data: bytes, address: str) -> Json | None:
     """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
-
-    Anybody on the link can send anything, so only the form of the reply is checked.
-    """
+    Anybody on the link can send one, so only its form is checked."""
     try:
         facts = parse_json_object(data)
     except CommandError:
         return None
     ports = {name: facts.get(name) for name in ("port", "ws_port")}
-    is_reply, run_id = facts.get("type") == "SERVER_RESPONSE", str(facts.get("id"))
-    if not (is_reply and all(type(one) is int and 0 < one < 65536 for one in ports.values())):
+    are_ports = all(type(one) is int and 0 < one < 65536 for one in ports.values())
+    if facts.get("type") != "SERVER_RESPONSE" or not are_ports:
         return None
+    run_id = str(facts.get("id"))
     return {
         "hostname": clean_text(facts.get("hostname", ""), 64),
         "address": address,
@@ -8137,25 +7998,23 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
             udp.sendto(DISCOVERY_PROBE, (address, port))
 
 
-def merge_replies(replies: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the servers in order, each once, with all its addresses (replies with the same id).
-
-    Loopback's address comes last, since it means nothing to other machines.
-    """
-    servers: dict[Any, list[dict[str, Any]]] = {}
+def merge_replies(replies: Iterable[Json]) -> list[Json]:
+    """Return the servers in order, each once, with all its addresses (replies with the same id):
+    loopback's last, since it means nothing to other machines."""
+    servers: dict[Any, list[Json]] = {}
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
     merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
     return sorted(merged, key=lambda one: (one["hostname"], one["address"], one["port"]))
 
 
-def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[dict[str, Any]]:
+def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[Json]:
     """Ask who is there, and return what answered within `seconds`, each server once."""
-    found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    # Replies by address, so that one address with thousands of replies does not displace others.
+    found: dict[tuple[str, int, str], Json] = {}
+    # Replies by address, so that one with thousands of them does not displace others.
     counts: Counter[str] = Counter()
     start = time.monotonic()
-    # A datagram may be lost, so each address is probed three times in the first half of the time.
+    # A datagram may be lost, so three are sent in the first half of the time.
     rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -8168,22 +8027,18 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[d
                 data, source = udp.recvfrom(2 * KIB)
             except OSError:  # nothing has come, or an ICMP error
                 continue
-            reply = parse_discovery_reply(data, source[0])
+            one = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
-            if reply is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
+            if one is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
                 # The first reply counts: a later one may be forged.
-                found.setdefault((reply["address"], reply["port"], reply["id"]), reply)
+                found.setdefault((one["address"], one["port"], one["id"]), one)
     return merge_replies(found.values())
 
 
-def name_hosts(
-    found: Sequence[dict[str, Any]], taken: Collection[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """Return name -> server. Names have only letters, digits, dot, hyphen, and are not in `taken`.
-
-    Anybody on the link can answer a probe, and Ansible would evaluate "{{ }}" in a variable.
-    """
-    named: dict[str, dict[str, Any]] = {}
+def name_hosts(found: Sequence[Json], taken: Collection[str] = ()) -> dict[str, Json]:
+    """Return name -> server. Names are not in `taken`, and have only letters, digits, dot, hyphen:
+    anybody can answer a probe, and Ansible would evaluate "{{ }}" in a variable."""
+    named: dict[str, Json] = {}
     for one in found:
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
         if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
@@ -8196,7 +8051,7 @@ def name_hosts(
     return named
 
 
-def format_prometheus(found: Sequence[dict[str, Any]]) -> str:
+def format_prometheus(found: Sequence[Json]) -> str:
     groups = []
     for name, one in name_hosts(found).items():
         labels = {"hostname": name, "__scheme__": "https" if one["tls"] else "http"}
@@ -8204,9 +8059,9 @@ def format_prometheus(found: Sequence[dict[str, Any]]) -> str:
     return to_json(groups)
 
 
-def format_ansible(found: Sequence[dict[str, Any]]) -> str:
+def format_ansible(found: Sequence[Json]) -> str:
     """Return an inventory for Ansible: one host per address, in the group `servercontrol`."""
-    hosts: dict[str, dict[str, Any]] = {}
+    hosts: dict[str, Json] = {}
     seen = set()
     for name, one in name_hosts(found).items():
         if one["address"] not in seen:
@@ -8217,18 +8072,18 @@ def format_ansible(found: Sequence[dict[str, Any]]) -> str:
     return to_json({"all": {"children": {"servercontrol": {"hosts": hosts}}}})
 
 
-def is_token_needed(one: dict[str, Any]) -> bool:
+def is_token_needed(one: Json) -> bool:
     """Whether a token is needed there. By default the same account on loopback needs none."""
     return bool(one["auth"]) and not is_loopback(one["address"])
 
 
-def format_found(found: Sequence[dict[str, Any]]) -> str:
+def format_found(found: Sequence[Json]) -> str:
     """Return a table for people."""
     rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
         token = "yes" if is_token_needed(one) else "not by its own account"
         token = token if one["auth"] else "NO: OPEN TO ALL"
-        runs, more = ("yes" if one["exec"] else "no"), " ".join(one["urls"][1:])
+        runs, more = "yes" if one["exec"] else "no", " ".join(one["urls"][1:])
         rows.append((one["hostname"], one["url"], one["version"], token, runs, more))
     widths = [max(map(len, column)) for column in zip(*rows)]
     padded = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in rows)
