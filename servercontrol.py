@@ -52,15 +52,15 @@ number is how many lines each has:
       26  load_tokens               where the two tokens come from
       17  read_token_file           whose files are believed
       26  identify_peer             whose process is at the other end: the kernel is asked
-      34  Exchanges._serve_request  the door: head, gate, only then the body, answer
+      22  Exchanges._serve_request  the door: head, gate, only then the body, answer
       20  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
       27  handle_message            the second door: messages of WebSocket clients, COMMANDS
        6  Server.check_role         who may run something; both doors ask it
       14  parse_exec_fields         what a request to run something may say
-      36  answer_exec               where the gate and the tasks meet
-      69  Spawner                   how a command is started: session, environment, descriptors
-     204  Tasks                     how it is stopped with all that it started, and ends
+      33  answer_exec               where the gate and the tasks meet
+      66  Spawner                   how a command is started: session, environment, descriptors
+     201  Tasks                     how it is stopped with all that it started, and ends
       10  signal_session            which processes a signal reaches
       95  AuditLog                  how it is written down
 
@@ -120,6 +120,7 @@ import traceback
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -172,9 +173,10 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     Place = tuple[int, tuple[Any, ...]]  # family and address of a socket
     OwnerQuery = Callable[[Endpoint, Endpoint], int]  # returns a uid
     Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
-    Publish = Callable[..., dict[str, Any]]  # Viewers.publish
+    Fields = dict[str, Any]  # of a JSON object, by name
+    Publish = Callable[..., Fields]  # Viewers.publish
     Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
-    Command = Callable[["Server", "Viewer", dict[str, Any]], "dict[str, Any] | None"]
+    Command = Callable[["Server", "Viewer", Fields], "Fields | None"]
 
 __version__ = "0.1.0"
 
@@ -2944,10 +2946,10 @@ def check_chain(
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
-# Child processes, from spawn to reap. Each command runs as SHELL -c COMMAND in a session of its
-# own, with one pipe or terminal for stdout and stderr. A task is complete when its shell has ended
-# and all that the shell wrote has been read. A background child may still hold the pipe: what it
-# writes later is read and dropped, so that it neither blocks nor breaks.
+# Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
+# stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
+# been read. What a background child writes later is read and dropped, so that it neither blocks nor
+# breaks.
 #
 # Kill, time-out and the server's own end stop a task in the same way: a signal to every process of
 # the session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: until then no other
@@ -2956,16 +2958,15 @@ def check_chain(
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
-# What a task's state becomes at its end; until then it is "running". After a crash of the server
-# the audit log has "interrupted".
+# A task's state at its end; until then it is "running". After a crash of the server the audit log
+# has "interrupted".
 END_STATES = ("done", "killed", "timeout")
-# The facts that the audit log has of an event, and those that viewers are told, in this order.
+# The facts of an event for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
-    "task_start": ("task_id command cwd by pid", "task_id command pid cwd tty cols rows by name"),
+    "task_start": ("task_id command cwd pid by", "tty cols rows name"),
     "task_complete": (
         "task_id exit_code signal state killed_by duration_ms output_bytes",
-        "task_id exit_code signal state killed_by duration_ms output_bytes replaced cpu_s "
-        "max_rss_kb",
+        "replaced cpu_s max_rss_kb",
     ),
 }
 
@@ -2973,10 +2974,9 @@ TASK_EVENTS = {
 class TaskPhase(enum.Enum):
     """How far a task is on the way to its end. Clients see Task.state instead."""
 
-    RUNNING = "running"  # until its shell ends
+    RUNNING = "running"
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
-    DRAINING = "draining"  # the shell has ended in that time; others of its session still run
-    KILLING = "killing"  # KILL was sent to all of them, and the shell has not ended yet
+    KILLING = "killing"  # KILL was sent to all, and the shell has not ended yet
     ENDED = "ended"
 
 
@@ -2986,9 +2986,9 @@ def set_terminal_size(fd: int, cols: int, rows: int) -> None:
 
 @dataclass(eq=False, repr=False)
 class TaskInput:
-    """The input of a task, by pipe or terminal. It waits here until the task reads it."""
+    """A task's input, by pipe or terminal, which waits here until the task reads it."""
 
-    fd: int  # -1 when it is closed
+    fd: int  # -1: closed
     _is_terminal: bool
     _waiting: bytearray = field(default_factory=bytearray)
     _is_ending: bool = False  # after what is still waiting
@@ -3036,15 +3036,14 @@ class Task:
     request: ExecRequest
     by: str  # who started it: address and role
     output: OutputLog
-    # How many bytes may be read beyond what its `?follow` readers have taken (0: any number);
-    # reader -> its offset; and the offset of the slowest one.
+    # How many bytes may be read beyond what its `?follow` readers have taken (0: any number).
     window: int = 0
-    readers: dict[object, int] = field(default_factory=dict)
-    taken: float = 0
+    readers: dict[object, int] = field(default_factory=dict)  # the offset of each
+    taken: float = 0  # that of the slowest
     pid: int = 0  # of the shell; also the id of its session and first process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
-    # Wall clock in ms, for people; monotonic seconds, for the duration.
+    # Wall clock in ms; monotonic seconds, for the duration.
     started_timestamp: int = 0
     ended_timestamp: int | None = None
     started_at: float = field(default_factory=time.monotonic)
@@ -3052,19 +3051,17 @@ class Task:
     signal_name: str | None = None
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8_DECODER("replace"))
     replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
-    fd: int = -1  # the server's end of the pipe or terminal with its output; -1 is closed
+    fd: int = -1  # our end of the pipe or terminal with its output; -1 is closed
     input: TaskInput | None = None
     size: tuple[int, int] | tuple[None, None] = (None, None)  # columns, rows of its terminal
     # The WebSocket client that typed last. It answers the questions that programs ask a terminal.
     typist: object = None
-    # Which of END_STATES it will have; and who killed it.
-    verdict: str = "done"
+    verdict: str = "done"  # which of END_STATES it will have
     killed_by: str | None = None
-    # "timeout"; "kill" and "poll" while it is stopped; "read" while its output is not read.
+    # "timeout"; "kill" and "hang-up" while it is stopped; "poll" when only its shell has ended;
+    # "read" while it is not read.
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    completed: asyncio.Future[None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    completed: asyncio.Future[None] = field(default_factory=asyncio.Future)
     # Set and cleared whenever there is more output, and at the end.
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -3072,8 +3069,8 @@ class Task:
     def state(self) -> str:
         return self.verdict if self.phase is TaskPhase.ENDED else "running"
 
-    def describe(self) -> dict[str, Any]:
-        """Return what `GET /tasks` says."""
+    def describe(self) -> Fields:
+        """The row of `GET /tasks`."""
         return {
             "task_id": self.task_id,
             "command": self.request.command,
@@ -3096,8 +3093,8 @@ class Task:
 
     @property
     def room(self) -> int:
-        """How many bytes may be read now. Less than half a usual piece counts as 0; otherwise
-        the pieces would get smaller and smaller."""
+        """How many bytes may be read now. Less than half a usual piece counts as 0; else pieces
+        would get smaller and smaller."""
         if not self.window:
             return READ_CHUNK_BYTES
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
@@ -3114,15 +3111,14 @@ class Task:
         self.timers[name] = loop.call_later(seconds, call, self, *more)
 
     def cancel_timer(self, name: str) -> None:
-        timer = self.timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
+        if name in self.timers:
+            self.timers.pop(name).cancel()
 
 
 def list_pids() -> list[int]:
     try:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:  # no descriptor is free, or there is no /proc
+    except OSError:  # no descriptor is free, or no /proc
         return []
 
 
@@ -3138,22 +3134,20 @@ def find_session(session: int) -> list[int]:
     """Return the processes of a session, zombies included; none if that cannot be found out."""
     members = []
     for pid in list_pids():
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             if os.getsid(pid) == session:  # a third of the time of reading /proc/PID/stat
                 members.append(pid)
-        except OSError:
-            pass  # it has ended meanwhile
     return members
 
 
 def is_session_gone(session: int) -> bool:
-    """Whether only the shell is left, as far as can be found out now."""
+    """Whether only the shell is left. False if that cannot be found out."""
     members = find_session(session)
     return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
 
 
 def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> mark of the runs that have crashed and used this audit log."""
+    """Return boot id -> mark of the crashed runs that used this audit log."""
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -3172,7 +3166,7 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
 def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
     open_tasks: dict[str, tuple[str, int]] = {}
-    pattern = re.compile("|".join(boot_ids).encode("ascii"))  # much faster than to parse each line
+    pattern = re.compile("|".join(boot_ids).encode("ascii"))  # faster than parsing each line
     with open(path, "rb") as file:
         for line in filter(pattern.search, file):
             try:
@@ -3191,17 +3185,15 @@ def find_survivors(task_id: str, session: int) -> list[int]:
     """Return the processes of a session if it is this task's; else [], since pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
     for pid in find_session(session):
-        try:
+        with suppress(OSError):  # it has ended, or is of another account now
             with open(f"/proc/{pid}/environ", "rb") as file:
                 is_ours = is_ours or mark in file.read().split(b"\0")
             alive.append(pid)
-        except OSError:
-            pass  # it has ended, or is of another account now
     return alive if is_ours else []
 
 
 def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
-    """Write `interrupted` for the tasks that a crash of the server left open."""
+    """Write `interrupted` for tasks that a crash of the server left open."""
     try:
         crashed = find_crashed_runs(folder, audit.path)
         if not crashed:
@@ -3216,13 +3208,12 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     for task_id, (boot_id, pid) in open_tasks.items():
         alive = find_survivors(task_id, pid)
         pids += alive
-        how: dict[str, Any] = {"exit_code": None, "signal": None, "state": "interrupted"}
+        how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
         reason = "the server ended without stopping this task"
         audit.write("task_complete", boot_id, task_id=task_id, **how, reason=reason, pids=alive)
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
-        some = " ".join(map(str, pids[:20])) + " ..." * (len(pids) > 20)
-        message += f". They may still run; to end them: kill {some}"
+        message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
     counts = {"runs": len(crashed), "tasks": len(open_tasks)}
     log.write("warning", "crash_completed", **counts, message=message)
 
@@ -3230,10 +3221,10 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """Lock a file while this run of the server lives; return its path.
 
-    A file that is not locked was left by a crash: its tasks are then completed in the audit log.
+    A crash leaves it unlocked: the next start completes that run's tasks in the audit log.
     """
     path = os.path.join(folder, f"run-{boot_id}")
-    with contextlib.suppress(OSError):  # without the mark a crash leaves its tasks open
+    with suppress(OSError):  # without the mark a crash leaves its tasks open
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         os.write(fd, os.fsencode(audit_path))
@@ -3242,41 +3233,27 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
 
 def signal_session(session: int, number: int) -> None:
     """Send a signal to every process of a session, also in other process groups."""
-    # The shell's group is first: that is one system call, which no fork can outrun. Some processes
-    # may have ended, or belong to another account (sudo).
-    with contextlib.suppress(OSError):
+    # The shell's group first, by one system call, which no fork can outrun. Some processes may
+    # have ended, or belong to another account (sudo).
+    with suppress(OSError):
         os.killpg(session, number)
     for pid in find_session(session):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if os.getpgid(pid) != session:
                 os.kill(pid, number)
 
 
-def has_exited(pid: int) -> bool:
-    try:
-        return bool(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-    except ChildProcessError:
-        return True
-
-
-def reap_orphans(shells: set[int]) -> None:
-    """Reap orphans. Only PID 1 (in a container) inherits any."""
-    for pid in {*list_pids()} - shells:
-        with contextlib.suppress(OSError):  # not a child of this process
-            os.waitpid(pid, os.WNOHANG)
-
-
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return the server's and the child's ends of [output, input]. Raises OSError.
+    """Return the server's and the child's ends of [output, input], or [output] alone.
 
-    Without input there is only the output. Of a terminal the child has one end for both.
+    Of a terminal the child has one end for both. Raises OSError.
     """
     opened: list[int] = []
     try:
         opened += os.openpty() if request.tty else os.pipe()
         if request.tty:
             attributes = termios.tcgetattr(opened[1])
-            attributes[0] |= INPUT_IS_UTF8  # so that backspace deletes whole characters
+            attributes[0] |= INPUT_IS_UTF8  # backspace deletes whole characters
             termios.tcsetattr(opened[1], termios.TCSANOW, attributes)
             set_terminal_size(opened[0], request.cols, request.rows)
             opened.append(os.dup(opened[0]))  # a descriptor for reading, one for typing
@@ -3289,7 +3266,7 @@ def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
 
 
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
-    """Say why a process could not be started, without paths."""
+    """Say why no process could be started, without paths."""
     reason = error.strerror or "unknown error"
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         return CommandError("no_resources", f"no process can be started now: {reason}")
@@ -3301,9 +3278,9 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
 
 
 def raise_descriptor_limit() -> tuple[int, int]:
-    """Raise the limit of descriptors to its maximum; return the limits before."""
+    """Raise the limit of descriptors to its maximum; return what it was."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS has a lower maximum, which it hides
+    with suppress(OSError, ValueError):  # macOS has a lower maximum, which it hides
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return soft, hard
 
@@ -3313,19 +3290,19 @@ class Spawner:
     """Starts processes."""
 
     _shell: str
-    _environment: Mapping[bytes, bytes]  # from which the tokens were taken
-    _descriptor_limit: tuple[int, int]  # from before the server raised its own
+    _environment: Mapping[bytes, bytes]  # without the tokens
+    _descriptor_limit: tuple[int, int]  # before the server raised its own
 
     def spawn(self, task: Task) -> None:
         """Start a task's shell, and set what the task knows of it. Raises OSError."""
         request = task.request
-        with contextlib.suppress(OSError):  # there is no /proc on macOS
+        with suppress(OSError):  # no /proc on macOS
             task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
         if request.cwd:
             task.cwd = os.path.join(task.cwd, request.cwd)
-        # With a terminal, the child makes it the one that controls its session.
+        # The child makes its terminal the one that controls its session.
         prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
-        # No shell takes this for an option then. (Not every shell knows `sh -c -- -x`.)
+        # So no shell takes it for an option. (Not every shell knows `sh -c -- -x`.)
         space = " " if request.command.startswith(("-", "+")) else ""
         ours, childs = open_streams(request)
         self._lower_descriptor_limit(childs[0])
@@ -3346,33 +3323,30 @@ class Spawner:
         finally:
             raise_descriptor_limit()
             close_fds(childs)
-        # So that Popen never waits for this pid: the server does, and the pid may then be reused.
-        process.returncode = 0
+        process.returncode = 0  # so Popen never waits for this pid, which may be reused then
         task.fd, task.pid = ours[0], process.pid
         for fd in ours:
             os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
-        # Again, where that could not be lowered. (Not on macOS; and the child may have ended.)
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+        # Where that could not be lowered. (Not on macOS; and the child may have ended.)
+        with suppress(AttributeError, OSError, ValueError):
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
     def _make_environment(self, task: Task) -> dict[bytes, bytes]:
         environment = {**self._environment, b"PYTHONUNBUFFERED": b"1"}
         if task.request.tty:
             environment[b"TERM"] = b"xterm-256color"
-            for name in (b"COLUMNS", b"LINES"):  # of the terminal that the server was started on
+            for name in (b"COLUMNS", b"LINES"):  # of the server's own terminal
                 environment.pop(name, None)
         asked = {**task.request.env, "SERVERCONTROL_TASK_ID": task.task_id}
         return {**environment, **{name.encode(): text.encode() for name, text in asked.items()}}
 
     def _lower_descriptor_limit(self, newest_fd: int) -> None:
-        """Set the limit that the child shall inherit, since select() fails above 1024.
-
-        If that leaves no room for what Popen itself opens, the child gets it when it already runs.
-        """
-        # This fails if no descriptor is free, as Popen will say, and on macOS.
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as spare:
+        """Set the limit that the child shall inherit, since select() fails above 1024; unless that
+        leaves no room for what Popen itself opens."""
+        # Fails if no descriptor is free, as Popen will say, and on macOS.
+        with suppress(OSError, ValueError), contextlib.ExitStack() as spare:
             for _ in range(4):  # as many as Popen opens
                 fd = os.dup(newest_fd)
                 spare.callback(os.close, fd)
@@ -3392,19 +3366,18 @@ def read_available(fd: int, size: int) -> bytes | None:
 
 @dataclass(eq=False, repr=False)
 class Outputs:
-    """Reads the output of running tasks in fair turns, publishes it, and keeps the newest of it."""
+    """Reads the output of running tasks in fair turns, publishes it, and keeps the newest."""
 
     _publish: Publish
     _feed: Feed
     _running: Mapping[str, Task]
     _finished: Collection[Task]  # in the order in which they ended
-    # Bytes of output that are kept, and that were ever read.
     kept_bytes: int = 0
-    total_bytes: int = 0
+    total_bytes: int = 0  # ever read
     # perf_counter: the end of this turn's time for reading (0: no turn); when one was last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    _queue: dict[Task, None] = field(default_factory=dict)  # of tasks that wait to be read
+    _queue: dict[Task, None] = field(default_factory=dict)  # tasks that wait to be read
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
@@ -3413,10 +3386,10 @@ class Outputs:
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
 
     def finish(self, task: Task) -> None:
-        """Read what the shell, which has ended, has left, but not what others write later."""
+        """Read what the shell has left, but not what others write later."""
         left = 0
         if task.fd >= 0 and task.request.tty:
-            left = TERMINAL_BUFFER_BYTES  # some may still be on its way; only read() waits for it
+            left = TERMINAL_BUFFER_BYTES  # some may be on its way; only read() waits for it
         elif task.fd >= 0:
             (left,) = struct.unpack("i", fcntl.ioctl(task.fd, termios.FIONREAD, b"\0" * 4))
         while left > 0:
@@ -3429,10 +3402,7 @@ class Outputs:
             task.fd = -1
 
     def _read(self, task: Task) -> None:
-        """There is output: read it now, or in the next turn of the event loop.
-
-        In one turn, tasks are read for READ_TURN_SECONDS. Those that wait are read first.
-        """
+        """There is output: read it now, or in the next turn of the event loop."""
         self._queue[task] = None
         if self._turn_end:
             self._read_queue()
@@ -3440,7 +3410,7 @@ class Outputs:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
-        """Begin a turn if tasks wait, and plan the next one. Else turns stop until _read()."""
+        """Begin a turn if tasks wait, and plan the next one. Else _read() begins one."""
         self._turn_end = 0.0
         if self._queue:
             self._turn_end = time.perf_counter() + READ_TURN_SECONDS
@@ -3448,7 +3418,7 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read the waiting tasks in order while the turn lasts. The others wait for the next.
+        """Read the waiting tasks in order for READ_TURN_SECONDS. The others wait for the next turn.
 
         Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
         """
@@ -3475,7 +3445,6 @@ class Outputs:
         task.set_timer("read", seconds, self.resume, lifts_window)
 
     def move_reader(self, task: Task, reader: object, offset: int) -> None:
-        """Note how much a `?follow` reader has taken."""
         task.readers[reader] = offset
         task.taken = min(task.readers.values())
         if task.fd >= 0 and "read" in task.timers:
@@ -3484,9 +3453,8 @@ class Outputs:
     def _read_chunk(self, task: Task, size: int) -> bytes:
         chunk = read_available(task.fd, size)
         if chunk == b"":
-            if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
-                # A process may open it again, as /dev/tty.
-                self._pause(task, 0.1)
+            if task.request.tty and task.phase is not TaskPhase.ENDED:
+                self._pause(task, 0.1)  # a process may open it again, as /dev/tty
             else:
                 asyncio.get_running_loop().remove_reader(task.fd)
                 os.close(task.fd)
@@ -3494,7 +3462,7 @@ class Outputs:
         return chunk or b""
 
     def _take(self, task: Task, chunk: bytes, final: bool = False) -> None:
-        """Publish and keep a chunk. A character that was cut in two waits for its other half."""
+        """Publish and keep a chunk. A character that was cut waits for its other half."""
         cut = task.decoder.getstate()[0]
         if not chunk.isascii() or final or cut:
             text = task.decoder.decode(chunk, final)
@@ -3513,7 +3481,7 @@ class Outputs:
         task.wake()
 
     def _drop_output(self) -> None:
-        """Limit what all tasks keep: drop it from finished ones first, inside windows last."""
+        """Limit what all tasks keep: finished ones give way first, windows last."""
         running = sorted(self._running.values(), key=lambda task: -task.output.kept_bytes)
         for is_last, task in itertools.product((False, True), [*self._finished, *running]):
             excess = self.kept_bytes - KEEP_ALL_OUTPUT_BYTES
@@ -3525,7 +3493,7 @@ class Outputs:
             self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Drop, slowly, what a background child writes after the end of its task."""
+        """Drop, slowly, what a background child writes after its task's end."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3538,7 +3506,7 @@ def reap_shell(task: Task) -> tuple[float, int]:
     """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
     try:
         _, status, usage = os.wait4(task.pid, 0)
-    except ChildProcessError:  # something else has reaped the child; its exit code is lost
+    except ChildProcessError:  # something else has reaped it; its exit code is lost
         task.exit_code = 255
         return 0.0, 0
     code = os.waitstatus_to_exitcode(status)
@@ -3551,7 +3519,7 @@ def reap_shell(task: Task) -> tuple[float, int]:
 
 @dataclass(eq=False, repr=False)
 class Tasks:
-    """The running tasks, and the finished ones that are kept."""
+    """The running tasks, and finished ones."""
 
     _config: Config
     _ids: TaskIds
@@ -3564,21 +3532,19 @@ class Tasks:
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
     _finished: deque[Task] = field(default_factory=deque)  # in the order in which they ended
-    # `ref` -> id of the task that was started for it, kept or not.
+    # `ref` -> id of its task, kept or not.
     _refs: dict[str, str] = field(default_factory=dict)
-    is_stopping: bool = False  # the server is; then no task is started
-    # For /metrics, since the start of the server.
-    started: int = 0
-    completed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(END_STATES, 0)))
-    durations: Histogram = field(
-        default_factory=lambda: Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
-    )
+    is_stopping: bool = False  # the whole server is
+    started: int = 0  # for /metrics
 
     def __post_init__(self) -> None:
         self.outputs = Outputs(self._publish, self._feed, self.running, self._finished)
+        # For /metrics, since the start of the server.
+        self.completed = Counter(dict.fromkeys(END_STATES, 0))
+        self.durations = Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
 
     def get(self, task_id: Any) -> Task:
-        """Return a task. Raises CommandError `bad_field` or `unknown_task`."""
+        """Raises CommandError `bad_field` or `unknown_task`."""
         task = self.kept.get(parse_task_id(task_id))
         if task is None:
             raise CommandError("unknown_task", f"there is no task {task_id} (any more)")
@@ -3587,19 +3553,19 @@ class Tasks:
     # Starting
 
     def start(self, request: ExecRequest, by: str) -> Task:
-        """Start a command. Raises CommandError; then nothing was started."""
+        """Raises CommandError; then nothing was started."""
         if request.ref is not None and request.ref in self._refs:
             return self.get(self._refs[request.ref])
+        config = self._config
         if self.is_stopping:
             raise CommandError("no_resources", "the server is stopping")
-        if len(self.running) >= self._config.max_tasks:
+        if len(self.running) >= config.max_tasks:
             raise CommandError("too_many_tasks", f"{len(self.running)} tasks run already")
-        config = self._config
         keep_output = config.keep_output * (KEEP_TIMES if request.window else 1)
         task = Task(self._ids.take(), request, by, OutputLog(keep_output))
         if request.tty:
             task.size = request.cols, request.rows
-        # So that the windows of all tasks, and the rest of each pipe, fit into the kept output.
+        # So the windows of all tasks, and the rest of each pipe, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
         try:
@@ -3622,12 +3588,12 @@ class Tasks:
             task.set_timer("timeout", request.timeout, self.stop)
         return task
 
-    def _tell(self, kind: str, facts: dict[str, Any]) -> int:
+    def _tell(self, kind: str, facts: Fields) -> int:
         """Write an event of TASK_EVENTS into the audit log, publish it; return its timestamp."""
-        audited, told = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
+        both, more = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
         # In this order: what a viewer has seen is in the log, also if the server is killed now.
-        self._audit.write(kind, **audited)
-        return int(self._publish(kind, **told)["timestamp"])
+        self._audit.write(kind, **both)
+        return int(self._publish(kind, **both, **more)["timestamp"])
 
     # Typing
 
@@ -3638,7 +3604,7 @@ class Tasks:
         task.typist = typist
 
     def resize(self, task: Task, cols: Any, rows: Any) -> None:
-        """Set a terminal's size. The kernel tells its programs (SIGWINCH). Raises CommandError."""
+        """Set a terminal's size; the kernel sends SIGWINCH. Raises CommandError."""
         check_field("cols", cols, SIDE)
         check_field("rows", rows, SIDE)
         fd = self._find_input(task).fd
@@ -3663,7 +3629,7 @@ class Tasks:
     def stop(self, task: Task, number: int = signal.SIGTERM, by: str | None = None) -> None:
         """Signal the whole session, and KILL it after the grace time. by: None is its time limit.
 
-        Raises CommandError `task_ended`; then no signal was sent.
+        Raises CommandError `task_ended`, before any signal.
         """
         if task.phase is TaskPhase.ENDED:
             raise CommandError("task_ended", f"task {task.task_id} has ended")
@@ -3679,24 +3645,22 @@ class Tasks:
         if task.request.tty and number == signal.SIGTERM:
             self._hang_up(task)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
-            # A stopped process receives the signal only when it continues.
-            signal_session(task.pid, signal.SIGCONT)
+            signal_session(task.pid, signal.SIGCONT)  # a stopped process gets the signal then
 
     def _hang_up(self, task: Task, delay: float = 0.1) -> None:
-        """Send HUP until the task ends: bash overlooks one that comes just before its prompt."""
+        """Send HUP until the task ends: bash overlooks one just before its prompt."""
         signal_session(task.pid, signal.SIGHUP)
         task.set_timer("hang-up", delay, self._hang_up, delay * 2)
 
     def _kill(self, task: Task) -> None:
         task.phase = TaskPhase.KILLING
-        task.cancel_timer("kill")
         signal_session(task.pid, signal.SIGKILL)
         self._advance(task)
 
     def stop_all(self) -> None:
         self.is_stopping = True
         for task in list(self.running.values()):
-            with contextlib.suppress(CommandError):  # its end has failed; the others go on
+            with suppress(CommandError):  # its end has failed
                 self.stop(task, by=SERVER_STOP)
 
     def kill_all(self) -> None:
@@ -3706,33 +3670,33 @@ class Tasks:
     # Ending
 
     def reap(self) -> None:
-        """Find the shells that have ended. One SIGCHLD may stand for many."""
+        """Find shells that have ended. One SIGCHLD may stand for many."""
         for task in list(self.running.values()):
-            if task.phase is not TaskPhase.DRAINING:  # those have a timer
+            if "poll" not in task.timers:
                 self._advance(task)
-        if os.getpid() == 1:
-            reap_orphans({task.pid for task in self.running.values()})
+        if os.getpid() == 1:  # in a container: only then it inherits orphans
+            for pid in {*list_pids()} - {task.pid for task in self.running.values()}:
+                with suppress(OSError):  # not a child of this process
+                    os.waitpid(pid, os.WNOHANG)
 
     def _advance(self, task: Task, delay: float = 0.01) -> None:
         """End a task whose shell has ended. If it is being stopped, first wait until its whole
         session has ended, or KILL was sent."""
-        if not has_exited(task.pid):
-            return
+        with suppress(ChildProcessError):  # something else has reaped it
+            if not os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
         if task.phase is TaskPhase.KILLING:
             signal_session(task.pid, signal.SIGKILL)  # again, for what was forked since
         elif task.phase is not TaskPhase.RUNNING and not is_session_gone(task.pid):
-            task.phase = TaskPhase.DRAINING
             task.set_timer("poll", delay, self._advance, min(delay * 2, 0.1))
             return
         task.phase = TaskPhase.ENDED
         self._finish(task)
 
     def _finish(self, task: Task) -> None:
-        """Take a task to its end: what the shell left in the pipe is read before that is announced.
-
-        No timer may be left when the shell is reaped, since its pid may be used again then.
-        """
+        """Read what the shell has left, reap it and announce the end."""
         self.outputs.finish(task)
+        # No timer may be left when the shell is reaped, since its pid may be used again then.
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
@@ -3741,7 +3705,13 @@ class Tasks:
         cpu_s, max_rss_kb = reap_shell(task)
         del self.running[task.task_id]
         self._finished.append(task)
-        self._announce_end(task, cpu_s=cpu_s, max_rss_kb=max_rss_kb)
+        duration = time.monotonic() - task.started_at
+        self.completed[task.state] += 1
+        self.durations.add(duration)
+        usage = {"duration_ms": int(duration * 1000), "cpu_s": cpu_s, "max_rss_kb": max_rss_kb}
+        task.ended_timestamp = self._tell("task_complete", {**task.describe(), **usage})
+        logged = {"task_id": task.task_id, "state": task.state, "exit_code": task.exit_code}
+        self._log.write("info", "task_complete", **logged)
         while len(self._finished) > self._config.keep_tasks:
             oldest = self._finished.popleft()
             self.outputs.kept_bytes -= oldest.output.kept_bytes
@@ -3749,27 +3719,18 @@ class Tasks:
         task.completed.set_result(None)
         task.wake()
 
-    def _announce_end(self, task: Task, **usage: float) -> None:
-        duration = time.monotonic() - task.started_at
-        self.completed[task.state] += 1
-        self.durations.add(duration)
-        facts = {**task.describe(), "duration_ms": int(duration * 1000), **usage}
-        task.ended_timestamp = self._tell("task_complete", facts)
-        logged = {"task_id": task.task_id, "state": task.state, "exit_code": task.exit_code}
-        self._log.write("info", "task_complete", **logged)
-
 
 # 14. Viewers ─────────────────────────────────────────────────────────────────────────────────
-# One Viewer per WebSocket client. publish() never waits: it appends to the Feed, and one flush per
-# turn of the event loop gives each viewer everything from its cursor on, in one write.
+# publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
+# viewer everything from its cursor on, in one write.
 #
 # - A round serves everybody who waits. With many viewers it takes several turns, and tasks are not
 #   read meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads
 #   give fewer, larger events. Who joins, and what is published, is for the next round.
 # - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
-# - While a transport has nothing to write, bytes for its viewer go to the socket directly. While it
-#   has, the viewer is stalled, and is passed over. So it costs one batch and an integer, however
-#   slow it is, and delays others by PATIENCE_SECONDS at most.
+# - While a transport has nothing to write, bytes go to the socket directly. While it has, its
+#   viewer is stalled, and is passed over. So it costs one batch and an integer, however slow it is,
+#   and delays others by PATIENCE_SECONDS at most.
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
@@ -3791,7 +3752,7 @@ class Compressor:
         if now <= self._earned_at:
             return frame
         frame = deflate_frame(frame, bits)
-        # No more than DEFLATE_SECONDS are saved up while nothing is compressed.
+        # At most DEFLATE_SECONDS are saved up while nothing is compressed.
         start = max(self._earned_at, now - DEFLATE_SECONDS / DEFLATE_SHARE)
         self._earned_at = start + (time.perf_counter() - now) / DEFLATE_SHARE
         return frame
@@ -3801,11 +3762,11 @@ class ViewerState(enum.Enum):
     """Whether a viewer takes events. READY and STALLED alternate; LEFT is the end."""
 
     READY = "ready"  # its transport has nothing to write
-    STALLED = "stalled"  # its transport still has something to write
+    STALLED = "stalled"  # it has
     LEFT = "left"  # our close frame was sent, or the client has gone
 
 
-READY = ViewerState.READY  # each viewer of a round is compared with it: this saves a look-up
+READY = ViewerState.READY  # a round compares each viewer with it: this saves a look-up
 
 
 @dataclass(eq=False, repr=False)
@@ -3813,7 +3774,7 @@ class Viewer:
     """One WebSocket client."""
 
     transport: asyncio.Transport
-    # Sends directly, while the transport has nothing to write; returns how many bytes were taken.
+    # Sends directly, while the transport has nothing to write; returns how many bytes it took.
     send: Callable[[bytes], int]
     websocket: WebSocketConnection
     role: Role
@@ -3823,7 +3784,7 @@ class Viewer:
     # A factory, since CPython is slower where the class has such an attribute, too.
     state: ViewerState = field(default_factory=lambda: READY)
     cursor: int = 0  # the seq from which on it needs events
-    pong_due: bytes | None = None  # the newest ping that was not answered, since it is stalled
+    pong_due: bytes | None = None  # answers the newest ping, when it is no longer stalled
     written_bytes: int = 0
     largest_reply: int = 0  # bytes of the largest message to this client alone
     # Monotonic times: the last byte from the peer; the end of its last stall; our last ping.
@@ -3837,7 +3798,7 @@ class Viewer:
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Send a message to this client alone; close one that asks but does not read."""
+        """Send a message to this client alone, or close one that asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -3846,7 +3807,7 @@ class Viewer:
         self.write(frame)
 
     def send_pong(self, payload: bytes) -> None:
-        """Answer a ping; while the viewer is stalled, only the newest one (RFC 6455, 5.5.3)."""
+        """Answer a ping; while it is stalled, only the newest one (RFC 6455, 5.5.3)."""
         if self.state is ViewerState.STALLED:
             self.pong_due = payload
         elif self.is_open:
@@ -3858,7 +3819,7 @@ class Viewer:
 
     def ping(self, now: float) -> bool:
         """Return False, without a ping, when the last one was not answered."""
-        if self.state is ViewerState.STALLED:  # it would wait; WRITE_STALL_SECONDS applies instead
+        if self.state is ViewerState.STALLED:  # WRITE_STALL_SECONDS applies instead
             self.heard_at = now
         elif self.heard_at < self.pinged_at:
             return False
@@ -3875,7 +3836,7 @@ class Viewer:
 
 @dataclass(eq=False, repr=False)
 class Audience:
-    """Viewers that hear the same events: those at the same cursor share each batch."""
+    """Viewers that hear the same events; at the same cursor they share each batch."""
 
     kinds: frozenset[str] | None  # of the Feed; None is all
     bits: int  # of the compression window; 0 is none
@@ -3893,16 +3854,16 @@ class Viewers:
         # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
-        # The viewers left in this round (the last is served first); those for the next round; the
-        # kinds of events published since this one began.
+        # The viewers left in this round (the last is served first); those for the next; the kinds
+        # of events published since this one began.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
-        # (audience, cursor) -> frames and the cursor after them, for the viewers of a flush.
+        # (audience, cursor) -> frames and the cursor after them, during a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
         self._hurried_at = 0.0  # when publish() last served few viewers at once
         self._stalled: set[Viewer] = set()
-        # Viewers that are behind -> how many seconds tasks may still wait for each of them.
+        # Viewers that are behind -> seconds that tasks may still wait for each.
         self._patience: dict[Viewer, float] = {}
         self._looked_at = 0.0  # when that was last counted down
 
@@ -3910,7 +3871,7 @@ class Viewers:
     def written_bytes(self) -> int:
         return self._left_bytes + sum(viewer.written_bytes for viewer in self.all)
 
-    def publish(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def publish(self, kind: str, **fields: Any) -> Fields:
         """Broadcast an event and return it, with its timestamp and seq."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
@@ -3929,19 +3890,16 @@ class Viewers:
     def join(self, viewer: Viewer, since: int | None) -> None:
         """Add a viewer, from now on or from the event after `since`."""
         self.all.add(viewer)
-        if viewer.state is ViewerState.STALLED:
-            self._stalled.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
         if viewer.cursor > self.feed.next:
-            # `since` is from another boot: how much is missing is unknown, so the gap begins at 0,
-            # which no event has.
+            # `since` is from another boot: how much is missing is unknown, so the gap begins at 0.
             viewer.cursor = self.feed.first
             self._send_gap(viewer, 0, viewer.cursor - 1)
         self._serve_next(viewer)
 
     def leave(self, viewer: Viewer) -> None:
-        """Send nothing more to a viewer."""
+        """Send nothing more."""
         if viewer in self.all:
             self.all.remove(viewer)
             self._leave_audience(viewer)
@@ -3962,7 +3920,7 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Change what a viewer hears from now on; return the seq up to which it heard the old."""
+        """Change what a viewer hears; return the seq up to which it heard the old choice."""
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
@@ -3971,18 +3929,17 @@ class Viewers:
         return viewer.cursor - 1
 
     def find_seen(self, viewer: Viewer) -> int:
-        """Return the seq up to which a viewer has been sent all that it wants to hear."""
+        """Return the seq up to which a viewer has been sent all that it chose."""
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
-        """Skip a viewer, until its transport has written everything."""
+        """Skip a viewer until its transport has written everything."""
         if viewer.state is READY:
             viewer.state = ViewerState.STALLED
-            if viewer in self.all:
-                self._stalled.add(viewer)
+            self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """Go on with a viewer, whose transport has written everything."""
+        """Go on with a viewer whose transport has written everything."""
         if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
         viewer.state = READY
@@ -4002,16 +3959,16 @@ class Viewers:
 
         They pause once a viewer is half the feed behind, until it has caught up. One that we have
         not served yet counts without limit; a stalled one that took something within
-        LATELY_SECONDS, for PATIENCE_SECONDS in all; one that has stopped reading does not count.
+        LATELY_SECONDS, for PATIENCE_SECONDS in all; any other has stopped reading.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
         limit = self.feed.next if self.feed.must_pause else self.feed.middle
         self.feed.must_pause, patience = False, {}
-        # Whoever is in none of these has been sent everything.
+        # All others have been sent everything.
         for viewer in {*self._stalled, *self._round, *self._queue}:
             cursor = self.find_seen(viewer) + 1
-            # Only those that are behind stay in the table: catching up restores the patience.
+            # Catching up restores the patience: only those that are behind are in the table.
             if cursor < self.feed.next:
                 patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
             if cursor >= limit:
@@ -4031,7 +3988,7 @@ class Viewers:
             self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Serve the viewers of a round, for a limited time; the next turn serves the others."""
+        """Serve viewers of a round for FLUSH_TURN_SECONDS; the next turn serves the others."""
         self.feed.is_dirty = False
         if not self._round:  # begin one, with those that wait, and those that want the new events
             for audience in self._audiences.values() if self._news else ():
@@ -4051,7 +4008,7 @@ class Viewers:
             self._schedule()
 
     def _serve_step(self, step: list[Viewer]) -> None:
-        # Usually a viewer is at the cursor of the one before it, and its socket takes everything.
+        # Usually a viewer is where the one before it was, and its socket takes everything.
         newest, audience, cursor = self.feed.next, None, 0
         for viewer in reversed(step):
             if viewer.state is not READY or viewer.cursor == newest:
@@ -4062,7 +4019,7 @@ class Viewers:
             viewer.cursor = after
             try:
                 sent = viewer.send(data) if size else 0
-            except OSError:  # the socket is full, or broken: the transport finds out
+            except OSError:  # it is full, or broken: the transport finds out
                 sent = 0
             viewer.written_bytes += size
             if sent < size:
@@ -4084,8 +4041,7 @@ class Viewers:
             viewer.cursor = first
         place = audience, viewer.cursor
         if place not in self._batches:
-            batch = self.feed.read_batch(viewer.cursor, audience.kinds, audience.bits)
-            self._batches[place] = batch
+            self._batches[place] = self.feed.read_batch(place[1], audience.kinds, audience.bits)
         return self._batches[place]
 
     def _send_gap(self, viewer: Viewer, first: int, last: int) -> None:
@@ -4094,8 +4050,8 @@ class Viewers:
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: reading statistics every interval, posting alerts to the webhook,
-# and answering discovery probes. A failure in one round is logged, and the next round follows.
+# What happens without a request: statistics, alerts to the webhook, answers to discovery probes. A
+# failure in one round is logged, and the next round follows.
 
 
 def read_proc_file(path: str) -> str:
@@ -4103,7 +4059,7 @@ def read_proc_file(path: str) -> str:
         return file.read()
 
 
-def read_basics() -> dict[str, Any]:
+def read_basics() -> Fields:
     """Return the fields of a Sample that Python itself can tell; the uptime counts suspension."""
     disk = os.statvfs("/")
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -4120,7 +4076,7 @@ def read_basics() -> dict[str, Any]:
 
 
 def read_proc_sample() -> Sample:
-    """Read a Sample from /proc."""
+    """Works without psutil."""
     busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
     memory = parse_meminfo(read_proc_file("/proc/meminfo"))
     return Sample(
@@ -4136,7 +4092,7 @@ def read_proc_sample() -> Sample:
 
 
 def read_psutil_sample() -> Sample:
-    """The same with psutil, also where there is no /proc."""
+    """Works without /proc, too."""
     times = psutil.cpu_times()
     # Guest time is already part of user time; waiting for a disk is idle time.
     total = sum(times) - getattr(times, "guest", 0) - getattr(times, "guest_nice", 0)
@@ -4155,7 +4111,7 @@ def read_psutil_sample() -> Sample:
 
 
 def choose_source() -> Callable[[], Sample]:
-    """Return the function that reads a Sample: with psutil if installed. Raises StartError."""
+    """Return what reads a Sample: with psutil if installed. Raises StartError."""
     if psutil is not None:
         return read_psutil_sample
     if not os.path.exists("/proc/stat"):
@@ -4164,19 +4120,17 @@ def choose_source() -> Callable[[], Sample]:
 
 
 def read_own_usage() -> list[tuple[str, Any, str]]:
-    """Return the metrics of this process, as far as the system has them: rows of /metrics."""
+    """Return the rows of /metrics about this process."""
     resident = fds = None
-    try:
+    with suppress(OSError):  # macOS has no /proc; or no descriptor is free
         pages = int(read_proc_file("/proc/self/statm").split()[1])
         resident = pages * resource.getpagesize()
         # Since Linux 6.2 the folder's size is the count. Listing 10,000 takes 12 ms.
         fds = os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
-    except OSError:
-        pass  # macOS has no /proc; or no descriptor is free
     return [
-        ("process_cpu_seconds_total", time.process_time(), "CPU time of the server itself."),
-        ("process_resident_memory_bytes", resident, "Resident memory of the server itself."),
-        ("process_open_fds", fds, "Open descriptors of the server itself."),
+        ("process_cpu_seconds_total", time.process_time(), "CPU time of this server."),
+        ("process_resident_memory_bytes", resident, "Resident memory of this server."),
+        ("process_open_fds", fds, "Open descriptors of this server."),
     ]
 
 
@@ -4184,8 +4138,8 @@ def read_own_usage() -> list[tuple[str, Any, str]]:
 class Webhook:
     """Posts alerts, one after the other, each up to three times. facts: sent with each of them.
 
-    It has a thread of its own, so that nothing else waits for a name look-up or a receiver that
-    hangs, nor does the end of the process: it is a daemon.
+    In a daemon thread: neither the event loop nor the end of the process waits for a name look-up
+    or a receiver that hangs.
     """
 
     url: WebhookUrl
@@ -4194,14 +4148,14 @@ class Webhook:
 
     def __post_init__(self) -> None:
         self._context = ssl.create_default_context() if self.url.is_tls else None
-        self._alerts: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WEBHOOK_ALERTS)
+        self._alerts: queue.Queue[Fields] = queue.Queue(MAX_WEBHOOK_ALERTS)
         threading.Thread(target=self._run, daemon=True).start()
 
     @property
     def pending(self) -> int:
         return self._alerts.unfinished_tasks
 
-    def send(self, event: dict[str, Any]) -> None:
+    def send(self, event: Fields) -> None:
         if self._alerts.full():
             self._alerts.get_nowait()
             self._alerts.task_done()
@@ -4228,19 +4182,17 @@ class Webhook:
             except (OSError, ValueError) as error:  # ValueError: the name is malformed
                 reason = explain(error)
                 continue
-            if 200 <= status <= 299:  # a redirect would become a GET, so it is not followed
+            if 200 <= status <= 299:  # a redirect, which would become a GET, is not followed
                 return ""
             reason = f"it answered {status}"
         return reason
 
     def _post(self, body: bytes) -> int:
         """Return the status of the answer; the rest is not read. Raises OSError, ValueError."""
-        url = self.url
+        url, context = self.url, self._context
         with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
             end = time.monotonic() + WEBHOOK_SECONDS
-            context = self._context
-            peer = context.wrap_socket(plain, server_hostname=url.host) if context else plain
-            with peer:
+            with context.wrap_socket(plain, server_hostname=url.host) if context else plain as peer:
                 peer.sendall(encode_webhook_request(url, body))
                 answer, more, status = b"", b"more", None
                 # The limits hold for slow answers, too, and for any number of 1xx before them.
@@ -4254,8 +4206,8 @@ class Webhook:
         return status
 
 
-def describe_failure(error: BaseException) -> dict[str, Any]:
-    """Return fields for the log. What the machine refuses is told; anything else has a trace."""
+def describe_failure(error: BaseException) -> Fields:
+    """Return fields for the log: what the machine refuses, or a trace."""
     if isinstance(error, OSError):
         return {"error": str(error)}
     trace = traceback.format_exception(type(error), error, error.__traceback__)
@@ -4264,42 +4216,40 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
 
 @dataclass(eq=False, repr=False)
 class Sampler:
-    """Publishes `stats_update` every interval, and alerts. notify: also takes each alert's event.
+    """Publishes `stats_update` every interval, and alerts.
 
-    running: the running tasks, which an alert names.
+    running: the running tasks, which an alert names. notify: also takes each alert's event.
     """
 
     config: Config
     publish: Publish
     log: Log
     running: Mapping[str, Task]
-    notify: Callable[[dict[str, Any]], None]
+    notify: Callable[[Fields], None]
 
     def __post_init__(self) -> None:
         config = self.config
         self._read_sample = choose_source()
-        # The newest sample; and that of the newest tick, from which the next rates are computed.
+        # The newest sample; and that of the newest tick, which the next rates start from.
         self.sample = self._ticked = self._read_sample()
-        # Bytes since boot. Unlike the kernel's, these do not go back if an interface is removed.
+        # Bytes since boot. They do not go back if an interface is removed, as the kernel's do.
         self.net_recv, self.net_sent = (
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # The newest event of the alert that is not resolved yet, for clients that connect later;
-        # and the monotonic time of its first one.
-        self.alert: dict[str, Any] | None = None
+        # The newest event of the alert that is not resolved yet, and the monotonic time of its
+        # first one.
+        self.alert: Fields | None = None
         self._alert_since = 0.0
         # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
-        # The page shows in the morning what happened at night.
-        self.alerts: deque[dict[str, Any]] = deque(maxlen=50)
-        self.hostname = read_hostname()
-        # The newest event, once there is one.
-        self.newest: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.alerts: deque[Fields] = deque(maxlen=50)
+        # The newest `stats_update`.
+        self.newest: asyncio.Future[Fields] = asyncio.Future()
         # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
-        """Tick at fixed monotonic times, for ever: a late tick does not delay later ones."""
+        """Tick at fixed monotonic times: a late tick does not delay later ones."""
         interval = self.config.interval
         # The first tick comes within a second, whatever the interval.
         start, count = time.monotonic() - interval + min(interval, 1.0), 0
@@ -4308,7 +4258,7 @@ class Sampler:
             await asyncio.sleep(start + count * interval - time.monotonic())
             try:
                 self.tick()
-            except Exception as error:  # an OSError, most likely since no descriptor is free
+            except Exception as error:  # most likely no descriptor is free
                 self.log.write_limited("error", "sampler_failed", **describe_failure(error))
 
     def _take_sample(self) -> Sample:
@@ -4319,29 +4269,28 @@ class Sampler:
         return sample
 
     def refresh(self) -> None:
-        """Take a sample between two ticks, if the newest one is old. Publishes no event."""
+        """Take a sample between two ticks, if the newest one is old."""
         if time.monotonic() - self.sample.now > FRESH_SECONDS:
-            with contextlib.suppress(Exception):  # tick() will log it; the old sample stays
+            with suppress(Exception):  # tick() will log it; the old sample stays
                 self._take_sample()
 
     def tick(self) -> None:
-        """Take one sample and publish it."""
+        """Publish a sample."""
         before, sample = self._ticked, self._take_sample()
         self._ticked = sample
         stats = build_stats(before, sample)
-        self.hostname = read_hostname()
         cpus = os.cpu_count() or 1
-        event = self.publish("stats_update", **stats, hostname=self.hostname, cpus=cpus)
+        event = self.publish("stats_update", **stats, hostname=read_hostname(), cpus=cpus)
         columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
         self.history.append([event[name] for name in columns])
         if self.newest.done():
-            self.newest = asyncio.get_running_loop().create_future()
+            self.newest = asyncio.Future()
         self.newest.set_result(event)
         self._check_alert(stats["cpu"], sample.now)
 
     def _check_alert(self, cpu: float, now: float) -> None:
         change = self._rule.update(cpu, now)
-        facts = {"cpu": cpu, "hostname": self.hostname}
+        facts = {"cpu": cpu, "hostname": read_hostname()}
         if change == "cpu_alert":
             message = f"CPU usage exceeded {self.config.cpu_alert:g}%!"
             tasks, is_new = list(self.running), self.alert is None
@@ -4371,19 +4320,19 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
 class Discovery:
     """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
 
-    places: the IPv4 addresses where HTTP listens, [] if that is every one. The prober takes a
-    reply's source for the server's address, so it must be one of these.
+    places: the IPv4 addresses where HTTP listens, [] if that is every one. A reply must come from
+    one of these, since the prober takes its source for the server's address.
     loopback_only: the server does not listen on the network. make_facts: returns a reply's fields.
     """
 
     port: int
     places: Sequence[str]
     loopback_only: bool
-    make_facts: Callable[[], dict[str, Any]]
+    make_facts: Callable[[], Fields]
 
     def __post_init__(self) -> None:
         self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
-        # The networks that are on-link, and until when they are taken to be the same.
+        # The networks that are on-link, and when to read them again.
         self._networks: list[ipaddress.IPv4Network] = []
         self._networks_until = 0.0
         # By address. A socket that is bound to one address receives no broadcasts, hence the last.
@@ -4393,7 +4342,7 @@ class Discovery:
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: each receives all broadcasts, one a unicast.
+                # Servers on one host share the port: all receive broadcasts, one a unicast.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4406,21 +4355,18 @@ class Discovery:
             raise
 
     def _receive(self, place: str) -> None:
-        """Answer an exact probe from a host on the same link; ignore anything else."""
-        try:
+        """Answer an exact probe; ignore anything else."""
+        with suppress(OSError):  # a prober cannot be reached
             data, source = self._sockets[place].recvfrom(len(DISCOVERY_PROBE) + 1)
             if data == DISCOVERY_PROBE and self.may_answer(source[0], time.monotonic()):
                 udp = self._sockets[place if place in self.places else self._choose(source[0])]
                 udp.sendto(encode_discovery_reply(self.make_facts()), source)
-        except OSError:
-            pass  # a prober cannot be reached
 
     def may_answer(self, source: str, now: float) -> bool:
-        """Whether a host is a neighbour that may get one more reply now."""
+        """Whether a host is on the same link and may get one more reply now."""
         if not is_loopback(source):
             if now >= self._networks_until:
-                self._networks_until = now + 5
-                self._networks = read_link_networks()
+                self._networks_until, self._networks = now + 5, read_link_networks()
             address = parse_ip(source)
             if self.loopback_only or not any(address in network for network in self._networks):
                 return False
@@ -4428,9 +4374,9 @@ class Discovery:
         return not each.take(source, now) and not all_together.take("", now)
 
     def _choose(self, source: str) -> str:
-        """Return the address to answer a broadcast from: that from which it leaves anyway."""
+        """Return the address to answer a broadcast from, by the kernel's routes."""
         here = ""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             udp.connect((source, 9))  # sends nothing
             here = udp.getsockname()[0]
         return here if here in self._sockets else next(iter(self._sockets))
@@ -4449,13 +4395,13 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
 class SystemdNotifier:
     """Tells systemd, if that started the server, that it is ready, stops, and lives (sd_notify(3)).
 
-    Removes systemd's variables from the environment, so that no task can send in its name.
+    Takes systemd's variables out of the environment, so that no task can send in its name.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
         address, microseconds, pid = (environ.pop(name, "") for name in names)
-        # An abstract name begins with NUL (unix(7)); in the variable systemd writes @ instead.
+        # An abstract name begins with NUL (unix(7)), for which systemd writes @.
         self._address = re.sub("^@", "\0", address)
         # Opened at the start: a server without free descriptors is still alive.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
@@ -4466,12 +4412,12 @@ class SystemdNotifier:
     def tell(self, *lines: str) -> None:
         """Send NAME=VALUE lines. It does not matter if that fails."""
         data = "\n".join(lines).encode("utf-8", "replace")
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             if self._socket is not None:
                 self._socket.sendto(data, socket.MSG_DONTWAIT, self._address)
 
     def beat(self) -> None:
-        """Report regularly that the event loop runs; a hung loop does not get here."""
+        """Report regularly that the event loop is not hung."""
         if self._seconds:
             self.tell("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
@@ -4479,21 +4425,16 @@ class SystemdNotifier:
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
-# answer; or become a Viewer. A sweep looks only at deadlines that have passed. Each kind of error
-# becomes an answer in one place: make_error_response, handle_message.
+# answer; or become a Viewer. Each kind of error becomes an answer in one place:
+# make_error_response, handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 PLAIN_TEXT = "text/plain; charset=utf-8"
-METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-HTML_TEXT = "text/html; charset=utf-8"
 SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
 
 
 def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """Ask the kernel for the uid of the socket whose own end is `peer`.
-
-    0.2 ms, however many sockets there are. Raises OSError or ValueError.
-    """
+    """Return the uid of the socket whose own end is `peer`: 0.2 ms. Raises OSError, ValueError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
         netlink.sendto(encode_diag_request(peer, local), (0, 0))
@@ -4501,13 +4442,13 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
 
 
 def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """The same without netlink, from /proc: 33 ms among 16,000 sockets."""
+    """The same without netlink: 33 ms among 16,000 sockets."""
     path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
 def choose_owner_query() -> OwnerQuery:
-    """Return the one of both that works here; netlink is tried with a socket of this process."""
+    """Return the one that works here: netlink is tried with a socket of this process."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
@@ -4519,20 +4460,21 @@ def choose_owner_query() -> OwnerQuery:
 
 
 def read_trusted_uid() -> int:
-    """Return the server's effective uid, or -1 if other accounts have the same.
+    """Return the server's uid, or -1 if other accounts have the same.
 
-    In a user namespace that maps only some accounts, one uid stands for all the others.
+    In a user namespace that maps only some accounts, one uid stands for all others.
     """
+    uid = os.geteuid()
     try:
         overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
         maps_all = read_proc_file("/proc/self/uid_map").split() == ["0", "0", "4294967295"]
     except (OSError, ValueError):
-        return os.geteuid()
-    return -1 if os.geteuid() == overflow_uid and not maps_all else os.geteuid()
+        return uid
+    return -1 if uid == overflow_uid and not maps_all else uid
 
 
 def read_unix_owner(connection: socket.socket) -> int | None:
-    """Return the uid of the process that connected (unix(7), SO_PEERCRED)."""
+    """Return the uid of the process that connected (unix(7))."""
     try:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     except (OSError, AttributeError):  # the latter on macOS
@@ -4541,7 +4483,7 @@ def read_unix_owner(connection: socket.socket) -> int | None:
 
 
 def tune_socket(connection: socket.socket) -> None:
-    """Set the options of a client's socket. Raises OSError if the connection is gone."""
+    """Raises OSError if the connection is gone."""
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
         # Otherwise the second of two writes waits 40 ms for the ACK of the first.
@@ -4552,8 +4494,8 @@ def tune_socket(connection: socket.socket) -> None:
 
 
 def enable_keepalive(connection: socket.socket) -> None:
-    """Let the kernel notice within 20 s that the other host is dead, if it can (tcp(7))."""
-    with contextlib.suppress(OSError):  # it is closed already, or a Unix socket
+    """Let the kernel notice within 20 s that the other host is dead (tcp(7))."""
+    with suppress(OSError):  # it is closed already, or a Unix socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
@@ -4569,7 +4511,7 @@ def identify_peer(
 ) -> tuple[Peer, str]:
     """Return who is at the other end, and a name for logs.
 
-    Called right after accept, since a socket that is closed loses its owner.
+    Called right after accept: a socket that is closed has no owner.
     """
     if listener is ListenerKind.UNIX:
         return Peer(listener, uid=read_unix_owner(connection), scheme=scheme), "unix"
@@ -4578,10 +4520,10 @@ def identify_peer(
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
     uid = None
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError):
             owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
             # A client that has reset its connection has freed its port, but its request can still
-            # be read. If another process uses that port now, it is the owner that was found.
+            # be read. If another process has that port now, its owner was found.
             if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
                 uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -4589,15 +4531,12 @@ def identify_peer(
 
 
 class TlsFiles:
-    """The certificate and its key, read again when the files change.
-
-    So a renewed certificate needs no signal. Open connections keep the old one.
-    """
+    """The certificate and its key, read again when they change. Open connections keep the old."""
 
     def __init__(self, cert: str, key: str, log: Log) -> None:
         self._paths = cert, key or cert
         self._log = log
-        # What _look() returned when the files were read, and at the last check.
+        # How the files were when they were read, and at the last check.
         self._read = self._seen = self._look()
         self.context = self._load()
 
@@ -4609,12 +4548,12 @@ class TlsFiles:
             return None
 
     def _load(self) -> ssl.SSLContext:
-        """Return a TLS context from the files. Raises OSError or ValueError."""
+        """Raises OSError or ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(["http/1.1"])
-        # With this wrong password OpenSSL does not ask for one on the terminal.
+        # With a wrong password OpenSSL does not ask for one on the terminal.
         context.load_cert_chain(*self._paths, password="")
         return context
 
@@ -4636,7 +4575,7 @@ class TlsFiles:
 class Request:
     """A request that has passed the gate. by: the client, for events and logs.
 
-    ends: what is to be called when the answer is written, or the client has gone.
+    ends: for when the answer is written, or the client has gone.
     """
 
     head: RequestHead
@@ -4669,9 +4608,7 @@ async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-def output_response(
-    fields: dict[str, Any], name: str, pieces: Sequence[bytes], is_raw: bool
-) -> Response:
+def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: bool) -> Response:
     """Return output as text, or as the field `name` of JSON; a long one piece by piece."""
     if is_raw:
         return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
@@ -4687,11 +4624,11 @@ async def follow_output(
 ) -> AsyncIterator[bytes]:
     """Yield a task's output from `offset` on, until the task is complete.
 
-    move: is called with the offset that the kernel has taken for the client. If the client falls
-    behind the kept output, the body is cut off, which it notices; it would not notice a hole.
+    move: is called with the offset that the kernel has taken for the client. A client that falls
+    behind the kept output notices that the body is cut off; it would not notice a hole.
     """
     while task.output.start <= offset:
-        # A few blocks at a time, since blocks that wait for the client need memory.
+        # A few at a time, since what waits for the client needs memory.
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
         move(offset)
@@ -4709,7 +4646,7 @@ async def follow_output(
 
 @dataclass(frozen=True)
 class Route:
-    """Who may use a path (None: everybody), the parameters it knows, and what answers.
+    """Who may use a path (None: everybody), its parameters, and what answers.
 
     What `answer` returns is sent as JSON, unless it is a Response.
     """
@@ -4774,7 +4711,6 @@ On the server: python3 servercontrol.py --help
 
 
 def find_url(head: RequestHead, scheme: str) -> str:
-    """Return the server's address, as the client named it."""
     return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
@@ -4785,7 +4721,7 @@ def accepts_gzip(head: RequestHead) -> bool:
 
 
 async def answer_page(server: Server, request: Request) -> Response:
-    """`GET /`: the dashboard, or for `curl` and `?text` the API at a glance. Holds no data."""
+    """`GET /`: the dashboard, or for `curl` and `?text` HELP. Holds no data."""
     head, page = request.head, server.page
     fields = [("Vary", "Accept, Accept-Encoding"), ("Referrer-Policy", "no-referrer")]
     is_browser = any(one.startswith("text/html") for one in head.tokens("accept"))
@@ -4802,7 +4738,8 @@ async def answer_page(server: Server, request: Request) -> Response:
         return Response(304, fields=fields)
     if is_small:
         fields.append(("Content-Encoding", "gzip"))
-    return Response(200, page.compressed if is_small else page.body, HTML_TEXT, fields)
+    body = page.compressed if is_small else page.body
+    return Response(200, body, "text/html; charset=utf-8", fields)
 
 
 async def answer_health(server: Server, request: Request) -> Any:
@@ -4819,18 +4756,17 @@ async def answer_preflight(server: Server, request: Request) -> Response:
 
 
 def follow_response(server: Server, request: Request, task: Task, offset: int) -> Response:
-    """Return the output as it comes, with the exit code in the trailers."""
+    """Return output as it comes, with the exit code in the trailers."""
     start = max(offset, task.output.start)
     fields = [
         ("X-Task-Id", task.task_id),
         ("X-Offset", str(start)),
         ("Trailer", "X-Exit-Code, X-Dropped-Bytes"),
-        ("X-Accel-Buffering", "no"),  # for nginx, which would keep it until there is more
+        ("X-Accel-Buffering", "no"),  # for nginx, which would wait for more
     ]
     trailers = {"X-Dropped-Bytes": str(start - offset)}
     move: Callable[[int], None] = lambda offset: None  # noqa: E731
-    # A client that may only watch does not delay a task.
-    if task.window and request.role is Role.RUN:
+    if task.window and request.role is Role.RUN:  # who may only watch does not delay a task
         reader = object()
         move = functools.partial(server.tasks.outputs.move_reader, task, reader)
         move(offset)
@@ -4840,10 +4776,8 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
-    """Return what the body asks for, or with `again` what that task was asked for.
-
-    So it also gets the same environment, which no client can see, and the same input.
-    """
+    """Return what the body asks for, or with `again` what that task was asked for: also the same
+    input, and the same environment, which no client can see."""
     if "again" not in request.parameters:
         return parse_exec_body(request.head.media_type, request.body)
     if request.body not in (b"", b"{}"):  # the latter from browsers, which must send JSON
@@ -4855,12 +4789,12 @@ def find_exec_request(server: Server, request: Request) -> ExecRequest:
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
 
-# Flags of /exec -> those of which each needs one.
+# Flags of /exec, each of which needs one of these.
 EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wait",)}
 
 
 def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
-    """Return the flags of /exec that are set. Raises HttpError 400 for one without its partner."""
+    """Return the flags of /exec that are set. Raises HttpError 400."""
     flags = {name for name in ("wait", "follow", *EXEC_FLAGS) if parse_flag(parameters, name)}
     if {"wait", "follow"} <= flags:
         raise HttpError(400, "bad_query", "wait or follow, not both")
@@ -4871,7 +4805,7 @@ def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
 
 
 async def answer_exec(server: Server, request: Request) -> Any:
-    """`POST /exec`: start a command; wait for its end or follow its output on request."""
+    """`POST /exec`: start a command; with `wait` or `follow` see it end."""
     flags = parse_exec_flags(request.parameters)
     asked = find_exec_request(server, request)
     if "wait" in flags:  # nobody takes anything before the end
@@ -4885,7 +4819,7 @@ async def answer_exec(server: Server, request: Request) -> Any:
     if task.window:  # it may be less than what was asked for
         fields["window"] = task.window
     if "again" in request.parameters and task.request.stdin is True:
-        fields["not_repeated"] = ["stdin"]  # what came after the start
+        fields["not_repeated"] = ["stdin"]  # what was typed later
     if "wait" not in flags:
         return fields
     await asyncio.shield(task.completed)
@@ -4906,7 +4840,7 @@ async def answer_exec(server: Server, request: Request) -> Any:
 
 
 def find_task(server: Server, request: Request) -> Task:
-    """Return the task that the parameter `id` names. Raises HttpError or CommandError."""
+    """Raises HttpError or CommandError."""
     if "id" not in request.parameters:
         raise HttpError(400, "bad_query", "the parameter id is missing")
     return server.tasks.get(request.parameters["id"])
@@ -4976,7 +4910,7 @@ async def answer_stats(server: Server, request: Request) -> Any:
 NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
 
 
-def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
+def describe_server(server: Server, role: Role | None) -> Fields:
     """Return what both `/info` and `hello` say."""
     warning = NO_AUTH_WARNING if server.config.no_auth else ""
     if not warning and server.tokens.run is None:
@@ -4984,7 +4918,7 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
         warning += ", and no audit log is kept" * (server.audit.path == "none")
     return {
         "version": __version__,
-        "hostname": server.sampler.hostname,
+        "hostname": read_hostname(),
         "boot_id": server.boot_id,
         "seq": server.viewers.feed.next - 1,
         "role": role.value if role else None,
@@ -4997,7 +4931,7 @@ def describe_server(server: Server, role: Role | None) -> dict[str, Any]:
 
 
 async def answer_info(server: Server, request: Request) -> Any:
-    """`GET /info`: what `hello` says too, and more about the server."""
+    """What `hello` says, and more about the server."""
     return {
         **describe_server(server, request.role),
         "ports": server.listeners.ports,
@@ -5010,7 +4944,7 @@ async def answer_info(server: Server, request: Request) -> Any:
 
 
 def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
-    """Return (name, value, help) of each metric, for encode_metrics()."""
+    """Return the rows for encode_metrics()."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
@@ -5018,8 +4952,8 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
     used, size = {"/": sample.disk_used}, {"/": sample.disk_total}
     return [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
-        ("cpu_usage_ratio", usage, "CPU usage of all cores together in the newest interval."),
-        ("memory_used_bytes", sample.ram_used, "Memory that is not available to programs."),
+        ("cpu_usage_ratio", usage, "CPU usage of all cores in the newest interval."),
+        ("memory_used_bytes", sample.ram_used, "Memory that is not available."),
         ("memory_total_bytes", sample.ram_total, "Memory of the machine."),
         ("swap_used_bytes", sample.swap_used, "Swap in use."),
         ("filesystem_used_bytes{mountpoint}", used, "Used space of the file system."),
@@ -5031,12 +4965,12 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
         ("tasks_running", len(tasks.running), "Tasks that run now."),
         ("tasks_started_total", tasks.started, "Tasks started."),
         ("tasks_completed_total{state}", tasks.completed, "Tasks ended, by how."),
-        ("task_duration_seconds", tasks.durations, "From start to end of the tasks that ended."),
+        ("task_duration_seconds", tasks.durations, "From start to end of ended tasks."),
         ("task_output_bytes_total", tasks.outputs.total_bytes, "Output of all tasks."),
         ("viewers", len(viewers.all), "WebSocket clients that are connected."),
         ("events_total{type}", events, "Events broadcast to viewers."),
         ("viewer_bytes_total", viewers.written_bytes, "Bytes written to viewers, before TLS."),
-        ("viewer_gaps_total", viewers.gaps, "Times that a viewer was told that it missed events."),
+        ("viewer_gaps_total", viewers.gaps, "Gaps that viewers were told of."),
         ("refused_total{reason}", server.refused, "Requests and messages refused, by error code."),
         ("audit_errors_total", server.audit.errors, "Audit records that could not be written."),
         ("alerts_total", events["cpu_alert"], "CPU alerts raised."),
@@ -5045,15 +4979,15 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
 
 
 async def answer_metrics(server: Server, request: Request) -> Response:
-    return Response(body=encode_metrics(collect_metrics(server)), media_type=METRICS_TEXT)
+    text = encode_metrics(collect_metrics(server))
+    return Response(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 WEBSOCKET_PATHS = ("/", "/ws")
-EXEC_PARAMETERS = ("wait", "follow", "again", "ref", *EXEC_FLAGS)
 ROUTES = {
     "/": Route("GET", None, ("text",), answer_page),
     "/health": Route("GET", None, (), answer_health),
-    "/exec": Route("POST", Role.RUN, EXEC_PARAMETERS, answer_exec),
+    "/exec": Route("POST", Role.RUN, ("wait", "follow", "again", "ref", *EXEC_FLAGS), answer_exec),
     "/tasks": Route("GET", Role.VIEW, ("id",), answer_tasks),
     "/logs": Route("GET", Role.VIEW, ("id", "offset", "follow", "raw"), answer_logs),
     "/kill": Route("POST", Role.RUN, ("id", "signal"), answer_kill),
@@ -5068,35 +5002,35 @@ ROUTES = {
 # The messages of WebSocket clients
 
 
-def answer_ping(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+def answer_ping(server: Server, viewer: Viewer, message: Fields) -> Fields:
     seen = server.viewers.find_seen(viewer)
     return {"type": "pong", "timestamp": int(time.time() * 1000), "seq": seen}
 
 
-def answer_watch(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+def answer_watch(server: Server, viewer: Viewer, message: Fields) -> Fields:
     """`watch` -> `watching`: what the client hears from the event after `seq` on."""
     choice = parse_choice(message, viewer.choice)
     seq = server.viewers.choose(viewer, choice)
     return {"type": "watching", **choice.describe(), "seq": seq}
 
 
-def answer_hello(server: Server, viewer: Viewer, message: dict[str, Any]) -> dict[str, Any]:
+def answer_hello(server: Server, viewer: Viewer, message: Fields) -> Fields:
     tasks = [task.describe() for task in server.tasks.running.values()]
     facts = describe_server(server, viewer.role)
     return {"type": "hello", **facts, "alerts": list(server.sampler.alerts), "tasks": tasks}
 
 
-def answer_task_kill(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+def answer_task_kill(server: Server, viewer: Viewer, message: Fields) -> None:
     task = server.tasks.get(message.get("task_id"))
     server.stop_task(task, message.get("signal", DEFAULT_SIGNAL), viewer.by)
 
 
-def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+def answer_task_input(server: Server, viewer: Viewer, message: Fields) -> None:
     """`task_input`: types `data`, or passes on what a terminal answers by itself (`automatic`).
 
     Every client that shows the task answers a program's question, and the program wants one
-    answer. It gets that of the client that typed last; when nobody has typed or that client is
-    gone, of the one that shows the `ref` that the task was started with.
+    answer. It gets that of the client that typed last; if there is none, of the one that shows the
+    `ref` that the task was started with.
     """
     task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
@@ -5111,12 +5045,12 @@ def answer_task_input(server: Server, viewer: Viewer, message: dict[str, Any]) -
     server.tasks.write_input(task, data.encode("utf-8", "replace"), typist=typist)
 
 
-def answer_task_resize(server: Server, viewer: Viewer, message: dict[str, Any]) -> None:
+def answer_task_resize(server: Server, viewer: Viewer, message: Fields) -> None:
     task = server.tasks.get(message.get("task_id"))
     server.tasks.resize(task, message.get("cols"), message.get("rows"))
 
 
-# The role that each message needs, and what carries it out.
+# Message -> the role that it needs, and its function.
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
     "hello": (Role.VIEW, answer_hello),
@@ -5127,7 +5061,7 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
 }
 
 
-def find_command(message: dict[str, Any]) -> tuple[Role, Command]:
+def find_command(message: Fields) -> tuple[Role, Command]:
     """Return the row of COMMANDS that a message names. Raises CommandError."""
     kind = message.get("type")
     if not isinstance(kind, str):
@@ -5159,7 +5093,7 @@ def find_route(head: RequestHead, scheme: str) -> Route:
 
 
 def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
-    """Return the query's parameters. Raises HttpError 400 for one that the route lacks."""
+    """Return the query's parameters. Raises HttpError 400."""
     parameters = parse_query(head.query)
     if not parameters.keys() <= set(route.parameters):
         known = ", ".join(sorted(route.parameters)) or "none"
@@ -5168,7 +5102,7 @@ def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
 
 
 def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
-    """Return the seq to replay after, or None. A seq of another boot is above all of ours."""
+    """Return the seq to replay after, or None; sys.maxsize for another boot's."""
     since = parameters.get("since")
     if since is None:
         return None
@@ -5177,45 +5111,32 @@ def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
     return int(since) if parameters.get("boot", boot_id) == boot_id else sys.maxsize
 
 
-# The codes of errors that keep somebody from what another client may do. In /metrics each is there
-# from the start, since Prometheus sees a counter rise only from a value that it has seen.
+# The codes of errors that keep somebody from what others may do. In /metrics each is there from the
+# start, since Prometheus sees a counter rise only from a value that it has seen.
 REFUSALS = (
     "unauthorized wrong_token token_in_query too_many_tokens bad_host bad_origin json_only "
     "forbidden exec_disabled"
 ).split()
 
 
-def is_refusal(error: HttpError | CommandError) -> bool:
-    # A Host that is malformed (400) has the code of one that is not served.
-    return error.code in REFUSALS and getattr(error, "status", 403) != 400
-
-
 class Phase(enum.Enum):
     """What a connection is doing; it decides what its deadline means."""
 
-    OPENING = "opening"  # no transport yet: the TLS handshake, which has a deadline of its own
+    OPENING = "opening"  # no transport yet; the TLS handshake has a deadline of its own
     IDLE = "idle"
     READING = "reading"
-    EXPIRED = "expired"  # reading took too long, and 408 is to be answered
+    EXPIRED = "expired"  # reading took too long: the answer is 408
     ANSWERING = "answering"
-    WAITING = "waiting"  # for a task: given up when the client goes away
+    WAITING = "waiting"  # for a task, until the client goes away
     WEBSOCKET = "websocket"
     CLOSING = "closing"
-
-
-class End(enum.Enum):
-    """How a connection ends."""
-
-    WRITTEN = "written"  # after what is still to be written
-    NOW = "now"  # what the kernel has taken it may still deliver
-    RESET = "reset"  # the kernel is to forget what the peer does not take, too
 
 
 class Deadlines(dict[float, "dict[Connection, float]"]):
     """When the present phase of each connection must be over: monotonic times.
 
-    Deadlines of equal length fall due in the order in which they were set. So each length has its
-    own list, and only its first entries are looked at.
+    Deadlines of one length fall due in the order in which they were set. So each length has its own
+    list, and only its first entries are looked at.
     """
 
     def set(self, connection: Connection, seconds: float | None) -> None:
@@ -5226,7 +5147,7 @@ class Deadlines(dict[float, "dict[Connection, float]"]):
             self.setdefault(seconds, {})[connection] = time.monotonic() + seconds
 
     def take_due(self, now: float) -> list[Connection]:
-        """Return those whose time is up; they have no deadline any more."""
+        """Remove and return those whose time is up."""
         due: list[Connection] = []
         for times in self.values():
             due += itertools.takewhile(lambda one: times[one] <= now, times)  # noqa: B023
@@ -5239,13 +5160,10 @@ class Turns(deque["asyncio.Future[None]"]):
     """A queue of clients that have had their share of this turn of the event loop."""
 
     async def wait(self) -> None:
-        """Go on in a later turn, after those who came before."""
-        loop = asyncio.get_running_loop()
         if not self:
-            loop.call_soon(self._wake)
-        mine = loop.create_future()
-        self.append(mine)
-        await mine
+            asyncio.get_running_loop().call_soon(self._wake)
+        self.append(asyncio.Future())
+        await self[-1]
 
     def _wake(self) -> None:
         for _ in range(min(CLIENTS_PER_TURN, len(self))):
@@ -5257,7 +5175,7 @@ class Turns(deque["asyncio.Future[None]"]):
 
 
 class Inbox(asyncio.StreamReader):
-    """What one client sends, in small pieces, so that its work can be stopped after each."""
+    """What one client sends, in small pieces, after each of which it can be stopped."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__(limit=READ_CHUNK_BYTES, loop=asyncio.get_running_loop())
@@ -5266,7 +5184,7 @@ class Inbox(asyncio.StreamReader):
         self._until = time.perf_counter() + INPUT_TURN_SECONDS
 
     async def read_piece(self) -> bytes:
-        """Return some of what there is, b"" at the end."""
+        """Return b"" at the end."""
         await self.rest()
         before = time.perf_counter()
         data = await self.read(INPUT_PIECE_BYTES)
@@ -5275,17 +5193,14 @@ class Inbox(asyncio.StreamReader):
 
     async def rest(self) -> None:
         """Let others have their turn, once this client has had its share. Called after each piece
-        of work. Other waits than for its bytes count as work too; that only costs it a turn."""
+        of work. Waiting for anything but its bytes counts as work; that only costs it a turn."""
         if time.perf_counter() > self._until:
             await self._turns.wait()
             self._until = time.perf_counter() + INPUT_TURN_SECONDS
 
 
-def encode_answer(
-    server: Server, head: RequestHead | None, response: Response, keep_alive: bool
-) -> bytes:
-    """Return the head of an answer, and the body, as far as it is known. head: what it answers."""
-    is_http_1_0 = head is not None and head.http_1_0
+def encode_answer(server: Server, head: RequestHead, response: Response, keep_alive: bool) -> bytes:
+    """Return the head of an answer, and `body`, if any. head: of the request."""
     fields = [
         ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
         ("Cache-Control", "no-store"),
@@ -5293,26 +5208,26 @@ def encode_answer(
     ]
     if server.policy.allow_origins:  # the Fetch standard, CORS protocol
         fields.append(("Vary", "Origin"))
-        origin = head.value("origin") if head is not None else None
-        if origin and origin in server.policy.allow_origins:
+        origin = head.value("origin") or ""
+        if origin in server.policy.allow_origins:
             fields.append(("Access-Control-Allow-Origin", origin))
     fields += response.fields
     if response.status not in (204, 304):  # these two have no body
         fields.append(("Content-Type", response.media_type))
         if response.pieces is None:
             fields.append(("Content-Length", str(len(response.body))))
-        elif not is_http_1_0:
+        elif not head.http_1_0:
             fields.append(("Transfer-Encoding", "chunked"))
     if not keep_alive:
         fields.append(("Connection", "close"))
-    elif is_http_1_0:
+    elif head.http_1_0:
         fields.append(("Connection", "keep-alive"))
-    body = b"" if head is not None and head.method == "HEAD" else response.body
+    body = b"" if head.method == "HEAD" else response.body
     return encode_response_head(response.status, fields) + body
 
 
 def make_error_response(server: Server, error: Exception) -> Response:
-    """The one place where an error, which was just caught, becomes an HTTP answer."""
+    """The one place where an error, just caught, becomes an HTTP answer."""
     if isinstance(error, CommandError):
         status = COMMAND_STATUS.get(error.code, 400)
         error = HttpError(status, error.code, error.message)
@@ -5320,18 +5235,19 @@ def make_error_response(server: Server, error: Exception) -> Response:
         server.log.write_fault("request_failed")
         error = HttpError(500, "internal_error", "the server failed; its log says more")
     response = json_response({"error": error.code, "message": error.message}, error.status)
-    response.fields = list(error.fields)
+    response.fields = error.fields
     return response
 
 
 def encode_last_answer(server: Server, error: Exception, head: RequestHead | None = None) -> bytes:
     """Return the answer to an error after which the connection ends."""
+    head = head or RequestHead("GET", "/", False)
     return encode_answer(server, head, make_error_response(server, error), keep_alive=False)
 
 
 async def linger(connection: Connection) -> None:
-    """Let the client read the answer: closing with unread input would reset the connection
-    and destroy it (RFC 9112, 9.6). What still comes is never looked at."""
+    """Let the client read the answer: closing with unread input would reset the connection and
+    destroy it (RFC 9112, 9.6). What still comes is dropped."""
     connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
     try:
         if connection.transport.can_write_eof():
@@ -5341,9 +5257,6 @@ async def linger(connection: Connection) -> None:
     left = MAX_LINGER_BYTES
     while left > 0 and (data := await connection.inbox.read(READ_CHUNK_BYTES)):
         left -= len(data)
-
-
-Received = TypeVar("Received")
 
 
 class Exchanges:
@@ -5356,7 +5269,7 @@ class Exchanges:
         self._parser = HttpParser()
 
     async def serve(self) -> bytes:
-        """Answer requests in order (RFC 9112, 9.3.2). Return what follows an upgrade."""
+        """Answer requests in order (RFC 9112, 9.3.2); return what follows an upgrade."""
         try:
             while await self._serve_request():
                 await self._connection.inbox.rest()
@@ -5372,64 +5285,52 @@ class Exchanges:
         """Answer one request. False when no other can follow."""
         connection = self._connection
         if connection.phase is not Phase.READING:  # not the first request
-            if self._parser.is_idle:
-                connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
-            else:
-                connection.begin_phase(Phase.READING, HEAD_SECONDS)
-        head = await self._receive(self._parser.next_head)
-        if head is None:
-            if self._parser.is_idle:
-                return False
-            raise HttpError(400, "bad_request", "the request ends in its middle")
+            connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
+        head: RequestHead = await self._receive(self._parser.next_head)
         try:
             request = self._admit(head)
             if request is None:
                 return False
         except (HttpError, CommandError) as error:
-            if is_refusal(error):
-                request_line = f"{head.method} {head.path}"[:200]
-                self._server.note_refusal(connection.name_client(), error.code, request_line)
+            request_line = f"{head.method} {head.path}"[:200]
+            self._server.note_refusal(error, connection.name_client(), request_line)
             if head.has_body:
                 raise
             self._parser.next_body()
-            connection.begin_phase(Phase.ANSWERING, None)
+            connection.begin_phase(Phase.ANSWERING)
             return await self._write_response(head, make_error_response(self._server, error))
         connection.begin_phase(Phase.READING, BODY_SECONDS)
-        body = await self._receive(self._parser.next_body)
-        if body is None:
-            raise HttpError(400, "bad_request", "the body ends too early")
-        request.body = body
+        request.body = await self._receive(self._parser.next_body)
         return await self._answer(request)
 
-    async def _receive(self, parse: Callable[[], Received | None]) -> Received | None:
-        """Read until parse() finds something; None if the input ends before.
-
-        Raises HttpError 408 when time is up, and what parse() raises.
-        """
+    async def _receive(self, parse: Callable[[], Any]) -> Any:
+        """Read until parse() finds something. Raises HttpError, and ConnectionError at the end."""
         while True:
             found = parse()
             if found is not None:
                 return found
+            if self._connection.phase is Phase.IDLE and not self._parser.is_idle:
+                self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
             try:
                 data = await self._connection.inbox.read_piece()
             except asyncio.CancelledError:
                 if self._connection.phase is not Phase.EXPIRED or self._parser.is_idle:
                     raise
                 raise HttpError(408, "timeout", "the request took too long to arrive") from None
+            if not data and self._parser.is_idle:  # between two requests
+                raise ConnectionAbortedError
             if not data:
-                return None
+                raise HttpError(400, "bad_request", "the request ends in its middle")
             self._parser.feed(data)
-            if self._connection.phase is Phase.IDLE:
-                self._connection.begin_phase(Phase.READING, HEAD_SECONDS)
 
     def _admit(self, head: RequestHead) -> Request | None:
-        """Let a request pass the gate and find its route; None when it was an upgrade."""
+        """Let a request pass the gate and find its route; None: it was an upgrade."""
         connection, server = self._connection, self._server
         connection.role = None
         role = connection.role = server.check_access(connection.peer, head)
         if role is not None:
             server.newcomers.pop(connection, None)
-        # An upgrade that we do not know is ignored (RFC 9110, 7.8), save where only ours is meant.
+        # An unknown upgrade is ignored (RFC 9110, 7.8), save where only ours is meant.
         ours = "websocket" in head.tokens("upgrade") or head.path in WEBSOCKET_PATHS
         if is_upgrade(head) and ours:
             connection.upgrade(head, role)
@@ -5440,18 +5341,18 @@ class Exchanges:
         expectations = [] if head.http_1_0 else head.tokens("expect")  # RFC 9110, 10.1.1
         if expectations not in ([], ["100-continue"]):
             raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
-        if expectations and head.has_body:  # "go on" is said only to a request that may pass
+        if expectations and head.has_body:  # only now, since the request may pass
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(head, route, parameters, role, connection.name_client())
 
     async def _answer(self, request: Request) -> bool:
-        """Carry a request out and answer it. Whether another request may follow."""
+        """Whether another request may follow."""
         connection = self._connection
         if request.parameters.keys().isdisjoint(("wait", "follow")):
-            connection.begin_phase(Phase.ANSWERING, None)
+            connection.begin_phase(Phase.ANSWERING)
         else:
-            connection.begin_phase(Phase.WAITING, None)
-            if connection.has_sent_all:  # before this phase, so eof_received() did not cancel it
+            connection.begin_phase(Phase.WAITING)
+            if connection.has_sent_all:  # eof_received() came before this phase
                 connection.task.cancel()
             enable_keepalive(connection.transport.get_extra_info("socket"))
         with request.ends:
@@ -5466,8 +5367,8 @@ class Exchanges:
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
         """Write an answer, at the pace of the client. Whether another request may follow."""
         pieces = response.pieces
-        # In HTTP/1.0 the end of the connection is the end of such a body.
-        is_last = self._server.is_stopping or (pieces is not None and head.http_1_0)
+        # In HTTP/1.0 such a body ends with the connection.
+        is_last = self._server.tasks.is_stopping or (pieces is not None and head.http_1_0)
         keep_alive = head.keep_alive and not is_last
         self._transport.write(encode_answer(self._server, head, response, keep_alive))
         if pieces is not None and head.method != "HEAD":
@@ -5481,7 +5382,7 @@ class Exchanges:
 
 
 def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
-    """Carry out what a WebSocket client sent. The one place where its error is answered."""
+    """The one place where an error of a WebSocket client is answered."""
     if message.opcode is Opcode.PING:
         assert isinstance(message.data, bytes)
         viewer.send_pong(message.data)
@@ -5489,24 +5390,23 @@ def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
         viewer.close(CloseCode.UNSUPPORTED_DATA, "text messages only")
     if message.opcode is not Opcode.TEXT:
         return
-    reference: dict[str, Any] = {}
+    fields: Fields = {}
     try:
         fields = parse_json_object(message.data)
-        if isinstance(fields.get("ref"), (str, int, float)):
-            reference = {"ref": fields["ref"]}
         needed, command = find_command(fields)
         server.check_role(needed, viewer.role)
         reply = command(server, viewer, fields)
     except CommandError as error:
-        if is_refusal(error):
-            server.note_refusal(viewer.by, error.code, str(fields.get("type")))
+        server.note_refusal(error, viewer.by, str(fields.get("type")))
         reply = {"type": "error", "code": error.code, "message": error.message}
     except Exception:
         server.log.write_fault("message_failed")
         viewer.close(CloseCode.INTERNAL_ERROR, "internal error")
         return
     if reply is not None:
-        viewer.send_json({**reply, **reference})
+        if isinstance(fields.get("ref"), (str, int, float)):
+            reply = {**reply, "ref": fields["ref"]}
+        viewer.send_json(reply)
 
 
 async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -> None:
@@ -5525,8 +5425,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
                 connection.begin_phase(Phase.CLOSING, CLOSE_SECONDS)
         if websocket.state is WebSocketState.CLOSED:
             connection.transport.write(websocket.answer)
-            # A TLS client that is done waits for our end of the connection (RFC 6455, 7.1.1),
-            # of which it can only be told by closing.
+            # A TLS client that is done waits for us to close (RFC 6455, 7.1.1).
             if connection.transport.can_write_eof() or not is_done:
                 await linger(connection)
             return
@@ -5562,8 +5461,7 @@ class Connection(asyncio.Protocol):
         self.viewer: Viewer | None = None
         # Whether the client has ended its side of the connection.
         self.has_sent_all = False
-        # Of the deadline that it has; Deadlines sets it.
-        self.deadline_seconds: float | None = None
+        self.deadline_seconds: float | None = None  # set by Deadlines
         # While something waits to be written: who waits for that, how much the kernel had taken at
         # the last sweep, and when that last grew.
         self._drained: asyncio.Future[None] | None = None
@@ -5575,19 +5473,19 @@ class Connection(asyncio.Protocol):
             server.newcomers.make_room(self.opened_at)
         is_extra = len(server.connections) > server.max_clients
         self.inbox = Inbox(server.turns)
-        self.task = asyncio.get_running_loop().create_task(self._run(is_extra))
+        self.task = server.loop.create_task(self._run(is_extra))
 
     # Life
 
     async def _run(self, is_extra: bool) -> None:
-        """Serve the connection until either side ends it. is_extra: there are too many."""
+        """Serve the connection to its end. is_extra: there are too many."""
         try:
             await self._open(is_extra)
             if is_extra:
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 self.transport.write(encode_last_answer(self.server, error))
                 return
-            # Nothing of HTTP is kept: it would be much of an idle viewer's memory.
+            # Exchanges are not kept: they would be much of an idle viewer's memory.
             backlog = await Exchanges(self).serve()
             if self.viewer is not None:
                 await serve_websocket(self, self.viewer, backlog)
@@ -5596,28 +5494,28 @@ class Connection(asyncio.Protocol):
         except Exception:
             self.server.log.write_fault("connection_failed")
         finally:
-            self.end(End.WRITTEN)
+            self._close()
 
     async def _open(self, is_extra: bool) -> None:
         """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
-        loop, tls = asyncio.get_running_loop(), self.server.tls
-        options: dict[str, Any] = {}
+        tls = self.server.tls
+        options: Fields = {}
         if tls and self.peer.scheme == "https":
-            if is_extra:  # too many connections: not worth a handshake
+            if is_extra:  # not worth a handshake
                 self._socket.close()
                 raise ConnectionAbortedError
             options = {"ssl": tls.context, "ssl_handshake_timeout": HANDSHAKE_SECONDS}
         plain = None
         try:
             plain = self._socket.dup() if options else None  # asyncio closes its own when it fails
-            await loop.connect_accepted_socket(lambda: self, self._socket, **options)
+            await self.server.loop.connect_accepted_socket(lambda: self, self._socket, **options)
         except OSError as error:
             reason = explain(error)
             if plain and getattr(error, "reason", "") == "HTTP_REQUEST":
                 reason = "the client spoke plain HTTP, not https"
                 message = "this port speaks https: use https:// or wss://"
                 hint = HttpError(400, "tls_required", message)
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     plain.send(encode_last_answer(self.server, hint))
             self.server.log.write_limited("info", "tls_failed", by=self.address, error=reason)
             raise ConnectionAbortedError from None
@@ -5627,51 +5525,52 @@ class Connection(asyncio.Protocol):
         if self.phase is Phase.OPENING:  # the peer has gone in the same moment
             raise ConnectionAbortedError
 
-    def end(self, how: End) -> None:
-        """Close the connection; no other place closes the transport. connection_lost() follows.
-
-        _run() calls it with WRITTEN when its work is over, for whatever reason; NOW is for a server
-        that stops, RESET for a peer that does not keep up. During a TLS handshake there is no
-        transport: closing the socket makes the handshake fail, and then _run() calls again.
-        """
+    def _close(self) -> None:
+        """Close the connection after what is still to be written; connection_lost() follows."""
         if self.phase is Phase.OPENING:
-            with contextlib.suppress(OSError):  # the peer may have reset it
+            self.abort()
+            self.connection_lost(None)  # no transport says it
+            return
+        if self.viewer is not None:
+            self.server.viewers.leave(self.viewer)
+        self.phase = Phase.CLOSING
+        # asyncio has closed it already if the client closed first; a second close() of a TLS
+        # transport would break get_write_buffer_size().
+        if not self.transport.is_closing():
+            self.transport.close()
+        if self.peer.scheme == "https":
+            self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+
+    def abort(self, is_reset: bool = True) -> None:
+        """End the connection at once; connection_lost() follows, and then _close().
+
+        is_reset: the kernel forgets what the peer has not taken. Else that would stay there for
+        minutes, and a peer that still writes would hang.
+        """
+        if self.phase is Phase.OPENING:  # there is no transport: this makes the handshake fail
+            with suppress(OSError):  # the peer may have reset it
                 self._socket.shutdown(socket.SHUT_RDWR)  # the event loop closes the descriptor
-            if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
-                self.connection_lost(None)
-        elif how is End.WRITTEN:
-            if self.viewer is not None:
-                self.server.viewers.leave(self.viewer)
-            self.phase = Phase.CLOSING
-            # A second close() of a TLS transport would break get_write_buffer_size(): asyncio has
-            # closed it already if the client closed first.
-            if not self.transport.is_closing():
-                self.transport.close()
-            if self.peer.scheme == "https":
-                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
-        else:
-            # Without a reset, what the peer does not take would stay in the kernel for minutes, and
-            # a peer that still writes would hang.
-            if how is End.RESET and count_waiting_bytes(self.transport):
-                with contextlib.suppress(OSError):  # it is closed already
-                    reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
-                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            self.transport.abort()
+            return
+        if is_reset and count_waiting_bytes(self.transport):
+            with suppress(OSError):  # it is closed already
+                reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        self.transport.abort()
 
     def _end_tls(self) -> None:
-        """Do not wait for the peer's close_notify (RFC 8446, 6.1), as asyncio before 3.11 does."""
+        """Do not wait for the peer's close_notify, as asyncio before 3.11 does (RFC 8446, 6.1)."""
         if self in self.server.connections:
             if count_waiting_bytes(self.transport):
-                asyncio.get_running_loop().call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
             else:
                 self.transport.abort()
 
     # What the event loop says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands; with TLS, the handshake is over."""
+        """With TLS, the handshake is over."""
         self.transport = cast("asyncio.Transport", transport)
-        # So pause_writing() comes as soon as anything must wait, and resume_writing() when all is
+        # So pause_writing() comes as soon as anything must wait, resume_writing() when all is
         # written. With TLS 1, since asyncio would pause for 0 bytes too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.inbox.set_transport(transport)
@@ -5692,7 +5591,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             raise ConnectionAbortedError
         if self in self.server.stalled:
-            self._drained = asyncio.get_running_loop().create_future()
+            self._drained = asyncio.Future()
             await self._drained
 
     def resume_writing(self) -> None:
@@ -5703,7 +5602,7 @@ class Connection(asyncio.Protocol):
             self.server.viewers.resume(self.viewer)
 
     def eof_received(self) -> bool:
-        """The client sends nothing more. One that waits for a task has most likely gone."""
+        """One that waits for a task has most likely gone."""
         self.has_sent_all = True
         self.inbox.feed_eof()
         if self.phase is Phase.WAITING:
@@ -5711,7 +5610,7 @@ class Connection(asyncio.Protocol):
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and end the work that was done for it."""
+        """Forget the connection, and end its work."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
@@ -5723,32 +5622,31 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def check_progress(self, now: float) -> None:
-        """End a connection whose peer has taken nothing for too long, while something waits."""
+        """End a connection whose peer takes nothing for too long."""
         # Meanwhile only a viewer's replies are added, and written_bytes counts those.
         written = self.viewer.written_bytes if self.viewer else 0
         taken = written - count_waiting_bytes(self.transport)
         if taken > self._taken_bytes:
             self._taken_bytes, self._progress_at = taken, now
         elif now - self._progress_at >= WRITE_STALL_SECONDS:
-            self.end(End.RESET)
+            self.abort()
 
     def expire(self, now: float) -> None:
         """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
         if self.viewer is not None and self.viewer.is_open and self.viewer.ping(now):
             self.server.deadlines.set(self, PING_SECONDS)
         elif self.phase in (Phase.IDLE, Phase.READING):
-            if self.phase is Phase.READING:  # waiting for bytes is interrupted, so that 408 is said
+            if self.phase is Phase.READING:
                 self.phase = Phase.EXPIRED
             self.task.cancel()
         else:
-            self.end(End.RESET)
+            self.abort()
 
-    def begin_phase(self, phase: Phase, seconds: float | None) -> None:
+    def begin_phase(self, phase: Phase, seconds: float | None = None) -> None:
         self.phase = phase
         self.server.deadlines.set(self, seconds)
 
     def name_client(self) -> str:
-        """Return who asks: address, role, and the account where the kernel knows it."""
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
         return f"{self.address} {self.role.value if self.role else '-'}{uid}"
 
@@ -5757,7 +5655,7 @@ class Connection(asyncio.Protocol):
         if head.path not in WEBSOCKET_PATHS:
             raise HttpError(404, "not_found", "WebSocket clients connect to / or /ws")
         key = check_upgrade(head)
-        if role is None:  # the gate never allows that; checked again all the same
+        if role is None:  # the gate never allows that
             raise HttpError(401, "unauthorized", "watching needs a role")
         parameters = parse_query(head.query, repeatable="task")
         since = parse_since(parameters, self.server.boot_id)
@@ -5766,18 +5664,17 @@ class Connection(asyncio.Protocol):
         extension, bits = choose_deflate(head)
         mode = self.server.config.compress
         is_near = self.peer.listener is ListenerKind.UNIX or is_loopback(self.peer.address)
-        if mode == "off" or (mode == "auto" and is_near):  # with this machine it would only cost
+        if mode == "off" or (mode == "auto" and is_near):  # on one machine it only costs
             extension, bits = "", 0
-        if self.server.is_stopping:
+        if self.server.tasks.is_stopping:
             raise HttpError(503, "stopping", "the server is stopping")
         self.transport.write(encode_upgrade_response(head, key, extension))
         self.begin_phase(Phase.WEBSOCKET, PING_SECONDS)
-        # TLS takes nothing directly: all goes through the transport.
+        # TLS takes nothing directly.
         send = self._socket.send if self.peer.scheme == "http" else lambda data: 0
         websocket = WebSocketConnection(deflate_bits=bits)
         self.viewer = Viewer(self.transport, send, websocket, role, self.name_client(), choice)
-        # Earlier answers may still wait: pause_writing() came before there was a viewer.
-        if self in self.server.stalled:
+        if self in self.server.stalled:  # earlier answers still wait
             self.server.viewers.stall(self.viewer)
         if says_hello:  # before any event, so that the client knows whose they are
             self.viewer.send_json(answer_hello(self.server, self.viewer, {}))
@@ -5787,9 +5684,9 @@ class Connection(asyncio.Protocol):
 class Newcomers(dict[Connection, None]):
     """Limits the connections that have not passed the gate yet.
 
-    Above the limit, the source with the most of them loses its oldest one. In a burst (many clients
-    that reconnect at once) each has NEWCOMER_GRACE_SECONDS first, unless there are more than
-    MAX_BURST of them, or half of `--max-clients` are connected.
+    Above the limit, the source with the most of them loses its oldest one. When many clients
+    reconnect at once, each has NEWCOMER_GRACE_SECONDS first, unless there are more than MAX_BURST
+    of them, or half of `--max-clients` are connected.
     """
 
     def __init__(self, server: Server) -> None:
@@ -5798,7 +5695,7 @@ class Newcomers(dict[Connection, None]):
         self._half = server.max_clients // 2
 
     def make_room(self, now: float) -> None:
-        """End those who are too many. The sweep asks again for those who had a grace."""
+        """End those who are too many. The sweep asks again after their grace."""
         while len(self) > min(MAX_NEWCOMERS, self._half):
             counts = Counter(one.source for one in self)
             most = max(counts.values())
@@ -5806,14 +5703,14 @@ class Newcomers(dict[Connection, None]):
             is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
             if is_spared and len(self._connections) <= self._half and len(self) <= MAX_BURST:
                 return
-            # Here, not in connection_lost(), which comes later: many may be accepted in one turn.
+            # Not in connection_lost(), which comes later: many may be accepted in one turn.
             del self[loser]
             self._connections.discard(loser)
-            loser.end(End.RESET)
+            loser.abort()
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
-    """Return the families and addresses of each host, none twice. Raises OSError, UnicodeError."""
+    """Return families and addresses of each host, none twice. Raises OSError, UnicodeError."""
     found: list[list[Place]] = []
     for host in hosts:
         rows = socket.getaddrinfo(
@@ -5827,10 +5724,10 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
 def bind_host(
     places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
 ) -> None:
-    """Bind and listen on all addresses of one host; add the sockets to `bound`. Raises OSError.
+    """Listen on all addresses of one host, on one port; add the sockets to `bound`. Raises OSError.
 
-    They share one port. An address that this machine lacks is left out where there is another one:
-    `localhost` is ::1 too, also where there is no IPv6. `::` takes IPv4 too, unless v6_only.
+    An address that this machine lacks is left out where there is another one: `localhost` is ::1
+    too, also where there is no IPv6. `::` takes IPv4 too, unless v6_only.
     """
     missing, before = None, len(bound)
     for family, (host, _, *more) in places:
@@ -5846,7 +5743,6 @@ def bind_host(
                 raise
             missing = error
             continue
-        listener.setblocking(False)
         bound.append(listener)
     if missing is not None and len(bound) == before:
         raise missing
@@ -5861,45 +5757,37 @@ def adopt_socket(fd: int) -> socket.socket:
     except OSError:
         is_listening = False
     if not is_listening or listener.type != socket.SOCK_STREAM or listener.family not in families:
-        raise ConfigError(
-            f"LISTEN_FDS: descriptor {fd} is no listening TCP or Unix stream socket; the socket "
-            "unit needs ListenStream=, and no Accept=yes"
-        )
+        message = f"LISTEN_FDS: descriptor {fd} is no listening TCP or Unix stream socket"
+        raise ConfigError(f"{message}; the socket unit needs ListenStream=, and no Accept=yes")
     listener.set_inheritable(False)
-    listener.setblocking(False)
     return listener
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a listening socket (0600) in place of what a crash has left. Raises OSError."""
+    """Return a listening socket (0600), in place of one that a crash left. Raises OSError."""
     is_left = False
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any other file
         is_left = is_refused and stat.S_ISSOCK(os.lstat(path).st_mode)
     if is_left:
         os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        listener.setblocking(False)
-        listener.bind(path)
-        listener.listen(LISTEN_BACKLOG)
+        return socket.create_server(path, family=socket.AF_UNIX, backlog=LISTEN_BACKLOG)
     except OSError as error:
-        listener.close()
         if error.errno is None:  # Python's own message: the path is too long
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
         raise
     finally:
         os.umask(mask)
-    return listener
 
 
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return what systemd has opened, if anything: sockets by `http`, `ws` and `unix`.
+    """Return what systemd has opened (sd_listen_fds(3)): sockets by `http`, `ws` and `unix`.
 
-    sd_listen_fds(3): they are the descriptors from 3 on, if LISTEN_PID is this process. A Unix
-    socket is recognised without its name. Raises ConfigError.
+    They are the descriptors from 3 on, if LISTEN_PID is this process. A Unix socket needs no name.
+    Raises ConfigError.
     """
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
@@ -5913,10 +5801,8 @@ def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[soc
             name = "unix"
         elif name not in ("http", "ws"):
             if not is_alone:
-                raise ConfigError(
-                    f"LISTEN_FDNAMES: {name!r} is neither http nor ws: the socket unit says "
-                    "which by FileDescriptorName="
-                )
+                message = f"LISTEN_FDNAMES: {name!r} is neither http nor ws"
+                raise ConfigError(f"{message}: the socket unit needs FileDescriptorName=")
             name = "http"
         passed.setdefault(name, []).append(one)
     return passed
@@ -5932,9 +5818,8 @@ def find_kind(listener: socket.socket) -> ListenerKind:
 class Listeners:
     """The bound sockets: an HTTP and a WebSocket port, possibly the same; Unix sockets.
 
-    passed: what systemd has bound already, as take_passed_sockets() gives it. A TCP socket of it
-    stands in for both ports where the other has none, since both speak both protocols; nothing is
-    bound beside it.
+    passed: by systemd, as take_passed_sockets() returns it. A TCP socket of it stands for both
+    ports if the other has none, since both speak both protocols; nothing is bound beside it.
     """
 
     def __init__(
@@ -5944,7 +5829,7 @@ class Listeners:
         self._scheme_end = "s" if config.has_tls else ""
         bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
         self._sockets: list[socket.socket] = [*itertools.chain(*bound.values())]
-        # The Unix socket's file, if it is ours: its path and what is there.
+        # The file of our Unix socket.
         self._unix_file: tuple[str, os.stat_result] | None = None
         place = " ".join(config.host)
         try:
@@ -5961,7 +5846,8 @@ class Listeners:
             self.close()
             reason = explain(error).partition(" (while")[0]  # create_server() adds the address
             raise StartError(f"cannot listen on {place}: {reason}") from None
-        # Every socket with what it is bound to: asked of the sockets, not the options.
+        for one in self._sockets:
+            one.setblocking(False)
         self.kinds = [(one, find_kind(one)) for one in self._sockets]
         self.is_loopback = ListenerKind.NETWORK not in dict(self.kinds).values()
         # A socket's name for each port, and real ports; discovery is None when it is off.
@@ -5974,12 +5860,12 @@ class Listeners:
             self.unix_path = os.fsdecode(bound["unix"][0].getsockname()).replace("\0", "@", 1)
 
     def _bind(self, name: str, hosts: Sequence[str], port: int) -> list[socket.socket]:
-        """Bind the first port from `port` on that is free at all hosts. Raises OSError."""
+        """Bind the first port from `port` on that is free at all hosts."""
         places = resolve_hosts(hosts)
         if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
             places = [[*itertools.chain(*places)]]
         v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in places  # then `::` leaves IPv4 to it
-        # A port that the kernel chooses is free at the first address alone.
+        # The kernel chooses a port that is free at the first address alone.
         for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
             bound: list[socket.socket] = []
             try:
@@ -5998,7 +5884,7 @@ class Listeners:
         raise busy
 
     def url(self, name: str, is_typed: bool = False) -> str:
-        """Return the URL of "http" or "ws". is_typed: a name stands for what nobody can type."""
+        """Return the URL of "http" or "ws". is_typed: by a person, who cannot type 0.0.0.0."""
         host = self._names[name][0]
         if is_typed and host in ("0.0.0.0", "::"):
             host = read_hostname()
@@ -6006,7 +5892,7 @@ class Listeners:
         return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
 
     def find_places(self) -> list[str]:
-        """Return the IPv4 addresses to be found at; [] if that is every one, or none is known."""
+        """Return the IPv4 addresses where HTTP listens; [] if that is every one."""
         tcp = [one for one, kind in self.kinds if kind is not ListenerKind.UNIX]
         found = [parse_ip(one.getsockname()[0]) for one in tcp]
         if any(address is None or address.is_unspecified for address in found):
@@ -6019,16 +5905,16 @@ class Listeners:
         close_all(self._sockets)
         if self._unix_file is not None:
             path, ours = self._unix_file
-            with contextlib.suppress(OSError):  # it has been removed already
+            with suppress(OSError):  # it has been removed already
                 if os.path.samestat(os.stat(path), ours):
                     os.unlink(path)
 
 
 def limit_clients(config: Config, log: Log) -> int:
-    """Return how many connections there may be: no more than descriptors."""
+    """Return how many connections there may be, each of which needs a descriptor."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    # A task has up to three: its output, its input, and after its end the pipe of what it left.
+    # A task has up to three: output, input, and after its end the pipe of what it left.
     room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
     max_clients = max(4, min(config.max_clients, room))
     if max_clients < config.max_clients:
@@ -6036,16 +5922,9 @@ def limit_clients(config: Config, log: Log) -> int:
     return max_clients
 
 
-def log_loop_error(log: Log, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What asyncio could not tell anybody else, such as EMFILE from accept."""
-    error = context.get("exception")
-    fields = describe_failure(error) if error else {}
-    log.write_limited("error", "loop_error", message=context.get("message", ""), **fields)
-
-
 @dataclass(eq=False, repr=False)
 class Server:
-    """All parts together, from the listening sockets to the last byte. folder: the state folder.
+    """All parts together. folder: the state folder.
 
     boot_id: names this run of the server; a seq means something only together with it.
     """
@@ -6074,17 +5953,15 @@ class Server:
             tokens=self.tokens.by_role(),
         )
         self._wrong_tokens = RateLimit(MAX_WRONG_TOKENS, WRONG_TOKEN_SECONDS)
-        # How many were refused, by error code.
         self.refused = Counter(dict.fromkeys(REFUSALS, 0))
         self._mark = ""  # see mark_run()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.started_at = time.monotonic()
-        self.viewers = Viewers(self._loop)
+        self.viewers = Viewers(self.loop)
         self.turns = Turns()
         self.tasks = Tasks(
             config, self.ids, self.viewers.publish, self.viewers.feed, log, self.audit, self.spawner
         )
-        # Where alerts are posted, if anywhere.
         self.webhook: Webhook | None = None
         if config.alert_webhook:
             facts = {
@@ -6097,65 +5974,67 @@ class Server:
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
-        # Those of them whose transport has something to write; and when each must be looked at.
-        self.stalled: set[Connection] = set()
+        self.stalled: set[Connection] = set()  # whose transport has something to write
         self.deadlines = Deadlines()
-        # Chosen once; else each "no such socket" would fall back to reading long tables.
+        # Chosen once; else each "no such socket" would mean reading long tables.
         self.query_owner = choose_owner_query()
         self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self)
-        self.is_stopping = False
         self._discovery: Discovery | None = None
 
     # Starting
 
     def start(self) -> None:
-        """Accept connections, answer probes, sample. Logs `listening` when all of it stands."""
-        self._loop.set_exception_handler(functools.partial(log_loop_error, self.log))
+        """Accept connections, answer probes, sample; then log `listening`."""
+        self.loop.set_exception_handler(self._log_loop_error)
         # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
-        reap = self.tasks.reap
-        signal.signal(signal.SIGCHLD, lambda *_: self._loop.call_soon_threadsafe(reap))
+        signal.signal(signal.SIGCHLD, lambda *_: self.loop.call_soon_threadsafe(self.tasks.reap))
         places = {
             "http": self.listeners.url("http"),
             "ws": self.listeners.url("ws"),
             "discovery": None if self.config.no_discovery else self._start_discovery(),
             "unix": self.listeners.unix_path,
         }
-        facts: dict[str, Any] = {"pid": os.getpid(), "version": __version__}
+        facts: Fields = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        if self.folder is not None and self.audit.is_file:  # before the first request
+        if self.folder is not None and self.audit.is_file:
             complete_crashed_runs(self.folder, self.audit, self.log)
             self._mark = mark_run(self.folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
         for listener, kind in self.listeners.kinds:
             self._watch(listener, kind)
         for work in (self.sampler.run(), self._sweep()):
-            self._loop.create_task(work)
+            self.loop.create_task(work)
         self.log.write("info", "listening", **places, **facts, **files)
 
+    def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: Fields) -> None:
+        error, message = context.get("exception"), context.get("message", "")
+        fields = describe_failure(error) if error else {}
+        self.log.write_limited("error", "loop_error", message=message, **fields)
+
     def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
-        """Accept the waiting connections, and ask the kernel at once whose they are."""
+        """Accept waiting connections, and ask the kernel at once whose they are."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # out of descriptors, most likely
+            except OSError as error:  # most likely no descriptor is free
                 self.log.write_limited("error", "accept_failed", error=explain(error))
-                self._loop.remove_reader(listener)
-                self._loop.call_later(1.0, self._watch, listener, kind)
+                self.loop.remove_reader(listener)
+                self.loop.call_later(1.0, self._watch, listener, kind)
                 return
             try:
                 Connection(self, connection, kind, address)
             except OSError:
-                connection.close()  # the peer has reset it meanwhile
+                connection.close()  # the peer has reset it
 
     def _watch(self, listener: socket.socket, kind: ListenerKind) -> None:
-        if not self.is_stopping:
-            self._loop.add_reader(listener, self._accept, listener, kind)
+        if not self.tasks.is_stopping:
+            self.loop.add_reader(listener, self._accept, listener, kind)
 
     def _start_discovery(self) -> str | None:
-        """Return the URL to probe; None if the port cannot be had."""
+        """Return its URL; None if the port cannot be had."""
         port, is_local = self.config.discovery_port, self.listeners.is_loopback
         places, facts = self.listeners.find_places(), self._describe_for_probe
         try:
@@ -6166,10 +6045,10 @@ class Server:
         self.listeners.ports["discovery"] = self._discovery.port
         return f"udp://{places[0] if is_local else '0.0.0.0'}:{self._discovery.port}"
 
-    def _describe_for_probe(self) -> dict[str, Any]:
+    def _describe_for_probe(self) -> Fields:
         ports = self.listeners.ports
         return {
-            "hostname": self.sampler.hostname,
+            "hostname": read_hostname(),
             "port": ports["http"],
             "ws_port": ports["ws"],
             "discovery_port": ports["discovery"],
@@ -6183,7 +6062,7 @@ class Server:
     # Running
 
     def check_access(self, peer: Peer, head: RequestHead) -> Role | None:
-        """Check a request at the gate; 429 after many wrong tokens. Raises HttpError."""
+        """The gate; 429 after many wrong tokens. Raises HttpError."""
         try:
             return check_access(self.policy, peer, head)
         except HttpError as error:
@@ -6196,13 +6075,16 @@ class Server:
         message = "too many wrong tokens came from this address; a right one still gets in"
         raise HttpError(429, "too_many_tokens", message, [("Retry-After", str(seconds))])
 
-    def note_refusal(self, by: str, reason: str, request: str) -> None:
-        self.refused[reason] += 1
-        self.log.write_limited("warning", "refused", by=by, reason=reason, request=request)
-        self.audit.write_refusal(by=by, reason=reason, request=request)
+    def note_refusal(self, error: HttpError | CommandError, by: str, request: str) -> None:
+        # A malformed Host (400) has the code of one that is not served.
+        if error.code in REFUSALS and getattr(error, "status", 403) != 400:
+            fields: Fields = {"by": by, "reason": error.code, "request": request}
+            self.refused[error.code] += 1
+            self.log.write_limited("warning", "refused", **fields)
+            self.audit.write_refusal(**fields)
 
     async def _sweep(self) -> None:
-        """Look at the connections whose deadline has passed or that do not take what they get."""
+        """Look at connections whose deadline has passed or that do not take what they get."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
@@ -6217,7 +6099,7 @@ class Server:
                     self.log.write_fault("sweep_failed")
 
     def check_role(self, needed: Role | None, role: Role | None) -> None:
-        """Raise CommandError if this needs more than the role, or than the server allows."""
+        """Raises CommandError if the role or --no-exec forbids this."""
         if needed is Role.RUN and role is not Role.RUN:
             raise CommandError("forbidden", "this needs the role run")
         if needed is Role.RUN and self.config.no_exec:
@@ -6232,7 +6114,6 @@ class Server:
         self.audit.write("task_kill", **fields)
 
     def stop_tied(self, task: Task, by: str) -> None:
-        """Stop a task whose client has gone."""
         if task.phase is not TaskPhase.ENDED:
             self.stop_task(task, DEFAULT_SIGNAL, by)
 
@@ -6240,9 +6121,8 @@ class Server:
 
     async def stop(self, reason: str) -> None:
         """End everything in order: listeners, tasks, viewers, connections."""
-        self.is_stopping = True
         for listener, _ in self.listeners.kinds:
-            self._loop.remove_reader(listener)
+            self.loop.remove_reader(listener)
         self.listeners.close()
         if self._discovery:
             self._discovery.close()
@@ -6253,9 +6133,16 @@ class Server:
             self.tasks.kill_all()
             await asyncio.sleep(STOP_ASK_SECONDS)
         self.audit.write("stop", reason=reason)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(self._mark)
-        self._close_connections()
+        self.viewers.flush_all()
+        for connection in list(self.connections):
+            if connection.viewer is not None:
+                connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
+            elif connection.phase is Phase.OPENING:
+                connection.abort()
+            elif connection.phase in (Phase.IDLE, Phase.READING):
+                connection.task.cancel()
         end = time.monotonic() + STOP_CLOSE_SECONDS
         webhook = self.webhook
         while (self.connections or (webhook and webhook.pending)) and time.monotonic() < end:
@@ -6263,22 +6150,12 @@ class Server:
         if webhook and webhook.pending:
             self.log.write("warning", "webhook_dropped", alerts=webhook.pending)
         for connection in list(self.connections):
-            connection.end(End.NOW)
+            connection.abort(is_reset=False)
         work = asyncio.all_tasks() - {asyncio.current_task()}
         for task in work:
             task.cancel()
         await asyncio.wait(work, timeout=1.0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
-
-    def _close_connections(self) -> None:
-        self.viewers.flush_all()
-        for connection in list(self.connections):
-            if connection.viewer is not None:
-                connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
-            elif connection.phase is Phase.OPENING:
-                connection.end(End.NOW)
-            elif connection.phase in (Phase.IDLE, Phase.READING):
-                connection.task.cancel()
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
