@@ -9,8 +9,7 @@
 
 One file, standard library only. `psutil` and `uvloop` are used when they are installed.
 Each section uses only names that are defined above it. Sections 5 to 11 are pure: they use no
-socket, clock, file or event loop. Sections 12 to 16 are the I/O around them. 17 is the client, for
-many servers; 18 is the page, as three texts.
+socket, clock, file or event loop. Sections 12 to 16 are the I/O around them.
 
 The way of the data:
 
@@ -45,12 +44,11 @@ Map (search for the number and a dot):
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, environment, banner, signals, verify-audit, systemd unit, main
 
-May I run this as root? Read these places in this order, some 950 lines in all. The
-number is how many lines each has:
+May I run this as root? Read these places in this order (the number is that of their lines):
 
-     345  section 6                 who gets in: the gate, check_access, and its rules in order
-      26  load_tokens               where the two tokens come from
-      17  read_token_file           whose files are believed
+     338  section 6                 who gets in: the gate, check_access, and its rules in order
+      25  load_tokens               where the two tokens come from
+      13  check_file                whose files are believed
       26  identify_peer             whose process is at the other end: the kernel is asked
       22  Exchanges._serve_request  the door: head, gate, only then the body, answer
       20  Exchanges._admit          what the gate's answer lets a request reach
@@ -62,7 +60,7 @@ number is how many lines each has:
       66  Spawner                   how a command is started: session, environment, descriptors
      201  Tasks                     how it is stopped with all that it started, and ends
       10  signal_session            which processes a signal reaches
-      95  AuditLog                  how it is written down
+      93  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
@@ -76,8 +74,8 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
-# The standard library, and two optional packages that are each used in one place: psutil as a
-# source of statistics (section 15), uvloop as the event loop (section 19).
+# The standard library, and two optional packages: psutil for statistics (section 15), uvloop as
+# the event loop (section 19).
 import signal
 import sys
 
@@ -181,8 +179,8 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 __version__ = "0.1.0"
 
 # 2. Constants ────────────────────────────────────────────────────────────────────────────────
-# Every limit, time-out and protocol number, with its unit in the name and its reason beside it.
-# What a user may want to change is an option (section 4); what stands here is not.
+# Every limit, time-out and protocol number that is no option (section 4), with its unit in the name
+# and its reason beside it.
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -198,18 +196,13 @@ MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0  # between two requests of one connection
-# After an early error so much of the request is read and dropped: a client that is still sending
-# would not read the answer from a connection that is reset.
+# After an early error so much of the request is read and dropped: a reset would destroy the answer.
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
 WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
-# TCP keep-alive: seconds of silence before the first probe, between probes, and their number.
-KEEPALIVE = {
-    "TCP_KEEPIDLE": 9,
-    "TCP_KEEPALIVE": 9,  # the same on macOS
-    "TCP_KEEPINTVL": 3,
-    "TCP_KEEPCNT": 3,
-}
+# TCP keep-alive: seconds of silence before the first probe (KEEPALIVE on macOS), between probes,
+# and their number.
+KEEPALIVE = {"TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # WebSocket, RFC 6455.
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
@@ -218,12 +211,10 @@ WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
 MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
-# permessage-deflate, RFC 7692. Shorter messages gain next to nothing. Up to FINE_BYTES the best
-# compression takes less than 0.03 ms; for 64 KiB the fastest takes 0.3 to 1.3 ms; longer messages
-# would take more than 5 ms at once, so they are sent plain.
-MIN_DEFLATE_BYTES = 100
-FINE_BYTES = 4 * KIB
-MAX_DEFLATE_BYTES = 256 * KIB
+# permessage-deflate, RFC 7692.
+MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
+FINE_BYTES = 4 * KIB  # up to this, good compression takes less than 0.03 ms; beyond, fast is used
+MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # Compressing events may take this share of the time, and so much at once; beyond that they are sent
 # plain, so that a flood hardly slows other viewers. A tenth compresses some 16 MB a second.
 DEFLATE_SHARE = 0.1
@@ -233,13 +224,10 @@ CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
 
-# Sending: one write to a viewer has about this size. It limits what a stalled viewer costs beyond
-# the kept events; larger writes gained nothing measurable.
-BATCH_BYTES = 64 * KIB
+BATCH_BYTES = 64 * KIB  # of one write, all that a stalled viewer costs; larger ones gained nothing
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. Broadcasts alone never reach that: at most one batch of them waits, whose last
-# frame may be the largest.
+# tasks) is closed. Broadcasts alone never reach that: at most one batch of them waits.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -249,8 +237,8 @@ READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 ROUND_SECONDS = 0.05  # tasks are not read during a round of many viewers, for so long at most
 ROUND_STEP = 16  # viewers between two looks at the clock
-# Up to FEW_VIEWERS are served in the turn in which output was read, which saves 15 us, but only
-# every FEW_PAUSE_SECONDS: in a flood one write for many events costs less.
+# Up to FEW_VIEWERS are served in the turn in which output was read, which saves 15 us; in a flood
+# only every FEW_PAUSE_SECONDS, since one write for many events costs less.
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
 # How long tasks pause for viewers that fall behind (Viewers._update_pressure). So a viewer that
@@ -270,12 +258,10 @@ CLIENTS_PER_TURN = 2
 KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
-# A pipe's capacity. Even fully escaped as JSON it stays below 1 MiB, the largest message that
-# common WebSocket clients accept by default.
+# A pipe's capacity. Fully escaped as JSON it stays below 1 MiB, the largest message that common
+# WebSocket clients accept by default.
 READ_CHUNK_BYTES = 64 * KIB
-# Kept output is stored in blocks, so that readers can share them. Shorter chunks are joined, which
-# copies up to one block for a small chunk.
-OUTPUT_BLOCK_BYTES = 16 * KIB
+OUTPUT_BLOCK_BYTES = 16 * KIB  # kept output is stored in blocks, to which short chunks are joined
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
@@ -287,7 +273,7 @@ MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
 KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it too
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
-# What the kernel has taken for a reader is lost when its connection is cut: up to 32 MiB on the
+# What the kernel holds for a reader is lost when its connection is cut: up to 32 MiB on the
 # reader's side (tcp_rmem). So a task with a window keeps KEEP_TIMES as much as --keep-output says.
 KEEP_TIMES = 5
 
@@ -299,7 +285,7 @@ MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second, so that nobody can fill the disk
-LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms, or longer by one that is stopped
+LOCK_SECONDS = 1.0  # to wait for a file's lock, which is held for 0.05 ms unless its holder hangs
 LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the event loop waits too
 
 # Statistics.
@@ -323,22 +309,20 @@ ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
-# Younger ones may stay: 300 TLS handshakes keep a core busy for a second, and the clients'
-# machines may be slow too.
-NEWCOMER_GRACE_SECONDS = 3.0
+NEWCOMER_GRACE_SECONDS = 3.0  # younger ones may stay: a core does 300 TLS handshakes a second
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
-SWEEP_SECONDS = 0.5  # how often deadlines are checked; deadlines are as precise as this
+SWEEP_SECONDS = 0.5  # between two checks of deadlines
 STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
 # Client.
-CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 and 3 s
+CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 s and 3 s
 ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; `hello` lists them in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # before the first retry of a client; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
@@ -379,8 +363,8 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# Errors that somebody else causes: a user, a peer, the machine. Exactly one place tells each type
-# to the peer. Any other exception is a bug in this file.
+# What a user, a peer or the machine causes. Exactly one place tells each type to the peer. Any
+# other exception is a bug in this file.
 
 
 class ServerControlError(Exception):
@@ -392,14 +376,14 @@ class ConfigError(ServerControlError):
 
 
 class StartError(ServerControlError):
-    """The options are fine, but this machine refuses: one line on stderr, exit status 1."""
+    """This machine refuses, whatever the options: one line on stderr, exit status 1."""
 
 
 @dataclass(eq=False, repr=False)
 class HttpError(ServerControlError):
     """A request that is answered with a status and a JSON body; the connection may close.
 
-    fields: header fields that the answer must carry, e.g. `Allow` with 405 (RFC 9110, 15.5.6).
+    fields: of the answer's header, such as `Allow` with 405 (RFC 9110, 15.5.6).
     """
 
     status: int
@@ -466,7 +450,7 @@ COMMAND_STATUS = {
 }
 
 # 4. Configuration ────────────────────────────────────────────────────────────────────────────
-# The options, from command line and environment, checked and frozen. Section 19 builds them.
+# Built in section 19, from command line and environment.
 
 
 @dataclass(frozen=True)
@@ -524,17 +508,15 @@ class Config:
 
 
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
-# HTTP/1.1 requests and responses (RFC 9110, RFC 9112). Where the RFCs allow it, the parser is
-# stricter: if two programs read one message differently, a request can be smuggled past one of
-# them. So it accepts no bare LF, no obs-fold, no repeated Content-Length, and no Transfer-Encoding
-# but a single `chunked`. A target in absolute-form must name the same server as the Host field,
-# since the gate checks Host.
+# HTTP/1.1 requests and responses (RFC 9110, RFC 9112). The parser is as strict as the RFCs allow:
+# if two programs read one message differently, a request can be smuggled past one of them. So it
+# accepts no bare LF, no obs-fold, no repeated Content-Length, and no Transfer-Encoding but a single
+# `chunked`.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
 # Absolute-form (RFC 9112, 3.2.2) or origin-form (3.2.1), without "#" and control bytes.
 TARGET = re.compile(rb"(?:https?://([^/?#\0-\x20\x7f-\xff]+)|(?=/))([\x21\x22\x24-\x7e]*)", re.I)
-VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]")
 DIGITS = re.compile(r"[0-9]{1,18}")  # int() alone takes "1_0", " +5 " and Arabic digits
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 
@@ -543,7 +525,8 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 class RequestHead:
     """A request line and its header fields, as (lower-case name, value) in the order received.
 
-    target: in origin-form. authority: the server that an absolute-form target named, or "".
+    target: in origin-form. authority: what an absolute-form target named, which check_host_syntax()
+    compares with Host, or "".
     """
 
     method: str
@@ -599,17 +582,14 @@ def parse_request_line(line: bytes) -> RequestHead:
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
         raise HttpError(400, "bad_request", "the request line is malformed")
     method, target, version = parts
-    if not VERSION.fullmatch(version):
-        raise HttpError(505, "bad_version", "the request line does not end with HTTP/1.1")
     if version not in (b"HTTP/1.0", b"HTTP/1.1"):
-        raise HttpError(505, "bad_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise HttpError(505, "bad_version", "the request line must end with HTTP/1.1 or HTTP/1.0")
     form = TARGET.fullmatch(target)
     if form is None:
         raise HttpError(400, "bad_target", "the request target must be a path")
-    authority, path = (part.decode("ascii") for part in form.groups(b""))
+    authority, path = (part.decode() for part in form.groups(b""))
     path = path if path.startswith("/") else "/" + path
-    is_http_1_0 = version == b"HTTP/1.0"
-    return RequestHead(method.decode("ascii"), path, is_http_1_0, authority=authority)
+    return RequestHead(method.decode(), path, version == b"HTTP/1.0", authority=authority)
 
 
 def parse_field(line: bytes) -> tuple[str, str]:
@@ -620,7 +600,7 @@ def parse_field(line: bytes) -> tuple[str, str]:
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
         raise HttpError(400, "bad_field", "a header field is malformed")
-    return name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+    return name.decode().lower(), value.strip(b" \t").decode("latin-1")
 
 
 def parse_body_framing(head: RequestHead) -> RequestHead:
@@ -655,7 +635,7 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
 def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
     """Return the parameters of a query; a name without "=" has the value "". Raises HttpError 400.
 
-    repeatable: the one that may occur more than once; its values are joined with commas.
+    repeatable: may occur more than once; its values are joined with commas.
     """
     parameters: dict[str, str] = {}
     try:
@@ -670,7 +650,7 @@ def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
 
 
 def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
-    """Whether the flag `name` is set: `?wait`, `?wait=1`, `?wait=true`; `?wait=0` is not set."""
+    """Whether a flag is set, as in `?wait` and `?wait=1`. Raises HttpError 400."""
     value = parameters.get(name, "no").lower()
     is_set = value in ("", "1", "true", "yes")
     if not is_set and value not in ("0", "false", "no"):
@@ -681,15 +661,15 @@ def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
 class HttpParser:
     """Cuts the bytes of one connection into request heads and bodies.
 
-    feed() takes what arrived. Then next_head() and next_body() in turn return a head and its body;
-    None while bytes are missing. After an HttpError the connection is of no more use. Inside, each
-    is a generator that stops where bytes are missing, so what is half read is in local variables.
+    After feed(), next_head() and next_body() in turn return a head and its body; None while bytes
+    are missing. After an HttpError the connection is of no more use. Inside, each is a generator
+    that stops where bytes are missing, so what is half read is in local variables.
     """
 
     def __init__(self) -> None:
-        # Bytes that were fed and are not consumed yet.
+        # What was fed and is not consumed yet.
         self._buffer = bytearray()
-        # The generator that reads the present head or body; None between two of them.
+        # Reads the present head or body; None between two of them.
         self._reading: Generator[None, None, Any] | None = None
         # Whether the request line has come, and the end of the head has not.
         self._is_in_head = False
@@ -701,7 +681,7 @@ class HttpParser:
 
     @property
     def is_idle(self) -> bool:
-        """True between two requests, when no byte of the next one has come."""
+        """Whether it is between two requests, and no byte of the next one has come."""
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
@@ -710,13 +690,13 @@ class HttpParser:
         return bytes(rest)
 
     def next_head(self) -> RequestHead | None:
-        """Return the next head, or None. Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
+        """Raises HttpError 400, 413, 414, 415, 431, 501 or 505."""
         assert self.head is None, "the body of the request before was not read"
         self.head = self._read_on(self._read_head)
         return self.head
 
     def next_body(self) -> bytes | None:
-        """Return the whole body of the last head, or None. Raises HttpError 400, 413 or 431."""
+        """Raises HttpError 400, 413 or 431."""
         assert self.head is not None, "next_head() comes first"
         plain = functools.partial(self._read_bytes, self.head.content_length)
         body: bytes | None = self._read_on(self._read_chunked_body if self.head.chunked else plain)
@@ -733,8 +713,8 @@ class HttpParser:
             return end.value
 
     def _read_head(self) -> Generator[None, None, RequestHead]:
-        line, size = b"", 0
-        too_many = HttpError(431, "head_too_large", "there are too many header fields")
+        line, left = b"", MAX_HEAD_BYTES
+        too_large = HttpError(431, "head_too_large", "header fields are too many or too long")
         too_long = HttpError(414, "uri_too_long", "the request line is too long")
         while not line:  # an empty line before the request line is skipped (RFC 9112, 2.2)
             while not self._buffer:
@@ -744,29 +724,33 @@ class HttpParser:
             if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
                 raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
             line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
-            size += len(line) + 2
-            if size > MAX_HEAD_BYTES:
-                raise too_many
+            left -= len(line) + 2
+            if left < 0:
+                raise too_large
         head = parse_request_line(line)  # at once, since an HTTP/0.9 client sends nothing else
         self._is_in_head = True
-        lines: list[bytes] = []
-        too_long = HttpError(431, "field_too_large", "a header field is too long")
-        while line:
-            line = yield from self._read_line(MAX_FIELD_BYTES, too_long)
-            size += len(line) + 2
-            lines.append(line)
-            if size > MAX_HEAD_BYTES or len(lines) > MAX_FIELDS + (line == b""):
-                raise too_many
+        fields = yield from self._read_fields(left, too_large)
         self._is_in_head = False
-        fields = tuple(map(parse_field, lines[:-1]))
-        return parse_body_framing(dataclasses.replace(head, fields=fields))
+        return parse_body_framing(dataclasses.replace(head, fields=tuple(fields)))
+
+    def _read_fields(
+        self, left: int, too_large: HttpError
+    ) -> Generator[None, None, list[tuple[str, str]]]:
+        """Take fields and the empty line after them, in `left` bytes at most."""
+        fields: list[tuple[str, str]] = []
+        while line := (yield from self._read_line(min(left, MAX_FIELD_BYTES), too_large)):
+            left -= len(line) + 2
+            if left < 2 or len(fields) == MAX_FIELDS:
+                raise too_large
+            fields.append(parse_field(line))
+        return fields
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
         """Take a line without its CRLF. A bare LF is an error everywhere in it."""
         scanned = 0  # no LF before here, so a line that arrives byte by byte is searched once
         while True:
             end = self._buffer.find(b"\n", scanned)
-            # The line's length, without the CR of its end, even if its LF has not come yet.
+            # Without the CR of its end, even if its LF has not come yet.
             size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
             if size > limit:
                 raise too_long
@@ -792,9 +776,9 @@ class HttpParser:
             bad_chunk = HttpError(400, "bad_chunk", "a chunk size is malformed")
             line = yield from self._read_line(16 + MAX_CHUNK_EXTENSION_BYTES, bad_chunk)
             match = CHUNK_SIZE.fullmatch(line)
-            if match is None or len(match.group(2) or b"") > MAX_CHUNK_EXTENSION_BYTES:
+            if match is None or len(match[2] or b"") > MAX_CHUNK_EXTENSION_BYTES:
                 raise bad_chunk
-            size = int(match.group(1), 16)
+            size = int(match[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
                 raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
             if size == 0:
@@ -803,15 +787,8 @@ class HttpParser:
             # Exactly CRLF must follow (h11 once accepted any two bytes: CVE-2025-43859).
             if (yield from self._read_bytes(2)) != b"\r\n":
                 raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
-        too_long = HttpError(431, "trailers_too_large", "the trailers are too long")
-        left = MAX_TRAILER_BYTES
-        while line:
-            line = yield from self._read_line(MAX_TRAILER_BYTES, too_long)
-            left -= len(line) + 2
-            if left < 0:
-                raise too_long
-            if line:
-                parse_field(line)  # a trailer must be well-formed; its value is not used
+        too_large = HttpError(431, "trailers_too_large", "trailers are too many or too long")
+        yield from self._read_fields(MAX_TRAILER_BYTES, too_large)  # they are not used
         return bytes(body)
 
 
@@ -822,7 +799,7 @@ def encode_fields(fields: Iterable[tuple[str, str]]) -> bytes:
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     line = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
-    return line.encode("ascii") + encode_fields(fields)
+    return line.encode() + encode_fields(fields)
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -842,8 +819,8 @@ def encode_chunk(data: bytes) -> bytes:
 #   3. Token. The right one gives its role. A wrong one is 401, even where none is needed. A token
 #      in a URL (`?token=`) is 401, right or wrong, since URLs end up in logs and histories.
 #   4. Implicit trust. On a loopback listener or a Unix socket, a process of the server's own
-#      account may do everything, if the Host is a loopback name (else 403: DNS rebinding looks like
-#      that), and no proxy has marked the request (else 401). Not with --require-token.
+#      account may do everything, if the Host is a loopback name (else 403: DNS rebinding), and no
+#      proxy has marked the request (else 401). Not with --require-token.
 #   5. `GET /` and `GET /health` hold no data: they need only rules 1 and 2 and, on loopback, the
 #      Host rule. So does a preflight of a listed origin, which browsers send without a token. All
 #      other requests are 401.
@@ -853,23 +830,17 @@ def encode_chunk(data: bytes) -> bytes:
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
-# TCP states of a client that has connected and may have closed its sending side
-# (linux/tcp_states.h).
-CLIENT_STATES = (1, 4, 5)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2
-FORWARDING_FIELD = re.compile(
-    "forwarded|x-forwarded-.*|x-real-ip|via|cf-connecting-ip|true-client-ip"
-)
+FORWARDED = re.compile("forwarded|x-forwarded-.*|x-real-ip|via|cf-connecting-ip|true-client-ip")
 DEFAULT_PORTS = {"http": 80, "https": 443}
-OPEN_PATHS = ("/", "/health")
-BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)  # RFC 6750, 2.1
+TOKEN_TEXT = "[A-Za-z0-9._~+/-]+=*"  # RFC 6750, 2.1: b64token
+BEARER = re.compile(f"bearer +({TOKEN_TEXT})", re.ASCII | re.IGNORECASE)
 OPAQUE_ORIGINS = ("null", "file://")  # sent by every local file and sandboxed frame
-# Where tokens usually are. An answer never names the server's own files.
+# The usual places. An answer never names the server's own files.
 USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
 TOKEN_PLACES = (
     f"{USUAL_TOKEN_FILE} of the account that started the server, or, if that is a service, in "
     "/var/lib/servercontrol/token"
 )
-BEARER_PROTOCOL = "bearer."  # prefix of a token that a browser sends as a WebSocket subprotocol
 
 
 class Role(enum.Enum):
@@ -907,8 +878,8 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address: an IP literal, "" on a Unix socket. uid: the owner of the other end's socket, as the
-    kernel said right after accept; None if it did not say, or if either end is not loopback.
+    address: an IP literal, "" on a Unix socket. uid: who owns the other end's socket, as the kernel
+    said right after accept; None if it did not say, or if either end is not loopback.
     """
 
     listener: ListenerKind
@@ -916,11 +887,14 @@ class Peer:
     uid: int | None = None
     scheme: str = "http"
 
+    @property
+    def is_local(self) -> bool:
+        return self.listener is not ListenerKind.NETWORK
+
 
 def parse_ip(text: str) -> IpAddress | None:
-    """Return an address without its zone, or None. IPv4 mapped into IPv6 becomes IPv4.
-
-    (Before Python 3.13 `ipaddress` says that ::ffff:127.0.0.1 is not loopback.)
+    """Return an address without its zone, or None. IPv4 mapped into IPv6 becomes IPv4, since
+    Python before 3.13 does not take ::ffff:127.0.0.1 for loopback.
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -935,7 +909,7 @@ def is_loopback(text: str) -> bool:
 
 
 def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
-    """Return a netlink request for the TCP socket with these two ends: sock_diag(7)."""
+    """Return the netlink request for a TCP socket with these ends: sock_diag(7)."""
     family = 2 if peer[0].version == 4 else 10  # AF_INET, AF_INET6
     header = struct.pack("=IHHII", 72, SOCK_DIAG_BY_FAMILY, 1, 0, 0)
     kind = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
@@ -948,7 +922,8 @@ def check_owner(state: int, uid: int, inode: int) -> int:
 
     A socket that its process has closed may be listed with uid 0, but then it has no inode.
     """
-    if state not in CLIENT_STATES or inode == 0:
+    # ESTABLISHED, FIN_WAIT1, FIN_WAIT2 (linux/tcp_states.h): it may have closed its sending side.
+    if state not in (1, 4, 5) or inode == 0:
         raise ValueError("no connected socket")
     return uid
 
@@ -1008,11 +983,6 @@ def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
     return origin.lower().removesuffix(port) == own
 
 
-def is_top_level_visit(head: RequestHead) -> bool:
-    purpose = (head.value("sec-fetch-mode"), head.value("sec-fetch-dest"))
-    return (head.method, head.path, *purpose) == ("GET", "/", "navigate", "document")
-
-
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
     """Rule 2. Raises HttpError 403 or 415."""
     origins = head.values("origin")
@@ -1022,8 +992,9 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
         name = origin if re.fullmatch(r"[!-~]{1,200}", origin) else "ORIGIN"
         message = f"this web page may not use this server, unless it has --allow-origin {name}"
         raise HttpError(403, "bad_origin", message)
-    site = head.value("sec-fetch-site")
-    if site in ("cross-site", "same-site") and not listed and not is_top_level_visit(head):
+    site, mode, dest = (head.value(f"sec-fetch-{name}") for name in ("site", "mode", "dest"))
+    is_visit = (head.method, head.path, mode, dest) == ("GET", "/", "navigate", "document")
+    if site in ("cross-site", "same-site") and not listed and not is_visit:
         message = "another site's page may not use this server, unless --allow-origin names it"
         raise HttpError(403, "bad_origin", message)
     from_browser = bool(origins) or any(name.startswith("sec-fetch-") for name, _ in head.fields)
@@ -1033,7 +1004,7 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
 
 
 def is_forwarded(head: RequestHead) -> bool:
-    return any(FORWARDING_FIELD.fullmatch(name) for name, _ in head.fields)
+    return any(FORWARDED.fullmatch(name) for name, _ in head.fields)
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
@@ -1051,13 +1022,12 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 def find_tokens(head: RequestHead) -> list[bytes]:
     """Return the tokens in a request. A malformed one becomes b"", and so counts as wrong.
 
-    They are in `Authorization: Bearer T` (RFC 6750, 2.1), or in the subprotocol `bearer.T`, since
-    browsers cannot add fields to a WebSocket upgrade.
+    The subprotocol `bearer.T` is for browsers, which cannot add fields to a WebSocket upgrade.
     """
     matches = map(BEARER.fullmatch, head.values("authorization"))
     offers = head.members("sec-websocket-protocol")
     shown = [match.group(1) if match else "" for match in matches]
-    shown += [one[len(BEARER_PROTOCOL) :] for one in offers if one.startswith(BEARER_PROTOCOL)]
+    shown += [one.partition(".")[2] for one in offers if one.startswith("bearer.")]
     return [one.encode("latin-1") for one in shown]
 
 
@@ -1075,12 +1045,8 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     if not shown:
         return None
     # Each comparison takes constant time, and all are made, so that timing reveals nothing.
-    roles = [
-        role
-        for one in shown
-        for role, token in policy.tokens.items()
-        if secrets.compare_digest(one, token)
-    ]
+    pairs = itertools.product(shown, policy.tokens.items())
+    roles = [role for one, (role, token) in pairs if secrets.compare_digest(one, token)]
     if len(shown) != 1 or len(roles) != 1:
         message = "this token is not right; the server's token file has the one that is"
         raise unauthorized("wrong_token", message, 'Bearer error="invalid_token"')
@@ -1089,8 +1055,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
     """Whether the kernel says that the peer is a process of the server's own account."""
-    is_near = peer.listener is not ListenerKind.NETWORK
-    return is_near and peer.uid == policy.own_uid and not policy.require_token
+    return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
 def is_preflight(head: RequestHead) -> bool:
@@ -1100,7 +1065,7 @@ def is_preflight(head: RequestHead) -> bool:
 def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
     """Return why a request without a token is refused, and what helps."""
     reason = "a token is needed"
-    if peer.listener is not ListenerKind.NETWORK and not policy.require_token:
+    if peer.is_local and not policy.require_token:
         if is_forwarded(head):
             reason = "a request that a proxy forwards needs a token"
         elif peer.uid is None:
@@ -1125,8 +1090,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
     if head.value("origin") in OPAQUE_ORIGINS and not is_preflight(head):
         message = "a page without an origin of its own needs a token, whoever opens it"
         raise unauthorized("unauthorized", message + "; send Authorization: Bearer TOKEN")
-    is_local = peer.listener is not ListenerKind.NETWORK
-    if (policy.no_auth or is_local) and not is_trusted_host(policy, host):
+    if (policy.no_auth or peer.is_local) and not is_trusted_host(policy, host):
         name = parse_host(host)[0] if host else "NAME"
         message = f"this Host is not served; start the server with --allow-host {name}"
         raise HttpError(403, "bad_host", message)
@@ -1136,7 +1100,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return Role.RUN
     # An upgrade on `/` is not the page: it would receive every event.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
-    if is_page and head.path in OPEN_PATHS:
+    if is_page and head.path in ("/", "/health"):
         return None
     if is_preflight(head) and head.value("origin") in policy.allow_origins:
         return None
@@ -1144,10 +1108,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
 
 
 def find_host_key(address: str) -> str:
-    """Return the key by which limits count a host: its IPv4 address, or its IPv6 /64 prefix.
-
-    One host may own all addresses of a /64.
-    """
+    """Return what limits count a host by: IPv4 address, or IPv6 /64, which may be all its own."""
     ip = parse_ip(address)
     return ip.packed[:8].hex() if ip and ip.version == 6 else str(ip)
 
@@ -1174,10 +1135,10 @@ class RateLimit:
 
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
-# RFC 6455, sections 4 and 5, for both roles: a server receives masked frames and sends unmasked
-# ones, a client the other way round. The only extension is permessage-deflate (RFC 7692), always
-# without context takeover in both directions: each message is compressed by itself. So one
-# compression of an event serves all viewers, and no connection needs memory for a window (32 KiB).
+# RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
+# permessage-deflate (RFC 7692), always without context takeover: each message is compressed by
+# itself. So one compression of an event serves all viewers, and no connection needs memory for a
+# window (32 KiB).
 
 UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # sent by both sides (1.3)
 
@@ -1194,12 +1155,8 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: the close codes that this file sends or checks for.
+    """RFC 6455, 7.4.1: what this file sends; Link._receive() says which count as a refusal."""
 
-    Link._receive() says which of them count as a refusal.
-    """
-
-    NORMAL = 1000
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
     UNSUPPORTED_DATA = 1003
@@ -1209,9 +1166,9 @@ class CloseCode(enum.IntEnum):
     INTERNAL_ERROR = 1011
 
 
-# What a close frame may carry: registered codes, and 3000 to 4999 for libraries and applications.
-# 1004 to 1006 and 1015 are reserved and never sent (7.4.1).
-VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015)}
+# What a close frame may carry: registered codes, but those that are never sent, and the range for
+# libraries and applications (7.4).
+VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
 class FrameHeader(NamedTuple):
@@ -1230,8 +1187,8 @@ class FrameHeader(NamedTuple):
 
 def compute_accept(key: str) -> str:
     """Return the Sec-WebSocket-Accept value for a key (RFC 6455, 4.2.2)."""
-    digest = hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()
-    return base64.b64encode(digest).decode("ascii")
+    digest = hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()
+    return base64.b64encode(digest).decode()
 
 
 def is_upgrade(head: RequestHead) -> bool:
@@ -1258,14 +1215,13 @@ def check_upgrade(head: RequestHead) -> str:
     return keys[0]
 
 
-# The name of an extension or a parameter, with a value, which may be quoted (RFC 6455, 9.1, with
-# the white space of RFC 2616).
+# A name, with a value, which may be quoted (RFC 6455, 9.1, with the white space of RFC 2616).
 EXTENSION_WORD = re.compile(
     r"""[\t ]*(T+)[\t ]*(?:=[\t ]*(?:(T+)|"((?:\\?T)+)")[\t ]*)?""".replace(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
     )
 )
-# RFC 7692, 7.1: what the parameters of permessage-deflate may be; "" stands for no value.
+# RFC 7692, 7.1: what parameters may be; "" stands for no value.
 DEFLATE_PARAMETERS = {
     "server_no_context_takeover": "",
     "client_no_context_takeover": "",
@@ -1274,21 +1230,19 @@ DEFLATE_PARAMETERS = {
 }
 DEFLATE = "permessage-deflate"
 DEFLATE_OFFER = f"{DEFLATE}; server_no_context_takeover; client_no_context_takeover"
-# Every smaller window is used as one of 2**9 bytes, so that an event has one compressed form for
-# all small windows.
-SMALL_WINDOW_BITS = 9
-
-Extension = tuple[str, list[tuple[str, str]]]  # name, parameters with their values
+SMALL_WINDOW_BITS = 9  # for every window below 15, so an event has at most two compressed forms
 
 
-def parse_extensions(text: str) -> list[Extension]:
-    """Return the members of a Sec-WebSocket-Extensions field. Raises ValueError."""
-    extensions: list[Extension] = []
-    for member in text.split(","):  # a quoted value has no comma or semicolon, it is a token too
-        words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
-        pairs = [(one[1], (one[2] or one[3] or "").replace("\\", "")) for one in words if one]
+def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the members of a Sec-WebSocket-Extensions field, each with its parameters and their
+    values. Raises ValueError.
+    """
+    extensions = []
+    for member in text.split(","):  # a quoted value is a token too: it has no comma or semicolon
         if not member.strip("\t "):  # empty members are allowed
             continue
+        words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
+        pairs = [(one[1], (one[2] or one[3] or "").replace("\\", "")) for one in words if one]
         if len(pairs) < len(words) or pairs[0][1]:  # the name of an extension has no value
             raise ValueError("an extension is malformed")
         extensions.append((pairs[0][0], pairs[1:]))
@@ -1296,9 +1250,8 @@ def parse_extensions(text: str) -> list[Extension]:
 
 
 def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int] | None:
-    """Return the parameters of permessage-deflate, 0 for no value.
-
-    None: one is unknown, repeated or malformed, which makes the offer invalid (RFC 7692, 7.1).
+    """Return the parameters of permessage-deflate, 0 for no value; None if one is unknown, repeated
+    or malformed (RFC 7692, 7.1).
     """
     found: dict[str, int] = {}
     for name, value in parameters:
@@ -1310,10 +1263,10 @@ def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int
 
 
 def choose_deflate(head: RequestHead) -> tuple[str, int]:
-    """Return the extension that answers an upgrade, and the window bits to compress with.
+    """Return the answer to the first offer that can be met, and the window bits to compress with.
 
-    The first offer that can be met is chosen; ("", 0) if none can. A window of 2**8 bytes cannot be
-    met, since zlib cannot produce such a stream. Raises HttpError 400 (RFC 6455, 9.1).
+    ("", 0) if none can: zlib cannot produce a stream for a window of 2**8 bytes. Raises HttpError
+    400 (RFC 6455, 9.1).
     """
     try:
         offers = parse_extensions(",".join(head.values("sec-websocket-extensions")))
@@ -1329,7 +1282,7 @@ def choose_deflate(head: RequestHead) -> tuple[str, int]:
 
 
 def check_deflate_answer(text: str) -> int:
-    """Return the window bits with which the client may compress; 0: the server wants no extension.
+    """Return the window bits with which the client may compress; 0 without the extension.
 
     Raises ValueError for an answer that DEFLATE_OFFER does not allow (RFC 7692, 5.1).
     """
@@ -1337,10 +1290,9 @@ def check_deflate_answer(text: str) -> int:
     if not extensions:
         return 0
     name, parameters = extensions[0]
-    is_ours = name == DEFLATE and len(extensions) == 1 and zlib is not None
     found = parse_deflate_parameters(parameters) or {}
     is_offered = "server_no_context_takeover" in found and "client_max_window_bits" not in found
-    if not is_ours or not is_offered:
+    if name != DEFLATE or len(extensions) > 1 or zlib is None or not is_offered:
         raise ValueError("an extension was answered that was not offered")
     return 15
 
@@ -1357,7 +1309,7 @@ def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") ->
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
     """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3).
 
-    It is one XOR of two long integers: some 400 MB/s. A loop over bytes takes 20 MB/s.
+    As two long integers: some 400 MB/s. A loop over bytes would do 20 MB/s.
     """
     size, start = len(data), offset % 4
     key = (mask * (size // 4 + 2))[start : start + size]
@@ -1382,13 +1334,11 @@ def encode_frame(
         header = struct.pack("!BBH", first, mask_bit | 126, length)
     else:
         header = struct.pack("!BBQ", first, mask_bit | 127, length)
-    if mask is None:
-        return header + payload
-    return header + mask + apply_mask(payload, mask)
+    return header + (payload if mask is None else mask + apply_mask(payload, mask))
 
 
 DEFLATE_TAIL = b"\0\0\xff\xff"  # a flush ends with it; it is not sent (RFC 7692, 7.2.1)
-# DEFLATE_TAIL and a final empty block, which ends the stream only if the block before it is whole.
+# With a final empty block, which ends the stream only if the block before it is whole.
 INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
@@ -1409,14 +1359,11 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
     return encode_frame(Opcode.TEXT, data, is_deflated=True) if data else frame
 
 
-OPCODES = frozenset(int(opcode) for opcode in Opcode)
-
-
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
     """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
 
-    deflates: whether permessage-deflate was negotiated.
-    Raises WebSocketError 1002 as soon as the bytes cannot become a valid header.
+    deflates: whether permessage-deflate was negotiated. Raises WebSocketError 1002 as soon as the
+    bytes cannot become a valid header.
     """
     if len(data) < 2:
         return None
@@ -1424,7 +1371,7 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
     may_deflate = deflates and opcode in (Opcode.TEXT, Opcode.BINARY)  # RFC 7692, 6
     if data[0] & (0x30 if may_deflate else 0x70):
         raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-    if opcode not in OPCODES:
+    if opcode & 7 > 2:  # 3 to 7 and 11 to 15
         raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
     if opcode >= Opcode.CLOSE and (not fin or length > MAX_CONTROL_PAYLOAD_BYTES):  # 5.5
         raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
@@ -1447,10 +1394,10 @@ def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
     if not payload:
         return None, ""
     code = int.from_bytes(payload[:2], "big")
-    if len(payload) == 1 or not (code in VALID_CLOSE_CODES or 3000 <= code <= 4999):
+    if code not in VALID_CLOSE_CODES:  # nor is a single byte a code
         raise WebSocketError(CloseCode.PROTOCOL_ERROR, "invalid close code")
     try:
-        return code, payload[2:].decode("utf-8")
+        return code, payload[2:].decode()
     except UnicodeDecodeError:
         raise WebSocketError(CloseCode.INVALID_DATA, "close reason is not UTF-8") from None
 
@@ -1458,24 +1405,23 @@ def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
 def encode_close_payload(code: int, reason: str = "") -> bytes:
     """Return the payload of a close frame; the reason is cut to fit, on a character."""
     room = MAX_CONTROL_PAYLOAD_BYTES - 2
-    text = reason.encode("utf-8")[:room].decode("utf-8", "ignore")
-    return struct.pack("!H", code) + text.encode("utf-8")
+    text = reason.encode()[:room].decode("utf-8", "ignore")
+    return struct.pack("!H", code) + text.encode()
 
 
 # 8. WebSocket connection ─────────────────────────────────────────────────────────────────────
 # The life of one connection after the handshake (RFC 6455, sections 5.4 to 8.1), for both roles,
 # without a socket: bytes go in, messages come out, and frames to send are returned.
 #
-#   OPEN ──close() or fail──► CLOSING ──peer's close──► CLOSED
-#   OPEN ──peer's close, answered───────────────────► CLOSED
+#   OPEN -- close() or fail --> CLOSING -- peer's close --> CLOSED
+#   OPEN -- peer's close, answered --> CLOSED
 #
 # After a violation nothing more is read. Text is checked as it arrives, also inside a frame, so an
 # invalid byte ends the connection at once, and not only when a long message is complete.
 
 
 UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
-# One reason for both errors: which of them is found first may depend on how the network has cut the
-# bytes, and the answer must not.
+# One reason for both: which is found first may depend on how the network has cut the bytes.
 BAD_DATA = "text is not UTF-8, or compressed data is damaged"
 
 
@@ -1504,9 +1450,8 @@ class DataMessage:
         self.parts: list[Any] = []
         # The size of the parts, and that of the frames according to their headers.
         self.size = self.wire_size = self.fragments = 0
-        is_text = first.opcode is Opcode.TEXT
-        self.decoder = UTF8_DECODER() if is_text else None
-        # It also reads all windows that are smaller than 2**15 bytes.
+        self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
+        # It also reads all smaller windows.
         self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
 
     def begin_frame(self, header: FrameHeader) -> None:
@@ -1535,9 +1480,8 @@ class DataMessage:
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
 
     def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
-        """Return a part of a compressed message, inflated (RFC 7692, 7.2.2).
-
-        At most one byte beyond the limit is inflated, so a small frame cannot fill the memory.
+        """Inflate a part (RFC 7692, 7.2.2), at most one byte beyond the limit: a small frame cannot
+        fill the memory.
         """
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
@@ -1551,7 +1495,7 @@ class DataMessage:
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
-    """Take what has arrived of a frame's payload, of which `start` bytes were taken before."""
+    """Take what has arrived of a frame's payload. start: bytes of it that were taken before."""
     part = bytes(buffer[: header.length - start])
     del buffer[: len(part)]
     return part if header.mask is None else apply_mask(part, header.mask, start)
@@ -1560,7 +1504,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 def take_messages(
     buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
 ) -> Iterator[Message | None]:
-    """Take messages from a buffer and yield them, and None whenever more bytes are needed.
+    """Yield messages from a buffer, and None whenever more bytes are needed.
 
     Raises WebSocketError as soon as the bytes cannot become valid.
     """
@@ -1617,11 +1561,11 @@ class WebSocketConnection:
         # How the connection ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
-        # The close frame that must be sent then; b"" if ours was sent before.
+        # The close frame to send then; b"" if ours was sent before.
         self.answer = b""
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        # Bytes that were received and are not parsed yet, and what parses them.
+        # What was received and is not parsed yet, and what parses it.
         self._buffer = bytearray()
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
@@ -1642,10 +1586,11 @@ class WebSocketConnection:
         return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
 
     def take(self, data: bytes) -> Iterator[Message]:
-        """Take bytes from the peer and yield the messages that they complete.
+        """Take bytes from the peer and yield the messages that they complete. Never raises: a
+        violation makes the state CLOSED.
 
-        Never raises: a violation makes the state CLOSED. Nothing after the message at hand was
-        parsed: the caller may close the connection, and then the rest is ignored (1.4).
+        What follows a message is parsed after it was taken: if the caller then closes the
+        connection, the rest is ignored (1.4).
         """
         self._buffer += data
         try:
@@ -1676,8 +1621,8 @@ class WebSocketConnection:
 
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
-# A Sample has what the kernel counts, from whichever source. Rates are computed from two samples.
-# Time is an argument, from the monotonic clock, so a change of the wall clock has no effect.
+# A Sample has what the kernel counts, from whichever source; two of them give rates. Time is that
+# of the monotonic clock, so a change of the wall clock has no effect.
 
 
 class Sample(NamedTuple):
@@ -1701,14 +1646,10 @@ class Sample(NamedTuple):
 
 
 def parse_cpu_times(stat: str) -> tuple[int, int]:
-    """Return (busy, total) ticks of all cores from /proc/stat (proc(5)).
-
-    Guest time is already part of user time.
-    """
+    """Return (busy, total) ticks of all cores from /proc/stat (proc(5))."""
     numbers = [int(number) for number in stat.split("\n", 1)[0].split()[1:]]
-    user, nice, system, idle, iowait, irq, softirq, steal = (numbers + [0] * 8)[:8]
-    busy = user + nice + system + irq + softirq + steal
-    return busy, busy + idle + iowait
+    total = sum(numbers[:8])  # what follows, guest time, is part of user time
+    return total - sum(numbers[3:5]), total  # idle and iowait
 
 
 def parse_meminfo(meminfo: str) -> dict[str, int]:
@@ -1724,7 +1665,7 @@ def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
-    """Return how many bytes were received (way: 0) or sent (1) between two samples."""
+    """Return the bytes received (way: 0) or sent (1) between two samples."""
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
     # Each interface by itself, since one that vanishes takes its counters with it.
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
@@ -1783,9 +1724,9 @@ class AlertRule:
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
 # and lag are normal delivery from another cursor; and what was dropped from there on is known, and
 # is sent as a `gap`. A list of seqs for each kind of event serves viewers that choose.
-# OutputLog is the same idea for the output of one task, in bytes instead of events.
+# OutputLog does the same for the output of one task, in bytes instead of events.
 
-# All broadcast events. The monitor takes those of Watched.TAKES, the page those of its EVENTS.
+# All broadcast events. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
 EVENT_TYPES = (
     "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
 ).split()
@@ -1816,8 +1757,8 @@ class Feed:
 
     Each is of one or two kinds: its type and, if it is output, the id of its task.
 
-    encode: makes the wire frame of an event. compress: compresses that for viewers whose window has
-    so many bits, or returns it unchanged if nothing is gained.
+    encode: makes the wire frame of an event. compress: compresses it for windows of so many bits,
+    or returns it unchanged if nothing is gained.
     """
 
     encode: Callable[[dict[str, Any]], bytes]
@@ -1831,8 +1772,8 @@ class Feed:
     _bytes: int = 0
     # Window bits -> seq -> compressed frame, once that was needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    # Kind -> seqs of its kept events. Before them stands the newest dropped one, which tells who
-    # has missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
+    # Kind -> seqs of its kept events, after that of the newest dropped one, which tells who has
+    # missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
     # Up to this seq it is not known whether tasks whose lists were deleted had dropped events.
@@ -1845,8 +1786,7 @@ class Feed:
     @property
     def middle(self) -> int:
         """The seq before which a viewer is half the capacity behind; 0 while there is room."""
-        is_roomy = self._bytes < self.capacity_bytes // 2
-        return 0 if is_roomy else (self.first + self.next) // 2
+        return (self.first + self.next) // 2 if self._bytes >= self.capacity_bytes // 2 else 0
 
     @staticmethod
     def _size(entry: Any) -> int:
@@ -1874,11 +1814,9 @@ class Feed:
             for frames in self._compressed.values():
                 self._bytes -= len(frames.pop(self.first, b""))
             self.first += 1
-        if self.first > self._trim_at:
-            self._trim_at = self.first + max(1024, len(self._entries))
-            self._trim_seqs()
-
-    def _trim_seqs(self) -> None:
+        if self.first <= self._trim_at:
+            return
+        self._trim_at = self.first + max(1024, len(self._entries))
         for seqs in self._seqs.values():
             del seqs[: max(0, bisect.bisect_left(seqs, self.first) - 1)]
         if len(self._seqs) > MAX_KINDS:
@@ -1895,13 +1833,13 @@ class Feed:
     ) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
-        bits: of the compression window, 0 for none. max_bytes: the last frame begins before that.
+        bits: of the compression window, or 0. max_bytes: the last frame begins before that.
         """
         assert cursor >= self.first
         seqs: Iterable[int] = range(cursor, self.next)
         if kinds is not None:
-            parts = [seqs[start:] for seqs, start in self._find_later(cursor, kinds)]
-            seqs = parts[0] if len(parts) == 1 else sorted(itertools.chain.from_iterable(parts))
+            later = self._find_later(cursor, kinds)
+            seqs = sorted(itertools.chain.from_iterable(one[start:] for one, start in later))
         frames: list[bytes] = []
         size = 0
         for seq in seqs:
@@ -1949,7 +1887,7 @@ class Feed:
 
 
 def find_character(data: bytes, start: int) -> int:
-    """Return the first index from `start` on where a UTF-8 character begins."""
+    """Return where the first UTF-8 character from `start` on begins."""
     while start < len(data) and data[start] & 0xC0 == 0x80:
         start += 1
     return start
@@ -1987,11 +1925,10 @@ class OutputLog:
         while self._blocks and self._begin + len(self._blocks[0]) <= self.start:
             self._begin += len(self._blocks.popleft())
         if self._blocks:
-            cut = find_character(self._blocks[0], self.start - self._begin)
-            self.start = self._begin + cut
+            self.start = self._begin + find_character(self._blocks[0], self.start - self._begin)
 
     def read(self, offset: int = 0) -> list[bytes]:
-        """Return the output from `offset`, or else the next whole character, on; in pieces."""
+        """Return the output from the first whole character at `offset` on, in pieces."""
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
         for block in reversed(self._blocks):
@@ -2003,35 +1940,35 @@ class OutputLog:
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
-# JSON on the wire: events, requests, and the two discovery datagrams. All text that is sent is
-# valid UTF-8, and every field of an incoming request is checked here. Also the metrics in
-# Prometheus' text format, and the HTTP request that carries an alert to the webhook.
+# JSON on the wire: events, requests, and answers to probes. All text that is sent is valid UTF-8,
+# and every field of an incoming request is checked here. Also the metrics in Prometheus' text
+# format, and the HTTP request that carries an alert to the webhook.
 
 REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-# Deleting these from a text leaves the control characters that need \u escapes (RFC 8259, 7).
+# All but the control characters that need \u escapes (RFC 8259, 7).
 NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\n\r")
 
 
 def encode_json(value: Any) -> bytes:
-    """Return compact JSON in UTF-8. Lone surrogates (undecodable file names) become "?"."""
+    """Return compact JSON. Lone surrogates (undecodable file names) become "?"."""
     return ENCODE_JSON(value).encode("utf-8", "replace")
 
 
 def escape_json_text(text: bytes) -> bytes:
     """Return UTF-8 text escaped for the inside of a JSON string (RFC 8259, 7).
 
-    This is the most expensive step of a flood. For text without rare control characters, which is
-    nearly all text, it is four times as fast as json.dumps.
+    This is the most expensive step of a flood. Without rare control characters it is four times as
+    fast as json.dumps.
     """
     if text.translate(None, NOT_ESCAPED):
-        return ENCODE_JSON(text.decode("utf-8")).encode("utf-8")[1:-1]
+        return ENCODE_JSON(text.decode()).encode()[1:-1]
     text = text.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
     return text.replace(b"\r", b"\\r").replace(b"\t", b"\\t")
 
 
 def encode_event(event: dict[str, Any]) -> bytes:
-    """Return an event as a WebSocket text frame. Its `output`, if any, is UTF-8 in bytes."""
+    """Return an event as a WebSocket frame. Its `output`, if any, is UTF-8 in bytes."""
     rest = dict(event)
     output = rest.pop("output", None)
     body = encode_json(rest)
@@ -2049,9 +1986,9 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_finite(text: str) -> float:
-    """For json.loads: refuse NaN, Infinity, and numbers that become it (1e999): not JSON."""
+    """For json.loads: refuse NaN, Infinity, and numbers that become it (1e999)."""
     value = float(text)
-    if not abs(value) < float("inf"):
+    if not math.isfinite(value):
         raise ValueError(f"{text} is not a number of JSON")
     return value
 
@@ -2060,7 +1997,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Return a JSON object (RFC 8259). Raises CommandError `bad_json`."""
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode()
         if not hasattr(sys, "get_int_max_str_digits") and re.search("[0-9]{5000}", text):
             raise ValueError("a number has too many digits")  # int() would take hours
         value = json.loads(
@@ -2081,9 +2018,9 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: the text of standard input, or True if it comes later. ref: two requests with the same
-    one start one task, so that a client can repeat a request whose answer was lost. window: how
-    many bytes of output may be read before a `?follow` reader has taken them; 0 is no limit.
+    stdin: the text of standard input, or True if it comes later. ref: requests with the same one
+    start one task, so that a client can repeat a request whose answer was lost. window: how many
+    bytes of output may be read before a `?follow` reader has taken them; 0 is no limit.
     """
 
     command: str
@@ -2100,7 +2037,7 @@ class ExecRequest:
 
 
 def is_plain_text(value: Any) -> bool:
-    """Whether a value is text that the kernel accepts: without NUL and lone surrogates."""
+    """Whether it is text that the kernel accepts: without NUL and lone surrogates."""
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
@@ -2110,7 +2047,7 @@ def check_command(value: Any) -> str:
         raise CommandError("bad_command", "the command must be text without NUL and surrogates")
     if not value.strip():
         raise CommandError("bad_command", "the command is empty")
-    if len(value.encode("utf-8")) > MAX_COMMAND_BYTES:
+    if len(value.encode()) > MAX_COMMAND_BYTES:
         raise CommandError("too_large", f"a command may have {MAX_COMMAND_BYTES} bytes")
     return str(value)
 
@@ -2169,8 +2106,11 @@ def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
     if unknown:
         known = ", ".join(["cmd", *EXEC_FIELDS])
         raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
-    given = {name: rule for name, rule in EXEC_FIELDS.items() if name in fields}
-    checked = {name: check_field(name, fields[name], rule) for name, rule in given.items()}
+    checked = {
+        name: check_field(name, fields[name], rule)
+        for name, rule in EXEC_FIELDS.items()
+        if name in fields
+    }
     if not checked.get("tty") and ("cols" in checked or "rows" in checked):
         raise CommandError("bad_field", "cols and rows are a terminal's: they need tty")
     return ExecRequest(check_command(commands[0]), **checked)
@@ -2191,8 +2131,7 @@ def check_form_body(body: bytes) -> None:
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     """Return what the body of `POST /exec` asks for. Raises CommandError.
 
-    The body is JSON if its media type says so, or if it begins with "{". Anything else is the
-    command itself, verbatim.
+    It is JSON if its media type says so, or if it begins with "{"; else the command, verbatim.
     """
     if media_type.startswith("multipart/"):
         message = "send the command as the body itself (curl -d) or as JSON"
@@ -2202,21 +2141,21 @@ def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     if media_type == "application/x-www-form-urlencoded":
         check_form_body(body)
     try:
-        return ExecRequest(check_command(body.decode("utf-8")))
+        return ExecRequest(check_command(body.decode()))
     except UnicodeDecodeError:
         raise CommandError("bad_command", "the command is not UTF-8") from None
 
 
 def parse_task_id(value: Any) -> str:
-    """Return a task id. Raises CommandError `bad_field` if it is not a decimal number."""
+    """Return a task id. Raises CommandError `bad_field`."""
     if not isinstance(value, str) or not DIGITS.fullmatch(value):
         raise CommandError("bad_field", "a task id is a decimal number")
     return value
 
 
 def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozenset[str] | None:
-    """Return the list in a field of `watch`; None (JSON's null) is everything."""
-    if value is None:
+    """Return the list in a field of `watch`. Raises CommandError `bad_field`."""
+    if value is None:  # everything
         return None
     if not isinstance(value, (list, frozenset)) or len(value) > MAX_CHOSEN_TASKS:
         raise CommandError("bad_field", f"{name} must be null or a list, not too long")
@@ -2227,10 +2166,7 @@ def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozens
 
 
 def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
-    """Return what a viewer wants to hear; an absent field stays as before.
-
-    Raises CommandError `bad_field`.
-    """
+    """Return what a viewer wants to hear; an absent field is as before."""
     return Choice(
         check_choice("only", fields.get("only", before.only), EVENT_TYPES.__contains__),
         check_choice("tasks", fields.get("tasks", before.tasks), DIGITS.fullmatch),
@@ -2251,7 +2187,7 @@ SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not i
 
 
 def parse_signal(value: Any) -> int:
-    """Return the number of a signal named like TERM or SIGTERM. Raises CommandError."""
+    """Return a signal named like TERM or SIGTERM. Raises CommandError."""
     name = value.upper() if isinstance(value, str) and value.isascii() else ""
     number = signal.Signals.__members__.get("SIG" + name.removeprefix("SIG"))
     if number is None:
@@ -2260,31 +2196,27 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """Return the answer to a probe: at most 256 bytes, so a long hostname is cut.
+    """Return the answer to a probe, with a long hostname cut; see parse_discovery_reply().
 
-    Server._describe_for_probe() gives the facts; clients read them in parse_discovery_reply().
+    facts: of Server._describe_for_probe().
     """
-    hostname = str(facts["hostname"])
-    while True:
-        reply = encode_json({"type": "SERVER_RESPONSE", **facts, "hostname": hostname})
-        if len(reply) <= MAX_DISCOVERY_REPLY_BYTES:
-            return reply
-        assert hostname  # the other fields take 172 bytes
-        hostname = hostname[:-1]
+    reply = {"type": "SERVER_RESPONSE", **facts}
+    while len(encoded := encode_json(reply)) > MAX_DISCOVERY_REPLY_BYTES:
+        assert reply["hostname"]  # the other fields take 172 bytes
+        reply["hostname"] = reply["hostname"][:-1]
+    return encoded
 
 
 def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link, from /proc/net/route (proc(5)).
-
-    A default route without a gateway (a tunnel) is left out: all addresses would be on-link.
+    """Return the networks that are on-link, from /proc/net/route (proc(5)), but no default route
+    without a gateway (a tunnel): all addresses would be on-link.
     """
     networks = []
     for line in route.splitlines()[1:]:
         columns = line.split()
         destination, gateway, mask = (int(columns[i], 16) for i in (1, 2, 7))
         if gateway == 0 and mask != 0:
-            # The kernel prints the number in its own byte order.
-            address = destination.to_bytes(4, sys.byteorder)
+            address = destination.to_bytes(4, sys.byteorder)  # as the kernel prints it
             networks.append(ipaddress.IPv4Network((address, bin(mask).count("1"))))
     return networks
 
@@ -2299,7 +2231,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        # How many values are above the previous bound and not above this one, or above all.
+        # Of the values up to each bound, and of those above all.
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
@@ -2308,7 +2240,7 @@ class Histogram:
         self._sum += value
 
     def encode(self, name: str) -> list[str]:
-        """Return the lines of its samples; in them the counts are cumulative."""
+        """Return the lines of its samples, whose counts are cumulative."""
         bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
         pairs = zip(itertools.accumulate(self._counts), bounds)
         lines = [encode_labelled_sample(f"{name}_bucket", "le", bound, n) for n, bound in pairs]
@@ -2319,7 +2251,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
     """Return rows of (name, value, help) in Prometheus' text format 0.0.4.
 
     A value is a number, a Histogram, None if it is not known yet or, for a "name{label}", {value of
-    the label: number}. Names of the process are those that all exporters use.
+    the label: number}. All exporters use the same names for what is of the process.
     """
     lines: list[str] = []
     for title, value, text in rows:
@@ -2339,7 +2271,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
 
 
 class WebhookUrl(NamedTuple):
-    """Where alerts are sent. Only `origin` may be logged, since the rest may be secret."""
+    """Where alerts are sent. Only `origin` may be logged: the rest may be secret."""
 
     origin: str
     is_tls: bool
@@ -2365,7 +2297,7 @@ def parse_webhook_url(url: str) -> WebhookUrl:
     ]
     if at:  # RFC 7617
         user, _, password = map(urllib.parse.unquote_to_bytes, account.partition(":"))
-        code = base64.b64encode(user + b":" + password).decode("ascii")
+        code = base64.b64encode(user + b":" + password).decode()
         fields.append(("Authorization", f"Basic {code}"))
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     port = port or DEFAULT_PORTS[parts.scheme]
@@ -2375,20 +2307,17 @@ def parse_webhook_url(url: str) -> WebhookUrl:
 
 def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
     fields = encode_fields([*url.fields, ("Content-Length", str(len(body)))])
-    return f"POST {url.target} HTTP/1.1\r\n".encode("ascii") + fields + body
+    return f"POST {url.target} HTTP/1.1\r\n".encode() + fields + body
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
-    """Return the status of the answer, None while it has not come. Raises ValueError.
-
-    Informational responses (1xx) come before the answer and are skipped (RFC 9110, 15.2).
-    """
+    """Return the status of the answer, None while it has not come. Raises ValueError."""
     for head in re.split(rb"(?<=\n)\r?\n", data):
         match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
         if match is None and b"\n" in head:
             raise ValueError("it gave no HTTP answer")
-        if match is None or int(match.group(1)) >= 200:
-            return int(match.group(1)) if match else None
+        if match and int(match[1]) >= 200:  # 1xx come before the answer (RFC 9110, 15.2)
+            return int(match[1])
     return None
 
 
@@ -2401,8 +2330,8 @@ def parse_webhook_answer(data: bytes) -> int | None:
 #
 # The audit log has one JSON object per line. `prev` in each is the SHA-256 of the line before, so a
 # changed or missing line shows. The file is opened and locked for each record: so it can be rotated
-# by renaming, and several servers of one account share it. FILE.head has the hash of the newest
-# line: the first record after a rotation names it, and it shows if lines at the end were cut off.
+# by renaming, and servers of one account share it. FILE.head has the hash of the newest line: the
+# first record after a rotation names it, and it shows if the end was cut off.
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -2416,7 +2345,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def read_hostname() -> str:
-    return socket.gethostname().encode("utf-8", "replace").decode("utf-8")
+    return socket.gethostname().encode("utf-8", "replace").decode()
 
 
 def format_time(timestamp: float) -> str:
@@ -2435,8 +2364,7 @@ def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
     """Write data to a descriptor that is ready within a time; return the bytes written.
 
     A pipe that is ready takes PIPE_BUF bytes without blocking (pipe(7)), so data is not longer.
-    O_NONBLOCK is not set, since all processes that share the descriptor would have it. Raises
-    OSError.
+    O_NONBLOCK would be set for all processes that share the descriptor. Raises OSError.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -2447,20 +2375,15 @@ def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
-    """Write a line of at most LOG_LINE_BYTES if that needs no waiting; return whether it was."""
+    """Write at most LOG_LINE_BYTES if that needs no waiting; return whether it was written."""
     try:
         return write_some(fd, line) == len(line)
     except OSError:
         return False
 
 
-# What a log line means for whoever reads it, and what to do next; where the event's own fields
-# do not say it.
+# What a log line means, and what to do next, where the event's own fields do not say it.
 LOG_HINTS = {
-    **dict.fromkeys(
-        ("connection_failed", "loop_error", "message_failed", "request_failed", "sweep_failed"),
-        "a fault of ServerControl itself, which goes on; please report the trace",
-    ),
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
     "crash_not_completed": "tasks that a crash left open are not completed in the audit log",
@@ -2478,7 +2401,7 @@ LOG_HINTS = {
 
 
 def shorten_texts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields for a line that was too long, with most of the end, where a trace has more."""
+    """Return fields with long texts cut in the middle: a trace tells most at its end."""
     return {
         name: value[:80] + " ... " + value[-165:]
         if isinstance(value, str) and len(value) > 250
@@ -2488,18 +2411,17 @@ def shorten_texts(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Log:
-    """Writes one line per event. It never waits: it drops lines instead, and says how many."""
+    """Writes one line per event. Never waits: it drops lines instead, and says how many."""
 
-    def __init__(self, log_format: str, level: str, fd: int = 2) -> None:
+    def __init__(self, log_format: str, level: str) -> None:
         self._json = log_format == "json"
         self._level = LEVELS.index(level)
-        self._fd = fd
         self._dropped = 0
-        # Event -> when write_limited() last wrote it (monotonic seconds).
+        # Event -> when write_limited() last wrote it (monotonic).
         self._last: dict[str, float] = {}
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """Write an event. Never raises and never waits."""
+        """Write an event. Never raises."""
         if LEVELS.index(level) < self._level:
             return
         if self._dropped:
@@ -2509,33 +2431,34 @@ class Log:
         line = self._format(level, event, fields)
         if len(line) > LOG_LINE_BYTES:
             line = self._format(level, event, shorten_texts(fields))
-        if write_without_waiting(self._fd, line):
+        if write_without_waiting(2, line):
             self._dropped = 0
         else:
             self._dropped += 1
 
     def write_limited(self, level: str, event: str, seconds: float = 1.0, **fields: Any) -> None:
-        """Write an event unless one of this kind was written less than `seconds` ago."""
+        """Write an event unless one of this name was written in the last `seconds`."""
         now = time.monotonic()
         if now - self._last.get(event, -seconds) >= seconds:
             self._last[event] = now
             self.write(level, event, **fields)
 
     def write_fault(self, event: str) -> None:
-        """Write the exception that is being handled, a fault of this file, with its trace."""
-        self.write_limited("error", event, trace=traceback.format_exc())
+        """Write the exception that is being handled: a fault of this file."""
+        message = "a fault of ServerControl itself, which goes on; please report the trace"
+        self.write_limited("error", event, trace=traceback.format_exc(), message=message)
 
     def _format(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
         when = format_time(time.time())
         if self._json:
             record = {"time": when, "level": level, "event": event, **fields}
-            return json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
+            return json.dumps(record, separators=(",", ":")).encode() + b"\n"
         words = [f"{name}={format_value(value)}" for name, value in fields.items()]
         return " ".join([when, level.upper(), event, *words]).encode("utf-8", "replace") + b"\n"
 
 
 def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
-    """Lock a file. Raises OSError if another process holds the lock for longer than this."""
+    """Lock a file. Raises OSError if another process holds the lock for longer."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -2547,8 +2470,8 @@ def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
 
 
 def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
-    """Open a file that is made, with mode 0600, where there is none. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    """Open a file, or make it with mode 0600. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     status = os.fstat(fd)
     if status.st_size == 0 and not status.st_mode & 0o600:
         with contextlib.suppress(OSError):  # it is of another account
@@ -2557,7 +2480,7 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
 
 
 def is_at(path: str, fd: int) -> bool:
-    """Whether a path leads to an open file, which may have been renamed meanwhile."""
+    """Whether a path leads to an open file: it may have been renamed meanwhile."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -2566,10 +2489,10 @@ def is_at(path: str, fd: int) -> bool:
 
 @dataclass(repr=False)
 class TaskIds:
-    """Task ids that go on rising across restarts, shared by all instances of this account.
+    """Task ids that go on rising across restarts, shared by all servers of this account.
 
-    A file in the state folder has the newest one. Without the folder ids follow the wall clock's
-    milliseconds, which rise across restarts too.
+    A file in the state folder has the newest one. Without it ids follow the wall clock's
+    milliseconds.
     """
 
     _folder: str | None
@@ -2591,7 +2514,7 @@ class TaskIds:
         with open_private_file(path) as file:
             lock_file(file)
             text = file.read(64).decode("ascii", "replace").strip()
-            # If the number is damaged, go on from one that counting from 1 cannot have reached.
+            # If that is damaged, go on from a number that counting from 1 cannot have reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
             # Fixed width: one write replaces it whole.
@@ -2602,15 +2525,15 @@ class TaskIds:
 def find_own_folder(
     environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
 ) -> str:
-    """Return our folder in the one that a variable of the XDG specification names."""
+    """Return our folder in one of the XDG specification, which ignores relative paths."""
     base = environ.get(variable, "")
-    if not os.path.isabs(base):  # the XDG specification: a relative path must be ignored
+    if not os.path.isabs(base):
         base = os.path.expanduser(usual)
     return os.path.join(base, "servercontrol")
 
 
 def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> str | None:
-    """Make the state folder (0700) and return it, or None, with a warning, if that fails."""
+    """Make the state folder and return it; None, with a warning, if that fails."""
     folder = find_own_folder(environ)
     try:
         if not os.path.isabs(folder):
@@ -2631,16 +2554,13 @@ def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> s
     return None
 
 
-TOKEN_TEXT = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, 2.1: b64token
-
-
 def make_token_file(path: str) -> None:
-    """Write a new token, whole or not at all, so that servers that start together use the same."""
-    # The name is random, since in containers that share the folder each server has pid 1.
+    """Write a new token, whole or not at all: servers that start together use the same."""
+    # Random, since in containers that share the folder each server has pid 1.
     temporary = f"{path}.{secrets.token_hex(8)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
-        os.fchmod(file.fileno(), 0o600)  # whatever the umask is
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        os.fchmod(fd, 0o600)  # whatever the umask is
         file.write(secrets.token_urlsafe(32) + "\n")
     try:
         os.link(temporary, path)
@@ -2652,30 +2572,27 @@ def make_token_file(path: str) -> None:
 
 def check_token(source: str, token: str) -> str:
     """Return a well-formed token. source: for the error message. Raises ConfigError."""
-    if len(token) < MIN_TOKEN_CHARACTERS or not TOKEN_TEXT.fullmatch(token):
-        message = f"a token has at least {MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~"
-        problem = f"{message} + / (then =)" if token else "it is empty"
-        raise ConfigError(f"{source}: {problem}")
+    if not token:
+        raise ConfigError(f"{source}: it is empty")
+    if len(token) < MIN_TOKEN_CHARACTERS or not re.fullmatch(TOKEN_TEXT, token):
+        known = f"{MIN_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 - . _ ~ + / (then =)"
+        raise ConfigError(f"{source}: a token has at least {known}")
     return token
 
 
-def read_token_file(path: str, is_credential: bool, is_client: bool) -> str:
-    """Return what is in a file that nobody else can read or replace. Raises OSError."""
-    follow = 0 if is_client else os.O_NOFOLLOW
-    # Without O_NONBLOCK the open of a pipe would wait for a writer.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not is_client and not stat.S_ISREG(status.st_mode):
-            problem = "not a regular file"
-        elif not is_client and status.st_uid not in (os.geteuid(), 0 if is_credential else -1):
-            problem = "belongs to another account"
-        elif status.st_mode & (0o037 if is_credential else 0o077):
-            problem = "other accounts may use it (chmod 600 mends that)"
-        else:
-            os.set_blocking(fd, True)  # the writer of a pipe may need a moment
-            return file.read(4096).decode("ascii", "replace").strip()
-    raise PermissionError(errno.EPERM, problem)
+def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
+    """Raise PermissionError unless the file is of one of these accounts, and no others have any of
+    these rights to it. owners: None if it may be any account's, and a pipe.
+    """
+    status, problem = os.fstat(fd), ""
+    if owners is not None and not stat.S_ISREG(status.st_mode):
+        problem = "not a regular file"
+    elif owners is not None and status.st_uid not in owners:
+        problem = "belongs to another account"
+    elif status.st_mode & rights:
+        problem = "other accounts have access (chmod 600 mends that)"
+    if problem:
+        raise PermissionError(errno.EPERM, problem)
 
 
 def load_token_file(source: str, path: str, credentials: str = "", is_client: bool = False) -> str:
@@ -2683,13 +2600,19 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
     credentials: the folder that systemd made for this service alone ($CREDENTIALS_DIRECTORY). There
     a file may be root's, with an access list for the service's account, which shows as the group's
-    right to read.
-    is_client: the token is sent to a server, and gives no rights here. So the file may belong to
-    any account (root may use a service's token), and be a link or a pipe, as of `<(…)`.
+    right to read. is_client: the token gives no rights here. So the file may belong to any account
+    (root may use a service's token), and be a link or a pipe, as of `<(…)`.
     """
     is_credential = bool(credentials) and os.path.dirname(path) == credentials
+    owners = {os.geteuid(), 0} if is_credential else {os.geteuid()}
+    # Without O_NONBLOCK the open of a pipe would wait for a writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if is_client else os.O_NOFOLLOW)
     try:
-        token = read_token_file(path, is_credential, is_client)
+        fd = os.open(path, flags)
+        with open(fd, "rb") as file:
+            check_file(fd, None if is_client else owners, 0o037 if is_credential else 0o077)
+            os.set_blocking(fd, True)  # the writer of a pipe may need a moment
+            token = file.read(4096).decode("ascii", "replace").strip()
     except OSError as error:
         hint = " (may root read it? then use sudo)" if error.errno == errno.EACCES else ""
         raise ConfigError(f"{source}: {path}: {error.strerror}{hint}") from None
@@ -2697,9 +2620,9 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
 
 def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
-    """Return the token in the state folder and its path; make it if it is missing.
+    """Return the token in the state folder, made if it is missing, and its path.
 
-    (None, None) where none can be made or kept.
+    (None, None) where none can be kept.
     """
     if folder is None:
         return None, None
@@ -2714,35 +2637,29 @@ def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None
 
 
 class Tokens(NamedTuple):
-    """The tokens of both roles, and the files that have them; None if there is none."""
+    """The tokens of both roles, and the files that have them."""
 
-    run: str | None = None
-    view: str | None = None
-    run_file: str | None = None
-    view_file: str | None = None
+    run: str | None
+    view: str | None
+    run_file: str | None
+    view_file: str | None
 
     def by_role(self) -> dict[Role, bytes]:
         pairs = {Role.RUN: self.run, Role.VIEW: self.view}.items()
-        return {role: token.encode("ascii") for role, token in pairs if token}
-
-
-NO_AUTH_AND_TOKENS = "--no-auth: there are tokens to ask for as well; choose one"
+        return {role: token.encode() for role, token in pairs if token}
 
 
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens, and remove them from the environment. Raises ConfigError.
-
-    The environment wins, then the option, then the state folder, where tokens are made if needed.
+    """Return the tokens, and remove them from the environment, which wins over the option, and that
+    over the state folder. Raises ConfigError.
     """
     found: list[tuple[str | None, str | None]] = []
     for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
         variable = "SERVERCONTROL_" + name.upper().replace("-", "_")
         value = environ.pop(variable, None)
         if config.no_auth:
-            if value is not None:
-                raise ConfigError(NO_AUTH_AND_TOKENS)
             found.append((None, None))
         elif value is not None:
             found.append((check_token(variable, value), None))
@@ -2761,7 +2678,7 @@ ZERO_HASH = "0" * 64  # before the first line of all
 
 
 def hash_line(line: bytes) -> str:
-    """Return the hash by which the next record names a line (without its newline)."""
+    """line: without its newline."""
     return hashlib.sha256(line).hexdigest()
 
 
@@ -2775,7 +2692,7 @@ def read_hash(path: str) -> str | None:
 
 
 def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
-    """Return the last line of a file without its newline, and whether it has one."""
+    """Return the last line of a file, and whether it had a newline."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail[:-1]:
         step = min(start, max(4 * KIB, len(tail)))  # doubled, as a line may be long
@@ -2785,33 +2702,22 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
     return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
 
 
-def check_audit_file(file: FileIO) -> None:
-    """Raise PermissionError where others could change the log."""
-    status, problem = os.fstat(file.fileno()), ""
-    if not stat.S_ISREG(status.st_mode):
-        problem = "not a regular file"
-    elif status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
-        problem = "other accounts could change it"
-    if problem:
-        raise PermissionError(errno.EPERM, problem)
-
-
 def write_hash(path: str, line_hash: str) -> None:
-    """Write FILE.head, if the folder (such as /var/log) allows the file. Raises OSError."""
+    """Write FILE.head, if the folder (not /var/log, say) allows that file. Raises OSError."""
     try:
         file = open_private_file(path + ".head", os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
     with file:
-        os.pwrite(file.fileno(), line_hash.encode("ascii") + b"\n", 0)
+        os.pwrite(file.fileno(), line_hash.encode() + b"\n", 0)
 
 
 @dataclass(eq=False, repr=False)
 class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
-    Events: start, stop, refused and task_kill are written by Server; task_start and task_complete
-    by Tasks._tell() and complete_crashed_runs(). path: "-" is stderr, "none" nothing.
+    Server writes start, stop, refused and task_kill; Tasks._tell() and complete_crashed_runs()
+    task_start and task_complete. path: "-" is stderr, "none" nothing.
     """
 
     path: str
@@ -2821,8 +2727,8 @@ class AuditLog:
     _hash: str = ZERO_HASH
     _written: tuple[int, int, int] | None = None
     _lock_seconds: float = LOCK_SECONDS
-    # As if each refusal took a second to write: when the last would be done (monotonic). Those that
-    # come when it is MAX_REFUSALS seconds ahead are left out, and counted.
+    # When the last refusal would be written if each took a second (monotonic). Those that come when
+    # it is MAX_REFUSALS seconds ahead are left out, and counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
     # Records that could not be written.
@@ -2850,9 +2756,8 @@ class AuditLog:
                 self._append(record)
         except OSError as error:
             self.errors += 1
-            self._log.write_limited(
-                "error", "audit_failed", LOG_ERROR_SECONDS, error=explain(error)
-            )
+            why = explain(error)
+            self._log.write_limited("error", "audit_failed", LOG_ERROR_SECONDS, error=why)
 
     def write_refusal(self, **fields: Any) -> None:
         """Record a refusal, unless there are too many."""
@@ -2875,10 +2780,9 @@ class AuditLog:
         self._hash = hash_line(line)
 
     def _append(self, record: dict[str, Any]) -> None:
-        # A rotation between opening and locking means that it is opened again.
-        while True:
+        while True:  # until there was no rotation between opening and locking
             with open_private_file(self.path, os.O_APPEND | os.O_NONBLOCK) as file:
-                check_audit_file(file)
+                check_file(file.fileno(), (os.geteuid(), 0), 0o002)
                 wait, self._lock_seconds = self._lock_seconds, LOCKED_SECONDS
                 lock_file(file, wait)
                 self._lock_seconds = LOCK_SECONDS
@@ -2896,7 +2800,7 @@ class AuditLog:
             else:
                 self._hash = read_hash(self.path) or self._hash
         line = encode_json({**record, "prev": self._hash})
-        # After a crash or a full disk the file may end with half a line. It is left unchanged.
+        # Half a line, after a crash or a full disk, is left unchanged.
         data = line + b"\n" if is_whole else b"\n" + line + b"\n"
         if os.write(file.fileno(), data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2915,8 +2819,8 @@ def check_chain(
 ) -> tuple[list[str], bool, str]:
     """Walk the chain of records; return what is to be said, whether it holds, and its last hash.
 
-    prev: the hash that the first record must name, None for any. head: the hash of the newest line
-    according to FILE.head, None if unknown: some line must have it.
+    prev: the hash that the first record must name, None for any. head: that of the newest line,
+    according to FILE.head, None if unknown.
     """
     count, first_prev, told, is_broken = 0, "", [], False
     seen_head = head is None or head == prev
@@ -2932,14 +2836,12 @@ def check_chain(
             first_prev = first_prev or named
             if named != last_hash and not (count == 1 and prev is None):
                 is_broken = True
-                problem = "lines before it were changed or removed"
-                told.append(f"line {count} does not follow: {problem}")
+                told.append(f"line {count} does not follow: lines before were changed or removed")
         last_hash = hash_line(line)
         seen_head = seen_head or last_hash == head
     if not seen_head:
         is_broken = True
-        problem = "changed, or lines are missing"
-        told.append(f"line {count} is not the last that was written: {problem}")
+        told.append(f"line {count} is not the last that was written: changed, or lines are missing")
     verdict = "the chain is BROKEN" if is_broken else "the chain holds"
     start = "" if first_prev in ("", ZERO_HASH) else "; it goes on from an older file"
     return [*told, f"{count} lines; {verdict}{start}"], not is_broken, last_hash
@@ -11447,8 +11349,8 @@ class Page:
 
 
 # 19. Command line ────────────────────────────────────────────────────────────────────────────
-# Makes a Config from options and environment; builds the objects in their order; handles signals;
-# returns the exit status; prints what people read.
+# Makes a Config from options and environment, builds the objects in their order, handles signals,
+# returns the exit status, and prints what people read.
 
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_WORDS = {
@@ -11462,11 +11364,11 @@ def parse_size(text: str) -> int:
     match = SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
-    return int(match.group(1)) * int(1024 ** " kmg".index(match.group(2).lower() or " "))
+    return int(match[1]) * int(1024 ** " kmg".index(match[2].lower() or " "))
 
 
 def parse_number(low: float, high: float, whole: str = "") -> Callable[[str], Any]:
-    """For argparse: a number in a range. whole: what it is called if it has only digits."""
+    """For argparse: a number in a range. whole: the name of one that has only digits."""
 
     def parse(text: str) -> float:
         try:
@@ -11488,7 +11390,7 @@ parse_percent = parse_number(0, 100)
 
 
 def parse_host_option(text: str) -> str:
-    """For argparse: a name or address."""
+    """For argparse."""
     if not text.strip("[]"):
         raise argparse.ArgumentTypeError("an address is missing")
     return text
@@ -11502,7 +11404,7 @@ def parse_origin(text: str) -> str:
 
 
 def parse_webhook_option(text: str) -> str:
-    """For argparse: where to post alerts. Errors do not show the URL, which may be secret."""
+    """For argparse. Errors do not show the URL, which may be secret."""
     try:
         is_tls = parse_webhook_url(text).is_tls
     except (ValueError, HttpError):
@@ -11514,7 +11416,7 @@ def parse_webhook_option(text: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: which known words were meant, most likely."""
+    """Return the end of an error message: which words were meant, most likely."""
     import difflib  # here, since it takes 5 ms, and only mistakes need it
 
     if DIGITS.fullmatch(word):
@@ -11526,10 +11428,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line that names the option."""
+    """Raises ConfigError, with a line that names the option, and does not print the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError instead of printing the usage."""
+        """Raise ConfigError."""
         message = message.replace("argument ", "", 1)
         if message.startswith("unrecognized"):
             word = re.split("[ =]", message.partition(": ")[2])[0]
@@ -11537,48 +11439,48 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
-# Group -> option -> (function that checks the value, or the allowed values; placeholder; help;
-# default). Without a default here, Config has it. A bool is a flag; a tuple may be repeated.
+# Group -> option -> (help; function that checks the value, or the allowed values; placeholder;
+# default, if Config has none). One that has only help is a flag; a tuple may be repeated.
 OPTIONS: Options = {
     "where to listen": {
-        "--host": (parse_host_option, "ADDRESS", "listen here; beyond loopback a token is needed"),
-        "--port": (parse_port, "N", "HTTP port; 0 is any"),
-        "--ws-port": (parse_port, "N", "WebSocket port; both ports speak both protocols"),
-        "--discovery-port": (parse_port, "N", "UDP port for discovery"),
-        "--no-discovery": (None, "", "answer no discovery probes"),
-        "--unix": (str, "PATH", "listen on this Unix socket too, for this account"),
-        "--tls-cert": (str, "FILE", "https and wss with this certificate chain (PEM)"),
-        "--tls-key": (str, "FILE", "its private key, if that is not in the same file"),
+        "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
+        "--port": ("HTTP port; 0 is any", parse_port, "N"),
+        "--ws-port": ("WebSocket port; both ports speak both protocols", parse_port, "N"),
+        "--discovery-port": ("UDP port for discovery", parse_port, "N"),
+        "--no-discovery": ("answer no discovery probes",),
+        "--unix": ("listen on this Unix socket too, for this account", str, "PATH"),
+        "--tls-cert": ("https and wss with this certificate chain (PEM)", str, "FILE"),
+        "--tls-key": ("its private key, if that is not in the same file", str, "FILE"),
     },
     "who may connect": {
-        "--token-file": (str, "FILE", "has the token of the role run (default: made and kept)"),
-        "--view-token-file": (str, "FILE", "has the token of the role view, which only watches"),
-        "--require-token": (None, "", "ask for it on loopback too"),
-        "--no-auth": (None, "", "let everybody in who can connect: they own this account!"),
-        "--no-exec": (None, "", "monitor only: nothing can be run or killed"),
-        "--allow-origin": (parse_origin, "ORIGIN", "let pages of https://example.org in"),
-        "--allow-host": (str, "HOST", "serve requests for this Host name too"),
+        "--token-file": ("has the token of the role run (default: made and kept)", str, "FILE"),
+        "--view-token-file": ("has the token of the role view, which only watches", str, "FILE"),
+        "--require-token": ("ask for it on loopback too",),
+        "--no-auth": ("let everybody in who can connect: they own this account!",),
+        "--no-exec": ("monitor only: nothing can be run or killed",),
+        "--allow-origin": ("let pages of https://example.org in", parse_origin, "ORIGIN"),
+        "--allow-host": ("serve requests for this Host name too", str, "HOST"),
     },
     "statistics and alerts": {
-        "--interval": (parse_number(0.05, 3600), "SECONDS", "between two stats_update"),
-        "--cpu-alert": (parse_percent, "PERCENT", "alert above this CPU usage"),
-        "--alert-cooldown": (parse_number(0, 1e9), "SECONDS", "at most one alert in this time"),
-        "--alert-for": (parse_number(0, 1e9), "SECONDS", "usage must stay above for so long"),
-        "--alert-webhook": (parse_webhook_option, "URL", "gets each alert as a POST of JSON"),
+        "--interval": ("between two stats_update", parse_number(0.05, 3600), "SECONDS"),
+        "--cpu-alert": ("alert above this CPU usage", parse_percent, "PERCENT"),
+        "--alert-cooldown": ("at most one alert in this time", parse_number(0, 1e9), "SECONDS"),
+        "--alert-for": ("usage must stay above for so long", parse_number(0, 1e9), "SECONDS"),
+        "--alert-webhook": ("gets each alert as a POST of JSON", parse_webhook_option, "URL"),
     },
     "tasks": {
-        "--shell": (str, "PATH", "runs commands as PATH -c COMMAND"),
-        "--max-tasks": (parse_count, "N", "running at once"),
-        "--keep-output": (parse_size, "SIZE", "output kept per task"),
-        "--keep-tasks": (parse_count, "N", "finished tasks kept"),
+        "--shell": ("runs commands as PATH -c COMMAND", str, "PATH"),
+        "--max-tasks": ("running at once", parse_count, "N"),
+        "--keep-output": ("output kept per task", parse_size, "SIZE"),
+        "--keep-tasks": ("finished tasks kept", parse_count, "N"),
     },
     "running": {
-        "--audit-log": (str, "FILE", "who did what; none, - for stderr (default: state folder)"),
-        "--max-clients": (parse_count, "N", "open connections at once"),
-        "--compress": (("auto", "on", "off"), "", "WebSocket messages; auto: beyond this machine"),
-        "--loop": (("auto", "asyncio", "uvloop"), "", "event loop; auto: uvloop if installed"),
-        "--log-format": (("text", "json"), "", "of the log on stderr"),
-        "--log-level": (LEVELS, "", "what is logged"),
+        "--audit-log": ("who did what; none, - for stderr (default: state folder)", str, "FILE"),
+        "--max-clients": ("open connections at once", parse_count, "N"),
+        "--compress": ("WebSocket messages; auto: beyond this machine", ("auto", "on", "off")),
+        "--loop": ("event loop; auto: uvloop if installed", ("auto", "asyncio", "uvloop")),
+        "--log-format": ("of the log on stderr", ("text", "json")),
+        "--log-level": ("what is logged", LEVELS),
     },
 }
 SERVERS_HELP = """\
@@ -11594,9 +11496,9 @@ keeps its token in ~/.local/state/servercontrol/token, as a service in
 /var/lib/servercontrol/token. A token goes to its own server and nowhere else.
 """
 SERVERS: dict[str, tuple[Any, ...]] = {
-    "server": (str, "SERVER", "(default: localhost; monitor: all that are listed)", ()),
-    "--all": (None, "", "every listed server"),
-    "--token-file": (str, "FILE", "token of the servers that are named, if not listed with one"),
+    "server": ("(default: localhost; monitor: all that are listed)", str, "SERVER", ()),
+    "--all": ("every listed server",),
+    "--token-file": ("token of the servers that are named, if not listed with one", str, "FILE"),
 }
 
 
@@ -11641,15 +11543,15 @@ Exit status: 0 if a server answered, else 1.
 """,
         {
             "": {
-                "--at": (str, "ADDRESS", "ask this host or broadcast address too", ()),
-                "--timeout": (parse_number(0.1, 60), "SECONDS", "how long to wait", 2.0),
-                "--discovery-port": (parse_port, "N", "UDP port"),
+                "--at": ("ask this host or broadcast address too", str, "ADDRESS", ()),
+                "--timeout": ("how long to wait", parse_number(0.1, 60), "SECONDS", 2.0),
+                "--discovery-port": ("UDP port", parse_port, "N"),
             },
             "instead of a table": {
-                "--json": (None, "", "a list of objects"),
-                "--prometheus": (None, "", "a list for Prometheus' file_sd_configs"),
-                "--ansible": (None, "", "an inventory for Ansible"),
-                "--hosts": (None, "", "lines for the list of servers, of those that are new"),
+                "--json": ("a list of objects",),
+                "--prometheus": ("a list for Prometheus' file_sd_configs",),
+                "--ansible": ("an inventory for Ansible",),
+                "--hosts": ("lines for the list of servers, of those that are new",),
             },
         },
     ),
@@ -11676,11 +11578,11 @@ Output is text: send binary files by base64.
         {
             "": {
                 **SERVERS,
-                "--tty": (None, "", "in a terminal, with your keyboard"),
-                "--stdin": (None, "", "send your standard input to the command"),
-                "--timeout": (parse_timeout, "SECONDS", "then it is stopped; 0 is never", 0.0),
-                "--fold": (None, "", "show equal outputs once, at the end"),
-                "--parallel": (parse_count, "N", "servers at a time", 100),
+                "--tty": ("in a terminal, with your keyboard",),
+                "--stdin": ("send your standard input to the command",),
+                "--timeout": ("then it is stopped; 0 is never", parse_timeout, "SECONDS", 0.0),
+                "--fold": ("show equal outputs once, at the end",),
+                "--parallel": ("servers at a time", parse_count, "N", 100),
             }
         },
     ),
@@ -11705,10 +11607,10 @@ Exit status: 0; of --once 1 if a server is not up.
         {
             "": {
                 **SERVERS,
-                "--log": (str, "FILE", "append every task, JSON lines", None),
-                "--cpu-alert": (parse_percent, "PERCENT", "else what each server was told", None),
-                "--json": (None, "", "events as JSON lines"),
-                "--once": (None, "", "one look, as a table or JSON"),
+                "--log": ("append every task, JSON lines", str, "FILE", None),
+                "--cpu-alert": ("else what each server was told", parse_percent, "PERCENT", None),
+                "--json": ("events as JSON lines",),
+                "--once": ("one look, as a table or JSON",),
             }
         },
     ),
@@ -11736,26 +11638,26 @@ lines is for. Afterwards:
 
 With --user the token is in ~/.local/state/servercontrol of that account.
 """,
-        {"": {"--user": (str, "NAME", "run as this account, without a sandbox", None)}},
+        {"": {"--user": ("run as this account, without a sandbox", str, "NAME", None)}},
     ),
     "verify-audit": (
         "verify-audit [FILE...]",
         "Say whether the chain of hashes in an audit log holds, and where it breaks.",
         "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-        {"": {"file": (str, "FILE", "oldest first (default: the log of this account)", ())}},
+        {"": {"file": ("oldest first (default: the log of this account)", str, "FILE", ())}},
     ),
 }
 
 
 def find_default(option: str, row: Sequence[Any]) -> tuple[str, Any]:
-    """Return the attribute name of an option, and its default."""
+    """Return the attribute of an option, and its default."""
     name = option.lstrip("-").replace("-", "_")
     return name, row[3] if len(row) > 3 else getattr(Config, name, False)
 
 
 def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
-    """Return the arguments for argparse's add_argument(), from a row of options."""
-    check, metavar, text = row[:3]
+    """Return the arguments of argparse's add_argument()."""
+    text, check, metavar = (*row, None, None)[:3]
     default = find_default(option, row)[1]
     if check is None:
         return {"action": "store_true", "help": text}
@@ -11774,7 +11676,7 @@ def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
 
 
 def build_parser(command: str) -> OneLineParser:
-    """Return the parser of a command. Its result has no attributes for options not given."""
+    """Return the parser of a command. Its result has no attributes for absent options."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -11794,13 +11696,13 @@ def build_parser(command: str) -> OneLineParser:
 
 
 def parse_given(command: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the given values; those of a repeatable option are a tuple. Raises ConfigError."""
+    """Return the values that are given; repeated ones are a tuple. Raises ConfigError."""
     given = vars(build_parser(command).parse_args(argv))
     return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
 
 
 def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Return all values of a command, with defaults. Raises ConfigError."""
+    """Return all values, with defaults. Raises ConfigError."""
     groups = SYNTAX[command][3].values()
     defaults = dict(find_default(*row) for group in groups for row in group.items())
     return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
@@ -11812,7 +11714,7 @@ TWINS = {
     for one in dataclasses.fields(Config)
     if one.name != "no_auth"
 }
-# Variables that are no option's twin; any other SERVERCONTROL_* is logged as unknown_variable.
+# Variables without an option; any other SERVERCONTROL_* is logged as unknown_variable.
 OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
 
 
@@ -11835,7 +11737,7 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
 
 
 def find_program(name: str, environ: Mapping[str, str]) -> str | None:
-    """Return the path of a program as a shell would find it, None if there is no such program."""
+    """Return the path of a program as a shell finds it (to import shutil would take 3 ms)."""
     folders = [""] if os.sep in name else os.get_exec_path(environ)
     paths = [os.path.join(folder, name) for folder in folders]
     return next((one for one in paths if os.path.isfile(one) and os.access(one, os.X_OK)), None)
@@ -11865,13 +11767,15 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
     if not config.no_exec and find_program(config.shell, environ) is None:
         raise ConfigError(f"--shell: {config.shell!r} is no program that can be run")
-    if config.no_auth and (config.token_file or config.view_token_file or config.require_token):
-        raise ConfigError(NO_AUTH_AND_TOKENS)
+    tokens = {"SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN"} & environ.keys()
+    asks = tokens or config.token_file or config.view_token_file or config.require_token
+    if config.no_auth and asks:
+        raise ConfigError("--no-auth: there are tokens to ask for as well; choose one")
     return config
 
 
 def explain_tls_files(cert: str, key: str) -> str:
-    """Return why OpenSSL does not accept a certificate or key that it can read."""
+    """Return why OpenSSL does not accept files that it can read."""
     with open(cert, "rb") as cert_file, open(key or cert, "rb") as key_file:
         if b"BEGIN CERTIFICATE" not in cert_file.read():
             return "there is no certificate in it (PEM)"
@@ -11884,14 +11788,14 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
     """Return the TLS context, None without TLS. Raises ConfigError."""
     if not config.has_tls:
         return None
-    # asyncio's buffer per connection: its 256 KiB are far more than a TLS record needs.
+    # asyncio's buffer per connection has 256 KiB, far more than a TLS record needs.
     if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
         asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
     try:
         return TlsFiles(config.tls_cert, config.tls_key, log)
     except (OSError, ValueError) as error:
         names = f"{config.tls_cert} {config.tls_key}".strip()
-        reason = getattr(error, "strerror", None) or error
+        reason = explain(error)
         if getattr(error, "library", "") == "SSL":  # OpenSSL found no PEM, or not all of it
             reason = explain_tls_files(config.tls_cert, config.tls_key)
         raise ConfigError(f"--tls-cert: {names}: {reason}") from None
@@ -11901,34 +11805,25 @@ def needs_token(config: Config, listeners: Listeners) -> bool:
     return not config.no_auth and (config.require_token or not listeners.is_loopback)
 
 
-def advise_tunnel(listeners: Listeners) -> str:
-    """Return the command for a tunnel to a server on loopback."""
-    port = listeners.ports["http"]
-    return f"ssh -L {port}:localhost:{port} {read_hostname()}"
-
-
 def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Log) -> None:
-    """Warn if the server is open to others. Raises ConfigError if nobody could get in."""
+    """Warn of open doors. Raises ConfigError if nobody could get in."""
     if needs_token(config, listeners) and tokens.run is None:
         raise ConfigError("--token-file: a token is needed, and there is no folder to keep one in")
     if config.no_auth:
         log.write("warning", "no_auth", message=NO_AUTH_WARNING)
     if not listeners.is_loopback and not config.has_tls:
-        log.write(
-            "warning",
-            "no_tls",
-            message="commands and tokens can be read by whoever is on the path; use --tls-cert, "
-            f"or listen on loopback and type: {advise_tunnel(listeners)}",
-        )
+        port = listeners.ports["http"]
+        message = "commands and tokens can be read by whoever is on the path; use --tls-cert, or "
+        message += f"listen on loopback and type: ssh -L {port}:localhost:{port} {read_hostname()}"
+        log.write("warning", "no_tls", message=message)
 
 
-def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_path: str) -> None:
-    """Print what to do next, for a person at a terminal. Only here the token is shown."""
+def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
+    """Print what to do next, and the token, which is shown nowhere else."""
     http, ws = listeners.url("http", is_typed=True), listeners.url("ws", is_typed=True)
     who = "processes of this account on this machine"
     who += "; others need the token" if tokens.run else ", nobody else: there is no token"
     page, option = "", ""
-    is_open = not listeners.is_loopback and not config.has_tls
     if config.no_auth:
         who = "EVERYBODY who can reach it, with all the power of this account (--no-auth)"
     elif needs_token(config, listeners):
@@ -11940,8 +11835,6 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
         "watch": f"{ws}/",
         "open to": who,
         "token": tokens.run_file or "",
-        "audit": "none is kept" if audit_path == "none" else "",
-        "safer": f"listen on loopback; {advise_tunnel(listeners)}" if is_open else "",
         "stop": "Ctrl-C",
     }
     shown = [f"  {name:8} {text}" for name, text in lines.items() if text]
@@ -11951,8 +11844,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens, audit_pat
 def reset_signals() -> bool:
     """Make sure that children start with default signals; return whether SIGHUP was not ignored.
 
-    The server may have been started with ignored or blocked signals, and children inherit both. A
-    signal with a handler is reset to its default when a program is executed (signal(7)).
+    They inherit ignored and blocked signals, and a signal with a handler gets its default back when
+    a program is executed (signal(7)).
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ignored = {n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
@@ -11965,9 +11858,8 @@ def reset_signals() -> bool:
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null as stdin, stdout and stderr where they are closed.
-
-    Otherwise the next socket would get such a number, and the log would be written into it.
+    """Open /dev/null as stdin, stdout and stderr where they are closed: else the next socket gets
+    such a number, and the log is written into it.
     """
     fd = -1
     while fd < 3:
@@ -11976,7 +11868,7 @@ def open_standard_descriptors() -> None:
 
 
 def watch_signals(server: Server, hears_hangup: bool) -> asyncio.Future[str]:
-    """Return a future of the first signal's name; a second signal ends the process at once."""
+    """Return a future of the first signal's name; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
 
@@ -11992,7 +11884,7 @@ def watch_signals(server: Server, hears_hangup: bool) -> asyncio.Future[str]:
 
 
 async def serve(config: Config, log: Log) -> None:
-    """Run the server until a signal stops it. Raises ConfigError or StartError."""
+    """Run until a signal. Raises ConfigError or StartError."""
     if not hasattr(os, "waitid"):
         raise StartError("this Python lacks os.waitid; on macOS use Python 3.13 or newer")
     hears_hangup = reset_signals()
@@ -12021,7 +11913,7 @@ async def serve(config: Config, log: Log) -> None:
     systemd.tell("READY=1", f"STATUS=listening at {server.listeners.url('http')}")
     systemd.beat()
     if os.isatty(1):
-        print_banner(config, listeners, tokens, audit.path)
+        print_banner(config, listeners, tokens)
     await stopped
     systemd.tell("STOPPING=1", f"STATUS=stopping, {len(server.tasks.running)} tasks run")
     log.write("info", "stopping", signal=stopped.result(), tasks=len(server.tasks.running))
@@ -12029,7 +11921,7 @@ async def serve(config: Config, log: Log) -> None:
 
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`verify-audit [FILE…]`: walk the chain, print what is found, return the exit status."""
+    """Walk the chain, print what is found, return the exit status."""
     files = parse_arguments("verify-audit", argv).file
     path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_own_folder(environ))
     if not files and path in ("-", "none"):
@@ -12065,14 +11957,14 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', '') or error}") from None
+        raise ConfigError(f"{path}: {explain(error)}") from None
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError.
 
-    --token-file, or else SERVERCONTROL_TOKEN, is for the named servers (without a name: for this
-    machine's) that are not listed with a token of their own.
+    --token-file, or else SERVERCONTROL_TOKEN, is for named servers (without a name: for this
+    machine's) that are not listed with a token.
     """
     listed = read_hosts(environ)
     if given.all:
@@ -12093,7 +11985,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     targets = {}
     for name in given.server or ["localhost"]:
         target = named.get(name) or parse_target(name, name)
-        # A server that is named by its URL may be listed with a token, too.
+        # One that is named by its URL may be listed with a token.
         files = [one.token_file for one in (target, *listed) if one.url == target.url]
         token_file = next(filter(None, files), "")
         targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
@@ -12101,9 +11993,8 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
 
 
 async def end_quietly(work: Awaitable[Result]) -> Result:
-    """Do a client's work, then ignore signals.
-
-    If a signal came while the event loop is being closed, Python would complain on stderr.
+    """Do a client's work, then ignore signals: Python would complain on stderr about one that comes
+    while the event loop is being closed.
     """
     try:
         return await work
@@ -12112,14 +12003,14 @@ async def end_quietly(work: Awaitable[Result]) -> Result:
 
 
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`exec`: run a command elsewhere, return the exit status."""
+    """Run a command elsewhere, return the exit status."""
     argv = list(argv)
-    if "--" not in argv and not {"-h", "--help"} & set(argv):
-        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- date")
     place = argv.index("--") if "--" in argv else len(argv)
-    given, words = parse_arguments("exec", argv[:place]), argv[place + 1 :]
-    if not words:
-        raise ConfigError("exec: no command behind --, as in: exec web1 -- date")
+    words = argv[place + 1 :]
+    if not words and not {"-h", "--help"} & set(argv):
+        problem = "no command behind" if "--" in argv else "the command stands behind"
+        raise ConfigError(f"exec: {problem} --, as in: exec web1 -- date")
+    given = parse_arguments("exec", argv[:place])
     targets = choose_targets(given, environ)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
@@ -12143,7 +12034,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def watch_once(monitor: Monitor) -> None:
-    """Run a monitor until it has heard of every server, for at most ONCE_SECONDS."""
+    """Run a monitor until it knows of every server, for at most ONCE_SECONDS."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
     while time.monotonic() < end and any(
@@ -12171,7 +12062,7 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
     """Return what `monitor --once` prints."""
     if not as_json:
         lines = [line for _, line in format_table(everybody, width=200)]
-        return "\n".join([*lines, format_totals(everybody, width=200)]) + "\n"
+        return "\n".join([*lines, format_totals(everybody, width=200), ""])
     described = [
         {
             "server": one.target.name,
@@ -12188,7 +12079,7 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
 
 
 def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`monitor`: watch servers, return the exit status."""
+    """Watch servers, return the exit status."""
     given = parse_arguments("monitor", argv)
     if not given.server and not given.token_file and read_hosts(environ):
         given.all = True
@@ -12215,9 +12106,8 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
     """Return lines for the servers that are not listed yet; say what to do next on stderr.
 
-    Each names a token file, if the server needs one and there is no such file: it may be another
-    server's token, which must not be sent to one that merely answers with its name. Raises
-    ConfigError.
+    A line names no token file that is there already: it may have another server's token, which must
+    not be sent to one that merely answers with its name. Raises ConfigError.
     """
     listed, folder = read_hosts(environ), os.path.dirname(find_hosts_file(environ))
     urls = {target.url for target in listed}
@@ -12236,7 +12126,7 @@ def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str
 
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`discover`: ask who is there, print it, return the exit status."""
+    """Ask who is there, print it, return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
     given = parse_arguments("discover", [f"--discovery-port={twin}", *argv] if twin else argv)
     formats: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
@@ -12254,8 +12144,7 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         try:
             addresses.append(socket.gethostbyname(address))
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", "") or error
-            raise ConfigError(f"--at: {address}: {reason}") from None
+            raise ConfigError(f"--at: {address}: {explain(error)}") from None
     found = probe_network(addresses, given.discovery_port, given.timeout)
     if chosen or found:
         show = formats[chosen[0]] if chosen else format_found
@@ -12267,8 +12156,8 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 UNIT = """\
-# ServerControl as a service of systemd, as `servercontrol.py unit` prints it. Put it into
-# /etc/systemd/system/servercontrol.service; change it with: systemctl edit servercontrol
+# Printed by `servercontrol.py unit`, for /etc/systemd/system/servercontrol.service. To change it:
+# systemctl edit servercontrol
 [Unit]
 Description=ServerControl: runs commands on this server and shows them live
 {order}
@@ -12295,7 +12184,7 @@ SyslogIdentifier=servercontrol
 WantedBy=multi-user.target
 """
 UNIT_DYNAMIC_USER = """\
-# An account that exists while this runs: nothing on this machine is its own but what stands here.
+# An account that exists while this runs, and owns nothing but what is named here.
 DynamicUser=yes
 """
 UNIT_STATE = """\
@@ -12379,10 +12268,9 @@ UNIT_ACCOUNT = """\
 User={user}
 WorkingDirectory=-~
 """
-UNIT_WORD = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
 
 
-# Options that name a file to read. As a systemd credential it has the option's name without _file.
+# Options that name a file to read, which is a credential for systemd.
 CREDENTIALS = ("token_file", "view_token_file", "tls_cert", "tls_key")
 EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # at boot, or earlier
 HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # in UNIT_SANDBOX
@@ -12390,8 +12278,8 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 
 
 def quote_unit_word(text: str) -> str:
-    """Return one word as systemd reads it (systemd.syntax(7), QUOTING; specifiers too)."""
-    if UNIT_WORD.fullmatch(text):
+    """Return a word as systemd reads it (systemd.syntax(7), QUOTING; specifiers too)."""
+    if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
         return text
     escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%")
     pairs = ((c, c.encode("utf-8", "surrogateescape")) for c in escaped)
@@ -12400,16 +12288,16 @@ def quote_unit_word(text: str) -> str:
 
 
 def quote_command_word(text: str) -> str:
-    """Return one word of ExecStart=, where $ begins a variable (systemd.service(5))."""
+    """Return a word of ExecStart=, where $ begins a variable (systemd.service(5))."""
     return quote_unit_word(text).replace("$", "$$")
 
 
 def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
     """Return the options as words of ExecStart=, and the lines for files that are handed over.
 
-    Their paths are absolute, since a service starts in `/`. hands_over: the service's account may
-    not be able to read these files, so systemd gives it copies at the start, in
-    $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
+    Paths are made absolute, since a service starts in `/`. hands_over: the service's account may
+    not be able to read the files, so systemd gives it copies in $CREDENTIALS_DIRECTORY (systemd
+    247; %d would need 250).
     """
     words: list[str] = []
     lines = ""
@@ -12435,12 +12323,12 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or the target of a link, is in a folder that the sandbox hides."""
+    """Whether a file, or a link's target, is in a folder that the sandbox hides."""
     return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
-    """Whether an account may read (right: 4) or run (1) a file. Groups are not considered."""
+    """Whether an account may read (right: 4) or run (1) a file, groups left aside."""
     rights = [(os.stat(path), right)]
     for place in (path, os.path.realpath(path)):  # the folders of a link, and of its target
         while place != os.path.dirname(place):  # until "/" (or "//", which POSIX allows)
@@ -12454,17 +12342,16 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
 def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
     """Return the interpreter for the unit, and why it is that one."""
     python = os.path.abspath(sys.executable)
-    # What ExecStart= begins with may not have these characters, however they are quoted.
+    # ExecStart= may not begin with these characters, however they are quoted.
     is_fit = python.isprintable() and not re.search(r"[$\"'\\]", python)
     is_seen = os.path.isfile(python) and not (is_sandboxed and is_hidden(python))
     if is_fit and is_seen and is_permitted(python, uid, 1):
         return python, "The Python that printed this"
-    hindrance = "the service's account cannot run the one that printed this"
-    return "/usr/bin/python3", f"The system's Python: {hindrance}"
+    return "/usr/bin/python3", "The system's: the service's account cannot run what printed this"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
-    """Return the lines of the unit about the account and the sandbox."""
+    """Return the lines about the account and the sandbox."""
     ports = (config.port, config.ws_port, config.discovery_port)
     capability = "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in ports) else ""
     ambient = f"# for a port below 1024\nAmbientCapabilities={capability}\n" if capability else ""
@@ -12487,7 +12374,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
 
 
 def is_missing(path: str) -> bool:
-    """Whether there is no such file. False if that cannot be seen."""
+    """False if it cannot be seen."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError:
@@ -12497,7 +12384,7 @@ def is_missing(path: str) -> bool:
 
 
 def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
-    """Return warnings: what will not work, or is not safe, because of where files are."""
+    """Return what will not work, or is not safe, because of where files are."""
     is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
     is_readable = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
@@ -12520,12 +12407,12 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
 
 
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """`unit [--user NAME] [options]`: print the unit; warnings for people go to stderr."""
+    """Print the unit, and warnings on stderr."""
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
     config = parse_config(["serve", *rest], {})  # without the environment of the caller
-    name, account = getattr(given, "user", None), None
+    name = getattr(given, "user", None)
     try:
         account = None if name is None else pwd.getpwnam(name)
     except (KeyError, ValueError):
@@ -12543,15 +12430,15 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         credentials=credentials,
         account=format_account(config, account, script),
     )
-    write_output(unit.encode("utf-8"))
+    write_output(unit.encode())
     for doubt in find_doubts(config, is_sandboxed, uid, script):
         write_note(f"warning: {doubt}")
     if os.isatty(2):
-        write_without_waiting(2, SYNTAX["unit"][1].encode("utf-8"))
+        write_without_waiting(2, SYNTAX["unit"][1].encode())
     return 0
 
 
-# Command -> function, except `serve`. It gets the arguments and the environment.
+# Command, except `serve` -> function of the arguments and the environment.
 COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
@@ -12567,7 +12454,7 @@ def run_command_line(argv: Sequence[str]) -> int:
     try:
         return COMMAND_LINES[argv[0]](argv[1:], os.environ)
     except (OutputError, BrokenPipeError) as error:
-        # Text that is still buffered (a help text) would raise again when Python ends.
+        # A help text that is still buffered would raise again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, OutputError) and not error.is_closed:
             raise
