@@ -42,13 +42,13 @@ import ipaddress
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import platform
 import pty
 import pwd
 import py_compile
-import queue
 import random
 import re
 import resource
@@ -86,83 +86,49 @@ import servercontrol as sc
 
 async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Echo the messages of one WebSocket client, on the module's own handshake and codec."""
-    parser = sc.HttpParser()
-    head = None
-    while head is None:
-        data = await reader.read(65536)
-        if not data:
-            writer.close()
-            return
-        parser.feed(data)
+    with contextlib.suppress(ConnectionError, EOFError, sc.HttpError), contextlib.closing(writer):
+        parser = sc.HttpParser()
+        parser.feed(await reader.readuntil(b"\r\n\r\n"))
         head = parser.next_head()
-    extension, bits = sc.choose_deflate(head)
-    writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head), extension))
-    websocket = sc.WebSocketConnection(None, 32 * sc.MIB, sys.maxsize, bits)
-    data = parser.take_rest()
-    while websocket.state is sc.WebSocketState.OPEN:
-        for opcode, payload in websocket.receive(data):
-            echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
-            raw = payload.encode("utf-8") if isinstance(payload, str) else payload
-            if opcode not in (sc.Opcode.CLOSE, sc.Opcode.PONG):
-                writer.write(websocket.encode(echo, raw))
-        writer.write(websocket.answer)
-        await writer.drain()
-        if websocket.state is sc.WebSocketState.OPEN:
-            data = await reader.read(65536)
-            if not data:
-                break
-    writer.close()
+        assert head is not None
+        extension, bits = sc.choose_deflate(head)
+        writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head), extension))
+        websocket = sc.WebSocketConnection(None, 32 * sc.MIB, sys.maxsize, bits)
+        while websocket.state is sc.WebSocketState.OPEN and not reader.at_eof():
+            for opcode, payload in websocket.receive(await reader.read(65536)):
+                echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
+                raw = payload.encode("utf-8") if isinstance(payload, str) else payload
+                if opcode not in (sc.Opcode.CLOSE, sc.Opcode.PONG):
+                    writer.write(websocket.encode(echo, raw))
+            writer.write(websocket.answer)
+            await writer.drain()
 
 
 async def run_echo(port: int) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, sc.HttpError):
-            await serve_echo(reader, writer)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    server = await asyncio.start_server(serve_echo, "127.0.0.1", port)
     print("ready", flush=True)
-    async with server:
-        await server.serve_forever()
-
-
-def run_echo_command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="test_servercontrol.py echo")
-    parser.add_argument("--port", type=int, required=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run_echo(parser.parse_args(argv).port))
-    return 0
+    await server.serve_forever()
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["echo"]:
     # Here, since the echo server shall run where nothing but the module is installed.
-    sys.exit(run_echo_command(sys.argv[2:]))
+    command_line = argparse.ArgumentParser(prog="test_servercontrol.py echo")
+    command_line.add_argument("--port", type=int, required=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run_echo(command_line.parse_args(sys.argv[2:]).port))
+    sys.exit()
 
-import hypothesis
+import h11
 import pytest
-from hypothesis import given, settings, strategies
+from hypothesis import given, settings
 from hypothesis import strategies as st
-
-try:
-    import h11
-except ImportError:
-    if sys.argv[1:2] != ["fuzz"]:  # which does without, and says so
-        raise
-    h11 = None
-try:
-    from websockets.exceptions import ProtocolError
-    from websockets.extensions.permessage_deflate import (
-        ClientPerMessageDeflateFactory,
-        PerMessageDeflate,
-        ServerPerMessageDeflateFactory,
-    )
-    from websockets.frames import Frame
-    from websockets.headers import parse_extension
-    from websockets.protocol import Protocol, Side
-    from websockets.streams import StreamReader
-except ImportError:
-    if sys.argv[1:2] != ["fuzz"]:
-        raise
-    Protocol = None
+from websockets.extensions.permessage_deflate import (
+    ClientPerMessageDeflateFactory,
+    PerMessageDeflate,
+    ServerPerMessageDeflateFactory,
+)
+from websockets.headers import parse_extension
+from websockets.protocol import Protocol, Side
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "servercontrol.py"
@@ -184,43 +150,35 @@ def compiled_script() -> str:
 
 
 # A process that has imported servercontrol.py and forks into one that runs it whenever it is told
-# the arguments (of Python) and the environment. Descriptors 0 to 2 come with that, and one that is
-# told the exit status. Imports are most of what a start costs Python.
+# the arguments (of Python) and the environment. Descriptors 0 to 2 come with that, and one for the
+# exit status, which a process between the two waits for. Imports are most of what a start costs.
 FORKER = """
-import gc, json, os, runpy, select, signal, socket, sys, time
+import gc, json, os, runpy, signal, socket, sys, time
 sys.path.insert(0, sys.argv[1])
 import servercontrol
 gc.freeze()
-channel, (woken, waker) = socket.socket(fileno=int(sys.argv[2])), socket.socketpair()
-waker.setblocking(False)
-signal.set_wakeup_fd(waker.fileno())
-signal.signal(signal.SIGCHLD, lambda *_: None)
-running, pid = {}, -1
-while pid:
-    ready = select.select([channel, woken], [], [])[0]
-    if woken in ready:
-        woken.recv(4096)
-        for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                os.write(running[pid], b"%d" % status)
-                os.close(running.pop(pid))
-    if channel in ready:
-        message, fds, _, _ = socket.recv_fds(channel, 2**20, 4)
-        if not message:
-            sys.exit()
-        pid = os.fork()
-        if pid:
-            running[pid] = fds.pop()
-            for fd in fds:
-                os.close(fd)
-            channel.send(b"%d" % pid)
-signal.set_wakeup_fd(-1)
+channel = socket.socket(fileno=int(sys.argv[2]))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    message, fds, _, _ = socket.recv_fds(channel, 2**20, 4)
+    if not message:
+        sys.exit()
+    if not os.fork():
+        break
+    for fd in fds:
+        os.close(fd)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+pid = os.fork()
+if pid:
+    channel.send(b"%d" % pid)
+    channel.close()
+    for fd in fds[:3]:
+        os.close(fd)
+    os.write(fds[3], b"%d" % os.waitpid(pid, 0)[1])
+    os._exit(0)
 for number in range(3):
     os.dup2(fds[number], number)
-for one in (channel, woken, waker):
-    one.detach()
+channel.detach()
 os.closerange(3, 1 + max(map(int, os.listdir("/dev/fd"))))
 sys.argv, environ = json.loads(message)
 os.environ.clear()
@@ -326,16 +284,7 @@ class ServerProcess:
     fields: tuple[str, ...] = ()
     context: ssl.SSLContext | None = None
 
-    def __init__(
-        self,
-        state: Path,
-        *options: str,
-        env: Any = None,
-        prefix=(),
-        script="",
-        code="",
-        **more: Any,
-    ) -> None:
+    def __init__(self, state: Path, *options: str, env=None, prefix=(), script="", code="", **more):
         constants = {name: more.pop(name) for name in list(more) if name.isupper()}
         if code or constants:
             script = make_launcher(state, code, **constants)
@@ -417,7 +366,6 @@ class ServerProcess:
         return answer.json()
 
     def execute(self, command: str, query: str = "", **fields: Any) -> Answer:
-        """Return the answer to a POST /exec in JSON."""
         body = json.dumps({"cmd": command, **fields}, ensure_ascii=False)
         return self.request("POST", f"/exec{query}", body, Content_Type="application/json")
 
@@ -428,7 +376,6 @@ class ServerProcess:
         return answer.json()
 
     def start(self, command: str, **fields: Any) -> str:
-        """Start a command and return its task id."""
         answer = self.execute(command, **fields)
         assert answer.status == 200, answer
         return answer.json()["task_id"]
@@ -621,11 +568,15 @@ def name_rows(name: str, build: Callable[[Any], bytes], expected: Any, values: A
 
 
 def status_of(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns, or the status of its HttpError."""
+    """Return what a call returns, or what its error says: an HTTP status, a (close) code."""
     try:
         return call(*arguments)
     except sc.HttpError as error:
         return error.status
+    except sc.WebSocketError as error:
+        return error.close_code
+    except sc.CommandError as error:
+        return error.code
 
 
 def http_message(*lines: str, body: bytes = b"") -> bytes:
@@ -795,7 +746,6 @@ HTTP_REJECTED = [
     ("field over 8 KiB", http_get("x:" + "v" * 8191), 431),
     ("field without end", http_get()[:-2] + b"x:" + b"v" * 9000, 431),
     ("101 fields", http_get(*["x: y"] * 100), 431),
-    ("5,000 fields", http_get("Connection: Upgrade", "Upgrade: websocket", *["x: y"] * 5000), 431),
     ("head over 32 KiB", http_head_of(32 * 1024 + 1), 431),
     ("empty lines without end", b"\r\n" * 16385, 431),
 ]  # fmt: skip
@@ -825,30 +775,16 @@ class TestHttpParser:
         for size in range(len(data)):
             assert parse_requests([data[:size]]) == Outcome([], None)
 
-    def test_head_keeps_fields_in_order_with_values_stripped(self) -> None:
-        data = http_message("GET / HTTP/1.1", "B:  one\t", "a:", "b: \xe9 two ")
-        head = sc.RequestHead("GET", "/", False, (("b", "one"), ("a", ""), ("b", "\xe9 two")))
-        assert feed_http(data) == Outcome([(head, b"")], None)
-
-    def test_hundred_pipelined_requests_are_parsed_in_order(self) -> None:
+    def test_hundred_pipelined_requests_are_parsed_up_to_a_bad_one(self) -> None:
         data = b"".join(http_message(f"GET /{n} HTTP/1.1") for n in range(100))
-        assert [head.target for head, _ in feed_http(data).items] == [f"/{n}" for n in range(100)]
+        outcome = feed_http(data + b"GET foo HTTP/1.1\r\n\r\n")
+        assert [head.target for head, _ in outcome.items] == [f"/{n}" for n in range(100)]
+        assert outcome.end == 400
 
     def test_limits_start_anew_with_each_request(self) -> None:
         largest = [http_head_of(32 * 1024), http_chunked(b"0\r\nx:" + b"v" * 4090 + b"\r\n\r\n")]
         outcome = parse_requests(largest * 2)
         assert (len(outcome.items), outcome.end) == (4, None)
-
-    def test_request_is_refused_after_a_good_one(self) -> None:
-        outcome = feed_http(http_get() + b"GET foo HTTP/1.1\r\n\r\n")
-        assert (len(outcome.items), outcome.end) == (1, 400)
-
-    def test_rest_is_given_away_after_an_upgrade(self) -> None:
-        parser = sc.HttpParser()
-        parser.feed(http_get() + b"\x81\x80")
-        assert parser.next_head() is not None and parser.next_body() == b"" and not parser.is_idle
-        assert parser.take_rest() == b"\x81\x80"
-        assert parser.is_idle and parser.take_rest() == b""
 
     def test_parser_is_idle_only_between_requests(self) -> None:
         parser = sc.HttpParser()
@@ -860,15 +796,10 @@ class TestHttpParser:
         assert parser.next_head() is not None and parser.next_body() is None and not parser.is_idle
         parser.feed(b"x")
         assert parser.next_body() == b"x" and parser.is_idle
-
-    @ANY_PROPERTY
-    @given(
-        st.lists(st.sampled_from(SMALL_ACCEPTED + HTTP_REJECTED[:80:4]), max_size=3),
-        st.lists(st.integers(0, 9999)),
-    )
-    def test_requests_are_the_same_however_they_are_cut(self, rows: Any, places: Any) -> None:
-        data = b"".join(row[1] for row in rows)
-        assert parse_requests(cut_bytes(data, places)) == parse_requests([data])
+        parser.feed(http_get() + b"\x81\x80")
+        assert parser.next_head() is not None and parser.next_body() == b"" and not parser.is_idle
+        assert parser.take_rest() == b"\x81\x80", "it is given away after an upgrade"
+        assert parser.is_idle and parser.take_rest() == b""
 
     @ANY_PROPERTY
     @given(st.lists(st.binary(min_size=1), max_size=5))
@@ -876,30 +807,6 @@ class TestHttpParser:
         data = b"".join(map(sc.encode_chunk, chunks)) + b"0\r\n" + sc.encode_fields([("x", "y")])
         (got,) = parse_requests([http_chunked(data)]).items
         assert got[1] == b"".join(chunks)
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_random_bytes_raise_nothing_but_http_errors(self, seed: int) -> None:
-        chance, ends = random.Random(seed), set()
-        for _ in range(2000):
-            data = mutate_bytes(chance, chance.choice(SMALL_ACCEPTED)[1], HTTP_POOL)
-            data += bytes(chance.choices(range(256), k=20))
-            ends.add(parse_requests(cut_bytes(data, [chance.randrange(300)])).end)
-        assert ends >= {None, 400, 505}
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_request_is_never_read_otherwise_than_by_h11(self, seed: int) -> None:
-        chance, accepted = random.Random(seed), 0
-        for _ in range(2000):
-            data = mutate_bytes(chance, chance.choice(SMALL_ACCEPTED)[1], HTTP_POOL)
-            outcome = parse_requests([data])
-            # A Host is demanded by the gate; h11 takes no empty line before a request.
-            if not outcome.items or status_of(sc.check_host_syntax, outcome.items[0][0]) == 400:
-                continue
-            head, body = outcome.items[0]
-            expected = (head.method, head.target, head.fields, body)
-            assert parse_with_h11(data.lstrip(b"\r\n")) == expected, data
-            accepted += 1
-        assert accepted > 100
 
 
 class TestHttpMessages:
@@ -938,24 +845,11 @@ class TestHttpMessages:
     def test_query_is_parsed(self, query: str, expected: Any) -> None:
         assert status_of(sc.parse_query, query) == expected
 
-    def test_flag_is_parsed(self) -> None:
+    def test_flag_and_since_are_parsed(self) -> None:
         values = [{}, *({"f": value} for value in ("", "1", "True", "yes", "0", "no", "x", "on"))]
         expected = [False, True, True, True, True, False, False, 400, 400]
         assert [status_of(sc.parse_flag, value, "f") for value in values] == expected
-
-    def test_response_is_understood_by_h11(self) -> None:
-        client = h11.Connection(h11.CLIENT)
-        client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
-        client.send(h11.EndOfMessage())
-        client.receive_data(sc.encode_response_head(200, [("Transfer-Encoding", "chunked")]))
-        client.receive_data(sc.encode_chunk(b"x" * 26) + b"0\r\n")
-        client.receive_data(sc.encode_fields([("X-Code", "7")]))
-        head, data, end = (client.next_event() for _ in range(3))
-        assert (head.status_code, bytes(head.reason), bytes(data.data)) == (200, b"OK", b"x" * 26)
-        assert list(end.headers) == [(b"x-code", b"7")]
-
-    def test_boot_without_since_asks_for_no_replay(self) -> None:
-        assert sc.parse_since({"boot": "another"}, "this") is None
+        assert sc.parse_since({"boot": "another"}, "this") is None, "boot alone asks for nothing"
 
     def test_status_has_its_phrase(self) -> None:
         assert sc.encode_response_head(404, []) == b"HTTP/1.1 404 Not Found\r\n\r\n"
@@ -982,7 +876,6 @@ TLS_PEER = dataclasses.replace(OWN_PEER, scheme="https")
 # (name, policy, peer, whether it is an own process on this machine)
 ACCESS_SITUATIONS = [
     ("own account", POLICY, OWN_PEER, True),
-    ("own account by IPv6", POLICY, sc.Peer(LOOPBACK, "::1", OWN_UID), True),
     ("mapped", POLICY, sc.Peer(LOOPBACK, "::ffff:127.0.0.1", 1000), True),
     ("other account", POLICY, OTHER_PEER, False),
     ("root", POLICY, dataclasses.replace(OWN_PEER, uid=0), False),
@@ -1057,9 +950,7 @@ def expect_access(
     return next((verdict for applies, verdict in rules if applies), 401)
 
 
-@functools.cache
-def parse_access_head(*lines: str) -> sc.RequestHead:
-    return parse_head(*lines)
+parse_access_head = functools.cache(parse_head)
 
 
 def check_get(policy: sc.AccessPolicy, peer: sc.Peer, *fields: str, path: str = "/tasks") -> Any:
@@ -1127,17 +1018,14 @@ class TestAccess:
         assert limit.take("a", 20.5) == 39.5 and limit.take("a", 59.0) == 1
         assert limit.take("b", 20.5) == limit.take("", 20.5) == 0
         assert limit.take("a", 60.0) == 0 and limit.take("a", 60.5) == 0.5
+        for number in range(sc.MAX_LIMITED_SOURCES + 50):
+            limit.take(str(number), 60.5)
+        assert len(limit._times) == sc.MAX_LIMITED_SOURCES, "the oldest are forgotten"
 
     def test_hosts_are_told_apart_by_address_or_64(self) -> None:
         key = sc.find_host_key
         assert key("::ffff:192.0.2.1") == key("192.0.2.1") != key("192.0.2.2") != key("")
         assert key("2001:db8::1") == key("2001:db8::ffff") != key("2001:db8:0:1::")
-
-    def test_rate_limit_forgets_in_the_end(self) -> None:
-        limit = sc.RateLimit(10, 60.0)
-        for number in range(sc.MAX_LIMITED_SOURCES + 50):
-            limit.take(str(number), 0.0)
-        assert len(limit._times) == sc.MAX_LIMITED_SOURCES
 
     @pytest.mark.parametrize("value", [
         "", "a b", "a\tb", "\xe9", "a\\b",
@@ -1197,18 +1085,15 @@ class TestAccess:
             "http://127.0.0.1:8080", "NULL", "", "http://localhost:8080.evil.test",
             "http://localhost:8080@evil.test", "http://localhost:8080/", "ws://localhost:8080",
             "https://app.test.evil.test", "https://app.test:443", "http://localhost:8080 x",
-            "localhost:8080", "http://", "http://localhost:080801", "http://a http://b")),
+            "localhost:8080", "http://", "http://localhost:080801", "http://a http://b",
+            "http://localhost:8080\r\nOrigin: http://localhost:8080",
+            "https://app.test\r\nOrigin: https://app.test")),
         (OWN_PEER, "localhost", "http://localhost:443", False),
         (OWN_PEER, "localhost", "http://localhost:0", False),
     ])  # fmt: skip
     def test_origin_is_compared(self, peer: sc.Peer, host: str, origin: str, own: bool) -> None:
         role = check_get(POLICY, peer, f"Host: {host}", f"Origin: {origin}", *UPGRADE, path="/ws")
         assert role == (sc.Role.RUN if own else 403)
-
-    @pytest.mark.parametrize("origin", ["http://localhost", "https://app.test"])
-    def test_origin_is_refused_when_it_stands_twice(self, origin: str) -> None:
-        twice = [f"Origin: {origin}"] * 2
-        assert check_get(POLICY, OWN_PEER, "Host: localhost", *twice, path="/") == 403
 
     @pytest.mark.parametrize("name", [
         "Forwarded", "X-Forwarded-For", "x-forwarded-any", "X-Forwarded-Proto", "X-FORWARDED-HOST",
@@ -1230,13 +1115,13 @@ class TestAccess:
         role = check_get(POLICY, OWN_PEER, "Host: localhost", path="/?tokens=x&x=token")
         assert role is sc.Role.RUN
 
-    @pytest.mark.parametrize("fields, challenge", [
-        ([], "Bearer"), (["Authorization: Bearer x"], 'Bearer error="invalid_token"'),
-    ])  # fmt: skip
-    def test_challenge_is_named_when_unauthorized(self, fields: list[str], challenge: str) -> None:
-        with pytest.raises(sc.HttpError) as caught:
-            sc.check_access(POLICY, OTHER_PEER, parse_head("GET /x", "Host: localhost", *fields))
-        assert list(caught.value.fields) == [("WWW-Authenticate", challenge)]
+    def test_challenge_is_named_when_unauthorized(self) -> None:
+        wrong = ["Authorization: Bearer x"]
+        for fields, challenge in (([], "Bearer"), (wrong, 'Bearer error="invalid_token"')):
+            head = parse_head("GET /x", "Host: localhost", *fields)
+            with pytest.raises(sc.HttpError) as caught:
+                sc.check_access(POLICY, OTHER_PEER, head)
+            assert list(caught.value.fields) == [("WWW-Authenticate", challenge)]
 
     def test_loopback_addresses_are_told_apart(self) -> None:
         yes = ["127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1", "::1%lo"]
@@ -1354,6 +1239,7 @@ DEFLATE_OFFERS = [
     ("", None), ("permessage-deflate", ("", 15)), (" ,\t, permessage-deflate ,,", ("", 15)),
     ("PERMESSAGE-DEFLATE", None), ("permessage-bzip2", None), ("x-webkit-deflate-frame", None),
     (TAKEN, ("", 15)), ("permessage-deflate;client_max_window_bits", ("", 15)),
+    ("x\r\nSec-WebSocket-Extensions: permessage-deflate", ("", 15)),  # two fields are one list
     *((f"permessage-deflate; client_max_window_bits={n}", ("", 15)) for n in range(8, 16)),
     *((f"permessage-deflate; server_max_window_bits={n}",
        (f"; server_max_window_bits={n}", 9 if n < 15 else 15)) for n in range(9, 16)),
@@ -1398,10 +1284,6 @@ class TestDeflateOffers:
             client = ClientPerMessageDeflateFactory(client_max_window_bits=True)
             parsed = parse_extension(answer[0])
             assert client.process_response_params(parsed[0][1], []).local_no_context_takeover
-
-    def test_offers_in_several_fields_are_one_list(self) -> None:
-        fields = [f"Sec-WebSocket-Extensions: {one}" for one in ("x", "permessage-deflate", "y")]
-        assert sc.choose_deflate(parse_head("GET /", *fields)) == (TAKEN, 15)
 
     def test_nothing_is_negotiated_without_zlib(self) -> None:
         head = parse_head("GET /", f"Sec-WebSocket-Extensions: {TAKEN}")
@@ -1452,25 +1334,6 @@ def build_text(*parts: bytes) -> bytes:
     return b"".join(map(build_frame, firsts, parts))
 
 
-def parse_with_websockets(data: bytes, masked: bool) -> Any:
-    """Return the frame that the `websockets` package reads, None when it needs more."""
-    reader = StreamReader()
-    reader.feed_data(data)
-    try:
-        next(Frame.parse(reader.read_exact, mask=masked))
-    except StopIteration as stop:
-        return stop.value
-    return None
-
-
-def close_code_of(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns, or ("failed", the close code of its WebSocketError)."""
-    try:
-        return call(*arguments)
-    except sc.WebSocketError as error:
-        return "failed", error.close_code
-
-
 class TestFrames:
     """RFC 6455, 5: frames and masking; 7.4: close codes."""
 
@@ -1495,13 +1358,11 @@ class TestFrames:
             assert sc.parse_frame_header(bytearray(data[:short])) is None
 
     @pytest.mark.parametrize("mask", [None, *FRAME_MASKS], ids=str)
-    @pytest.mark.parametrize("length", EDGE_LENGTHS)
+    @pytest.mark.parametrize("length", [*EDGE_LENGTHS, 65537])
     def test_frame_is_encoded_at_every_length(self, length: int, mask: bytes | None) -> None:
         payload = bytes(at * 7 % 251 for at in range(length))
         data = sc.encode_frame(sc.Opcode.BINARY, payload, mask)
         assert data == build_frame(BINARY, payload, mask)
-        frame = parse_with_websockets(data, mask is not None)
-        assert (frame.opcode, bytes(frame.data), frame.fin) == (2, payload, True)
 
     @pytest.mark.parametrize("deflates", [False, True])
     def test_header_start_is_judged_in_every_value(self, deflates: bool) -> None:
@@ -1515,42 +1376,15 @@ class TestFrames:
             bad_control = opcode >= 8 and (first < 128 or short > 125)
             reserved = 0x30 if deflates and opcode in (1, 2) else 0x70  # RFC 7692, 6
             if first & reserved or opcode not in (0, 1, 2, 8, 9, 10) or bad_control:
-                expected = ("failed", 1002)
-            assert close_code_of(sc.parse_frame_header, bytearray(data), deflates) == expected
-
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_header_start_is_never_laxer_than_websockets(self, masked: bool) -> None:
-        refused = 0
-        for first, short in itertools.product(range(256), range(128)):
-            data = bytes([first, short | masked << 7]) + bytes(200)
-            try:
-                parse_with_websockets(data, masked)
-            except ProtocolError:
-                refused += 1
-                assert close_code_of(sc.parse_frame_header, bytearray(data)) == ("failed", 1002)
-        assert refused > 10000
-
-    @pytest.mark.parametrize("short, size, length", [
-        (126, 2, 0), (126, 2, 125), (127, 8, 0), (127, 8, 125), (127, 8, 126), (127, 8, 65535),
-        (127, 8, 2**63), (127, 8, 2**64 - 1),
-    ])  # fmt: skip
-    def test_length_is_refused_in_a_wrong_form(self, short: int, size: int, length: int) -> None:
-        for bit in (0, 128):
-            data = bytearray([BINARY, bit + short]) + length.to_bytes(size, "big")
-            assert close_code_of(sc.parse_frame_header, data) == ("failed", 1002)
-
-    def test_mask_is_applied_at_every_size_and_offset(self) -> None:
-        data = bytes(range(1, 20))
-        for size, offset, mask in itertools.product(range(20), range(9), FRAME_MASKS):
-            expected = xor_bytes(bytes(offset) + data[:size], mask)[offset:]
-            assert sc.apply_mask(data[:size], mask, offset) == expected
+                expected = 1002
+            assert status_of(sc.parse_frame_header, bytearray(data), deflates) == expected
 
     def test_close_code_is_judged_in_every_value(self) -> None:
         valid = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
         for code in range(65536):
-            expected = (code, "why") if code in valid else ("failed", 1002)
+            expected = (code, "why") if code in valid else 1002
             payload = code.to_bytes(2, "big") + b"why"
-            assert close_code_of(sc.parse_close_payload, payload) == expected
+            assert status_of(sc.parse_close_payload, payload) == expected
 
     @parametrize_rows("reason, kept", [
         ("none", "", ""), ("exact", "x" * 123, "x" * 123), ("one too long", "x" * 124, "x" * 123),
@@ -1599,11 +1433,7 @@ WEBSOCKET_ACCEPTED = [
     ("ping", build_frame(PING, b"Hello"), [(9, b"Hello")]),
     ("ping of 125 bytes", build_frame(PING, b"p" * 125), [(9, b"p" * 125)]),
     ("pong unasked", build_frame(PONG), [(10, b"")]),
-    *((f"text masked by {m.hex()}", build_frame(TEXT, b"Hello", m),
-        [(1, "Hello")]) for m in FRAME_MASKS),
     *((f"text of {n}", build_frame(TEXT, b"x" * n), [(1, "x" * n)]) for n in EDGE_LENGTHS),
-    *((f"binary of {n}", build_frame(BINARY, b"\xfe" * n),
-        [(2, b"\xfe" * n)]) for n in EDGE_LENGTHS),
     ("two messages", build_frame(TEXT, b"a") + build_frame(BINARY, b"b"), [(1, "a"), (2, b"b")]),
     ("fragments", build_text(b"Hel", b"", b"lo"), [(1, "Hello")]),
     ("empty fragments", build_text(b"", b""), [(1, "")]),
@@ -1622,15 +1452,9 @@ WEBSOCKET_ACCEPTED = [
 ]  # fmt: skip
 
 WEBSOCKET_REJECTED = [
-    *name_rows("RSV", lambda bit: build_frame(TEXT | bit, b"x"), 1002, [0x40, 0x20, 0x10]),
-    *name_rows("opcode", lambda code: build_frame(0x80 | code), 1002,
-        [3, 4, 5, 6, 7, 11, 12, 13, 14, 15]),
-    *name_rows("control of 126", lambda first: build_frame(first, bytes(126)), 1002,
-        [CLOSE, PING, PONG]),
-    *name_rows("control unfinished", build_frame, 1002, [0x08, 0x09, 0x0A]),
+    ("RSV1", build_frame(TEXT | 0x40, b"x"), 1002),
     *name_rows("unmasked", lambda first: build_frame(first, b"", None), 1002,
         [TEXT, BINARY, CLOSE, PING, PONG]),
-    ("length 2**63", b"\x82\xff" + struct.pack("!Q", 2**63), 1002),
     ("length 2**62", b"\x82\xff" + struct.pack("!Q", 2**62) + RFC_MASK, 1009),
     ("one byte too big", build_frame(BINARY, bytes(LIMIT + 1))[:14], 1009),
     ("too big in fragments",
@@ -1649,11 +1473,7 @@ WEBSOCKET_REJECTED = [
     ("UTF-8 in half a frame", build_frame(TEXT, b"\xff" + bytes(99))[:7], 1007),
     ("UTF-8 in an open message", build_frame(TEXT_START, b"\xff"), 1007),
     ("close of 1 byte", build_frame(CLOSE, b"\x03"), 1002),
-    *name_rows("close", lambda code: build_frame(CLOSE, struct.pack("!H", code)), 1002, [
-        0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535]),
     ("close reason", build_frame(CLOSE, b"\x03\xe8\xff"), 1007),
-    *name_rows("HTTP", lambda verb: verb + b" /exec HTTP/1.1\r\n\r\n", 1002,
-        [b"GET", b"POST", b"HEAD", b"PUT"]),
 ]  # fmt: skip
 
 
@@ -1673,14 +1493,8 @@ DEFLATED_ACCEPTED = [
      + build_frame(DEFLATED_BINARY, squeeze(b"\xff")), [(1, "a"), (1, "b"), (2, b"\xff")]),
     ("split code points", build_frame(DEFLATED_START, squeeze(b"\xe2\x82\xac" * 50)[:9])
      + build_frame(CONTINUE_END, squeeze(b"\xe2\x82\xac" * 50)[9:]), [(1, "\u20ac" * 50)]),
-    *((f"level {n}", build_frame(DEFLATED_BINARY, squeeze(NOISE[:999] * 9, n)),
-       [(2, NOISE[:999] * 9)]) for n in (0, 1, 9)),
-    *((f"window of {n}", build_frame(DEFLATED_BINARY, squeeze(NOISE[:2000] * 9, 6, n)),
-       [(2, NOISE[:2000] * 9)]) for n in (9, 12, 15)),
     ("the limit", build_frame(DEFLATED, squeeze(b"x" * LIMIT)), [(1, "x" * LIMIT)]),
     ("the limit of noise", build_frame(DEFLATED_BINARY, squeeze(NOISE)), [(2, NOISE)]),
-    ("last block", build_frame(DEFLATED, squeeze(b"x" * 999, flush=zlib.Z_FINISH)),
-     [(1, "x" * 999)]),
     ("flushed twice", build_frame(DEFLATED, squeeze(b"x") + b"\0\0\xff\xff\0"), [(1, "x")]),
 ]  # fmt: skip
 DEFLATED_REJECTED = [
@@ -1703,16 +1517,6 @@ DEFLATED_REJECTED = [
     ("context taken over", build_frame(DEFLATED, squeeze(NOISE[:64]))
      + build_frame(DEFLATED, bytes.fromhex("f200110000")), 1007),
 ]  # fmt: skip
-
-
-def any_frames() -> Any:
-    """For hypothesis: frames of a client, mostly right, in any order."""
-    rights = [TEXT, BINARY, CLOSE, PING, PONG, TEXT_START, BINARY_START, CONTINUE, CONTINUE_END]
-    firsts = st.sampled_from(rights * 4 + [0xC1, 0x83, 0x09])
-    texts = st.text(max_size=9).map(lambda text: text.encode("utf-8"))
-    payloads = st.one_of(texts, st.binary(max_size=9), st.just(b"\x03\xe8"))
-    masks = st.binary(min_size=4, max_size=4)
-    return st.lists(st.builds(build_frame, firsts, payloads, masks), max_size=8).map(b"".join)
 
 
 class TestWebSocketConnection:
@@ -1758,9 +1562,6 @@ class TestWebSocketConnection:
             if is_smaller:  # fails where anything points beyond the window
                 plain = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
                 assert plain == data
-            assert sc.WebSocketConnection().encode(sc.Opcode.BINARY, data) == build_frame(
-                BINARY, data, None
-            )
 
     def test_what_is_no_whole_message_is_never_compressed(self) -> None:
         connection = sc.WebSocketConnection(deflate_bits=15)
@@ -1775,19 +1576,11 @@ class TestWebSocketConnection:
         assert connection.close(1003) == b"\x88\x02\x03\xeb"
         assert list(messages) == [] and connection.answer == b""
 
-    def test_messages_before_a_violation_are_received(self) -> None:
-        outcome = feed_websocket(build_frame(TEXT, b"a") + build_frame(PING) + b"\xff\xff")
-        assert outcome.items == [(1, "a"), (9, b"")] and outcome.end[0] == 1002
-
-    @pytest.mark.parametrize("code", [1000, 1001, 1014, 3000, 4999])
-    def test_close_is_echoed_with_its_code(self, code: int) -> None:
-        payload = struct.pack("!H", code) + b"b\xc3\xa9"
-        outcome = feed_websocket(build_frame(CLOSE, payload))
+    @pytest.mark.parametrize("code", [None, 1000, 1001, 1014, 3000, 4999])
+    def test_close_is_echoed_with_its_code(self, code: int | None) -> None:
+        payload = struct.pack("!H", code) + b"b\xc3\xa9" if code else b""
         echo = build_frame(CLOSE, payload[:2], None)
-        assert outcome == Outcome([(8, payload)], (code, echo))
-
-    def test_close_without_a_code_is_answered_without_one(self) -> None:
-        assert feed_websocket(build_frame(CLOSE)) == Outcome([(8, b"")], (None, b"\x88\x00"))
+        assert feed_websocket(build_frame(CLOSE, payload)) == Outcome([(8, payload)], (code, echo))
 
     def test_data_after_the_close_is_ignored(self) -> None:
         connection = sc.WebSocketConnection()
@@ -1843,43 +1636,20 @@ class TestWebSocketConnection:
         assert connection.close_code == code
 
     @ANY_PROPERTY
-    @given(any_frames(), st.lists(st.integers(0, 999)))
-    def test_messages_are_the_same_however_they_are_cut(self, data: bytes, places: Any) -> None:
-        assert receive_as_server(cut_bytes(data, places)) == receive_as_server([data])
-
-    @ANY_PROPERTY
-    @given(st.lists(st.lists(st.text(), min_size=1)), st.booleans(), st.lists(st.integers(0, 9999)))
-    def test_texts_round_trip(self, texts: list[list[str]], to_server: bool, places: Any) -> None:
-        make_masks = [lambda: b"\x01\x02\x03\x04", None]
+    @given(st.lists(st.text()), st.booleans(), st.lists(st.integers(0, 9999)))
+    def test_texts_round_trip(self, texts: list[str], to_server: bool, places: Any) -> None:
+        masks = [lambda: RFC_MASK, None]
         sender, receiver = (
             sc.WebSocketConnection(make_mask, deflate_bits=9)
-            for make_mask in make_masks[:: 1 if to_server else -1]
+            for make_mask in masks[:: 1 if to_server else -1]
         )
-        texts = [[part * 40 for part in parts] for parts in texts]
-        wire = b""
-        for parts in texts:
-            for at, part in enumerate(parts):
-                opcode = sc.Opcode.CONTINUATION if at else sc.Opcode.TEXT
-                data, mask = part.encode("utf-8"), b"\x01\x02\x03\x04" if to_server else None
-                fragment = sc.encode_frame(opcode, data, mask, at == len(parts) - 1)
-                wire += fragment if len(parts) > 1 else sender.encode(opcode, data)
+        texts = [text * 40 for text in texts]
+        wire = b"".join(sender.encode(sc.Opcode.TEXT, text.encode("utf-8")) for text in texts)
         wire += sender.close(3000, "end")
         received = [m for piece in cut_bytes(wire, places) for m in receiver.receive(piece)]
-        assert received[:-1] == [(1, "".join(parts)) for parts in texts]
+        assert received[:-1] == [(1, text) for text in texts]
         assert sender.receive(receiver.answer) == [(8, b"\x0b\xb8")]
         assert sender.state is receiver.state is sc.WebSocketState.CLOSED
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_random_bytes_raise_nothing(self, seed: int) -> None:
-        chance, ends = random.Random(seed), set()
-        frames = (TEXT, b"\xe2\x82\xac"), (PING,), (CLOSE, b"\x03\xe8")
-        pool = [build_frame(*one) for one in frames]
-        pool += [bytes(chance.choices(range(256), k=n)) for n in range(20)] + [b"\x81", b"\xfe"]
-        for _ in range(3000):
-            data = mutate_bytes(chance, chance.choice(pool) * 3, pool)
-            end = receive_as_server(cut_bytes(data, [chance.randrange(99)])).end
-            ends.add(end and end[0])
-        assert ends >= {None, 1000, 1002, 1007}
 
 
 each_loop = pytest.mark.parametrize("loop", loops())
@@ -1889,8 +1659,8 @@ def cases(*rows: tuple[Any, ...]) -> Any:
     """Parametrize a test with rows whose first column is the id and the argument `name`."""
 
     def decorate(test: Any) -> Any:
-        arguments = list(inspect.signature(test).parameters)[1:]
-        names = [name for name in arguments if name not in ("server", "servers")]
+        arguments = inspect.signature(test).parameters
+        names = [name for name in arguments if name not in ("self", "server")]
         return parametrize_rows(",".join(names), rows)(test)
 
     return decorate
@@ -1927,7 +1697,7 @@ class TestStatistics:
         assert sc.parse_net_dev(text) == expected
 
     @cases(
-        ("a third", 1, 3, 33.3), ("nothing elapsed", 0, 0, 0.0), ("all", 7, 7, 100.0),
+        ("a third", 1, 3, 33.3), ("nothing elapsed, no time either", 0, 0, 0.0), ("all", 7, 7, 100.0),
         ("busy went back", -1, 10, 0.0), ("total went back", 5, -10, 0.0),
         ("more busy than total", 11, 10, 100.0), ("seconds instead of ticks", 0.02, 0.16, 12.5),
     )  # fmt: skip
@@ -1948,9 +1718,6 @@ class TestStatistics:
             "net_recv": 500, "net_sent": 0, "uptime": 77,
         }  # fmt: skip
 
-    def test_stats_of_one_moment_do_not_divide_by_zero(self) -> None:
-        assert sc.build_stats(make_sample(), make_sample())["net_recv"] == 0
-
     @cases(
         ("the same ones", {"a": (10, 20), "b": (1, 2)}, {"a": (15, 26), "b": (2, 4)}, (6, 8)),
         ("one vanishes", {"a": (10, 20), "b": (10**9, 10**9)}, {"a": (15, 26)}, (5, 6)),
@@ -1962,7 +1729,6 @@ class TestStatistics:
     def test_traffic(self, before: Any, after: Any, expected: tuple[int, int]) -> None:
         """What an interface does to the sum does not hide what the others carry."""
         samples = make_sample(now=1.0, net=before), make_sample(now=2.0, net=after)
-        assert tuple(sc.count_traffic(*samples, way) for way in (0, 1)) == expected
         stats = sc.build_stats(*samples)
         assert (stats["net_recv"], stats["net_sent"]) == expected
 
@@ -2006,48 +1772,29 @@ class TestStatistics:
 # Section 10 ──────────────────────────────────────────────────────────────────────────────────
 
 
-def make_feed(count: int, capacity: int, **fields: Any) -> tuple[sc.Feed, list[int]]:
-    """Return a feed after `count` events, and the list of the seqs that were encoded."""
-    encoded: list[int] = []
-
-    def encode(event: dict[str, Any]) -> bytes:
-        encoded.append(event["seq"])
-        return b"<%d>" % event["seq"]
-
-    feed = sc.Feed(encode, capacity)
+def make_feed(count: int, capacity: int, **fields: Any) -> sc.Feed:
+    feed = sc.Feed(lambda event: b"<%d>" % event["seq"], capacity)
     for number in range(count):
         feed.append({"type": "x", "seq": 0, **fields})
         assert feed.next == number + 2
-    return feed, encoded
+    return feed
 
 
 class TestFeed:
     """Section 10: one ordered, bounded log."""
-
-    def test_empty_feed(self) -> None:
-        feed, _ = make_feed(0, 1000)
-        assert (feed.first, feed.next, feed.read_batch(1)) == (1, 1, (b"", 1))
-
-    def test_each_event_is_encoded_once_when_first_read(self) -> None:
-        feed, encoded = make_feed(5, sc.MIB)
-        assert encoded == []
-        assert feed.read_batch(3) == (b"<3><4><5>", 6)
-        assert feed.read_batch(1) == (b"<1><2><3><4><5>", 6)
-        assert encoded == [3, 4, 5, 1, 2]
-        assert feed.read_batch(5)[0] is feed.read_batch(5)[0], "a single frame is not copied"
 
     @cases(
         ("at least one", 1, b"<1>", 2), ("exactly full", 3, b"<1>", 2),
         ("one begins before the limit", 4, b"<1><2>", 3), ("all", 99, b"<1><2><3><4>", 5),
     )  # fmt: skip
     def test_batch_size(self, max_bytes: int, frames: bytes, cursor: int) -> None:
-        assert make_feed(4, sc.MIB)[0].read_batch(1, max_bytes=max_bytes) == (frames, cursor)
+        assert make_feed(4, sc.MIB).read_batch(1, max_bytes=max_bytes) == (frames, cursor)
 
     @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
     @pytest.mark.parametrize("output", [None, b"x" * 3000], ids=["small", "output"])
     def test_oldest_are_dropped_beyond_the_capacity(self, is_read: bool, output: bytes | None):
         capacity, cost = 100_000, 2 * sc.EVENT_OVERHEAD_BYTES + len(output or b"")
-        feed, _ = make_feed(0, capacity)
+        feed = make_feed(0, capacity)
         for seq in range(1, 6001):
             feed.append({"type": "x", "seq": 0, "output": output})
             if is_read:
@@ -2060,7 +1807,7 @@ class TestFeed:
         assert len(feed._entries) == 6001 - feed.first, "dropped entries are freed"
 
     def test_newest_event_is_kept_however_large(self) -> None:
-        feed, _ = make_feed(3, 1000, output=b"x" * 5000)
+        feed = make_feed(3, 1000, output=b"x" * 5000)
         assert (feed.first, feed.next) == (3, 4)
 
     # Of 100 events 91 to 100 are kept.
@@ -2074,25 +1821,13 @@ class TestFeed:
     async def test_where_one_that_comes_back_goes_on(self, since: int | None, cursor: int, gap):
         viewers, viewer = sc.Viewers(asyncio.get_running_loop()), TestRounds.Viewer()
         viewer.transport.get_write_buffer_size.return_value = 0
-        viewers.feed, _ = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
+        viewers.feed = make_feed(100, 10 * 2 * sc.EVENT_OVERHEAD_BYTES)
         assert (viewers.feed.first, viewers.feed.next) == (91, 101)
         viewers.join(viewer, since)
         viewers.flush_all()
         told, less, events = b"".join(viewer.taken).partition(b"<")
         assert less + events == b"".join(b"<%d>" % seq for seq in range(cursor, 101))
         assert told[2:] == (b'{"type":"gap","from":%d,"to":%d}' % gap if gap else b"")
-
-    @cases(
-        ("everything", sc.Choice(), None),
-        ("every type", sc.Choice(frozenset(sc.EVENT_TYPES)), None),
-        ("one", sc.Choice(frozenset({"cpu_alert"})), {"cpu_alert"}),
-        ("no output", sc.Choice(tasks=frozenset()), {*sc.EVENT_TYPES} - {"task_output"}),
-        ("of one task", sc.Choice(frozenset({"task_output"}), frozenset("7")), {"7"}),
-        ("tasks without output", sc.Choice(frozenset({"cpu_alert"}), frozenset("7")), {"cpu_alert"}),
-        ("nothing", sc.Choice(frozenset()), set()),
-    )  # fmt: skip
-    def test_kinds_of_a_choice(self, choice: sc.Choice, kinds: set[str] | None) -> None:
-        assert choice.kinds == (None if kinds is None else frozenset(kinds))
 
     @pytest.mark.parametrize("seed", range(5))
     def test_chosen_events_beside_a_plain_list(self, seed: int, monkeypatch: Any) -> None:
@@ -2105,8 +1840,11 @@ class TestFeed:
             encoded.add(event["seq"])
             return b"<%d>" % event["seq"]
 
+        def compress(frame: bytes, bits: int) -> bytes:
+            return frame + b"15" if bits == 15 else frame
+
         pool = [None, {"stats_update"}, {"3"}, {"task_output", "cpu_alert"}, {"2", "task_start"}, {"40"}, set()]  # fmt: skip
-        feed, kinds_of = sc.Feed(encode, 30_000, lambda frame, bits: frame + b"%d" % bits), [set()]
+        feed, kinds_of = sc.Feed(encode, 30_000, compress), [set()]
         cursors = {(number, bits): 1 for number in range(len(pool)) for bits in (0, 9, 15)}
         for _ in range(12_000):
             kind = chance.choice(["stats_update", "task_start", "cpu_alert", *["task_output"] * 9])
@@ -2130,31 +1868,22 @@ class TestFeed:
             rest = wanted(max(cursor, feed.first), feed.next)
             assert lost or feed.find_next(cursor, chosen) == (rest or [feed.next])[0]
             got = [n for n in rest if n < after]
-            end = b">%d" % bits if bits else b">"
+            end = b">15" if bits == 15 else b">"
             assert data == b"".join(b"<%d" % n + end for n in got)
             assert after == feed.next or got and after == got[-1] + 1
             cursors[number, bits] = after
-        kept = sum(feed._size(one) for one in feed._entries.values())
-        kept += sum(len(frame) for one in feed._compressed.values() for frame in one.values())
-        assert len(feed._seqs) < 60 and feed._bytes == kept
+            kept = sum(feed._size(one) for one in feed._entries.values())
+            kept += sum(len(frame) for frame in feed._compressed.get(15, {}).values())
+            assert len(feed._seqs) < 60 and feed._bytes == kept
 
 
 class TestOutputLog:
     """Section 10: the newest output of a task, beside a plain bytes object."""
 
-    @hypothesis.settings(max_examples=300, deadline=None)
-    @hypothesis.given(
-        strategies.integers(0, 60),
-        strategies.lists(
-            strategies.one_of(
-                strategies.text("ab\n", max_size=40),
-                strategies.text("aé€😀", max_size=20),
-                strategies.integers(0, 60),
-            ),
-            max_size=25,
-        ),
-        strategies.integers(0, 200),
-    )
+    STEPS = st.text("ab\n", max_size=40) | st.text("aé€😀", max_size=20) | st.integers(0, 60)
+
+    @ANY_PROPERTY
+    @given(st.integers(0, 60), st.lists(STEPS, max_size=25), st.integers(0, 200))
     def test_equals_a_simple_model(self, capacity: int, steps: list[Any], offset: int) -> None:
         def next_character(at: int) -> int:
             while at < len(everything) and everything[at] & 0xC0 == 0x80:
@@ -2220,12 +1949,6 @@ def parse_strict_json(text: Any) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def code_of(error: type[Exception], function: Callable[..., Any], *arguments: Any) -> str:
-    with pytest.raises(error) as caught:
-        function(*arguments)
-    return str(getattr(caught.value, "code"))  # noqa: B009
-
-
 class TestMessages:
     """Section 11: JSON out, requests in, datagrams."""
 
@@ -2246,15 +1969,13 @@ class TestMessages:
         frame = read_frames_of(sc.encode_event({"type": "x", "command": "é\ud800"}))[0]
         assert json.loads(frame[1].decode("utf-8")) == {"type": "x", "command": "é?"}
 
-    @pytest.mark.parametrize(
-        "text",
-        ["", "{", "[]", "5", "null", '"x"', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":NaN}',
-         "9" * 65000, '{"a":-Infinity}', '{"a":1}x', "\ufeff{}", b"\xff{}", '{"a":"\n"}', "{'a':1}",
-         "[" * 100_000, '{"a":' * 100_000],
-        ids=lambda text: repr(text)[:20],
-    )  # fmt: skip
+    @pytest.mark.parametrize("text", [
+        "", "{", "[]", "5", "null", '"x"', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":NaN}',
+        "9" * 65000, '{"a":-Infinity}', '{"a":1}x', "\ufeff{}", b"\xff{}", '{"a":"\n"}', "{'a':1}",
+        "[" * 100_000, '{"a":' * 100_000,
+    ], ids=lambda text: repr(text)[:20])  # fmt: skip
     def test_what_is_no_json_object(self, text: Any) -> None:
-        assert code_of(sc.CommandError, sc.parse_json_object, text) == "bad_json"
+        assert status_of(sc.parse_json_object, text) == "bad_json"
 
     @cases(
         ("json", "application/json", '{"cmd":"ls"}', sc.ExecRequest("ls")),
@@ -2278,9 +1999,8 @@ class TestMessages:
 
     @cases(
         *[(f"not an object: {body[:9]!r}", "application/json", body, "bad_json") for body in
-          (b"", b"ls", b"[]", b"5", b"[" * 1000, b"\xef\xbb\xbf{}", b'{"cmd":"\xff"}',
-           b'{"cmd":"a","cmd":"a"}', b'{"cmd":"x","timeout":NaN}', b"null", b'"true"', b'{"cmd":"x"} x',
-           '{"cmd":"x"}'.encode("utf-16"), b'{"cmd":"x","timeout":1e400}')],
+          (b"", b"ls", b"[]", b"\xef\xbb\xbf{}", '{"cmd":"x"}'.encode("utf-16"),
+           b'{"cmd":"x","timeout":1e400}')],
         ("brace is json", "", b"{ ls; }", "bad_json"),
         *[(f"no command: {body!r}", "", body, "bad_command") for body in
           (b"{}", b'{"cmd":5}', b'{"cmd":""}', b'{"cmd":" "}', b'{"cmd":null}', b'{"cmd":["a"]}',
@@ -2305,23 +2025,19 @@ class TestMessages:
         ("command too long", "", b'{"cmd":"%b"}' % (b"#" * 65537), "too_large"),
     )  # fmt: skip
     def test_exec_body_refused(self, media_type: str, body: bytes, code: str) -> None:
-        assert code_of(sc.CommandError, sc.parse_exec_body, media_type, body) == code
+        assert status_of(sc.parse_exec_body, media_type, body) == code
         assert sc.COMMAND_STATUS.get(code, 400) in (400, 413, 415)
 
-    @pytest.mark.parametrize("value", ["", "1_0", "+1", " 1", "-1", "٣", "9" * 10240, 1, None, "x"])
-    def test_task_id_refused(self, value: Any) -> None:
+    def test_task_id(self) -> None:
         assert sc.parse_task_id("107") == "107"
-        assert code_of(sc.CommandError, sc.parse_task_id, value) == "bad_field"
+        for wrong in ("", "1_0", "+1", " 1", "-1", "٣", "9" * 10240, 1, None, "x"):
+            assert status_of(sc.parse_task_id, wrong) == "bad_field", wrong
 
-    @cases(("short", "TERM", 15), ("long", "SIGKILL", 9), ("lower", "int", 2), ("1", "sighup", 1))
-    def test_signal(self, value: str, number: int) -> None:
-        assert sc.parse_signal(value) == number
-
-    @pytest.mark.parametrize(
-        "value", ["", "SIG", "9", 9, None, [], "SIGSIGTERM", "TERM ", "XYZ", "0"]
-    )
-    def test_signal_refused(self, value: Any) -> None:
-        assert code_of(sc.CommandError, sc.parse_signal, value) == "bad_signal"
+    def test_signal(self) -> None:
+        numbers = {"TERM": 15, "SIGKILL": 9, "int": 2, "sighup": 1}
+        assert {name: sc.parse_signal(name) for name in numbers} == numbers
+        for wrong in ("", "SIG", "9", 9, None, [], "SIGSIGTERM", "TERM ", "XYZ", "0"):
+            assert status_of(sc.parse_signal, wrong) == "bad_signal", wrong
 
     @cases(
         ("plain", "web1", "web1"), ("empty", "", ""), ("64 letters", "h" * 64, "h" * 64),
@@ -2342,13 +2058,9 @@ class TestMessages:
         assert {**parsed, "hostname": hostname} == facts
 
     def test_link_routes(self) -> None:
-        def row(destination: str, gateway: str, mask: str) -> str:
-            def raw(address: str) -> int:
-                return struct.unpack("=I", socket.inet_aton(address))[0]
-
-            return "eth0 %08X %08X 0001 0 0 0 %08X 0 0 0\n" % (
-                raw(destination), raw(gateway), raw(mask),
-            )  # fmt: skip
+        def row(*addresses: str) -> str:
+            raw = [struct.unpack("=I", socket.inet_aton(one))[0] for one in addresses]
+            return "eth0 %08X %08X 0001 0 0 0 %08X 0 0 0\n" % tuple(raw)
 
         table = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"
         table += row("0.0.0.0", "192.0.2.1", "0.0.0.0") + row("0.0.0.0", "0.0.0.0", "0.0.0.0")
@@ -2462,9 +2174,6 @@ class TestMetricsText:
         ]
         assert text.count("# HELP") == text.count("# TYPE")
 
-    def test_nothing_known_is_an_empty_text(self) -> None:
-        assert sc.encode_metrics([]) == b""
-
     @ANY_PROPERTY
     @given(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False))
     def test_labels_and_numbers_come_back(self, text: str, value: float) -> None:
@@ -2487,14 +2196,13 @@ class TestWebhookRequest:
     def test_url_is_taken_apart(self, url: str, expected: Any) -> None:
         assert sc.parse_webhook_url(url)[:5] == expected
 
-    @pytest.mark.parametrize(
-        "url",
-        ["", "example.org", "//example.org/", "ftp://example.org/", "http://", "http:///x",
-         "http://:80/", "http://u:p@/", "http://a:b/", "http://a:65536/", "http://a:0/",
-         "http://a:-1/", "http://[::1/", "http://[x]/", "http://a b/", "http://a/b c", "http://a/\n",
-         "http://a/\r\nHost: b", "\thttp://a/", "http://a/\x00", "http://b\xfccher.example/",
-         "http://a\\@b/", "http://a/\x7f", "http://a%20b/"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("url", [
+        "", "example.org", "//example.org/", "ftp://example.org/", "http://", "http:///x",
+        "http://:80/", "http://u:p@/", "http://a:b/", "http://a:65536/", "http://a:0/",
+        "http://a:-1/", "http://[::1/", "http://[x]/", "http://a b/", "http://a/b c", "http://a/\n",
+        "http://a/\r\nHost: b", "\thttp://a/", "http://a/\x00", "http://b\xfccher.example/",
+        "http://a\\@b/", "http://a/\x7f", "http://a%20b/",
+    ])  # fmt: skip
     def test_what_is_no_url_is_refused(self, url: str) -> None:
         with pytest.raises((ValueError, sc.HttpError)):
             sc.parse_webhook_url(url)
@@ -2527,14 +2235,30 @@ class TestWebhookRequest:
         for length in range(len(data)):
             assert sc.parse_webhook_answer(data[:length]) is None
 
-    @pytest.mark.parametrize(
-        "data",
-        [b"\n", b"\r\nHTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 2000 OK\r\n",
-         b"HTTP/2 200\r\n", b"HTTP/1.1 20\r\n", b"HTTP/1.1 100 Continue\r\n\r\nnoise\r\n"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("data", [
+        b"\n", b"\r\nHTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 2000 OK\r\n",
+        b"HTTP/2 200\r\n", b"HTTP/1.1 20\r\n", b"HTTP/1.1 100 Continue\r\n\r\nnoise\r\n",
+    ])  # fmt: skip
     def test_what_is_no_answer_is_refused(self, data: bytes) -> None:
         with pytest.raises(ValueError):
             sc.parse_webhook_answer(data)
+
+
+class TestRandomInput:
+    """Sections 5 to 11: mutated input, the same each time, as `fuzz` makes and checks it."""
+
+    @pytest.mark.parametrize("name, count", [
+        ("http", 500), ("h11", 4000), ("frames", 9000), ("websocket", 600), ("websockets", 4000),
+        ("deflated", 200), ("query", 1000), ("access", 1000), ("body", 1000), ("proc", 1000),
+    ])  # fmt: skip
+    def test_nothing_is_found(self, name: str, count: int) -> None:
+        job, ends = FUZZ_JOBS[name], set()
+        for number in range(count):
+            case = job.make(random.Random(f"{name} {number}"))
+            outcome = job.parse(case)
+            job.check(case, outcome)
+            ends.add(str(outcome.end))
+        assert len(ends) > 2
 
 
 def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> bytes:
@@ -2543,11 +2267,9 @@ def make_frame(first: int, payload: bytes | str = b"", masked: bool = True) -> b
 
 
 def read_frames_of(data: bytes) -> list[tuple[int, bytes]]:
-    buffer, frames = bytearray(data), []
-    while buffer:
-        frame = take_frame(buffer)
-        assert frame is not None
-        frames.append(frame)
+    buffer = bytearray(data)
+    frames = list(iter(functools.partial(take_frame, buffer), None))
+    assert not buffer, "the end cuts a frame"
     return frames
 
 
@@ -2581,14 +2303,14 @@ def upgrade_request(path: str = "/ws", offer: str = "", host: str = "localhost")
 class RawPeer:
     """A WebSocket client on a bare socket: it reads when it is told to and can break any rule."""
 
-    def __init__(self, server: Any, path="/", extra=b"", receive_bytes=0, wrap=None, offer=""):
+    def __init__(self, server: Any, path="/", receive_bytes=0, wrap=None, offer=""):
         self.socket = socket.socket()
         if receive_bytes:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(PATIENCE_SECONDS)
         self.socket.connect(("127.0.0.1", server.ws_port))
         self.socket = wrap(self.socket) if wrap else self.socket
-        self.socket.sendall(upgrade_request(path, offer) + extra)
+        self.socket.sendall(upgrade_request(path, offer))
         self.buffer = bytearray()
         while b"\r\n\r\n" not in self.buffer:
             assert self.read_some(), "no answer to the upgrade"
@@ -2732,8 +2454,6 @@ class TestWebSocketHandshake:
         ("other path", "/ws", "/socket", "404"), ("a route's path", "/ws", "/tasks", "404"),
         ("slash", "/ws", "/ws/", "404"), ("letter case of the path", "/ws", "/WS", "404"),
         ("no key", f"{KEY_FIELD}\r\n", "", "400"),
-        ("version 8", "Version: 13", "Version: 8", "426"),
-        ("POST", "GET", "POST", "405"), ("HTTP/1.0", "HTTP/1.1", "HTTP/1.0", "400"),
         ("not an upgrade", "Upgrade: websocket\r\nConnection: Upgrade\r\n", "", "426"),
         ("other host", "localhost", "evil.test", "403"),
         ("other origin", "Host:", "Origin: http://evil.test\r\nHost:", "403"),
@@ -2750,24 +2470,18 @@ class TestWebSocketHandshake:
         failed = len(server.log("request_failed"))
         for port in (server.port, server.ws_port):
             with server.connect(port) as connection:
-                connection.sendall(request.encode("ascii"))
+                # What follows an upgrade may come in the same segment.
+                connection.sendall(request.encode("ascii") + make_frame(0x88) * (status == "101"))
                 answer = connection.recv(65536)
                 head = answer.partition(b"\r\n\r\n")[0] + b"\r\n"
                 assert head.startswith(b"HTTP/1.1 %b " % status.encode("ascii")), answer
                 if status == "101":
                     assert b"\r\nSec-WebSocket-Accept: %b\r\n" % ACCEPT in head
                     assert b"Extensions:" not in head and b"Protocol:" not in head
-                    connection.sendall(make_frame(0x88))
-                    assert read_all(connection).endswith(b"\x88\x00")
+                    assert (answer + read_all(connection)).endswith(b"\x88\x00")
                 elif status == "426":
                     assert b"\r\nSec-WebSocket-Version: 13\r\n" in head
-                elif status == "405":
-                    assert b"\r\nAllow: GET\r\n" in head
         assert len(server.log("request_failed")) == failed
-
-    def test_messages_in_the_segment_of_the_upgrade(self, server: ServerProcess) -> None:
-        with RawPeer(server, extra=make_frame(0x81, '{"type":"hello"}')) as peer:
-            assert peer.receive(is_type("hello"))
 
 
 class TestWebSocketRules:
@@ -2776,12 +2490,8 @@ class TestWebSocketRules:
     @cases(
         ("unmasked", make_frame(0x81, "{}", masked=False), 1002),
         ("far too long", make_frame(0x81, b"x" * 3_000_000), 1009),
-        ("too many fragments", make_frame(0x01) + make_frame(0x00) * 1024, 1009),
-        ("surrogate", make_frame(0x81, b"\xed\xa0\x80"), 1007),
-        *[(f"close {code} echoed", make_frame(0x88, struct.pack("!H", code) + b"bye"), code)
-          for code in (1000, 1001, 3000, 4999)],
+        ("close echoed", make_frame(0x88, b"\x0b\xb8bye"), 3000),
         ("close without a code", make_frame(0x88), None),
-        ("binary", make_frame(0x82, b"{}"), 1003),
         ("HTTP request", b"POST /exec HTTP/1.1\r\nHost: localhost\r\n\r\nuptime" * 20, 1002),
     )  # fmt: skip
     def test_ends_with_the_right_code(self, server: ServerProcess, data: bytes, code: int | None):
@@ -2789,24 +2499,9 @@ class TestWebSocketRules:
         with RawPeer(server) as peer:
             with contextlib.suppress(ConnectionError):  # what is too long need not be taken
                 peer.send(data)
-            if code == 1003:
-                peer.send(make_frame(0x88, b"\x03\xeb"))
             got = peer.read_close()
             assert got[0] == code and len(got[1].encode("utf-8")) <= 123
         assert server.get("/tasks") == tasks
-
-    @cases(
-        ("longest message", [make_frame(0x81, '{"type":"ping"%s}' % (" " * 65521))]),
-        ("byte by byte", [bytes([byte]) for byte in make_frame(0x81, '{"type":"ping"}')]),
-        ("characters cut by fragments", [make_frame(0x01, b'{"type":"ping","x":"\xf0\x9f'), make_frame(0x00, b"\x98"),
-                                         make_frame(0x80, b'\x80"}')]),
-    )  # fmt: skip
-    def test_is_accepted(self, server: ServerProcess, parts: list[bytes]) -> None:
-        with RawPeer(server) as peer:
-            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for part in parts:
-                peer.send(part)
-            assert set(peer.receive(is_type("pong", "error"))[-1]) == {"type", "timestamp", "seq"}
 
     def test_descriptors_are_freed(self, server: ServerProcess) -> None:
         before = server.descriptors()
@@ -2835,10 +2530,14 @@ class TestWebSocketRules:
         with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.05", **times) as server:
             task_id = server.start("sleep 60")
             kill = json.dumps({"type": "task_kill", "task_id": task_id, "signal": "KILL"})
-            with RawPeer(server) as peer:
-                peer.send(make_frame(0x82), make_frame(0x81, kill), make_frame(0x89, b"x"))
-                peer.send(make_frame(0x81, '{"type":"hello"}'))
-                assert peer.read_close()[0] == 1003  # and the end, though we never answer
+            later = [b"\xff\xff", make_frame(0x81, b"\xff"), make_frame(0x88, b"\x03\xe8")]
+            for data in (b"", make_frame(0x82) + b"\x88\x80mask", *later):
+                with RawPeer(server) as peer:
+                    peer.send(make_frame(0x82), make_frame(0x81, kill), make_frame(0x89, b"x"))
+                    peer.send(make_frame(0x81, '{"type":"hello"}') + data)
+                    frames = list(peer.frames())  # and the end, though we never answer
+                    assert frames[-1] == (0x88, b"\x03\xebtext messages only")
+                    assert not [one for one in frames if one[0] == 0x8A or b'"hello"' in one[1]]
             assert server.task(task_id)["state"] == "running"
             with RawPeer(server, receive_bytes=4096) as peer:  # asks much, but never reads
                 before, end = server.resident_kib(), time.monotonic() + PATIENCE_SECONDS
@@ -2867,20 +2566,6 @@ class TestWebSocketRules:
                     pings = [frame for frame in dead.frames() if frame[0] == 0x89]
                     assert 1 <= len(pings) <= 2
                 assert asking.receive(is_type("pong"))
-
-    @cases(
-        ("a violation", b"\xff\xff"), ("a bad text", make_frame(0x81, b"\xff")),
-        ("a close", make_frame(0x88, b"\x03\xe8")), ("more", make_frame(0x82) + b"\x88\x80mask"),
-    )  # fmt: skip
-    def test_nothing_after_a_binary_message_counts(
-        self, server: ServerProcess, later: bytes
-    ) -> None:
-        asked = make_frame(0x81, '{"type":"ping"}') + make_frame(0x89, b"x")
-        with RawPeer(server) as peer:
-            peer.send(make_frame(0x82, b"x") + asked + later)
-            frames = list(peer.frames())
-            assert frames[-1] == (0x88, b"\x03\xebtext messages only")
-            assert not [one for one in frames[:-1] if one[0] == 0x8A or b'"pong"' in one[1]]
 
 
 # End to end: events ──────────────────────────────────────────────────────────────────────────
@@ -2958,50 +2643,43 @@ class TestEvents:
         assert all("seq" in event for event in events)
 
     def test_hello(self, server: ServerProcess) -> None:
-        task_id = server.start("sleep 60")
-        with server.websocket() as websocket:
-            websocket.send('{"type":"hello","ref":"r1"}')
-            events = receive_events(websocket, is_type("hello"))
-            hello, info = events[-1], server.get("/info")
-            server.request("POST", f"/kill?id={task_id}")
-        for name in ("version", "hostname", "boot_id", "role", "exec", "limits"):
-            assert hello[name] == info[name], name
-        assert (hello["role"], hello["exec"], hello["ref"]) == ("run", True, "r1")
-        assert hello["seq"] <= info["seq"] and "timestamp" not in hello
-        assert [task["task_id"] for task in hello["tasks"]] == [task_id]
-        assert hello["tasks"][0]["state"] == "running"
-        assert hello["limits"]["max_message_bytes"] == 65536
-
-    def test_hello_may_be_long(self, server: ServerProcess) -> None:
-        """Who takes it is no client that asks but never reads."""
+        """It may be long: who takes it is no client that asks but never reads."""
         task_ids = [server.start("sleep 60 #" + "x" * 60_000) for _ in range(40)]
         try:
             with server.websocket() as websocket:
                 for _ in range(3):
-                    websocket.send('{"type":"hello"}')
+                    websocket.send('{"type":"hello","ref":"r1"}')
                     websocket.send('{"type":"ping"}')
                     hello = receive_events(websocket, is_type("hello"))[-1]
-                    assert [task["task_id"] for task in hello["tasks"]] == task_ids
                     receive_events(websocket, is_type("pong"))
+            info = server.get("/info")
         finally:
             for task_id in task_ids:
                 server.request("POST", f"/kill?id={task_id}&signal=KILL")
+        for name in ("version", "hostname", "boot_id", "role", "exec", "limits"):
+            assert hello[name] == info[name], name
+        assert (hello["role"], hello["exec"], hello["ref"]) == ("run", True, "r1")
+        assert hello["seq"] <= info["seq"] and "timestamp" not in hello
+        assert [task["task_id"] for task in hello["tasks"]] == task_ids
+        assert hello["tasks"][0]["state"] == "running"
+        assert hello["limits"]["max_message_bytes"] == 65536
 
-    @cases(
-        ("text", "abc"), ("empty", ""), ("not ASCII", "é😀\x00"), ("integer", 7), ("fraction", 1.5),
-        ("negative", -1),
-    )  # fmt: skip
-    def test_ref_comes_back(self, server: ServerProcess, ref: Any) -> None:
+    def test_ref_comes_back(self, server: ServerProcess) -> None:
         with RawPeer(server) as peer:
-            peer.say(type="ping", ref=ref)
+            for ref in ("abc", "", "é😀\x00", 7, 1.5, -1):
+                for kind, answer in (("ping", "pong"), ("nothing", "error")):
+                    peer.say(type=kind, ref=ref)
+                    assert peer.receive(is_type(answer))[-1]["ref"] == ref
+            for number in ("1e999", "-1e999"):  # the peer's parser refuses Infinity
+                peer.send(make_frame(0x81, '{"type":"ping","ref":%s}' % number))
+                assert peer.receive(is_type("pong", "error"))
+            peer.say(type="ping")
             pong = peer.receive(is_type("pong"))[-1]
-            assert pong["ref"] == ref and abs(pong["timestamp"] / 1000 - time.time()) < 60
-            peer.say(type="nothing", ref=ref)
-            assert peer.receive(is_type("error"))[-1]["ref"] == ref
+            assert set(pong) == {"type", "timestamp", "seq"}
+            assert abs(pong["timestamp"] / 1000 - time.time()) < 60
 
     @cases(
-        ("not JSON", "ls", "bad_json"), ("empty", "", "bad_json"), ("array", "[]", "bad_json"),
-        ("huge number", "9" * 65000, "bad_json"), ("deep objects", '{"a":' * 13000, "bad_json"),
+        ("not JSON", "ls", "bad_json"), ("deep objects", '{"a":' * 13000, "bad_json"),
         ("no type", "{}", "bad_message"), ("type 5", '{"type":5}', "bad_message"),
         ("unknown", '{"type":"exec","cmd":"ls"}', "unknown_type"),
         ("__init__", '{"type":"__init__"}', "unknown_type"),
@@ -3016,18 +2694,10 @@ class TestEvents:
             error, pong = [one for one in got if one["type"] in ("pong", "error")]
             assert error.pop("message") and error == {"type": "error", "code": code}
 
-    @pytest.mark.parametrize("number", ["1e999", "-1e999", "1e400"])
-    def test_answer_is_json_whatever_ref_is(self, server: ServerProcess, number: str) -> None:
-        with RawPeer(server) as peer:  # its parser refuses Infinity
-            peer.send(make_frame(0x81, '{"type":"ping","ref":%s}' % number))
-            assert peer.receive(is_type("pong", "error"))
-
     def test_task_kill(self, server: ServerProcess) -> None:
         with server.websocket() as websocket:
-            for fields, name in (({}, "TERM"), ({"signal": "KILL"}, "KILL"), ({"signal": "SIGINT"}, "INT")):  # fmt: skip
-                task_id = server.start("exec sleep 60")
-                name_file = Path(f"/proc/{server.task(task_id)['pid']}/comm")
-                wait_until(lambda file=name_file: file.read_text() == "sleep\n")
+            for fields, name in (({}, "TERM"), ({"signal": "KILL"}, "KILL")):
+                task_id = server.start("sleep 60")
                 websocket.send(json.dumps({"type": "task_kill", "task_id": task_id, **fields}))
                 end = receive_events(websocket, is_complete(task_id))[-1]
                 assert (end["signal"], end["state"]) == (name, "killed")
@@ -3043,61 +2713,42 @@ class TestEvents:
             assert server.task(running)["state"] == "running"
             server.request("POST", f"/kill?id={running}")
 
-    def test_every_client_sees_the_same_order(self, server: ServerProcess) -> None:
-        paths = ("/", "/ws")
-        with contextlib.ExitStack() as stack:
-            clients = [
-                stack.enter_context(server.websocket(paths[n % 2])) if n % 3 else
-                stack.enter_context(RawPeer(server, paths[n % 2])) for n in range(6)
-            ]  # fmt: skip
-            loop = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; done"
-            ids = [server.start(loop) for _ in range(10)]
-            for task_id in ids:
-                server.wait_for_end(task_id)
-            last = server.start("exit 0")
-            streams = []
-            for client in clients:
-                israw = isinstance(client, RawPeer)
-                streams.append(
-                    client.receive(is_complete(last)) if israw
-                    else receive_events(client, is_complete(last))
-                )  # fmt: skip
-        begin = max(stream[0]["seq"] for stream in streams)
-        streams = [[event for event in stream if event["seq"] >= begin] for stream in streams]
-        assert all(check_stream(stream) == [] for stream in streams)
-        assert all(stream == streams[0] for stream in streams)
-        outputs = [event for event in streams[0] if event["type"] == "task_output"]
-        assert {event["task_id"] for event in outputs} == set(ids)
-
 
 class TestChoice:
     """SPEC 2: a client hears what it asks for."""
 
     @staticmethod
     def watch(peer: RawPeer, **fields: Any) -> dict[str, Any]:
-        """Send `watch` and return its answer."""
         peer.say(type="watch", **fields)
         return peer.receive(is_type("watching", "error"))[-1]
 
     def test_each_hears_what_it_chose(self, server: ServerProcess) -> None:
-        ids = [server.start("read -r go; echo a; echo b; exit 3", stdin=True) for _ in range(2)]
+        def go_on(task_id: str) -> None:
+            assert server.request("POST", f"/stdin?id={task_id}", b"\n").status == 200
+
+        loop = "read -r go; for i in 1 2 3 4 5 6 7 8 9; do echo $i; done; exit 3"
+        *older, newest = ids = [server.start(loop, stdin=True) for _ in range(9)]
         choices: dict[str, Callable[[dict[str, Any]], bool]] = {
             "only=task_start,task_complete": is_type("task_start", "task_complete"),
             "only=task_complete,task_output&task=none": is_type("task_complete"),
             f"task={ids[0]}": lambda e: e["type"] != "task_output" or e["task_id"] == ids[0],
-            f"task={ids[0]}&only=task_output,task_complete&task={ids[1]}": lambda e: e["type"] in ("task_output", "task_complete"),
-            "task=9": lambda e: e["type"] != "task_output",
+            f"task={ids[0]}&only=task_output,task_complete&task={ids[1]}":
+                lambda e: e["type"] == "task_complete" or "output" in e and e["task_id"] in ids[:2],
+            f"task={ids[0]}&only=task_complete": is_type("task_complete"),
+            "task=999999": lambda e: e["type"] != "task_output",
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
             paths = ["/", *(f"/ws?{query}" for query in choices)]
             peers = [stack.enter_context(RawPeer(server, path)) for path in paths]
             seq, boot = (server.get("/info")[name] for name in ("seq", "boot_id"))
-            server.run("true")
-            for task_id in ids:
-                assert server.request("POST", f"/stdin?id={task_id}", b"\n").status == 200
+            for task_id in older:  # they write at the same time
+                go_on(task_id)
+            for task_id in older:
                 server.wait_for_end(task_id)
-            everything, *streams = (peer.receive(is_complete(ids[1])) for peer in peers)
+            go_on(newest)
+            everything, *streams = (peer.receive(is_complete(newest)) for peer in peers)
             everything = [event for event in everything if event["seq"] > seq]
+            assert check_stream(everything) == []
             for wants, stream in zip(choices.values(), streams):
                 expected = [event for event in everything if wants(event)]
                 assert [event for event in stream if event["seq"] > seq] == expected != []
@@ -3106,7 +2757,7 @@ class TestChoice:
             assert pong["seq"] >= everything[-1]["seq"], "nothing else was asked for"
             for (query, wants), since in itertools.product(choices.items(), (seq, seq + 1)):
                 path = f"/?{query}&since={since}&boot={boot}"
-                again = stack.enter_context(RawPeer(server, path)).receive(is_complete(ids[1]))
+                again = stack.enter_context(RawPeer(server, path)).receive(is_complete(newest))
                 assert again == [e for e in everything if wants(e) and e["seq"] > since]
 
     def test_watch_changes_it_from_the_next_event_on(self, server: ServerProcess) -> None:
@@ -3169,9 +2820,9 @@ class TestReplay:
     """SPEC 2, nothing lost: ?since=SEQ&boot=BOOT_ID."""
 
     @staticmethod
-    def replay(server: ServerProcess, since: int, last: int, boot: str | None = None) -> Any:
+    def replay(server: ServerProcess, since: int, last: int) -> Any:
         """Return what a client that has seen `since` gets, up to the event `last`."""
-        boot = boot or server.get("/info")["boot_id"]
+        boot = server.get("/info")["boot_id"]
         with RawPeer(server, f"/?since={since}&boot={boot}") as peer:
             return peer.receive(lambda event: event.get("seq") == last)
 
@@ -3195,43 +2846,12 @@ class TestReplay:
         assert (hello["type"], hello["boot_id"], events[0]["seq"]) == ("hello", boot, 1)
         assert hello["seq"] >= events[-1]["seq"]
 
-    @pytest.mark.parametrize("since", [0, 1, 10**15])
-    def test_other_boot_is_a_gap(self, server: ServerProcess, since: int) -> None:
+    def test_other_boot_is_a_gap(self, server: ServerProcess) -> None:
         task_id = server.finish("exit 0")
-        with RawPeer(server, f"/?since={since}&boot=0123456789abcdef") as peer:
+        with RawPeer(server, "/?since=1&boot=0123456789abcdef") as peer:
             events = peer.receive(is_complete(task_id))
         assert len(check_stream(events)) == 1 and events[0]["type"] == "gap"
         assert events[0]["to"] == events[1]["seq"] - 1
-
-    def test_too_old_is_a_gap(self, server: ServerProcess) -> None:
-        seen = server.get("/info")["seq"]
-        server.finish("head -c 20000000 /dev/zero | tr '\\0' x")
-        last = server.finish("exit 0")
-        boot = server.get("/info")["boot_id"]
-        with RawPeer(server, f"/?since={seen}&boot={boot}") as peer:
-            events = peer.receive(is_complete(last))
-        assert check_stream(events) == events[:1]
-        assert (events[0]["from"], events[0]["to"]) == (seen + 1, events[1]["seq"] - 1)
-        kept = sum(len(event.get("output", "")) for event in events)
-        assert 15 * sc.MIB < kept < 16 * sc.MIB
-
-    def test_connection_broken_again_and_again(self, server: ServerProcess) -> None:
-        boot = server.get("/info")["boot_id"]
-        with RawPeer(server) as first:
-            task_id = server.start("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
-            events = first.receive(is_type("task_start"))
-        chance = random.Random(7)
-        while not is_complete(task_id)(events[-1]):
-            with RawPeer(server, f"/ws?boot={boot}&since={events[-1]['seq']}") as peer:
-                stop = chance.randrange(1, 40)
-                events += peer.receive(
-                    lambda event: is_complete(task_id)(event) or event["seq"] >= events[-1]["seq"] + stop
-                )  # fmt: skip
-        assert check_stream(events) == []
-        output = "".join(
-            e["output"] for e in events if e.get("task_id") == task_id and "output" in e
-        )
-        assert output == "".join(f"line {n}\n" for n in range(3000))
 
 
 class TestRounds:
@@ -3384,13 +3004,12 @@ class TestCompression:
 
     def test_every_viewer_gets_the_same_events(self, tmp_path: Path) -> None:
         offers = ["", TAKEN, "permessage-deflate", "permessage-deflate; server_max_window_bits=10"]
+        places = [*(("/", offer) for offer in offers), ("/?only=task_complete", TAKEN)]
         options = ("--compress=on", "--interval=3600")
         # Where the machine is busy that is no flood.
         with ServerProcess(tmp_path, *options, DEFLATE_SECONDS=10.0) as server:
             with contextlib.ExitStack() as stack:
-                peers = [stack.enter_context(RawPeer(server, offer=one)) for one in offers]
-                peers.append(RawPeer(server, "/?only=task_complete", offer=TAKEN))
-                stack.enter_context(peers[-1])
+                peers = [stack.enter_context(RawPeer(server, p, offer=o)) for p, o in places]
                 command = "seq 3000; printf '\\033[31m%0999d' 0; head -c 9000 /dev/urandom | base64"
                 server.run(command)
                 wires: list[list[tuple[int, bytes]]] = []
@@ -3408,9 +3027,9 @@ class TestCompression:
         assert sizes[1] < sizes[0] * 0.7 and sizes[3] < sizes[0] * 0.7
 
     def test_a_message_that_is_compressed_is_carried_out(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--compress=on") as server:
+        with ServerProcess(tmp_path, "--compress=on", CLOSE_SECONDS=0.2) as server:
             with server.websocket(compression="deflate") as client:
-                client.send('{"type":"ping","x":"%s"}' % ("x" * 60000))
+                client.send('{"type":"ping","x":"%s"}' % ("x" * (65536 - 23)))  # the longest
                 assert any("pong" in client.recv(PATIENCE_SECONDS) for _ in range(9))
             for data, code in (
                 (make_frame(0xC1, squeeze(b" " * 65537)), 1009),
@@ -3423,22 +3042,9 @@ class TestCompression:
             answer = server.exchange(upgrade_request("/ws", "permessage-deflate; ="))
             assert b" 400 " in answer and b"bad_extension" in answer
 
-    def test_it_works_over_tls(self, tmp_path: Path, certificates: list[Certificate]) -> None:
-        with TlsServer(tmp_path, certificates[0], "--compress=on") as server:
-            with RawPeer(server, wrap=server.wrap, offer=TAKEN) as peer:
-                assert TAKEN.encode() in peer.head
-                peer.send(make_frame(0xC1, squeeze(b'{"type":"hello"}')))
-                assert peer.receive(is_type("hello"))
-                peer.send(make_frame(0xC1, squeeze(b" " * 65537)))
-                assert peer.read_close()[0] == 1009
-
     def test_a_python_without_zlib_does_without(self, tmp_path: Path) -> None:
         script = make_launcher(tmp_path, zlib=None)
         with ServerProcess(tmp_path, script=script) as server:
-            with RawPeer(server, offer=TAKEN) as peer:
-                assert b"xtensions" not in peer.head
-                peer.send(make_frame(0xC1, squeeze(b"x")))
-                assert peer.read_close()[0] == 1002
             page = server.request("GET", "/", Accept="text/html", Accept_Encoding="gzip")
             assert page.status == 200 and "content-encoding" not in page.headers
         with mock.patch.object(sc, "zlib", None), pytest.raises(sc.ConfigError, match="--compress"):
@@ -3465,16 +3071,6 @@ class TestCompression:
                 for _ in range(9):  # at once: no more than this after a pause
                     compressor.compress(frame, 15)
                 assert len(taken) == 4
-
-    def test_what_is_not_compressed_is_counted_once(self) -> None:
-        feed = sc.Feed(lambda event: b"x" * 100, sc.MIB, lambda frame, bits: frame[: 3 * bits])
-        for _ in range(9):
-            feed.append({"type": "stats_update"})
-        counts = [feed.read_batch(1, None, bits) and feed._bytes for bits in (0, 40, 15)]
-        assert counts == [2700, 2700, 2700 + 9 * 45]
-        feed.capacity_bytes = 1
-        feed._trim()
-        assert feed._bytes == 345
 
 
 class TestSlowViewers:
@@ -3522,11 +3118,9 @@ class TestSlowViewers:
                 assert all(event == by_seq[event["seq"]] for event in seen if "output" in event)
                 rest = seen[seen.index(gap) + 1 :]
                 kept = sum(len(event.get("output", "")) for event in rest)
-                assert 15 * sc.MIB < kept < 16 * sc.MIB and seen[-1] == events[-1]
+                assert 14 * sc.MIB < kept < 16 * sc.MIB and seen[-1] == events[-1]
 
     def test_kernel_keeps_little_for_a_stalled_viewer(self, server: ServerProcess) -> None:
-        if not Path("/proc/net/tcp").exists():
-            pytest.skip("needs Linux: what the kernel keeps for a viewer is NOT measured")
         with RawPeer(server, receive_bytes=4096) as peer:
             server.finish("head -c 20000000 /dev/zero | tr '\\0' x")
             ends = (server.ws_port, peer.socket.getsockname()[1])
@@ -3572,14 +3166,9 @@ class TestStatisticsEvents:
     @each_loop
     def test_stats_come_every_interval(self, loop: str, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.2") as server:
-            with server.websocket() as websocket:
-                count = itertools.count()
-                events = receive_events(websocket, lambda _: next(count) == 10)
-                newest = [event for event in events if event["type"] == "stats_update"][-1]
-                assert server.get("/stats")["seq"] >= newest["seq"]
-        kinds = {event["type"] for event in events}
-        assert kinds <= {"stats_update", "cpu_alert", "alert_resolved"}
-        events = [event for event in events if event["type"] == "stats_update"]
+            with server.websocket("/?only=stats_update") as websocket:
+                events = [json.loads(websocket.recv(PATIENCE_SECONDS)) for _ in range(11)]
+                assert server.get("/stats")["seq"] >= events[-1]["seq"]
         for event in events:
             check_event(event)
         times = [event["timestamp"] for event in events]
@@ -3605,45 +3194,31 @@ class TestStatisticsEvents:
         assert ids and set(alert[-1]["tasks"]) <= set(ids)
 
     @each_loop
-    @pytest.mark.parametrize("cooldown", [0.5, 3600])
-    def test_alert_cooldown_and_end(self, loop: str, cooldown: float, tmp_path: Path) -> None:
+    def test_alert_is_repeated_and_ends(self, loop: str, tmp_path: Path) -> None:
         usage = Usage(tmp_path)
-        options = ("--interval=0.05", "--cpu-alert=87.5", f"--alert-cooldown={cooldown}")
-        with ServerProcess(tmp_path, f"--loop={loop}", *options, script=usage.script) as server:
+        options = (f"--loop={loop}", "--interval=0.05", "--cpu-alert=87.5", "--alert-cooldown=0.5")
+        with ServerProcess(tmp_path, *options, script=usage.script) as server:
             with server.websocket() as websocket:
-                events = receive_events(websocket, is_type("stats_update"))
                 task_id = server.start("sleep 60")
-                usage.set(95)
-                count = itertools.count()
-                is_stats = is_type("stats_update")
-                events += receive_events(websocket, lambda e: is_stats(e) and next(count) == 30)
-                usage.set(87)
-                events += receive_events(websocket, is_type("alert_resolved"))
-                for percent in (95, 20):  # within the cool-down
+                events: list[dict[str, Any]] = []
+                steps = [(95, "cpu_alert")] * 3 + [(87, "alert_resolved"), (99, "cpu_alert")]
+                for percent, kind in steps:
                     usage.set(percent)
-                    events += receive_events(websocket, lambda e, p=percent: e.get("cpu") == p)
-                count = itertools.count()
-                events += receive_events(websocket, lambda _: next(count) == 5)
+                    events += receive_events(websocket, is_type(kind))
                 kept = server.get("/stats?alerts")["alerts"]
         for event in events:
             check_event(event)
-        alerts = [event for event in events if event["type"] == "cpu_alert"]
-        resolved = [event for event in events if event["type"] == "alert_resolved"]
-        assert (alerts[0]["cpu"], alerts[0]["tasks"]) == (95.0, [task_id])
-        assert alerts[0]["message"] == "CPU usage exceeded 87.5%!"
-        assert resolved[0]["cpu"] == 87.0
-        lasted = resolved[0]["timestamp"] - alerts[0]["timestamp"]
-        assert abs(resolved[0]["duration_ms"] - lasted) < 500
+        alerts = filter(is_type("cpu_alert", "alert_resolved"), events)
+        first, *more, resolved, again = alerts
+        assert (first["cpu"], first["tasks"]) == (95.0, [task_id])
+        assert first["message"] == "CPU usage exceeded 87.5%!"
+        assert resolved["cpu"] == 87.0
+        lasted = resolved["timestamp"] - first["timestamp"]
+        assert abs(resolved["duration_ms"] - lasted) < 500
         # Told again while it lasts it is the same alert.
-        assert [alert.pop("resolved") for alert in kept] == resolved
-        ends = [0, *(event["seq"] for event in resolved)]
-        firsts = [min(a["seq"] for a in alerts if a["seq"] > end) for end in ends[:-1]]
-        assert [alert["seq"] for alert in kept] == firsts and kept[0] == alerts[0]
-        if cooldown == 3600:
-            assert (len(alerts), len(resolved)) == (1, 1)
-        else:
-            times = [alert["timestamp"] for alert in alerts]
-            assert len(times) >= 3 and all(b - a >= 480 for a, b in zip(times, times[1:]))
+        assert kept == [{**first, "resolved": resolved}, {**again, "resolved": None}]
+        times = [alert["timestamp"] for alert in (first, *more, again)]
+        assert len(times) == 4 and all(b - a >= 480 for a, b in zip(times, times[1:]))
 
 
 # End to end: discovery ───────────────────────────────────────────────────────────────────────
@@ -7512,17 +7087,15 @@ class TestStarter:
                 signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, 40})
 
-        read_fd, write_fd = os.pipe()
-        popen: Any = {"preexec_fn": be_odd, "restore_signals": False, "pass_fds": (write_fd,)}
-        with ServerProcess(tmp_path, f"--loop={loop}", **popen) as server:
-            TestTaskProcess().test_process_starts_clean(server)
-            assert server.run("exit 7")["exit_code"] == 7
-            assert server.run("kill -INT $$")["signal"] == "INT"
-            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
-                os.kill(server.pid, number)  # what was ignored stays so
-            assert server.run("ulimit -c 0; kill -QUIT $$")["signal"] == "QUIT"
-        os.close(read_fd)
-        os.close(write_fd)
+        with open(os.devnull) as file:
+            odd: Any = {"restore_signals": False, "preexec_fn": be_odd, "pass_fds": [file.fileno()]}
+            with ServerProcess(tmp_path, f"--loop={loop}", **odd) as server:
+                TestTaskProcess().test_process_starts_clean(server)
+                assert server.run("exit 7")["exit_code"] == 7
+                assert server.run("kill -INT $$")["signal"] == "INT"
+                for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
+                    os.kill(server.pid, number)  # what was ignored stays so
+                assert server.run("ulimit -c 0; kill -QUIT $$")["signal"] == "QUIT"
 
     @both_loops
     def test_out_of_descriptors(self, tmp_path: Path, loop: str) -> None:
@@ -7534,9 +7107,8 @@ class TestStarter:
                 for _ in range(3):
                     status, answer = send("POST", "/exec", "true")
                     assert (status, answer["error"]) == (503, "no_resources")
-                wait_until(lambda: [r for r in server.records if r["level"] == "error"])
-                (event, *_) = (r["event"] for r in server.records if r["level"] == "error")
-                wait_until(lambda: len(server.log(event)) >= 3)
+                errors = wait_until(lambda: [r for r in server.records if r["level"] == "error"])
+                wait_until(lambda: len(server.log(errors[0]["event"])) >= 3)
                 assert send("GET", "/health")[0] == 200
             wait_until(lambda: server.descriptors() <= before)
             assert server.run("echo hi")["output"] == "hi\n"
@@ -7557,7 +7129,7 @@ class TestStarter:
                     wait_for_death(pids, 8.0)
                 assert server.wait_for_end(task_id)["state"] == "killed"
 
-    def test_reaps_orphans_as_pid_1(self, tmp_path: Path) -> None:
+    def test_reaps_orphans_as_pid_1(self, tmp_path: Path, gate: Gate) -> None:
         """Fact 8."""
         prefix = ("unshare", "--fork", "--pid", "--mount-proc")
         if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
@@ -7566,8 +7138,10 @@ class TestStarter:
             assert server.pid == 1
             (pid,) = child_pids(server.process.pid)
             with kill_at_last([pid]):
-                answer = server.run("for i in 1 2 3 4 5; do (sleep 0.2 &); done; exit 7")
+                answer = server.run(f"for i in 1 2 3 4 5; do ({gate.wait} &); done; exit 7")
                 assert answer["exit_code"] == 7 and len(child_pids(pid)) == 5
+                for _ in range(5):
+                    gate.open()
                 wait_until(lambda: not child_pids(pid))
                 task_id = server.start("(sleep 60 &); (setsid sleep 61 &); exec sleep 60")
                 three = ["sleep 60", "sleep 60", "sleep 61"]  # that has called setsid() then
@@ -7667,17 +7241,15 @@ class TestStopping:
                 assert time.monotonic() - start < 30
                 wait_for_death(pids)
 
-    def test_nothing_is_started_any_more(self, tmp_path: Path) -> None:
+    def test_nothing_is_started_any_more(self, tmp_path: Path, gate: Gate) -> None:
         """By a client that has been connected before."""
-        may_end = tmp_path / "may end"
-        deaf = f"trap '' TERM; echo ready; until [ -e '{may_end}' ]; do sleep 0.02; done"
         with ServerProcess(tmp_path) as server, server.connect() as kept:
-            start_ready(server, deaf)
+            start_ready(server, f"trap '' TERM; echo ready; {gate.wait}")
             os.kill(server.pid, signal.SIGTERM)
             wait_until(lambda: not listening_ports(server.pid))
             kept.sendall(post(line="POST /exec?wait", body=b"true"))
             answer = read_all(kept)
-            may_end.touch()
+            gate.open()
             assert answer.startswith(b"HTTP/1.1 503 ") and b"the server is stopping" in answer
             assert server.process.wait(PATIENCE_SECONDS) == 0
 
@@ -7768,8 +7340,6 @@ def read_unit(text: str) -> dict[str, list[str]]:
 class TestUnit:
     """SPEC 11: `unit` prints what systemd takes."""
 
-    PROFILES: tuple[tuple[str, ...], ...] = ((), ("--no-exec",), ("--user=root",))
-
     @parametrize_rows("text, quoted", [
         ("plain", "--host=127.0.0.1", "--host=127.0.0.1"), ("space", "a b", '"a b"'),
         ("empty", "", '""'), ("specifier", "50%h", '"50%%h"'),
@@ -7784,53 +7354,40 @@ class TestUnit:
     def test_what_cannot_stand_there_is_refused(self, tmp_path: Path) -> None:
         """systemd would join the next line, cut a space off, or mount elsewhere."""
         for path in ("/etc/token\\", "/etc/token ", "/etc/to\nken"):
-            finished = run_client("unit", f"--token-file={path}")
-            assert (finished.returncode, finished.stdout) == (2, b"")
-            assert b"cannot stand in a unit" in finished.stderr
+            with pytest.raises(sc.ConfigError, match="--token-file: .* cannot stand in a unit"):
+                print_unit(f"--token-file={path}")
         for name in ("a:b.py", "a\tb.py", "a\nb.py", "a\xa0b.py", "a\u200bb.py", "a\udcffb.py"):
             script = tmp_path / name  # in /tmp, which the sandbox hides
             shutil.copy(SCRIPT, script)
-            finished = run_client("unit", script=script)
-            assert (finished.returncode, finished.stdout) == (2, b""), name
-            assert finished.stderr.count(b"\n") == 1 and b"into /usr/local/bin" in finished.stderr
+            with pytest.raises(sc.ConfigError, match="put it into /usr/local/bin"):
+                print_unit(script=script)
         with SCRIPT.open("rb") as pipe:
             finished = run_client("unit", stdin=pipe, script="-")
         assert (finished.returncode, finished.stderr.count(b"\n")) == (2, 1)
 
-    @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
+    @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root",)], ids=" ".join)
     def test_systemd_is_content(self, tmp_path: Path, options: tuple[str, ...]) -> None:
-        """With the options that make every line appear; no worse than the README says."""
+        """With the options that make every line appear; the score is what the README says."""
         unit = tmp_path / "servercontrol.service"
         more = ["--port=80", "--tls-cert=/a b%/c", "--host=::", "--allow-host=\"$%\\'"]
-        for extra in ([], more):
+        for extra in (more, []):
             printed = run_client("unit", *options, *extra, script=SCRIPT).stdout
             assert printed.decode() == print_unit(*options, *extra)[0]
             unit.write_bytes(printed)
             assert analyze("verify", unit) == ""
-
-    @pytest.mark.parametrize("options", PROFILES, ids=" ".join)
-    def test_score_is_what_the_readme_says(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+        (tmp_path / "servercontrol.socket").write_text(read_example("servercontrol.socket"))
+        assert analyze("verify", tmp_path / "servercontrol.socket") == ""
         name = options[0].replace("root", "NAME") if options else ""
         row = re.search(rf"^\| `unit ?{name}` \| ([0-9.]+) \|", read_docs(), re.MULTILINE)
-        assert row
-        unit = tmp_path / "servercontrol.service"
-        unit.write_text(print_unit(*options)[0], encoding="utf-8")
         told = analyze("security", "--offline=true", "--no-pager", unit, status=None)
         score = re.search(r"exposure level for servercontrol.service: ([0-9.]+)", told)
-        assert score and float(score.group(1)) <= float(row.group(1)), told
-
-    def test_readme_socket_unit_is_fine(self, tmp_path: Path) -> None:
-        (tmp_path / "servercontrol.service").write_text(print_unit()[0], encoding="utf-8")
-        unit = tmp_path / "servercontrol.socket"
-        unit.write_text(read_example("servercontrol.socket"))
-        assert analyze("verify", unit) == ""
+        assert row and score and float(score.group(1)) <= float(row.group(1)), told
 
     def test_command_is_what_was_typed(self) -> None:
         environ = {"SERVERCONTROL_PORT": "1"}  # of whoever types, not of the service
         options = ["--no-exec", "--host=::1", "--host", "::", "--interval=2", "--shell=bash"]
         options += ["--audit-log=-", "--unix=sock et", "--user", "root", "--token-file=t"]
-        there = {"cwd": HERE}
-        told = run_client("unit", *options, script=SCRIPT.name, streams=there, **environ)
+        told = run_client("unit", *options, script=SCRIPT.name, streams={"cwd": HERE}, **environ)
         unit = read_unit(told.stdout.decode())
         (command,) = unit["ExecStart"]
         words = shlex.split(command)
@@ -7851,17 +7408,17 @@ class TestUnit:
         assert not {"ReadOnlyPaths", "TemporaryFileSystem"} & set(account)
         for unit in (sandbox, account):
             assert (unit["Type"], unit["KillMode"]) == (["notify"], ["mixed"])
+        monitors = [read_unit(print_unit("--no-exec", *user)[0]) for user in ((), ("--user=root",))]
+        for unit in (sandbox, *monitors):
+            # ProtectSystem=strict alone leaves /run writable beside ProtectKernelTunables=yes.
+            assert (unit["ProtectSystem"], unit["ReadOnlyPaths"]) == (["strict"], ["/run"])
+            assert unit["TemporaryFileSystem"] == ["/dev/shm:mode=1777"]
+            assert unit["RuntimeDirectory"] == ["servercontrol"]  # stays writable
         low = read_unit(print_unit("--ws-port=82")[0])
         for name in ("AmbientCapabilities", "CapabilityBoundingSet"):
             assert low[name] == ["CAP_NET_BIND_SERVICE"]
         (command,) = read_unit(print_unit("--user=root", "--token-file=/t")[0])["ExecStart"]
         assert command.endswith(" --token-file=/t")  # root reads it itself
-
-    def test_path_may_begin_with_two_slashes(self, tmp_path: Path) -> None:
-        """Which POSIX gives a meaning of its own: it has no parent, and is not `/`."""
-        script = shutil.copy(SCRIPT, tmp_path)
-        assert not sc.is_permitted(f"/{script}", os.getuid() + 1, 4)  # pytest's folders are 0700
-        assert sc.is_permitted("//dev/null", os.getuid() + 1, 4)
 
     def test_python_is_one_that_the_account_can_run(self) -> None:
         """Not one in a closed home, nor a link into that: systemd would say 203/EXEC."""
@@ -7880,6 +7437,9 @@ class TestUnit:
             link.symlink_to(python)
             for path in (python, link):
                 assert is_chosen(path, os.getuid()) and not is_chosen(path, other)
+            # POSIX gives two slashes a meaning of their own: they have no parent, and are not "/".
+            assert not sc.is_permitted(f"/{python}", other, 1)
+            assert sc.is_permitted("//dev/null", other, 4)
             os.chmod(closed, 0o711)
             assert is_chosen(python, other) and is_chosen(link, other)
             python.chmod(0o744)
@@ -7888,11 +7448,11 @@ class TestUnit:
     def test_missing_files_are_told(self, tmp_path: Path) -> None:
         there = tmp_path / "there"
         there.touch()
+        paths = ("/nonexistent/token", str(there) + "/token", "/etc", "-")
         for option in ("--token-file", "--view-token-file"):
-            for path in ("/nonexistent/token", str(there) + "/token", "/etc", "-"):
-                for user in ((), ("--user=root",)):
-                    told = print_unit(f"{option}={path}", *user)[1]
-                    assert f"{option}: there is no file {path}\n" in told
+            for path, user in itertools.product(paths, ((), ("--user=root",))):
+                told = print_unit(f"{option}={path}", *user)[1]
+                assert f"{option}: there is no file {path}\n" in told
             assert "there is no file" not in print_unit(f"{option}={there}")[1]
         told = print_unit(f"--tls-cert={there}", "--tls-key=/nonexistent/key")[1]
         assert "--tls-key: there is no file /nonexistent/key" in told and "--tls-cert:" not in told
@@ -7900,11 +7460,8 @@ class TestUnit:
     def test_file_that_may_be_there_is_not_called_missing(self) -> None:
         """`unit` is for any account, and a private key is often in a folder of root's."""
         with tempfile.TemporaryDirectory() as closed:  # 0700
-
-            def ask() -> bytes:
-                return b"%d%d" % (sc.is_missing(closed + "/key"), sc.is_missing("/etc"))
-
-            assert as_nobody(ask) == b"01"
+            paths = (closed + "/key", "/etc")
+            assert as_nobody(lambda: bytes(map(sc.is_missing, paths))) == b"\0\1"
 
     @parametrize_rows("name, begins", [
         ("space", "a b", '"{}/a b/python3"'), ("specifier", "50%h", '"{}/50%%h/python3"'),
@@ -7912,23 +7469,14 @@ class TestUnit:
         ("quote", 'a"b', "/usr/bin/python3"), ("backslash", "a\\b", "/usr/bin/python3"),
         ("line end", "a\nb", "/usr/bin/python3"), ("no text", "\udcff", "/usr/bin/python3"),
     ])  # fmt: skip
-    def test_python_is_one_that_systemd_takes(self, tmp_path: Path, capfd, name: str, begins: str):
+    def test_python_is_one_that_systemd_takes(self, tmp_path: Path, name: str, begins: str) -> None:
         """It refuses quotes and backslashes there, and takes $$ as it stands."""
         python = tmp_path / name / "python3"
         python.parent.mkdir()
         python.symlink_to(sys.executable)
         with mock.patch.object(sys, "executable", str(python)):
-            assert sc.unit_command(["--user=root"], {}) == 0
-        (command,) = read_unit(capfd.readouterr().out)["ExecStart"]
+            (command,) = read_unit(print_unit("--user=root")[0])["ExecStart"]
         assert command.startswith(begins.format(tmp_path) + " -I ")
-
-    @pytest.mark.parametrize("options", [(), ("--no-exec",), ("--user=root", "--no-exec")])
-    def test_sandbox_shares_neither_run_nor_memory(self, options: tuple[str, ...]) -> None:
-        """ProtectSystem=strict alone leaves /run writable beside ProtectKernelTunables=yes."""
-        unit = read_unit(print_unit(*options)[0])
-        assert (unit["ProtectSystem"], unit["ReadOnlyPaths"]) == (["strict"], ["/run"])
-        assert unit["TemporaryFileSystem"] == ["/dev/shm:mode=1777"]
-        assert unit["RuntimeDirectory"] == ["servercontrol"]  # stays writable
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own the file")
     def test_doubts_are_told(self) -> None:
@@ -7959,119 +7507,89 @@ class TestUnit:
             assert read_unit(text)["BindReadOnlyPaths"] == [str(script)]
             assert "emptied" in told and "cannot read" not in told
 
-    @parametrize_rows("options, word", [
-        ("bad option", ["--port=x"], "--port"), ("unknown option", ["--bogus"], "--bogus"),
-        ("a word", ["serve"], "serve"), ("no account", ["--user=no such account"], "--user"),
-        ("no name", ["--user"], "--user"), ("key alone", ["--tls-key=x"], "--tls-key"),
-        ("no_auth and a token file", ["--no-auth", "--token-file=x"], "--no-auth"),
-        ("line end in a path", ["--token-file=a\nb"], "--token-file"),
-    ])  # fmt: skip
-    def test_refused_with_status_2(self, tmp_path: Path, options: list[str], word: str) -> None:
-        check_refusal(tmp_path, 2, [word], "unit", *options)
-
-    def test_help_says_how_to_install_it(self) -> None:
+    def test_says_how_to_install_it(self) -> None:
+        """To people, and not in the unit."""
         text = run_client("unit", "--help").stdout.decode()
         for word in ("sudo tee /etc/systemd", "daemon-reload", "enable --now", "--user NAME"):
             assert word in text
-
-    def test_hint_is_for_people_and_not_in_the_unit(self) -> None:
-        ours, theirs = pty.openpty()
-        try:
-            told = run_client("unit", script=SCRIPT, streams={"stderr": theirs})
-            assert b"systemctl daemon-reload" in os.read(ours, 65536)
-        finally:
-            os.close(ours)
-            os.close(theirs)
-        assert told.stdout.decode() == print_unit()[0]
-
-    def test_unit_that_nobody_reads_is_one_line(self) -> None:
-        with open("/dev/full", "wb") as full:
-            told = run_client("unit", streams={"stdout": full})
-        assert told.returncode == 1 and b"standard output" in told.stderr
+        with Person("unit", stdout=subprocess.PIPE) as person, person.process.stdout as unit:
+            person.read_until("systemctl daemon-reload")
+            assert unit.read().decode() == print_unit(script=Path(compiled_script()))[0]
 
 
 class TestSupervisor:
     """SPEC 12: systemd is told (sd_notify(3))."""
 
-    @staticmethod
-    @contextlib.contextmanager
-    def listen(name: str) -> Iterator[socket.socket]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-            supervisor.settimeout(PATIENCE_SECONDS)
-            supervisor.bind(name.replace("@", "\0", 1))
-            yield supervisor
+    @pytest.fixture()
+    def supervisor(self, request: Any) -> Iterator[tuple[dict[str, str], socket.socket]]:
+        """The variable that names a socket, of this kind, and the socket."""
+        with tempfile.TemporaryDirectory() as folder:
+            is_abstract = getattr(request, "param", "path") == "abstract"
+            name = f"@servercontrol-{os.urandom(8).hex()}" if is_abstract else folder + "/n"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+                listener.settimeout(PATIENCE_SECONDS)
+                listener.bind(name.replace("@", "\0", 1))
+                yield {"NOTIFY_SOCKET": name}, listener
 
     @pytest.mark.parametrize("loop", loops())
-    @pytest.mark.parametrize("kind", ["path", "abstract"])
-    def test_ready_alive_and_stopping(self, tmp_path: Path, kind: str, loop: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            name = f"@servercontrol-{os.urandom(8).hex()}" if kind == "abstract" else folder + "/n"
-            env = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "400000"}
-            with self.listen(name) as supervisor:
-                with ServerProcess(tmp_path, f"--loop={loop}", env=env) as server:
-                    ready = supervisor.recv(4096).decode().split("\n")
-                    url = f"http://{server.place}"
-                    assert ready == ["READY=1", f"STATUS=listening at {url}"]
-                    start = time.monotonic()
-                    assert [supervisor.recv(4096) for _ in range(6)] == [b"WATCHDOG=1"] * 6
-                    assert time.monotonic() - start >= 0.9  # the first of them came at once
-                    assert "_USEC" not in server.run("env")["output"]
-                    assert "NOTIFY" not in server.run("env")["output"]
-                    server.process.terminate()
-                    last = b"STOPPING=1\nSTATUS=stopping, 0 tasks run"
-                    assert set(iter(lambda: supervisor.recv(4096), last)) <= {b"WATCHDOG=1"}
-                    assert server.process.wait(PATIENCE_SECONDS) == 0
+    @pytest.mark.parametrize("supervisor", ["path", "abstract"], indirect=True)
+    def test_ready_alive_and_stopping(self, tmp_path: Path, supervisor: Any, loop: str) -> None:
+        env, listener = supervisor
+        env["WATCHDOG_USEC"] = "400000"
+        with ServerProcess(tmp_path, f"--loop={loop}", env=env) as server:
+            ready = listener.recv(4096).decode().split("\n")
+            assert ready == ["READY=1", f"STATUS=listening at http://{server.place}"]
+            start = time.monotonic()
+            assert [listener.recv(4096) for _ in range(6)] == [b"WATCHDOG=1"] * 6
+            assert time.monotonic() - start >= 0.9  # the first of them came at once
+            assert not re.search("_USEC|NOTIFY", server.run("env")["output"])
+            server.process.terminate()
+            last = b"STOPPING=1\nSTATUS=stopping, 0 tasks run"
+            assert set(iter(lambda: listener.recv(4096), last)) <= {b"WATCHDOG=1"}
+            assert server.process.wait(PATIENCE_SECONDS) == 0
 
-    def test_ready_comes_only_after_listening(self, tmp_path: Path) -> None:
+    def test_ready_comes_only_after_listening(self, tmp_path: Path, supervisor: Any) -> None:
         """A start that fails says nothing."""
-        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as supervisor:
-            env = {"NOTIFY_SOCKET": folder + "/n"}
-            check_refusal(tmp_path, 1, ["cannot listen"], "--host=192.0.2.1", **env)
-            supervisor.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                supervisor.recv(4096)
+        env, listener = supervisor
+        check_refusal(tmp_path, 1, ["cannot listen"], "--host=192.0.2.1", **env)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.recv(4096)
 
-    def test_hung_loop_is_mute(self, tmp_path: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as listener:
+    @in_loop
+    async def test_hung_loop_is_mute(self, supervisor: Any) -> None:
+        env, listener = supervisor
+        listener.setblocking(False)
 
-            async def receive() -> bytes:
-                listener.setblocking(False)
-                return await asyncio.get_running_loop().sock_recv(listener, 4096)
+        async def receive() -> bytes:
+            receiving = asyncio.get_running_loop().sock_recv(listener, 4096)
+            return await asyncio.wait_for(receiving, PATIENCE_SECONDS)
 
-            async def run() -> None:
-                environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": "20000"}
-                sc.SystemdNotifier(environ).beat()
-                for _ in range(3):
-                    assert await asyncio.wait_for(receive(), PATIENCE_SECONDS) == b"WATCHDOG=1"
-                while True:  # what was sent before
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(receive(), 0)
-                        continue
-                    break
-                time.sleep(0.2)  # hangs on purpose
-                with pytest.raises(BlockingIOError):
-                    listener.recv(4096)
-                    listener.recv(4096)
-                assert await asyncio.wait_for(receive(), PATIENCE_SECONDS) == b"WATCHDOG=1"
-
-            asyncio.run(run())
+        sc.SystemdNotifier({**env, "WATCHDOG_USEC": "20000"}).beat()
+        assert [await receive() for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        with pytest.raises(BlockingIOError):
+            while listener.recv(4096):  # what was sent before
+                pass
+        time.sleep(0.2)  # hangs on purpose
+        with pytest.raises(BlockingIOError):
+            listener.recv(4096)
+        assert await receive() == b"WATCHDOG=1"
 
     @pytest.mark.parametrize("usec, pid", [("20000", "1"), ("", ""), ("soon", ""), ("0", "")])
-    def test_watchdog_of_somebody_else(self, usec: str, pid: str) -> None:
-        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n") as listener:
-            environ = {"NOTIFY_SOCKET": folder + "/n", "WATCHDOG_USEC": usec, "WATCHDOG_PID": pid}
-            supervisor = sc.SystemdNotifier(environ)
-            supervisor.beat()
-            supervisor.tell("STATUS=only this")
-            assert listener.recv(4096) == b"STATUS=only this" and environ == {}
+    def test_watchdog_of_somebody_else(self, supervisor: Any, usec: str, pid: str) -> None:
+        env, listener = supervisor
+        env.update(WATCHDOG_USEC=usec, WATCHDOG_PID=pid)
+        notifier = sc.SystemdNotifier(env)
+        notifier.beat()
+        notifier.tell("STATUS=only this")
+        assert listener.recv(4096) == b"STATUS=only this" and env == {}
 
     @pytest.mark.parametrize("name", ["/nonexistent/n", "@" + "x" * 200, "relative", "@", "full"])
-    def test_failing_does_not_matter(self, tmp_path: Path, name: str) -> None:
-        with tempfile.TemporaryDirectory() as folder, self.listen(folder + "/n"):
-            path = folder + "/n" if name == "full" else name
-            env = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "2000"}  # nobody reads: the queue fills
-            with ServerProcess(tmp_path, env=env) as server:
-                assert server.run("sleep 0.2; echo hi")["output"] == "hi\n"
+    def test_failing_does_not_matter(self, tmp_path: Path, supervisor: Any, name: str) -> None:
+        env = supervisor[0] if name == "full" else {"NOTIFY_SOCKET": name}
+        env["WATCHDOG_USEC"] = "2000"  # nobody reads: the queue fills
+        with ServerProcess(tmp_path, env=env) as server:
+            assert server.run("sleep 0.2; echo hi")["output"] == "hi\n"
 
 
 # Puts the descriptors named by its first argument at 3 and above, as systemd does.
@@ -8092,23 +7610,6 @@ def activate(*sockets: Any) -> dict[str, Any]:
     fds = [one.fileno() for one in sockets]
     words = (sys.executable, "-c", ACTIVATOR, " ".join(map(str, fds)))
     return {"prefix": words, "pass_fds": fds}
-
-
-class PassedUnixServer(UnixServer):
-    """A server that is asked over a Unix socket that it was given, also of an abstract name."""
-
-    def connect(self, port: int | None = None) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(PATIENCE_SECONDS)
-        connection.connect(str(self.path).replace("@", "\0", 1))
-        return connection
-
-
-def try_connection(port: int) -> socket.socket | None:
-    """Return a connection to a port, None while nobody listens there."""
-    with contextlib.suppress(ConnectionRefusedError):
-        return socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
-    return None
 
 
 class TestPassedSockets:
@@ -8149,9 +7650,8 @@ class TestPassedSockets:
         with bind(address="0.0.0.0") as wide, bind() as narrow:
             env = {"LISTEN_FDNAMES": "http:ws", **TOKENS}
             with ServerProcess(tmp_path, env=env, **activate(wide, narrow)) as server:
-                check_error(server.request("GET", "/tasks"), 401)
-                answer = server.request("GET", "/tasks", Authorization=f"Bearer {SERVER_RUN_TOKEN}")
-                assert answer.status == 200
+                check_answer(server, 401, "GET /tasks")
+                check_answer(server, 200, "GET /tasks", f"Authorization: Bearer {SERVER_RUN_TOKEN}")
                 server.port = server.ws_port
                 assert server.get("/tasks") == []
                 ask_as_nobody(server, 401, "GET /tasks")
@@ -8162,13 +7662,13 @@ class TestPassedSockets:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             folder.chmod(0o755)
-            path = f"{name}/s" if kind == "path" else f"@servercontrol-{os.urandom(8).hex()}"
+            path = f"{name}/s" if kind == "path" else f"\0servercontrol-{os.urandom(8).hex()}"
             with socket.socket(socket.AF_UNIX) as one:
-                one.bind(path.replace("@", "\0", 1))
+                one.bind(path)
                 one.listen()
-                options = {"path": Path(path), **activate(one), "env": TOKENS}
-                with PassedUnixServer(folder, **options) as server:
-                    assert server.log("listening")[0]["unix"] == path
+                with UnixServer(folder, **activate(one), env=TOKENS) as server:
+                    server.path = path  # not that of --unix, which means nothing then
+                    assert server.log("listening")[0]["unix"] == path.replace("\0", "@")
                     assert ask(server, make_request("GET /tasks")).status == 200
                     if kind == "path":
                         Path(path).chmod(0o666)
@@ -8204,14 +7704,10 @@ class TestPassedSockets:
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
             start = activate(*(stack.enter_context(make[kind]()) for kind in kinds))
-            env = {"XDG_STATE_HOME": str(tmp_path), "LISTEN_FDNAMES": names}
-            streams = {"pass_fds": start["pass_fds"]}
-            told = run_client(prefix=start["prefix"], streams=streams, **env)
-        assert told.returncode == 2 and word.encode() in told.stderr
-        assert told.stderr.count(b"\n") == 1
+            more = {"prefix": start["prefix"], "streams": {"pass_fds": start["pass_fds"]}}
+            check_refusal(tmp_path, 2, [word], LISTEN_FDNAMES=names, **more)
 
     def test_by_systemds_own_activator(self, tmp_path: Path) -> None:
-        """It starts the server when the first connection comes."""
         with bind() as one:
             port = one.getsockname()[1]
         tool = find_program("systemd-socket-activate", "systemd")
@@ -8219,7 +7715,9 @@ class TestPassedSockets:
         prefix += (f"--setenv=XDG_STATE_HOME={tmp_path}",)
 
         def ask_first() -> bytes:
-            with wait_until(lambda: try_connection(port)) as early:
+            with socket.socket() as early:
+                early.settimeout(PATIENCE_SECONDS)
+                wait_until(lambda: early.connect_ex(("127.0.0.1", port)) == 0)
                 early.sendall(make_request("GET /health", "Connection: close"))
                 return read_all(early)
 
@@ -8319,6 +7817,13 @@ def run_client(*arguments: str, stdin=b"", prefix=(), script="", streams=None, *
     return subprocess.CompletedProcess(process.args, process.returncode, shown, errors)
 
 
+def check_command(status: int, told: str, *arguments: str, **options: Any) -> str:
+    """Run a command, which must end with this status and tell this; return its output."""
+    finished = run_client(*arguments, **options)
+    assert finished.returncode == status and told in finished.stderr.decode(), finished
+    return (finished.stdout or b"").decode()
+
+
 @contextlib.contextmanager
 def running_client(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A client command while it runs."""
@@ -8335,6 +7840,18 @@ def running_client(*arguments: str, **options: Any) -> Iterator[subprocess.Popen
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+@contextlib.contextmanager
+def ending_client(status: Any, told: str, *arguments: str, **options: Any) -> Iterator[Any]:
+    """A command while it runs. It must end with this status, or one of these, and tell this, or
+    nothing; what was read in between does not count."""
+    with running_client(*arguments, **options) as process:
+        yield process
+        ends = status if isinstance(status, tuple) else (status,)
+        assert process.wait(PATIENCE_SECONDS) in ends
+        shown = process.stderr.read().decode()
+        assert told in shown if told else not shown
 
 
 def write_hosts(folder: Path, *lines: str) -> str:
@@ -8387,14 +7904,11 @@ class Cutter(Place):
 
     choose: gives for connection number N how many bytes of the server's answer go through before
     it is cut, None for all of them. stalls: then it is not cut, but stands still until `resumed`.
-    delay_seconds: how long each byte is on its way.
     """
 
-    def __init__(self, port: int, choose: Any, stalls=False, delay_seconds=0.0) -> None:
+    def __init__(self, port: int, choose: Any, stalls: bool = False) -> None:
         super().__init__()
-        self.target, self.choose, self.stalls, self.delay_seconds = (
-            port, choose, stalls, delay_seconds,
-        )  # fmt: skip
+        self.target, self.choose, self.stalls = port, choose, stalls
         self.resumed = threading.Event()
         self.change: Callable[[bytes], bytes] = bytes
         # Connections so far, those that were cut, and those that are open.
@@ -8421,8 +7935,7 @@ class Cutter(Place):
         limit = self.choose(self.count)
         self.count += 1
         for pair in ((client, server, None), (server, client, limit)):
-            pump = self._pump_late if self.delay_seconds else self._pump
-            threading.Thread(target=pump, args=pair, daemon=True).start()
+            threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         with contextlib.suppress(OSError):
@@ -8444,28 +7957,6 @@ class Cutter(Place):
                 one.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ValueError):
             self.open.remove(source)
-        source.close()
-
-    def _pump_late(self, source: socket.socket, sink: socket.socket, _: int | None) -> None:
-        sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        late: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-
-        def send() -> None:
-            data = b"x"
-            while data:
-                due, data = late.get()
-                time.sleep(max(0.0, due - time.monotonic()))
-                with contextlib.suppress(OSError):
-                    sink.sendall(data) if data else sink.shutdown(socket.SHUT_RDWR)
-
-        threading.Thread(target=send, daemon=True).start()
-        data = b"x"
-        while data:
-            try:
-                data = source.recv(65536)
-            except OSError:
-                data = b""
-            late.put((time.monotonic() + self.delay_seconds, data))
         source.close()
 
 
@@ -8493,17 +7984,20 @@ class Impostor(Place):
 
 
 class Player(Impostor):
-    """Speaks the protocol well enough to be followed: path -> answer, or the JSON of one."""
+    """Speaks the protocol well enough to be followed: path -> answer, or the JSON of one, or what
+    is answered at first and then."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
         super().__init__(b"")
-        info, running = {"boot_id": "b"}, {"state": "running", "output_bytes": 3}
-        self.answers = {
-            "/info": info, "/exec": STREAM, "/logs": STREAM, "/tasks": running, **answers,
-        }  # fmt: skip
+        info, task = {"boot_id": "b"}, {"state": "running", "output_bytes": 3}
+        own = {"/info": info, "/exec": STREAM, "/logs": STREAM, "/tasks": task}
+        self.answers: dict[str, Any] = {**own, **answers}
 
     def serve(self, connection: socket.socket, request: bytes) -> None:
-        answer = self.answers.get(re.split(rb"[ ?]", request)[1].decode(), b"")
+        path = re.split(rb"[ ?]", request)[1].decode()
+        answer = self.answers.get(path, b"")
+        if isinstance(answer, tuple):
+            answer, self.answers[path] = answer
         is_json = not isinstance(answer, bytes)
         connection.sendall(OK + json.dumps(answer).encode() if is_json else answer)
 
@@ -8532,24 +8026,22 @@ NONSENSE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# text: (host, port, tls, path, unix)
-TARGETS = {
-    "web1": ("web1", 8080, False, "", ""), "web1:81": ("web1", 81, False, "", ""),
-    "10.0.0.1": ("10.0.0.1", 8080, False, "", ""), "::1": ("::1", 8080, False, "", ""),
-    "[::1]": ("::1", 8080, False, "", ""), "[::1]:81": ("::1", 81, False, "", ""),
-    "fe80::1%eth0": ("fe80::1%eth0", 8080, False, "", ""),
-    "https://[fe80::1%25eth0]:81/": ("fe80::1%eth0", 81, True, "", ""),
-    "http://web1": ("web1", 80, False, "", ""), "http://web1:8080/": ("web1", 8080, False, "", ""),
-    "https://web1/sc/": ("web1", 443, True, "/sc", ""),
-    "ws://web1:8082": ("web1", 8082, False, "", ""), "wss://web1": ("web1", 443, True, "", ""),
-    "HTTP://Web1:08/": ("web1", 8, False, "", ""),
-    "/run/sc.sock": ("", 0, False, "", "/run/sc.sock"),
+# text: the fields of a Target, from host on
+TARGETS: dict[str, tuple[Any, ...]] = {
+    "web1": ("web1", 8080), "web1:81": ("web1", 81), "10.0.0.1": ("10.0.0.1", 8080),
+    "web1:": ("web1", 8080),  # RFC 3986, 3.2.3
+    "::1": ("::1", 8080), "[::1]": ("::1", 8080), "[::1]:81": ("::1", 81),
+    "fe80::1%eth0": ("fe80::1%eth0", 8080),
+    "https://[fe80::1%25eth0]:81/": ("fe80::1%eth0", 81, True),
+    "http://web1": ("web1", 80), "http://web1:8080/": ("web1", 8080), "HTTP://Web1:08/": ("web1", 8),
+    "https://web1/sc/": ("web1", 443, True, "/sc"),
+    "ws://web1:8082": ("web1", 8082), "wss://web1": ("web1", 443, True),
+    **{path: ("", 0, False, "", path) for path in ("/run/sc.sock", "./a", "../a", "//web1")},
     "unix:/run/unix:x": ("", 0, False, "", "/run/unix:x"),
-    "./sc.sock": ("", 0, False, "", "./sc.sock"), "../sc.sock": ("", 0, False, "", "../sc.sock"),
 }  # fmt: skip
 NO_TARGETS = (
-    *("", "web1:", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
-    *("unix:", "unix://", "web1:0", "http://web1:0/", "web1:-1", "//web1", "http:web1", "?", "#a"),
+    *("", "web1:x", "web1:70000", "web1/x", "ftp://web1", "http://", "http:///x", ":80"),
+    *("unix:", "unix://", "web1:0", "http://web1:0/", "web1:-1", "http:web1", "?", "#a"),
     *("http://me:pw@web1", "http://:pw@web1", "http://@web1", "http://web1/?a", "http://web1/#a"),
     *("we b1", "[::1", "wéb", "a\x1b[m"),
 )
@@ -8561,21 +8053,13 @@ class TestTargets:
     @pytest.mark.parametrize("text", TARGETS)
     def test_names_a_server(self, text: str) -> None:
         target = sc.parse_target("name", text)
-        assert target.name == "name"
-        assert (target.host, target.port, target.tls, target.path, target.unix) == TARGETS[text]
+        assert target == sc.Target("name", *TARGETS[text])
         if not target.unix:  # what is shown means the same
-            again = sc.parse_target("name", target.url)
-            assert again == target
+            assert sc.parse_target("name", target.url) == target
             assert "%" not in target.authority
 
     @pytest.mark.parametrize("text", NO_TARGETS)
     def test_says_what_is_no_server(self, text: str) -> None:
-        if text == "//web1":  # a path
-            assert sc.parse_target("", text).unix == text
-            return
-        if text == "web1:":  # RFC 3986, 3.2.3: an empty port is the default one
-            assert sc.parse_target("", text).port == 8080
-            return
         with pytest.raises(sc.ConfigError) as caught:
             sc.parse_target("name", text)
         assert str(caught.value).isprintable()
@@ -8591,29 +8075,24 @@ class TestTargets:
         with pytest.raises(sc.ConfigError, match="hosts: line [12]: "):
             sc.parse_hosts(text, "hosts")
 
-    @pytest.mark.parametrize(
-        "head", [b"", b"SSH-2.0-OpenSSH", b"HTTP/2 200", b"HTTP/1.1 2x0", b"\x15\x03\x01", b"\r\n"]
-    )
-    def test_wants_http(self, head: bytes) -> None:
-        async def read() -> None:
+    @in_loop
+    async def test_wants_http(self) -> None:
+        for head in (b"", b"SSH-2.0-x", b"HTTP/2 200", b"HTTP/1.1 2x0", b"\x15\x03\x01", b"\r\n"):
             reader = asyncio.StreamReader()
             reader.feed_data(head + b"\r\n\r\n")
-            await sc.read_response_head(reader, sc.parse_target("", "web1"))
-
-        with pytest.raises(sc.UnreachableError, match="does not speak HTTP"):
-            asyncio.run(read())
+            with pytest.raises(sc.UnreachableError, match="does not speak HTTP"):
+                await sc.read_response_head(reader, sc.parse_target("", "web1"))
 
     def test_shows_no_control_characters(self) -> None:
         assert sc.clean_text("a\x1b[31mb\nc\u202e") == "a?[31mb?c?"
         assert sc.clean_text("x" * 10, 4) == "xxx…"
 
     @pytest.mark.parametrize("data", [
-        b"", b"{}", b"[]", b"\xff\xfe", b'{"type":"SERVER_RESPONSE"}',
-        b'{"type":"SERVER_RESPONSE","port":0,"ws_port":1}',
-        b'{"type":"SERVER_RESPONSE","port":"80","ws_port":1}',
-        b'{"type":"SERVER_RESPONSE","port":true,"ws_port":1}',
-        b'{"type":"SERVER_RESPONSE","port":80,"ws_port":65536}',
-        b'{"type":"X","port":80,"ws_port":81}', b"[" * 200,
+        b"", b"{}", b"[]", b"\xff\xfe", b"[" * 200, b'{"type":"X","port":80,"ws_port":81}',
+        *(b'{"type":"SERVER_RESPONSE"%b}' % ports for ports in (
+            b"", b',"port":0,"ws_port":1', b',"port":"80","ws_port":1', b',"port":true,"ws_port":1',
+            b',"port":80,"ws_port":65536',
+        )),
     ])  # fmt: skip
     def test_takes_no_false_reply(self, data: bytes) -> None:
         assert sc.parse_discovery_reply(data, "10.0.0.1") is None
@@ -8645,18 +8124,17 @@ class TestTargets:
         facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 81, "url": "http://evil/"}
         facts.update(address="evil", hostname="a\x1bb" + "x" * 99, version=[1], tls="yes", exec=1)
         found = sc.parse_discovery_reply(json.dumps(facts).encode(), "10.0.0.1")
-        assert found is not None
         assert (found["address"], found["url"]) == ("10.0.0.1", "http://10.0.0.1:80")
         assert found["hostname"].startswith("a?b") and len(found["hostname"]) == 64
         assert (found["tls"], found["exec"]) == (False, False)
 
     def test_makes_names_that_nothing_evaluates(self, tmp_path: Path) -> None:
         names = ("{{ lookup('pipe','id') }}", "a\nb", "web1", "web1", "", "$(id)", "..")
+        url: dict[str, Any] = {"port": 80, "url": "u:1", "urls": []}
         found = [
-            {"hostname": name, "address": f"10.0.0.{n}", "tls": n == 2, "auth": n != 3}
+            {"hostname": name, "address": f"10.0.0.{n}", "tls": n == 2, "auth": n != 3, **url}
             for n, name in enumerate(names)
         ]
-        found = [{**one, "port": 80, "url": "u:1"} for one in found]
         named = sc.name_hosts(found)
         assert len(named) == len(names)
         assert all(re.fullmatch(r"[A-Za-z0-9.-]+", name) for name in named)
@@ -8667,7 +8145,7 @@ class TestTargets:
         assert "{" not in "".join(hosts)
         (tmp_path / "id.token").touch()
         env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, "a-b http://10.9.9.9:80")}
-        lines = sc.parse_hosts(sc.list_new([{**one, "urls": []} for one in found], env), "")
+        lines = sc.parse_hosts(sc.list_new(found, env), "")
         files = {name: target.token_file for name, target in lines.items()}
         assert list(files.items())[1:] == [
             *[("a-b-10.0.0.1-80", "a-b-10.0.0.1-80.token"), ("web1", "web1.token")],
@@ -8677,9 +8155,8 @@ class TestTargets:
 
     def test_makes_no_name_that_means_another(self) -> None:
         names = ("localhost", "LOCALHOST.localdomain", "127.0.0.1", "10.0.0.1", "web1", "web1")
-        found = [
-            {"hostname": name, "address": f"10.0.0.{n}", "port": 80} for n, name in enumerate(names)
-        ]
+        places = [f"10.0.0.{n}" for n in range(len(names))]
+        found = [{"hostname": n, "address": a, "port": 80} for n, a in zip(names, places)]
         own = ["10.0.0.0", "10.0.0.1", "10.0.0.2", "10.0.0.3", "web1"]
         assert list(sc.name_hosts(found)) == [*own, "web1-10.0.0.5-80"]
         taken = {"web1", "web1-10.0.0.4-80", "web1-10.0.0.4-80-2"}
@@ -8726,6 +8203,19 @@ def place(plain_server: ServerProcess) -> str:
     return plain_server.place
 
 
+@pytest.fixture()
+def both(place: str, plain_server: ServerProcess) -> tuple[str, str]:
+    """Two names of one server."""
+    return place, f"localhost:{plain_server.port}"
+
+
+@pytest.fixture()
+def new_tasks(plain_server: ServerProcess) -> Callable[[], list[dict[str, Any]]]:
+    """What returns the tasks that the test has started."""
+    before = len(plain_server.get("/tasks"))
+    return lambda: plain_server.get("/tasks")[before:]
+
+
 # An INT is lost on dash in the moment before it executes its command; then comes the KILL.
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGKILL)
 
@@ -8745,58 +8235,40 @@ class TestExec:
         assert (finished.returncode, finished.stdout, finished.stderr) == (status, output, b"")
 
     def test_says_that_output_was_no_text(self, place: str) -> None:
-        finished = run_client("exec", place, "--", "printf 'p\\303\\244\\377'; exit 3")
-        assert (finished.returncode, finished.stdout) == (3, "pä\ufffd".encode())
         told = "part of the output is no UTF-8 and was replaced: send that by base64"
-        assert finished.stderr.decode() == f"servercontrol: {place}: {told}\n"
+        words = ("exec", place, "--", "printf 'p\\303\\244\\377'; exit 3")
+        assert check_command(3, f"servercontrol: {place}: {told}\n", *words) == "pä\ufffd"
 
     def test_means_this_machine_unless_told(self) -> None:
         finished = run_client("exec", "--", "true")  # no server at 8080, or one of another account
         assert b"localhost (http://localhost:8080): " in finished.stderr or not finished.returncode
 
     @pytest.mark.parametrize("count, size", [(1, 75), (2, 15)])
-    def test_gives_every_byte(self, place, plain_server, tmp_path, count, size):
+    def test_gives_every_byte(self, both, tmp_path: Path, count: int, size: int) -> None:
         """100 or 20 MB, far more than the server keeps; and who reads them pauses."""
-        chance = random.Random(1)
-        data = base64.encodebytes(b"".join(chance.getrandbits(8 * 10**6).to_bytes(10**6, "big")
-                                           for _ in range(size)))  # fmt: skip
+        places, data = both[:count], base64.encodebytes(random.Random(1).randbytes(size * 10**6))
         (tmp_path / "data").write_bytes(data)
-        places = (place, f"localhost:{plain_server.port}")[:count]
-        with running_client("exec", *places, "--", f"cat {tmp_path}/data") as process:
+        told = "2 exit code 0" if count == 2 else ""
+        with ending_client(0, told, "exec", *places, "--", f"cat {tmp_path}/data") as process:
             got = process.stdout.read(10_000_000)
             wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
             time.sleep(1)
             got += process.stdout.read()
-            assert process.wait(PATIENCE_SECONDS) == 0, process.stderr.read()
         width = max(map(len, places))
         for name in places:
             prefix = f"{name:{width}} | ".encode() if count > 1 else b""
             own = [line[len(prefix) :] for line in got.splitlines(True) if line.startswith(prefix)]
             assert b"".join(own) == data
 
-    def test_prefixes_lines_of_several(self, place: str, plain_server: ServerProcess) -> None:
-        other = f"localhost:{plain_server.port}"
-        finished = run_client("exec", place, other, "--", "echo one; sleep 0.1; printf two")
-        width = max(len(place), len(other))
-        pairs = itertools.product((place, other), ("one", "two"))
-        lines = sorted(f"{name:{width}} | {text}" for name, text in pairs)
-        assert sorted(finished.stdout.decode().splitlines()) == lines
-        assert finished.returncode == 0
-        assert b"2 servers: 2 exit code 0" in finished.stderr
+    def test_folds_what_is_equal(self, both: Any) -> None:
+        words = ("exec", "--fold", *both, "127.0.0.1:1", "--", "echo same; exit 3")
+        names = ", ".join(both)
+        summary = f"3 servers: 2 exit code 3 ({names}); 1 not started (127.0.0.1:1)"
+        shown = check_command(125, summary, *words)
+        assert shown == f"── {names} (2 servers, exit code 3)\nsame\n"
 
-    def test_folds_what_is_equal(self, plain_server: ServerProcess) -> None:
-        names = [f"127.0.0.{n}:{plain_server.port}" for n in (1, 2, 3)]
-        # Loopback addresses beyond the first are not served; so two names of one server.
-        names = [plain_server.place, f"localhost:{plain_server.port}", "127.0.0.1:1"]
-        finished = run_client("exec", "--fold", *names, "--", "echo same; exit 3")
-        shown = finished.stdout.decode()
-        assert shown == f"── {names[0]}, {names[1]} (2 servers, exit code 3)\nsame\n"
-        assert finished.returncode == 125
-        summary = f"3 servers: 2 exit code 3 ({names[0]}, {names[1]}); 1 not started (127.0.0.1:1)"
-        assert summary in finished.stderr.decode()
-
-    def test_runs_once_on_a_server_that_is_listed_twice(self, plain_server: Any, tmp_path: Path):
-        port, before = plain_server.port, len(plain_server.get("/tasks"))
+    def test_runs_once_on_a_server_that_is_listed_twice(self, plain_server, new_tasks, tmp_path):
+        port = plain_server.port
         lines = (f"web1 127.0.0.1:{port}", f"web2 localhost:{port}", f"web3 127.0.0.1:{port}")
         env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
         finished = run_client("exec", "--all", "--", "echo hi; exit 3", **env)
@@ -8804,7 +8276,7 @@ class TestExec:
         assert re.fullmatch(rb"web[123] \| hi\n", finished.stdout)
         assert finished.stderr.count(b"): the same server as web") == 2
         assert re.search(rb"3 servers: 1 exit code 3 \(.*\); 2 listed twice", finished.stderr)
-        assert len(plain_server.get("/tasks")) == before + 1
+        assert len(new_tasks()) == 1
 
     def test_receives_its_own_output_alone(self, plain_server: ServerProcess) -> None:
         floods = [plain_server.start("yes") for _ in range(8)]
@@ -8834,8 +8306,6 @@ class TestExec:
         assert finished.stderr.startswith(b"servercontrol: 127.0.0.1:")
 
     def test_ends_an_answer_without_end(self) -> None:
-        """Such a one must not fill our memory."""
-
         class Flood(Player):
             def serve(self, connection: socket.socket, request: bytes) -> None:
                 connection.sendall(OK)
@@ -8843,26 +8313,20 @@ class TestExec:
                     connection.sendall(b"x" * 1_000_000)
 
         with Flood({}) as flood:
-            finished = run_client("exec", flood.place, "--", "true")
-        assert (finished.returncode, b"not answer like Server" in finished.stderr) == (125, True)
+            check_command(125, "not answer like Server", "exec", flood.place, "--", "true")
 
     @pytest.mark.parametrize("name, reason", [
-        ("127.0.0.1:1", b"connection refused"), ("no-such-host.invalid", b"no such host"),
-        ("web1..x", b"no such host"), ("/nonexistent/socket", b"no such file"),
+        ("127.0.0.1:1", "connection refused"), ("no-such-host.invalid", "no such host"),
+        ("web1..x", "no such host"), ("/nonexistent/socket", "no such file"),
     ])  # fmt: skip
-    def test_names_what_is_not_reached(self, name: str, reason: bytes) -> None:
-        finished = run_client("exec", name, "--", "true")
-        assert finished.returncode == 125
-        assert reason in finished.stderr
+    def test_names_what_is_not_reached(self, name: str, reason: str) -> None:
+        check_command(125, reason, "exec", name, "--", "true")
 
-    def test_names_what_is_refused(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path, "--no-exec") as server:
-            finished = run_client("exec", server.place, "--", "true")
-        assert (finished.returncode, b": 403: " in finished.stderr) == (125, True)
-        with ServerProcess(tmp_path, "--max-tasks=1") as server:
-            server.start("sleep 60")
-            finished = run_client("exec", server.place, "--", "true")
-        assert (finished.returncode, b": 429: " in finished.stderr) == (125, True)
+    @pytest.mark.parametrize("option, status", [("--no-exec", 403), ("--max-tasks=1", 429)])
+    def test_names_what_is_refused(self, tmp_path: Path, option: str, status: int) -> None:
+        with ServerProcess(tmp_path, option) as server:
+            server.execute("sleep 60")
+            check_command(125, f": {status}: ", "exec", server.place, "--", "true")
 
     @in_loop
     async def test_what_nobody_asked_for_is_no_answer(self) -> None:
@@ -8890,22 +8354,20 @@ class TestExec:
 
     def test_shows_a_token_only_where_it_belongs(self, tmp_path: Path) -> None:
         write_token(tmp_path, "right", SERVER_RUN_TOKEN)
+        wrong = write_token(tmp_path, "wrong", "another-token-of-somebody")
         with TokenServer(tmp_path / "state") as server, Impostor(b"") as impostor:
             place, other = server.place, impostor.place
-            hosts = write_hosts(tmp_path, f"web1 http://{place} right", f"web2 {other}")
-            env = {"SERVERCONTROL_HOSTS": hosts}
-            finished = run_client("exec", place, "--", "true")
-            assert finished.returncode == 125 and b"401: it needs a token" in finished.stderr
+            lines = (f"web1 http://{place} right", f"web2 {other}", f"web3 {place} wrong")
+            env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
+            check_command(125, "401: it needs a token", "exec", place, "--", "true")
+            check_command(125, f"(the one in {wrong})", "exec", "web3", "--", "true", **env)
             for names in (["web1"], [place], [f"http://{place}/"]):
                 assert run_client("exec", *names, "--", "true", **env).returncode == 0, names
-            named = run_client("exec", place, f"--token-file={tmp_path}/right", "--", "exit 4")
-            assert named.returncode == 4
-            assert run_client("exec", "--all", "--", "true", **env).returncode == 125
+            check_command(4, "", "exec", place, f"--token-file={tmp_path}/right", "--", "exit 4")
+            check_command(125, "", "exec", "--all", "--", "true", **env)
             run_client("exec", "web2", other, "--", "true", **env)
             assert len(impostor.received) == 3
             assert SERVER_RUN_TOKEN.encode() not in b"".join(impostor.received)
-            run_client("exec", other, f"--token-file={tmp_path}/right", "--", "true")
-            assert SERVER_RUN_TOKEN.encode() in impostor.received[-1]
 
     def test_takes_the_token_of_the_name(self, tmp_path: Path) -> None:
         """A server may be listed twice, for both roles; a listed token goes before --token-file."""
@@ -8930,9 +8392,7 @@ class TestExec:
         with Impostor(b"") as there:
             moved = f"HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:{there.port}/\r\n\r\n"
             with Impostor(moved.encode()) as here:
-                place = here.place
-                finished = run_client("exec", place, f"--token-file={token}", "--", "true")
-        assert finished.returncode == 125
+                check_command(125, "", "exec", here.place, f"--token-file={token}", "--", "true")
         assert here.received and not there.received
 
     @pytest.mark.parametrize("arguments, told", [
@@ -8955,6 +8415,10 @@ class TestExec:
         (["discover", "--at=127.0.0.1", "--at=127.0.0.1:80"], "--at: 127.0.0.1:80: "),
         (["discover", "--json", "--hosts"], "--hosts: not allowed with argument --json"),
         (["frobnicate"], "'frobnicate' is no command (see --help)"),
+        (["unit", "--port=x"], "--port: "), (["unit", "--user"], "--user: "),
+        (["unit", "--bogus"], "unrecognized arguments: --bogus"),
+        (["unit", "serve"], "unrecognized arguments: serve"),
+        (["unit", "--user=no such account"], "--user: there is no account"),
     ])  # fmt: skip
     def test_names_a_bad_option(self, arguments: list[str], told: str) -> None:
         finished = run_client(*arguments)
@@ -8964,153 +8428,120 @@ class TestExec:
 
     def test_list_may_have_comments_and_a_broken_token(self, place: str, tmp_path: Path) -> None:
         """What is wrong with a server's token hinders nothing that is done with the others."""
-        lines = (f"\ufeffweb1 http://{place} # one", "web2 web2 gone.token", "  # web3 web3 x")
-        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
-        assert run_client("exec", "web1", "--", "exit 3", **env).returncode == 3
-        assert run_client("exec", place, "--", "exit 3", **env).returncode == 3
         with Impostor(b"") as impostor:
-            lines = (lines[0], f"web2 127.0.0.1:{impostor.port} gone.token", lines[2])
+            bad = f"server2 {impostor.place} gone.token"
+            lines = (f"\ufeffweb1 http://{place} # one", bad, "  # web3 web3 x")
             env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, *lines)}
-            for names, shown in (["web2"], b""), (["--all"], b"web1 | hi\n"):
-                finished = run_client("exec", *names, "--", "echo hi", **env)
-                assert (finished.returncode, finished.stdout) == (125, shown)
-                assert b"gone.token: No such file or directory; copy the server" in finished.stderr
+            for name in ("web1", place):
+                check_command(3, "", "exec", name, "--", "exit 3", **env)
+            told = "gone.token: No such file or directory; copy the server"
+            for name, shown in ("server2", ""), ("--all", "web1    | hi\n"):
+                assert check_command(125, told, "exec", name, "--", "echo hi", **env) == shown
             assert b"".join(impostor.received) == b""
             os.chmod(write_token(tmp_path, "gone.token", SERVER_RUN_TOKEN), 0o644)
-            finished = run_client("exec", "web2", "--", "true", **env)
-            assert finished.returncode == 125 and b"chmod 600" in finished.stderr
+            check_command(125, "chmod 600", "exec", "server2", "--", "true", **env)
 
-    def test_says_which_token_is_wrong(self, place: str, tmp_path: Path) -> None:
-        token = write_token(tmp_path, "wrong", "another-token-of-somebody")
-        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, f"web1 {place} wrong")}
-        finished = run_client("exec", "web1", "--", "true", **env)
-        assert finished.returncode == 125 and f"(the one in {token})".encode() in finished.stderr
-
-    def test_takes_a_token_by_variable_pipe_and_from_another_account(
-        self, place: str, plain_server: ServerProcess, tmp_path: Path
-    ) -> None:
+    def test_takes_a_token_by_variable_and_pipe(self, place: str, plain_server, tmp_path: Path):
         right = state_file(plain_server, "token").read_text().strip()
         token = write_token(tmp_path, "token", right)
         if os.geteuid() == 0:
             os.chown(token, NOBODY, NOBODY)  # root may use the token of a service
-        command, wrong = [place, "--", "true"], "another-token-of-somebody"
+        command, wrong = (place, "--", "true"), "another-token-of-somebody"
         for value, status in (right, 0), (wrong, 125), ("short", 2):
-            assert run_client("exec", *command, SERVERCONTROL_TOKEN=value).returncode == status
+            check_command(status, "", "exec", *command, SERVERCONTROL_TOKEN=value)
         env = {"SERVERCONTROL_TOKEN": wrong}
-        assert run_client("exec", f"--token-file={token}", *command, **env).returncode == 0
-        quoted = shlex.join([sys.executable, str(SCRIPT), "exec"]), shlex.join(command)
-        line = f"{quoted[0]} --token-file <(cat {token}) {quoted[1]}"
-        assert subprocess.run(["bash", "-c", line], env={**os.environ, **env}).returncode == 0
+        check_command(0, "", "exec", f"--token-file={token}", *command, **env)
+        line = f'"$@" --token-file <(cat {token}) {place} -- true'
+        check_command(0, "", "exec", prefix=("bash", "-c", line, "bash"), **env)
 
-    @pytest.mark.parametrize(
-        "lines, told", [("a", "line 1: "), ("a b:1\n\na b:1", "line 3: 'a' stands in line 1 ")]
-    )
-    def test_names_a_bad_list(self, tmp_path: Path, lines: str, told: str) -> None:
-        hosts = write_hosts(tmp_path, lines)
-        finished = run_client("exec", "a", "--", "true", SERVERCONTROL_HOSTS=hosts)
-        assert finished.returncode == 2
-        assert f"servercontrol.py: {hosts}: {told}".encode() in finished.stderr
+    def test_names_a_bad_list(self, tmp_path: Path) -> None:
+        hosts = write_hosts(tmp_path, "a b:1\n\na b:1")
+        told = f"servercontrol.py: {hosts}: line 3: 'a' stands in line 1 "
+        check_command(2, told, "exec", "a", "--", "x", SERVERCONTROL_HOSTS=hosts)
 
-    def test_sends_input(self, place: str, plain_server: Any, tmp_path: Path) -> None:
+    def test_sends_input(self, place: str, both: Any, tmp_path: Path) -> None:
         data = b"0123456\n" * 300_000
         (tmp_path / "data").write_bytes(data)
         for stdin in (data, (tmp_path / "data").open("rb")):
-            finished = run_client("exec", place, "--stdin", "--", "md5sum; exit 3", stdin=stdin)
-            assert finished.stdout.split()[0].decode() == hashlib.md5(data).hexdigest()
-            assert finished.returncode == 3
+            words = ("exec", place, "--stdin", "--", "md5sum; exit 3")
+            assert hashlib.md5(data).hexdigest() in check_command(3, "", *words, stdin=stdin)
         for stdin in (b"", subprocess.DEVNULL):
             assert run_client("exec", place, "--stdin", "--", "wc -c", stdin=stdin).stdout == b"0\n"
         # One that reads nothing, and ends.
         assert run_client("exec", place, "--stdin", "--", "sleep 0.1", stdin=data).returncode == 0
         # Without --stdin there is none.
         assert run_client("exec", place, "--", "wc -c", stdin=b"x").stdout == b"0\n"
-        names = (place, f"localhost:{plain_server.port}")  # both get the same
-        finished = run_client("exec", *names, "--stdin", "--fold", "--", "wc -l", stdin=b"a\nb\n")
-        assert b"(2 servers, exit code 0)\n2\n" in finished.stdout
+        words = ("exec", *both, "--stdin", "--fold", "--", "wc -l")  # both get the same
+        assert b"(2 servers, exit code 0)\n2\n" in run_client(*words, stdin=b"a\nb\n").stdout
 
-    def test_tells_what_is_no_input(self, place: str, plain_server: ServerProcess) -> None:
-        unreadable = os.open(os.devnull, os.O_WRONLY)
-        try:
+    def test_tells_what_is_no_input(self, place: str, both: Any) -> None:
+        with open(os.devnull, "wb") as unreadable:
             finished = run_client("exec", place, "--stdin", "--", "cat", stdin=unreadable)
             assert finished.returncode in INTERRUPTED
             told = b"its input is not complete (bad file descriptor); stopping it"
             assert told in finished.stderr
-            names = (place, f"localhost:{plain_server.port}")
-            finished = run_client("exec", *names, "--stdin", "--", "cat", stdin=unreadable)
-            assert finished.returncode == 1
-            assert finished.stderr == b"servercontrol.py: standard input: Bad file descriptor\n"
-        finally:
-            os.close(unreadable)
+            told = "servercontrol.py: standard input: Bad file descriptor\n"
+            check_command(1, told, "exec", *both, "--stdin", "--", "cat", stdin=unreadable)
         closed = f"exec '{sys.executable}' '{SCRIPT}' exec {place} --stdin -- wc -c <&-"
         assert subprocess.run(closed, shell=True, stdout=-1, timeout=60).stdout == b"0\n"
 
     def test_stops_in_time(self, place: str, plain_server: ServerProcess) -> None:
-        finished = run_client("exec", place, "--timeout=0.2", "--", "sleep 60")
-        assert finished.returncode == 128 + signal.SIGTERM
         told = f"servercontrol: {place}: stopped: it took longer than --timeout allows\n"
-        assert finished.stderr == told.encode()
+        check_command(128 + signal.SIGTERM, told, "exec", place, "--timeout=0.2", "--", "sleep 60")
         task = plain_server.get("/tasks")[-1]
         assert (task["state"], task["killed_by"]) == ("timeout", None)
 
-    def test_tells_who_killed_it(self, place: str, plain_server: ServerProcess) -> None:
+    def test_tells_who_killed_it(self, place: str, plain_server, new_tasks) -> None:
         with running_client("exec", place, "--", "echo hi; sleep 63") as process:
             assert process.stdout.readline() == b"hi\n"
-            plain_server.request("POST", f"/kill?id={plain_server.get('/tasks')[-1]['task_id']}")
+            kill_task(plain_server, new_tasks()[0]["task_id"])
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
             by = rf"127\.0\.0\.1:[0-9]+ run uid={os.geteuid()}"
             told = rf"servercontrol: {place}: the command was killed by {by}\n"
             assert re.fullmatch(told, process.stderr.read().decode())
 
     @pytest.mark.parametrize("count", [1, 2])
-    def test_ends_with_a_closed_pipe(self, place: str, plain_server: ServerProcess, count: int):
-        names = (place, f"localhost:{plain_server.port}")[:count]
-        with running_client("exec", *names, "--", "yes") as process:
+    def test_ends_with_a_closed_pipe(self, both: Any, new_tasks: Any, count: int) -> None:
+        with ending_client(128 + signal.SIGPIPE, "", "exec", *both[:count], "--", "yes") as process:
             assert process.stdout.read(4) == b"y\ny\n" or count > 1
             process.stdout.close()
-            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
-            assert process.stderr.read() == b""
-        wait_until(lambda: {t["state"] for t in plain_server.get("/tasks")[-count:]} == {"killed"})
+        wait_until(lambda: [task["state"] for task in new_tasks()] == ["killed"] * count)
 
-    def test_starts_nothing_behind_a_closed_pipe(self, plain_server: ServerProcess) -> None:
+    def test_starts_nothing_behind_a_closed_pipe(self, plain_server, new_tasks) -> None:
         """The second server tells where it stands while the first one is told to stop."""
-        before, port = len(plain_server.get("/tasks")), plain_server.port
+        port = plain_server.port
         told = plain_server.exchange(make_request("GET /info", "Connection: close"))
         limit = len(told) + 50  # in the answer to /kill, which comes next
         first = Cutter(port, lambda number: None if number else limit, stalls=True)
         second = Cutter(port, lambda number: None if number else 1, stalls=True)
-        with first, second:
-            words = (first.place, second.place, "--", "yes")
-            with running_client("exec", *words) as process:
-                assert process.stdout.read(4)
-                wait_until(lambda: second.cut)
-                process.stdout.close()
-                wait_until(lambda: first.cut)
-                second.resumed.set()
-                wait_until(lambda: second.count > 1 or not second.open)
-                first.resumed.set()
-                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
-                assert process.stderr.read() == b""
-        wait_until(lambda: [t["state"] for t in plain_server.get("/tasks")[before:]] == ["killed"])
+        words = ("exec", first.place, second.place, "--", "yes")
+        with first, second, ending_client(128 + signal.SIGPIPE, "", *words) as process:
+            assert process.stdout.read(4)
+            wait_until(lambda: second.cut)
+            process.stdout.close()
+            wait_until(lambda: first.cut)
+            second.resumed.set()
+            wait_until(lambda: second.count > 1 or not second.open)
+            first.resumed.set()
+        wait_until(lambda: [task["state"] for task in new_tasks()] == ["killed"])
 
-    @pytest.mark.parametrize("more, is_coloured", [({}, True), ({"NO_COLOR": "1"}, False)])
-    def test_colours_names_on_a_terminal(self, place: str, plain_server, more, is_coloured: bool):
-        ours, theirs = os.openpty()
-        env = {"TERM": "xterm", "NO_COLOR": "", **more}
-        names = (place, f"localhost:{plain_server.port}")
-        with running_client("exec", *names, "--", "echo hi", stdout=theirs, env=env) as process:
-            assert process.wait(PATIENCE_SECONDS) == 0
-        os.close(theirs)
-        with os.fdopen(ours, "rb", buffering=0) as terminal:
-            assert (b"\x1b[" in terminal.read(4096)) is is_coloured
+    @pytest.mark.parametrize("no_color", ["", "1"])
+    def test_colours_names_on_a_terminal(self, both: Any, monkeypatch: Any, no_color: str) -> None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setenv("TERM", "xterm")
+        with Person("exec", *both, "--", "echo hi") as person:
+            assert person.wait() == 0
+            person.read_until("2 servers")
+            assert (b"\x1b[" in person.data) is not no_color
 
-    @pytest.mark.parametrize("words", [("exec", "place", "--", "yes"), ("verify-audit", "file")])
-    def test_says_that_the_disk_is_full(self, place: str, tmp_path: Path, words: tuple[str, ...]):
-        (tmp_path / "file").touch()
-        places = {"place": place, "file": str(tmp_path / "file")}
+    @pytest.mark.parametrize(
+        "words", [("exec", "PLACE", "--", "yes"), ("verify-audit", os.devnull), ("unit",)]
+    )
+    def test_says_that_the_disk_is_full(self, place: str, words: tuple[str, ...]) -> None:
+        words = tuple(place if word == "PLACE" else word for word in words)
+        told = "servercontrol.py: standard output: No space left"
         with open("/dev/full", "wb") as full:
-            with running_client(*(places.get(w, w) for w in words), stdout=full) as process:
-                assert process.wait(PATIENCE_SECONDS) == 1
-                assert b"servercontrol.py: standard output: No space left" in process.stderr.read()
+            check_command(1, told, *words, streams={"stdout": full})
 
     @pytest.mark.parametrize("words, status", [
         (("exec", "PLACE", "--", "echo a; exit 4"), 4),
@@ -9118,8 +8549,8 @@ class TestExec:
         (("monitor", "--once", "PLACE"), 0), (("discover", "--timeout=0.1", "--json"), None),
         (("unit",), 0),
     ])  # fmt: skip
-    def test_works_without_standard_output(self, place: str, plain_server, words, status):
-        places = {"PLACE": place, "PLACE2": f"localhost:{plain_server.port}"}
+    def test_works_without_standard_output(self, both: Any, words: Any, status: int | None) -> None:
+        places = dict(zip(("PLACE", "PLACE2"), both))
         prefix = ("sh", "-c", 'exec "$@" >&-', "sh")
         finished = run_client(*(places.get(word, word) for word in words), prefix=prefix)
         assert finished.returncode == status or (status is None and finished.returncode in (0, 1))
@@ -9135,18 +8566,16 @@ class TestExec:
 
     @pytest.mark.parametrize("is_blocking", [True, False])
     @pytest.mark.parametrize("count", [1, 2])
-    def test_loses_nothing_to_a_slow_reader(self, place, plain_server, count, is_blocking):
+    def test_loses_nothing_to_a_slow_reader(self, both, new_tasks, count, is_blocking) -> None:
         """Output and notes go into one pipe, which is read only when the commands have ended."""
-        names = (place, f"localhost:{plain_server.port}")[:count]
+        names = both[:count]
         ours, theirs = os.pipe()
         os.set_blocking(theirs, is_blocking)  # as some other process may leave it
         streams = {"stdout": theirs, "stderr": theirs, "env": {"PYTHONUNBUFFERED": "1"}}
         words = (*names, "no-such-host.invalid", "--", "seq 1 30000; exit 3")
-        before = len(plain_server.get("/tasks"))
         with running_client("exec", *words, **streams) as process, os.fdopen(ours, "rb") as pipe:
             os.close(theirs)
-            states = lambda: [t["state"] for t in plain_server.get("/tasks")[before:]]  # noqa: E731
-            wait_until(lambda: states() == ["done"] * count)
+            wait_until(lambda: [task["state"] for task in new_tasks()] == ["done"] * count)
             text = pipe.read().decode()
             assert process.wait(PATIENCE_SECONDS) == 125
         assert text.count(" | 30000\n") == count
@@ -9155,39 +8584,27 @@ class TestExec:
                              " (no-such-host.invalid)\n")  # fmt: skip
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_hears_signals_while_nobody_reads(self, place: str, plain_server: Any, number: Any):
-        with running_client("exec", place, "--", "yes") as process:
+    def test_hears_signals_while_nobody_reads(self, place: str, plain_server, new_tasks, number):
+        told = f" is left running: http://{place}/logs?id="
+        with ending_client(128 + number, told, "exec", place, "--", "yes") as process:
             wait_until(lambda: count_unread(process.stdout.fileno()) > 60_000)
             process.send_signal(number)
             if number == signal.SIGINT:
                 assert b"stopping task" in process.stderr.readline()
-                plain_server.wait_for_end(plain_server.get("/tasks")[-1]["task_id"])
+                wait_until(lambda: new_tasks()[0]["state"] == "killed")
                 process.send_signal(number)
-            assert process.wait(PATIENCE_SECONDS) == 128 + number
-            task_id = plain_server.get("/tasks")[-1]["task_id"]
-            if number != signal.SIGINT:
-                told = f"task {task_id} is left running: http://{place}/logs?id={task_id}\n"
-                assert told.encode() in process.stderr.read()
-                assert plain_server.task(task_id)["state"] == "running"
-                assert plain_server.end(task_id)["state"] == "killed"
+        if number != signal.SIGINT:
+            assert plain_server.end(new_tasks()[0]["task_id"])["state"] == "killed"
 
     def test_honours_signals_that_are_ignored(self, place: str) -> None:
-        """As under nohup, or in the background of a script."""
-
-        def ignore() -> None:
-            for number in (signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-
-        words = ("exec", place, "--", "echo hi; read x; exit 3")
-        words = ("exec", place, "--stdin", *words[2:])
-        options = {"preexec_fn": ignore, "stdin": subprocess.PIPE}
-        with running_client(*words, **options) as process:
+        words = ("exec", place, "--stdin", "--", "echo hi; read x; exit 3")
+        prefix = ("sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh")
+        with ending_client(3, "", *words, prefix=prefix, stdin=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"hi\n"
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGHUP)
             process.stdin.write(b"\n")
             process.stdin.close()
-            assert process.wait(PATIENCE_SECONDS) == 3
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_shows_what_it_has_when_it_goes(self, plain_server: Any, number: Any):
@@ -9195,19 +8612,16 @@ class TestExec:
         with bind() as dead, Cutter(plain_server.port, lambda _: None) as cutter:
             place, other = (f"127.0.0.1:{n}" for n in (cutter.port, dead.getsockname()[1]))
             words = ("exec", place, other, "--fold", "--", f"echo result {number:d}")
-            with running_client(*words) as process:
+            told = f"2 servers: 1 exit code 0; 1 not ended ({other})\n"
+            with ending_client(128 + number, told, *words) as process:
                 wait_until(lambda: cutter.count == 2 and not cutter.open)  # /info, /exec
                 process.send_signal(number)
-                assert process.wait(PATIENCE_SECONDS) == 128 + number
                 shown = process.stdout.read()
                 assert shown == f"── {place} (exit code 0)\nresult {number:d}\n".encode()
-                told = f"2 servers: 1 exit code 0; 1 not ended ({other})\n"
-                assert told.encode() in process.stderr.read()
 
-    def test_shows_half_a_line_when_it_goes(self, place: str, plain_server: ServerProcess) -> None:
-        names = (place, f"localhost:{plain_server.port}")
-        with running_client("exec", *names, "--", "printf 'one\\nhalf'; sleep 66") as process:
-            assert [process.stdout.readline()[-5:] for _ in names] == [b" one\n"] * 2
+    def test_shows_half_a_line_when_it_goes(self, both: Any) -> None:
+        with running_client("exec", *both, "--", "printf 'one\\nhalf'; sleep 66") as process:
+            assert [process.stdout.readline()[-5:] for _ in both] == [b" one\n"] * 2
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
             assert process.stdout.read().count(b" | half\n") == 2
@@ -9225,65 +8639,54 @@ class TestExec:
                 shown, told = process.stdout.read().decode(), process.stderr.read().decode()
         assert f"── {place} (exit code 0)\nresult\n" in shown
         assert f"── {other} (it was restarted)\nresult\n" in shown
+        assert re.search(r"restarted; the command, task \d+, may still be running there\n", told)
         assert told.endswith(f"2 servers: 1 exit code 0; 1 lost after the start ({other})\n")
 
-    def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path) -> None:
+    def test_does_not_pass_off_a_part_as_the_whole(self, tmp_path: Path, gate: Gate) -> None:
         """What a server keeps no more is named, and its place is the end of a line."""
-        launcher = make_launcher(tmp_path, WINDOW_SECONDS=0.5)
-        with ServerProcess(tmp_path, "--keep-output=64KiB", script=launcher) as server:
-            place = server.place
-            lines = "seq 10000000 14000000 | sed s/$/-row/"
-            command = f"printf first; while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done; {lines}"
-            with running_client("exec", place, "--", command) as process:
+        command = f"printf first; {gate.wait}; seq 10000000 14000000 | sed s/$/-row/"
+        told = "its output is not complete (exit code 0)\n"
+        with ServerProcess(tmp_path, "--keep-output=64KiB", WINDOW_SECONDS=0.5) as server:
+            with ending_client(125, told, "exec", server.place, "--", command) as process:
                 assert process.stdout.read(5) == b"first"
                 process.send_signal(signal.SIGSTOP)
-                (tmp_path / "go").touch()
+                gate.open()
                 server.wait_for_end(server.get("/tasks")[-1]["task_id"])
                 process.send_signal(signal.SIGCONT)
                 shown = process.stdout.read().decode()
-                assert process.wait(PATIENCE_SECONDS) == 125
-                assert b"its output is not complete (exit code 0)\n" in process.stderr.read()
         assert shown.endswith("\n14000000-row\n")
         whole, begun, rest = r"\d{8}-row", r"\d{1,8}(-(ro?)?)?", r"(\d{0,7}-)?r?o?w"
         broken = [row for row in shown.split("\n")[1:-1] if not re.fullmatch(whole, row)]
         assert len(broken) <= 2
         assert [row for row in broken if not re.fullmatch(f"{begun}|{rest}", row)] == []
 
-    def test_stops_the_command_on_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
-        command = "trap 'echo bye; exit 9' INT; echo hi; while :; do sleep 0.05; done"
-        with running_client("exec", place, "--", command) as process:
+    @parametrize_rows("trap, status, told", [
+        ("once", "echo bye; exit 9", 9, ""), ("again", "", 130, "is left running: http://127.0.0.1"),
+    ])  # fmt: skip
+    def test_stops_the_command_on_ctrl_c(self, place: str, trap: str, status: int, told: str):
+        """And leaves it on a second one."""
+        command = f"trap '{trap}' INT; echo hi; while :; do sleep 0.05; done"
+        with ending_client(status, told, "exec", place, "--", command) as process:
             assert process.stdout.readline() == b"hi\n"
             process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_SECONDS) == 9
-            assert process.stdout.read() == b"bye\n"
-            assert b"stopping task " in process.stderr.read()
+            assert re.search(b"stopping task .*Ctrl-C again", process.stderr.readline())
+            if told:
+                process.send_signal(signal.SIGINT)
+            assert process.stdout.read() == (b"" if told else b"bye\n")
 
-    def test_leaves_the_command_on_a_second_ctrl_c(self, place: str, plain_server: ServerProcess):
-        command = "trap '' INT; echo hi; sleep 61"
-        with running_client("exec", place, "--", command) as process:
-            assert process.stdout.readline() == b"hi\n"
-            process.send_signal(signal.SIGINT)
-            assert b"Ctrl-C again" in process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_SECONDS) == 130
-            assert b"is left running: http://127.0.0.1" in process.stderr.read()
-
-    def test_starts_nothing_after_ctrl_c(self, place: str, plain_server: ServerProcess) -> None:
+    def test_starts_nothing_after_ctrl_c(self, both: Any, new_tasks: Any) -> None:
         """Servers whose turn has not come are spared."""
-        names = (place, f"localhost:{plain_server.port}", "--parallel=1")
-        before = len(plain_server.get("/tasks"))
-        with running_client("exec", *names, "--", "echo hi; sleep 63") as process:
+        words = ("exec", *both, "--parallel=1", "--", "echo hi; sleep 63")
+        told = f"{both[1]} (http://{both[1]}): not started"
+        with ending_client(INTERRUPTED, told, *words) as process:
             assert process.stdout.readline().endswith(b" | hi\n")
             process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
-            assert f"{names[1]} (http://{names[1]}): not started".encode() in process.stderr.read()
-        assert len(plain_server.get("/tasks")) == before + 1
+        assert len(new_tasks()) == 1
 
     def test_stops_it_when_the_server_is_there_again(self, plain_server: ServerProcess) -> None:
         """Ctrl-C while there is no connection."""
         with Cutter(plain_server.port, lambda _: None) as cutter:
-            words = ("exec", cutter.place, "--", "echo hi; exec sleep 65")
-            with running_client(*words) as process:
+            with running_client("exec", cutter.place, "--", "echo hi; exec sleep 65") as process:
                 assert process.stdout.readline() == b"hi\n"
                 cutter.target = 1  # nobody listens there
                 cutter.cut_all()
@@ -9297,24 +8700,22 @@ class TestExec:
                 assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
         assert plain_server.get("/tasks")[-1]["killed_by"]
 
-    def test_can_be_left_when_nobody_reads(self, place: str, plain_server: ServerProcess) -> None:
+    def test_can_be_left_when_nobody_reads(self, place: str, plain_server, new_tasks) -> None:
         """The output is gone, and a server does not say whether it has started the command."""
-        before = len(plain_server.get("/tasks"))
         with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
-            stalled = cutter.place
-            with running_client("exec", place, stalled, "--", "exec yes") as process:
+            words = ("exec", place, cutter.place, "--", "exec yes")
+            told = f"{cutter.place}: its command may have been started"
+            with ending_client(128 + signal.SIGPIPE, told, *words) as process:
                 assert process.stdout.read(1)
                 wait_until(lambda: cutter.cut)
                 process.stdout.close()
-                wait_until(lambda: any(t["killed_by"] for t in plain_server.get("/tasks")[before:]))
+                wait_until(lambda: any(task["killed_by"] for task in new_tasks()))
                 process.send_signal(signal.SIGINT)
                 assert b"task ? on " in process.stderr.readline()
                 process.send_signal(signal.SIGINT)
-                assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
-                told = f"{stalled}: its command may have been started".encode()
-                assert told in process.stderr.read()
-        for task in plain_server.get("/tasks")[-2:]:
-            plain_server.request("POST", f"/kill?id={task['task_id']}")
+        assert len(new_tasks()) == 2
+        for task in new_tasks():
+            kill_task(plain_server, task["task_id"])
             assert plain_server.wait_for_end(task["task_id"])["state"] == "killed"
 
     def test_takes_paths_that_are_no_text(self, tmp_path: Path) -> None:
@@ -9326,23 +8727,21 @@ class TestExec:
             assert b"server_unreachable" in process.stdout.readline()
 
     @pytest.mark.parametrize("is_again", [False, True])
-    def test_stops_what_is_just_starting(self, plain_server: ServerProcess, is_again: bool) -> None:
+    def test_stops_what_is_just_starting(self, plain_server, new_tasks, is_again: bool) -> None:
         """Ctrl-C while the answer to POST /exec is on its way."""
-        command = f"sleep 64.{is_again:d}"
         with Cutter(plain_server.port, lambda n: 0 if n == 1 else None, stalls=True) as cutter:
-            with running_client("exec", cutter.place, "--", command) as process:
-                wait_until(lambda: command in [t["command"] for t in plain_server.get("/tasks")])
+            told = "may have been started" if is_again else ""
+            words = ("exec", cutter.place, "--", "sleep 64")
+            with ending_client(INTERRUPTED, told, *words) as process:
+                wait_until(new_tasks)
                 process.send_signal(signal.SIGINT)
                 assert process.stderr.readline().startswith(b"servercontrol: stopping task ? on ")
                 if is_again:
                     process.send_signal(signal.SIGINT)
                 else:
                     cutter.resumed.set()
-                assert process.wait(PATIENCE_SECONDS) in INTERRUPTED
-                assert (b"may have been started" in process.stderr.read()) is is_again
-        task_id = plain_server.get("/tasks")[-1]["task_id"]
         if is_again:
-            assert plain_server.end(task_id)["state"] == "killed"
+            assert plain_server.end(new_tasks()[0]["task_id"])["state"] == "killed"
 
     @pytest.mark.parametrize("answers", [1, 2])
     def test_ends_in_whatever_moment_it_is_left(self, monkeypatch: Any, answers: int) -> None:
@@ -9350,13 +8749,10 @@ class TestExec:
 
         async def run(target: sc.Target, turns: int) -> bool:
             execution = sc.Execution(sc.Report([target], {"cmd": "sleep 60"}, False), 1)
-            seen = []
+            loop, seen = asyncio.get_running_loop(), []
 
             def leave_after(turns: int) -> None:
-                if turns:
-                    asyncio.get_running_loop().call_soon(leave_after, turns - 1)
-                else:
-                    execution._leave(130)
+                loop.call_soon(leave_after, turns - 1) if turns else execution._leave(130)
 
             class Reader(asyncio.StreamReader):
                 def feed_eof(self) -> None:
@@ -9385,13 +8781,11 @@ def close_and_signal(loop):
 asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signal
 """
         words = [place, "--", "kill -9 $$"] if command == "exec" else [place]
-        arguments = [sys.executable, make_launcher(tmp_path, code), command, *words]
-        with subprocess.Popen(arguments, stdin=-3, stdout=-1, stderr=-1) as process:
+        status, script = 137 if command == "exec" else 0, make_launcher(tmp_path, code)
+        with ending_client(status, "", command, *words, script=script) as process:
             if command == "monitor":
                 assert process.stdout.readline()
                 process.terminate()
-            assert process.wait(PATIENCE_SECONDS) == (137 if command == "exec" else 0)
-            assert process.stderr.read() == b""
 
     def test_is_found_by_its_socket(self, tmp_path: Path) -> None:
         with UnixServer(tmp_path) as server:
@@ -9399,28 +8793,23 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
 
     def test_checks_the_certificate(self, tmp_path: Path, certificates: list[Certificate]) -> None:
         with TlsServer(tmp_path, certificates[0]) as server:
-            place = f"https://localhost:{server.port}"
-            finished = run_client("exec", place, "--", "exit 5")
-            assert finished.returncode == 125
-            assert b"certificate is not trusted: self" in finished.stderr
-            trust = {"SSL_CERT_FILE": str(certificates[0].cert)}
-            assert run_client("exec", place, "--", "exit 5", **trust).returncode == 5
+            words = ("exec", f"https://localhost:{server.port}", "--", "exit 5")
+            check_command(125, "certificate is not trusted: self", *words)
+            check_command(5, "", *words, SSL_CERT_FILE=str(certificates[0].cert))
             for path, hint in ((certificates[1].cert, "see SSL"), ("/none", "there is no file /n")):
-                told = run_client("exec", place, "--", "exit 5", SSL_CERT_FILE=str(path)).stderr
+                told = run_client(*words, SSL_CERT_FILE=str(path)).stderr
                 assert b"is not trusted" in told and hint.encode() in told
-            plain = run_client("exec", f"localhost:{server.port}", "--", "exit 5")
-            assert (plain.returncode, b"speaks https" in plain.stderr) == (125, True)
+            check_command(125, "speaks https", "exec", f"localhost:{server.port}", "--", "exit 5")
         with ServerProcess(tmp_path) as plain:
-            finished = run_client("exec", f"https://localhost:{plain.port}", "--", "true")
-            assert (finished.returncode, b"TLS failed" in finished.stderr) == (125, True)
+            check_command(125, "TLS failed", "exec", f"https://{plain.place}", "--", "true")
 
-    @pytest.mark.parametrize("seed", range(2))
-    def test_loses_and_doubles_nothing(self, place: str, plain_server, tmp_path: Path, seed: int):
+    @pytest.mark.parametrize("first", [{}, {1: 20}, {1: 0, 2: 0}])
+    def test_loses_and_doubles_nothing(self, plain_server, tmp_path: Path, first: dict[int, int]):
         """Connections are cut anywhere: in the answer to /exec, in its head, in later ones."""
-        chance = random.Random(seed)
+        chance = random.Random(len(first))
 
         def choose(number: int) -> int | None:
-            return None if number == 0 else int(10 ** chance.uniform(2.3, 6.5))
+            return None if number == 0 else first.get(number, int(10 ** chance.uniform(2.3, 6.5)))
 
         lines = b"".join(b"line %d of the output\n" % n for n in range(100_000))
         (tmp_path / "data").write_bytes(lines)
@@ -9428,131 +8817,102 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         with Cutter(plain_server.port, choose) as cutter:
             finished = run_client("exec", cutter.place, "--", command)
             assert cutter.cut > 2
-        assert finished.returncode == 6, finished.stderr
-        assert finished.stdout == lines
+        assert (finished.returncode, finished.stdout) == (6, lines), finished.stderr
         assert (tmp_path / "count").read_text() == "once\n"
 
-    def follow(self, port: int, command: str, monkeypatch: Any, pause=0.0, **seconds: float) -> Any:
-        """Return the output, what was told, and the exit code or error, of one in our process.
-
-        pause: how long its first piece of output takes to be written.
-        """
-        for name, value in seconds.items():
-            monkeypatch.setattr(sc, f"{name}_SECONDS", value)
+    @staticmethod
+    async def start_here(port: int, command: str, drain: Any = None) -> tuple[Any, bytearray, Any]:
+        """Start a command on a server by our own process; return it, its output, what it told."""
         output, told = bytearray(), []
-        pauses = [pause]
+        target, drain = sc.parse_target("it", f"127.0.0.1:{port}"), drain or mock.AsyncMock()
+        task = sc.RemoteTask(target, {"cmd": command}, output.extend, drain, told.append)
+        await task.learn()
+        await task.start()
+        return task, output, told
+
+    @pytest.mark.parametrize("limit", [50, 5_000, 500_000])
+    @in_loop
+    async def test_leaves_a_connection_that_stands_still(self, plain_server, monkeypatch, limit):
+        """Such as through a firewall that forgot it: it is open, and nothing comes."""
+        monkeypatch.setattr(sc, "BEAT_SECONDS", 0.3)
+        monkeypatch.setattr(sc, "ANSWER_SECONDS", 1.0)
+        command = "seq 300000; sleep 0.1; exit 4"
+        with Cutter(plain_server.port, lambda n: limit if n == 1 else None, stalls=True) as cutter:
+            task, output, told = await self.start_here(cutter.port, command)
+            assert (await task.follow(), told, cutter.count) == (4, [], 3)
+        assert output == b"".join(b"%d\n" % n for n in range(1, 300_001))
+
+    def test_writes_beside_somebody_else(self, monkeypatch: Any) -> None:
+        """Who shares the pipe may have filled it since it was asked, and have set O_NONBLOCK."""
+        is_ready = mock.Mock(poll=lambda milliseconds: [1], register=lambda fd, what: None)
+        monkeypatch.setattr(sc.select, "poll", lambda: is_ready)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while theirs.send(bytes(1 << 20)):
+                    pass
+            assert sc.write_some(theirs.fileno(), bytearray(b"x")) == 0
+            ours.recv(1 << 20)
+            assert sc.write_some(theirs.fileno(), bytearray(b"x")) == 1
+
+    @in_loop
+    async def test_keeps_a_connection_while_its_reader_pauses(self, plain_server, monkeypatch):
+        """The end of the command comes after the silence allowed."""
+        monkeypatch.setattr(sc, "BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(sc, "EXEC_GIVE_UP_SECONDS", 1.0)
+        pauses = [2.0]
 
         async def drain() -> None:
             await asyncio.sleep(pauses.pop() if pauses else 0.0)
 
-        async def run() -> Any:
-            target = sc.parse_target("it", f"127.0.0.1:{port}")
-            task = sc.RemoteTask(target, {"cmd": command}, output.extend, drain, told.append)
-            await task.learn()
-            await task.start()
-            try:
-                return await task.follow()
-            except sc.UnreachableError as error:
-                return error
+        command = "echo hi; sleep 1; exit 4"
+        task, output, told = await self.start_here(plain_server.port, command, drain)
+        assert (await task.follow(), output, told) == (4, b"hi\n", [])
 
-        end = asyncio.run(run())
-        return bytes(output), told, end
-
-    @pytest.mark.parametrize("limit", [50, 5_000, 500_000])
-    def test_leaves_a_connection_that_stands_still(self, plain_server, monkeypatch, limit: int):
-        """Such as through a firewall that forgot it: it is open, and nothing comes."""
-        command = "seq 300000; sleep 0.1; exit 4"
-        with Cutter(plain_server.port, lambda n: limit if n == 1 else None, stalls=True) as cutter:
-            found = self.follow(cutter.port, command, monkeypatch, BEAT=0.3, ANSWER=1.0)
-            assert cutter.count == 3
-        assert found[1:] == ([], 4)
-        assert found[0] == b"".join(b"%d\n" % n for n in range(1, 300_001))
-
-    def test_writes_beside_somebody_else(self, monkeypatch: Any) -> None:
-        """Who shares the pipe may have filled it since it was asked, and have set O_NONBLOCK."""
-
-        class Ready:
-            def register(self, fd: int, what: int) -> None:
-                pass
-
-            def poll(self, milliseconds: int) -> list[int]:
-                return [1]
-
-        reading, writing = os.pipe()
-        try:
-            os.set_blocking(writing, False)
-            os.write(writing, bytes(1 << 20))
-            monkeypatch.setattr(sc.select, "poll", Ready)
-            assert sc.write_some(writing, bytearray(b"x")) == 0
-            os.read(reading, 1 << 20)
-            assert sc.write_some(writing, bytearray(b"x")) == 1
-        finally:
-            os.close(reading)
-            os.close(writing)
-
-    def test_keeps_a_connection_while_its_reader_pauses(self, plain_server: Any, monkeypatch: Any):
-        command = "echo hi; sleep 1; exit 4"  # its end comes after the silence allowed
-        seconds = {"BEAT": 0.2, "EXEC_GIVE_UP": 1.0}
-        found = self.follow(plain_server.port, command, monkeypatch, 2.0, **seconds)
-        assert found == (b"hi\n", [], 4)
-
-    def test_takes_up_a_connection_that_was_long(self, plain_server, tmp_path: Path, monkeypatch):
+    @in_loop
+    async def test_takes_up_a_connection_that_was_long(self, plain_server, monkeypatch, gate):
         """The time after which it gives up counts from when the connection was last good."""
-        go, counts = tmp_path / "go", []
-        command = f"touch {go}.begun; while [ ! -e {go} ]; do sleep 0.05; done; exit 4"
+        monkeypatch.setattr(sc, "BEAT_SECONDS", 0.1)
+        monkeypatch.setattr(sc, "EXEC_GIVE_UP_SECONDS", 2.0)
         with Cutter(plain_server.port, lambda _: None) as cutter:
+            task, _, told = await self.start_here(cutter.port, f"{gate.wait}; exit 4")
+            following = asyncio.ensure_future(task.follow())
+            await asyncio.sleep(2.5)
+            cutter.target = 1  # nobody listens there
+            cutter.cut_all()
+            while not (told or following.done()):
+                await asyncio.sleep(0.01)
+            cutter.target = plain_server.port
+            gate.open()
+            assert await following == 4
 
-            def end() -> None:
-                wait_until(Path(f"{go}.begun").exists)
-                time.sleep(3.5)  # longer than EXEC_GIVE_UP
-                counts.append(cutter.count)
-                cutter.cut_all()
-                wait_until(lambda: cutter.count > counts[0])
-                counts.append(cutter.count)
-                go.touch()
-
-            threading.Thread(target=end).start()
-            found = self.follow(cutter.port, command, monkeypatch, EXEC_GIVE_UP=3.0)
-        assert (len(counts), found[2]) == (2, 4)
-
-    def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_gives_up_a_server_that_is_gone(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "EXEC_GIVE_UP_SECONDS", 3.0)
         with ServerProcess(tmp_path) as server:
             server.check = False
             command = f"echo hi; sleep 0.5; kill -9 {server.pid}; sleep 1"
-            output, told, error = self.follow(server.port, command, monkeypatch, EXEC_GIVE_UP=3.0)
-        assert str(error) == "connection refused"
+            task, output, told = await self.start_here(server.port, command)
+            with pytest.raises(sc.UnreachableError, match="^connection refused$"):
+                await task.follow()
         assert output in (b"", b"hi\n")
         assert told[-1:] == ["connection lost (connection refused), trying again"]
         assert len(told) <= 2  # each trouble once
 
-    def test_waits_for_a_server_that_stands_still(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as server:
-            command = "seq 200000; sleep 0.3; seq 200000; exit 7"
-            with running_client("exec", server.place, "--", command) as one:
-                read = one.stdout.readline()
-                server.process.send_signal(signal.SIGSTOP)
-                time.sleep(3)
-                server.process.send_signal(signal.SIGCONT)
-                read += one.stdout.read()
-                assert (one.wait(PATIENCE_SECONDS), one.stderr.read()) == (7, b"")
-        assert read == b"".join(b"%d\n" % n for n in range(1, 200_001)) * 2
+    @pytest.mark.parametrize("second, told, count", [
+        (b"", "", 4), (b'HTTP/1.0 503 x\r\n\r\n{"error":"x","message":"too many"}', "503: too many", 2),
+    ])  # fmt: skip
+    def test_tells_what_it_cannot_know(self, second: bytes, told: str, count: int) -> None:
+        """No answer to POST /exec came, and then none again or a refusal: it may run all the same."""
 
-    def test_tells_what_it_cannot_know(self) -> None:
-        """No answer to POST /exec came, however often it was asked."""
-        with Player({"/exec": b""}) as player:
-            finished = run_client("exec", player.place, "--", "true")
-            refs = [one[one.index(b'"ref"') :] for one in player.received if b"POST" in one]
-            assert (len(refs), len(set(refs))) == (4, 1)
-        assert finished.returncode == 125
-        assert b"; whether the command was started is not known\n" in finished.stderr
-
-    @pytest.mark.parametrize("cut, limit", [((1,), 20), ((1, 2), 0)])
-    def test_asks_again_after_a_cut(self, plain_server: Any, cut: Any, limit: int) -> None:
-        before = len(plain_server.get("/tasks"))
-        with Cutter(plain_server.port, lambda number: limit if number in cut else None) as cutter:
-            finished = run_client("exec", cutter.place, "--", "echo hi; exit 3")
-        assert (finished.returncode, finished.stdout, finished.stderr) == (3, b"hi\n", b"")
-        assert len(plain_server.get("/tasks")) == before + 1
+        with Player({"/exec": (b"", second)}) as busy:
+            finished = run_client("exec", busy.place, "x:1", "--", "true")
+            refs = [one[one.index(b'"ref"') :] for one in busy.received if b"POST" in one]
+        assert (len(refs), len(set(refs)), finished.returncode) == (count, 1, 125)
+        shown = finished.stderr.decode()
+        assert f"{told}; whether the command was started is not known\n" in shown
+        assert f"1 lost after the start ({busy.place})" in shown
 
     def test_starts_nothing_twice(self, tmp_path: Path) -> None:
         """Even if the server has forgotten the task meanwhile."""
@@ -9562,15 +8922,14 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             server.wait_for_end(task_id)
             for _ in range(2):
                 last = server.run("echo other")["task_id"]
-            again = json.dumps({"cmd": "echo once", "ref": "x"})
-            answer = server.request("POST", "/exec", again, Content_Type="application/json")
+            answer = server.execute("echo once", ref="x")
             assert (answer.status, answer.json()["error"]) == (404, "unknown_task")
             assert [task["task_id"] for task in server.get("/tasks")] == [last]
 
-    def test_names_nobody_answers_for_hinder_no_other(self, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_names_nobody_answers_for_hinder_no_other(self, monkeypatch: Any) -> None:
         """The look-ups of 40 names hang; one name has two addresses, the first of which refuses."""
-        listener, released = bind(), threading.Event()
-        port = listener.getsockname()[1]
+        released = threading.Event()
 
         def getaddrinfo(host: str, *_: Any, **__: Any) -> Any:
             if host.startswith("dead"):
@@ -9579,77 +8938,40 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
             kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
             return [(*kind, ("127.0.0.1", place)) for place in (1, port)]
 
-        async def run() -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with bind() as listener:
+            port = listener.getsockname()[1]
             targets = [sc.parse_target("", f"dead{n}") for n in range(40)]
             dead = [asyncio.ensure_future(sc.open_target(one, 0.3)) for one in targets]
             await asyncio.sleep(0)
             _, writer = await sc.open_target(sc.parse_target("", f"good:{port}"), PATIENCE_SECONDS)
             writer.close()
-            for result in await asyncio.gather(*dead, return_exceptions=True):
-                assert isinstance(result, sc.UnreachableError)
-                assert str(result) == "no answer in time"
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        with listener:
-            asyncio.run(run())
-        assert not released.is_set()
+            for one in dead:
+                with pytest.raises(sc.UnreachableError, match="no answer in time"):
+                    await one
         released.set()
 
-    def test_does_not_forget_that_it_has_asked(self) -> None:
-        """The first request gets no answer, the second is refused: it may run all the same."""
-
-        class Busy(Player):
-            def serve(self, connection: socket.socket, request: bytes) -> None:
-                super().serve(connection, request)
-                if b"POST" in request:
-                    refused = b'HTTP/1.0 503 x\r\n\r\n{"error":"x","message":"too many"}'
-                    self.answers["/exec"] = refused
-
-        with Busy({"/exec": b""}) as busy:
-            finished = run_client("exec", busy.place, "x:1", "--", "true")
-        told = finished.stderr.decode()
-        assert "503: too many; whether the command was started is not known\n" in told
-        assert f"1 lost after the start (127.0.0.1:{busy.port})" in told
-
-    def test_names_the_first_reason_of_several(self, monkeypatch: Any) -> None:
+    @in_loop
+    async def test_names_the_first_reason_of_several(self, monkeypatch: Any) -> None:
         kind = (socket.SOCK_STREAM, 6, "")
-        places = [
-            (socket.AF_INET, *kind, ("127.0.0.1", 1)), (socket.AF_INET6, *kind, ("fe80::1", 1, 0, 0)),
-        ]  # fmt: skip
+        refused, unreachable = ("127.0.0.1", 1), ("fe80::1", 1, 0, 0)
+        places = [(socket.AF_INET, *kind, refused), (socket.AF_INET6, *kind, unreachable)]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
         with pytest.raises(ConnectionRefusedError):
-            asyncio.run(sc.connect_socket("x", 1))
-        listener = bind()
-        places[:] = [(4711, *kind, ()), (socket.AF_INET, *kind, listener.getsockname())]
-        asyncio.run(sc.connect_socket("x", 1)).close()
-        listener.close()
+            await sc.connect_socket("x", 1)
+        with bind() as listener:
+            places[:] = [(4711, *kind, ()), (socket.AF_INET, *kind, listener.getsockname())]
+            (await sc.connect_socket("x", 1)).close()
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
             with pytest.raises(BlockingIOError):
-                asyncio.run(sc.connect_socket("x", 1))
-
-    def test_tells_when_the_server_is_restarted(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as server:
-            server.check = False
-            place = server.place
-            with running_client("exec", place, "--", "echo hi; sleep 62") as one:
-                assert one.stdout.readline() == b"hi\n"
-                server.process.kill()
-                server.process.wait()
-                with ServerProcess(tmp_path, f"--port={server.port}") as again:
-                    assert again.port == server.port
-                    assert one.wait(PATIENCE_SECONDS) == 125
-                told = one.stderr.read().decode()
-        assert re.search(r"was restarted; the command, task \d+, may still be running there", told)
+                await sc.connect_socket("x", 1)
 
     def test_tells_when_the_server_is_stopped(self, tmp_path: Path) -> None:
-        """By whom its command was ended is then of more use than how."""
+        told, words = ": it was stopped, which ended the command\n", ("--", "echo hi; sleep 64")
         with ServerProcess(tmp_path) as server:
-            place = server.place
-            with running_client("exec", place, "--", "echo hi; sleep 64") as one:
-                assert one.stdout.readline() == b"hi\n"
+            with ending_client(125, told, "exec", server.place, *words) as process:
+                assert process.stdout.readline() == b"hi\n"
                 server.process.terminate()
-                assert one.wait(PATIENCE_SECONDS) == 125
-                assert b": it was stopped, which ended the command\n" in one.stderr.read()
             assert server.process.wait(PATIENCE_SECONDS) == 0
 
     def test_has_help_for_each_command(self) -> None:
@@ -9677,14 +8999,12 @@ class Person(OnTerminal):
         return status
 
 
-SHOW_KEYS = "stty raw -echo; echo ready; exec od -An -c -w1 -v"
-
-
 class TestExecTerminal:
     """SPEC 11: `exec --tty`."""
 
     def test_keys_arrive(self, place: str) -> None:
-        with Person("exec", place, "--tty", "--", SHOW_KEYS) as person:
+        command = "stty raw -echo; echo ready; exec od -An -c -w1 -v"
+        with Person("exec", place, "--tty", "--", command) as person:
             person.read_until("ready")
             person.type(b"\x03\x04\x1a\x1c\x13\x11\r\x7f\x1b[A\t\xc3")
             shown = (r"003", "004", "032", "034", "023", "021", r"\\r", "177", "033", r"\[", "A")
@@ -9695,19 +9015,26 @@ class TestExecTerminal:
             assert termios.tcgetattr(person.slave) != person.before
 
     def test_keys_do_not_wait_for_one_another(self, plain_server: ServerProcess) -> None:
-        """Over 50 ms to and fro: each echo is there in one round trip, in the order typed."""
-        with Cutter(plain_server.port, lambda _: None, delay_seconds=0.025) as cutter:
-            words = ("exec", cutter.place, "--tty", "--", "echo ready; exec cat")
-            with Person(*words) as person:
+        """Over a slow network: none of them is answered yet."""
+        is_fast = threading.Event()
+
+        def hold_answers(data: bytes) -> bytes:
+            if data.startswith(b"HTTP/1.1 200"):
+                is_fast.wait()
+            return data
+
+        is_fast.set()
+        with Cutter(plain_server.port, lambda _: None) as cutter:
+            cutter.change = hold_answers
+            with Person("exec", cutter.place, "--tty", "--", "echo ready; exec cat") as person:
                 person.read_until("ready")
-                typed, times = "", []
-                for key in "abcdefghijklmnopqrstuvwxyz0123456789":
-                    typed += key
-                    start = time.monotonic()
+                is_fast.clear()
+                typed = ""
+                for key in "abcdefghijklmnop":
                     person.type(key)
+                    typed += key
                     person.read_until(typed)
-                    times.append(time.monotonic() - start)
-                assert statistics.median(times) < 0.1, times  # 0.06 on a quiet machine
+                is_fast.set()
                 text = "".join(f"{n}-" for n in range(800))
                 for start in range(0, len(text), 3):
                     person.type(text[start : start + 3])
@@ -9716,10 +9043,8 @@ class TestExecTerminal:
                 assert person.wait() == 0
 
     def test_ctrl_c_is_for_the_program_there(self, place: str) -> None:
-        command = (
-            "trap 'echo caught' INT; echo ready; until read x; do :; done; echo got $x; exit 9"
-        )
-        with Person("exec", place, "--tty", "--", command) as person:
+        line = "trap 'echo caught' INT; echo ready; until read x; do :; done; echo got $x; exit 9"
+        with Person("exec", place, "--tty", "--", line) as person:
             person.read_until("ready")
             person.type("\x03")
             person.read_until("caught")
@@ -9747,29 +9072,22 @@ class TestExecTerminal:
             assert person.wait() == 0
         assert person.text.count("not all taken") == 1
 
-    def test_size_arrives(self, place: str) -> None:
-        command = "trap 'stty size' WINCH; stty size; while :; do sleep 0.05; done"
-        with Person("exec", place, "--tty", "--", command) as person:
-            person.read_until("30 100\r\n")
-            person.resize(77, 22)
-            person.read_until("22 77\r\n")
-
     def test_ctrl_c_before_it_runs_is_for_us(self) -> None:
         with bind() as dead:
             with Person("exec", f"127.0.0.1:{dead.getsockname()[1]}", "--tty", "--", "x") as person:
-                connection = dead.accept()[0]
-                connection.recv(1)  # then the terminal is raw
-                person.type("\x03")
-                assert person.wait() == 130
-                connection.close()
+                with dead.accept()[0] as connection:
+                    connection.recv(1)  # then the terminal is raw
+                    person.type("\x03")
+                    assert person.wait() == 130
 
-    def test_lives_through_a_cut(self, plain_server: ServerProcess) -> None:
+    def test_size_arrives_and_it_lives_through_a_cut(self, plain_server: ServerProcess) -> None:
         """What is typed, and a new size, while there is no connection arrives with the next."""
-        command = "trap 'stty size' WINCH; echo ready; while ! read x; do :; done; echo got $x"
+        command = "trap 'stty size' WINCH; stty size; while ! read x; do :; done; echo got $x"
         with Cutter(plain_server.port, lambda number: None) as cutter:
-            name = cutter.place
-            with Person("exec", name, "--tty", "--", command) as person:
-                person.read_until("ready")
+            with Person("exec", cutter.place, "--tty", "--", command) as person:
+                person.read_until("30 100\r\n")
+                person.resize(77, 22)
+                person.read_until("22 77\r\n")
                 cutter.target = 1  # where nobody listens
                 cutter.cut_all()
                 person.read_until("connection lost .*\r\n")
@@ -9820,13 +9138,12 @@ class TestExecTerminal:
             assert b"Traceback" not in log.read()
 
     def test_input_need_not_be_a_terminal(self, place: str) -> None:
-        command = "stty size; tty >&2; exit 3"
-        finished = run_client("exec", place, "--tty", "--", command, stdin=b"x")
-        assert finished.returncode == 3
-        assert re.fullmatch(rb"24 80\r\n/dev/pts/\d+\r\n", finished.stdout)
-        words = ("exec", place, "--tty", "--stdin", "--", "cat; echo end")
-        finished = run_client(*words, stdin="zwölf\n".encode())
-        assert finished.stdout.decode().replace("^D\b\b", "") == "zwölf\r\nzwölf\r\nend\r\n"
+        words = ("exec", place, "--tty")
+        shown = check_command(3, "", *words, "--", "stty size; tty >&2; exit 3", stdin=b"x")
+        assert re.fullmatch(r"24 80\r\n/dev/pts/\d+\r\n", shown)
+        words = (*words, "--stdin", "--", "cat; echo end")
+        shown = check_command(0, "", *words, stdin="zwölf\n".encode())
+        assert shown.replace("^D\b\b", "") == "zwölf\r\nzwölf\r\nend\r\n"
 
 
 class TestDiscover:
@@ -9836,32 +9153,27 @@ class TestDiscover:
         with ServerProcess(tmp_path / "a") as one:
             port = str(one.discovery_port)
             with ServerProcess(tmp_path / "b", f"--discovery-port={port}") as two:
-                finished = run_client("discover", "--json", "--discovery-port", port)
-                found = {server["port"]: server for server in json.loads(finished.stdout)}
-                assert finished.returncode == 0 and set(found) == {one.port, two.port}
+                words = ("discover", "--timeout=0.5", "--discovery-port", port)
+                shown = check_command(0, "", "discover", "--json", *words[2:])
+                found = {server["port"]: server for server in json.loads(shown)}
+                assert set(found) == {one.port, two.port}
                 assert found[two.port]["ws_port"] == two.ws_port
-                quick = ("discover", "--timeout=0.5")
-                table = run_client(*quick, SERVERCONTROL_DISCOVERY_PORT=port).stdout.decode()
+                table = check_command(0, "", *words[:2], SERVERCONTROL_DISCOVERY_PORT=port)
                 assert table.startswith("SERVER ") and f"http://{one.place} " in table
-                hosts = run_client(*quick, "--hosts", "--discovery-port", port).stdout
-                (tmp_path / "hosts").write_bytes(hosts)
-                all_of_them = ("exec", "--all", "--fold", "--", "echo hello")
-                env = {"SERVERCONTROL_HOSTS": str(tmp_path / "hosts")}
-                ran = run_client(*all_of_them, **env)
-                assert b"(2 servers, exit code 0)\nhello\n" in ran.stdout
-                again = run_client(*quick, "--hosts", "--discovery-port", port, **env)
-                assert (again.returncode, again.stdout) == (0, b"")
-                assert again.stderr == b"servercontrol: left out, being listed: 2\n"
+                hosts = write_hosts(tmp_path, check_command(0, "", *words, "--hosts"))
+                env = {"SERVERCONTROL_HOSTS": hosts}
+                shown = check_command(0, "", "exec", "--all", "--fold", "--", "echo hi", **env)
+                assert shown.endswith("(2 servers, exit code 0)\nhi\n")
+                told = "servercontrol: left out, being listed: 2\n"
+                assert check_command(0, told, *words, "--hosts", **env) == ""
 
     def test_lists_where_a_token_goes(self, tmp_path: Path, capfd: Any) -> None:
-        """But a file that is there already is of somebody else."""
         places = ("10.0.0.1", "10.0.0.2", "127.0.0.1", "10.0.0.4")
-        found = [
-            {"hostname": f"web{n}", "address": place, "port": 80, "auth": n != 4, "tls": False}
-            for n, place in enumerate(places, 1)
-        ]
-        found = [{**one, "url": f"http://{one['address']}:80"} for one in found]
-        found = [{**one, "urls": [one["url"]]} for one in found]
+        found: list[dict[str, Any]] = []
+        for n, place in enumerate(places, 1):
+            url = f"http://{place}:80"
+            facts = {"hostname": f"web{n}", "address": place, "port": 80, "auth": n != 4}
+            found.append({**facts, "tls": False, "url": url, "urls": [url]})
         env = {"SERVERCONTROL_HOSTS": str(tmp_path / "list" / "hosts")}
         rest = "web3 http://127.0.0.1:80\nweb4 http://10.0.0.4:80\n"
         new = "web1 http://10.0.0.1:80 web1.token\nweb2 http://10.0.0.2:80 web2.token\n"
@@ -9874,57 +9186,47 @@ class TestDiscover:
         assert sc.list_new(found, env) == line + rest
         assert "left out, being listed: 1" in capfd.readouterr().err
 
-    def test_is_not_held_up_by_rubbish(self) -> None:
-        """Somebody answers each probe with many datagrams, one of which is a reply."""
-        reply = b'{"type":"SERVER_RESPONSE","hostname":"\\u001b[2J{{ 1 }}","port":1,"ws_port":2}'
+    @staticmethod
+    @contextlib.contextmanager
+    def answering(*datagrams: bytes) -> Iterator[int]:
+        """Answer each probe with these datagrams; give the port."""
         with bind_udp() as udp:
 
             def answer() -> None:
-                with contextlib.suppress(OSError):
-                    while True:
-                        _, source = udp.recvfrom(2048)
-                        for number in range(100):
-                            udp.sendto(reply[: number % len(reply)], source)
-                        udp.sendto(reply, source)
+                for probe, source in iter(lambda: udp.recvfrom(2048), (b"", udp.getsockname())):
+                    for datagram in datagrams:
+                        udp.sendto(datagram, source)
 
-            threading.Thread(target=answer, daemon=True).start()
-            port = str(udp.getsockname()[1])
-            options = ("--at=127.0.0.1", "--timeout=1", f"--discovery-port={port}")
-            finished = run_client("discover", *options)
-            lines = finished.stdout.decode().splitlines()
-            assert (finished.returncode, len(lines)) == (0, 2)
-            assert lines[1].startswith("?[2J{{ 1 }}") and b"\x1b" not in finished.stdout
-            hosts = run_client("discover", *options, "--hosts").stdout
-            assert hosts == b"2J---1 http://127.0.0.1:1\n"
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                pool.submit(answer)
+                yield udp.getsockname()[1]
+                udp.sendto(b"", udp.getsockname())
+
+    def test_is_not_held_up_by_rubbish(self) -> None:
+        """One of many datagrams is a reply."""
+        reply = b'{"type":"SERVER_RESPONSE","hostname":"\\u001b[2J{{ 1 }}","port":1,"ws_port":2}'
+        with self.answering(*(reply[: n % len(reply)] for n in range(100)), reply) as port:
+            words = ("discover", "--at=127.0.0.1", "--timeout=1", f"--discovery-port={port}")
+            _, line = check_command(0, "", *words).splitlines()
+            assert line.startswith("?[2J{{ 1 }}") and "\x1b" not in line
+            assert check_command(0, "", *words, "--hosts") == "2J---1 http://127.0.0.1:1\n"
 
     def test_one_that_makes_up_many_keeps_nobody_out(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "MAX_REPLIES_OF_ONE", 20)
-        reply = '{"type":"SERVER_RESPONSE","hostname":"x","port":%d,"ws_port":2}'
-        with bind_udp() as udp:
-
-            def answer() -> None:
-                _, source = udp.recvfrom(2048)
-                for number in range(1, 60):
-                    udp.sendto((reply % number).encode(), source)
-
-            thread = threading.Thread(target=answer)
-            thread.start()
-            found = sc.probe_network(["127.0.0.1"], udp.getsockname()[1], 0.5)
-            thread.join()
-        assert len(found) == 20
+        reply = b'{"type":"SERVER_RESPONSE","hostname":"x","port":%d,"ws_port":2}'
+        with self.answering(*(reply % number for number in range(1, 60))) as port:
+            assert len(sc.probe_network(["127.0.0.1"], port, 0.5)) == 20
 
     def test_names_a_bad_variable(self) -> None:
-        finished = run_client("discover", SERVERCONTROL_DISCOVERY_PORT="x")
-        assert finished.returncode == 2
-        assert finished.stderr.startswith(b"servercontrol.py: --discovery-port: 'x' is not a port")
+        told = "servercontrol.py: --discovery-port: 'x' is not a port"
+        check_command(2, told, "discover", SERVERCONTROL_DISCOVERY_PORT="x")
 
     def test_says_that_nobody_is_there(self) -> None:
         with bind_udp() as free:
             options = ("--timeout=0.2", f"--discovery-port={free.getsockname()[1]}")
-            for more, shown in (("--json", b"[]\n"), ("--hosts", b""), ("--at=localhost", b"")):
-                finished = run_client("discover", *options, more)
-                assert (finished.returncode, finished.stdout) == (1, shown)
-                assert b"nothing answered on UDP port" in finished.stderr
+            for more, shown in (("--json", "[]\n"), ("--hosts", ""), ("--at=localhost", "")):
+                told = "nothing answered on UDP port"
+                assert check_command(1, told, "discover", *options, more) == shown
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -9956,42 +9258,40 @@ class Watcher:
         found = wait_until(lambda: [e for e in self.events if e["type"] == kind][count - 1 :])
         return found[0]
 
-    def stop(self) -> None:
+    def stop(self, complaint: str = "") -> None:
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(PATIENCE_SECONDS) == 0
-        assert self.process.stderr.read() == b""
+        assert self.process.stderr.read().decode() == complaint
 
 
-def ends_in(path: Path, task_id: str) -> bool:
-    ended = [one["task_id"] for one in read_lines(path) if one["event"] == "task_complete"]
-    return task_id in ended
+def logged(log: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of a type in a monitor's log."""
+    return [one for one in read_lines(log) if one["event"] == kind]
 
 
-def ends_in_any_order(path: Path, tasks: list[str]) -> bool:
-    """Whether a log, parts of which may be broken, has the ends of tasks."""
-    ended = re.findall(r'"event":"task_complete".*?"task_id":"(\d+)"', path.read_text())
+def ends_in(log: Path, *tasks: str) -> bool:
+    """Whether a monitor's log, parts of which may be broken, has the ends of tasks."""
+    ended = re.findall(r'"event":"task_complete".*?"task_id":"(\d+)"', log.read_text())
     return set(tasks) <= set(ended)
 
 
-def check_monitor_log(path: Path, *audits: Path) -> None:
-    """Compare a monitor's log with what the servers themselves wrote down.
+def check_monitor_log(log: Path, state: Path) -> None:
+    """Compare a monitor's log with what the server itself wrote down.
 
     Every task stands in it once, with its start and its end, or it says that it knows no more;
     what is missing was in a run of the server whose end the log has as a gap, or in one between
     that and the next in the log.
     """
-    records = read_lines(path)
-    starts = [one["task_id"] for one in records if one["event"] == "task_start"]
-    ends = [one for one in records if one["event"] in ("task_complete", "task_lost")]
+    starts = [one["task_id"] for one in logged(log, "task_start")]
+    ends = logged(log, "task_complete") + logged(log, "task_lost")
     assert len(starts) == len(set(starts))
     assert len(ends) == len({one["task_id"] for one in ends})
     told: dict[str, dict[str, Any]] = {}
-    for audit in audits:
-        for one in read_lines(audit):
-            if one["event"] in ("task_start", "task_complete"):
-                told.setdefault(one["task_id"], {"start_boot": one["boot_id"]}).update(one)
-    whole = {one["boot_id"] for one in records}
-    whole -= {one["boot_id"] for one in records if one["event"] == "gap"}
+    for one in read_lines(state / "servercontrol" / "audit.log"):
+        if one["event"] in ("task_start", "task_complete"):
+            told.setdefault(one["task_id"], {"start_boot": one["boot_id"]}).update(one)
+    whole = {one["boot_id"] for one in read_lines(log)}
+    whole -= {one["boot_id"] for one in logged(log, "gap")}
     named = {task_id for task_id, truth in told.items() if truth["start_boot"] in whole}
     assert named <= {one["task_id"] for one in ends} <= set(told)
     for one in ends:
@@ -10015,12 +9315,20 @@ STATS = {
     "type": "stats_update", "seq": 2, "timestamp": 5, "cpu": 5.0, "ram_used": 1, "ram_total": 2,
     "load_avg": [0.1, 0.2, 0.3],
 }  # fmt: skip
+ALERT = {"type": "cpu_alert", "timestamp": 5, "cpu": 99.0, "seq": 1}
 STATS_RUBBISH = [
     *({"cpu": "x"}, {"cpu": -1}, {"cpu": 10**400}, {"cpu": None}, {"seq": 1.5}, {"seq": "3"}),
     *({"load_avg": []}, {"load_avg": "abc"}, {"ram_total": {}}, {"timestamp": 10**300}),
     {"more": [[]] * sc.MAX_STATS_BYTES},
 ]
-START = {"type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true"}
+START = {
+    "type": "task_start", "seq": 2, "timestamp": 5, "task_id": "1", "command": "true",
+    "cwd": "/", "by": "me",
+}  # fmt: skip
+END = {
+    **START, "type": "task_complete", "exit_code": 0, "signal": None, "state": "done",
+    "output_bytes": 0, "duration_ms": 1,
+}  # fmt: skip
 WRONG_STARTS: list[dict[str, Any]] = [
     *({"task_id": "9" * 19}, {"task_id": "x"}, {"task_id": 1}, {"task_id": ["1"]}),
     *({"command": [[]]}, {"cwd": None}, {"by": {}}, {"timestamp": "5"}, {"timestamp": [5]}),
@@ -10033,7 +9341,7 @@ RUBBISH = [
     frame('{"type":"task_output","seq":2,"timestamp":' + "9" * 400 + "}"),
     frame('{"type":' * 10000),
     frame({**START, "task_id": {}}),
-    frame(START),
+    frame({**START, "by": None}),
     frame({"type": "task_complete", "seq": 2, "task_id": "1"}),
     frame({"type": "gap", "from": None, "to": "x"}),
     frame({"type": "hello", "tasks": 5}),
@@ -10081,27 +9389,22 @@ def follow(babbler: Any, take: Any = bool) -> tuple[list[str], sc.UnreachableErr
     return kinds, caught.value
 
 
-def deaf_writer(waiting_bytes: int = 0, is_gone: bool = False) -> Any:
-    """What a Link writes to whose server reads nothing, or is gone."""
-    writer = mock.Mock(written=[])
-    writer.transport, writer.write = writer, writer.written.append
+def deaf_link(waiting_bytes: int = 0, is_gone: bool = False) -> Any:
+    """A Link to a server that reads nothing, or is gone, and what was written to it."""
+    link, writer = make_monitor()[2].link, mock.Mock(written=[])
+    link._writer = writer.transport = writer
+    writer.write = writer.written.append
     writer.get_write_buffer_size.return_value = waiting_bytes
     writer.is_closing.return_value = is_gone
-    return writer
-
-
-class Told(list):  # type: ignore[type-arg]
-    """The events that a monitor has told."""
-
-    monitor: sc.Monitor
+    return link, writer.written
 
 
 def make_monitor(cpu_alert: Any = None, path: str = os.devnull) -> Any:
     """A monitor of one server, without any: (what it told, what gives it an event, its server)."""
-    told = Told()
+    told: list[dict[str, Any]] = []
     target, log = sc.parse_target("web1", "web1"), sc.MonitorLog(path)
     watched = sc.Watched(target, cpu_alert, log, lambda _, event: told.append(event))
-    told.monitor = sc.Monitor([watched], log)
+    watched.monitor = sc.Monitor([watched], log)
 
     def take(event: dict[str, Any]) -> list[str]:
         before = len(told)
@@ -10115,7 +9418,7 @@ class TestMonitor:
     """SPEC 11: `monitor`, without a screen."""
 
     def test_says_it_in_words(self, place: str, plain_server: ServerProcess) -> None:
-        with running_client("monitor", place) as process:
+        with ending_client(128 + signal.SIGPIPE, "", "monitor", place) as process:
             assert b"server_up" in process.stdout.readline()
             plain_server.start("echo a\x1bb")
             lines: list[str] = []
@@ -10125,45 +9428,37 @@ class TestMonitor:
             assert any('command="echo a\\u001bb"' in line for line in lines)
             assert not any("task_output" in line for line in lines)  # it asks for none
             process.stdout.close()
-            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
-            assert process.stderr is not None and process.stderr.read() == b""
 
     def test_has_one_look(self, place: str, plain_server: ServerProcess, tmp_path: Path) -> None:
         hosts = write_hosts(tmp_path, f"web1 {place}", "gone 127.0.0.1:1")
-        finished = run_client("monitor", "--once", SERVERCONTROL_HOSTS=hosts)
-        table = finished.stdout.decode()
-        assert finished.returncode == 1
+        table = check_command(1, "", "monitor", "--once", SERVERCONTROL_HOSTS=hosts)
         # After the 0 a busy machine has its alert.
         assert re.search(r"^web1 +up +\d+\.\d +\d+\.\d +\d+\.\d\d +0\b", table, re.M)
         assert re.search(r"^gone +unreachable +(- +){3}0 connection refused$", table, re.M)
         assert "2 servers: 1 up, 1 unreachable" in table or "1 unreachable, 1 up" in table
-        finished = run_client("monitor", "--once", "--json", "web1", SERVERCONTROL_HOSTS=hosts)
-        (seen,) = json.loads(finished.stdout)
-        assert (finished.returncode, seen["server"], seen["state"]) == (0, "web1", "up")
+        words = ("monitor", "--once", "--json", "web1")
+        (seen,) = json.loads(check_command(0, "", *words, SERVERCONTROL_HOSTS=hosts))
+        assert (seen["server"], seen["state"]) == ("web1", "up")
         assert seen["stats"]["cpus"] == os.cpu_count()
 
-    @pytest.mark.parametrize("cure", ["continue", "restart"])
-    def test_tells_who_falls_silent(self, tmp_path: Path, cure: str) -> None:
-        with ServerProcess(tmp_path) as server:
-            with Watcher(server.place) as watcher:
-                watcher.wait_for("stats_update")
-                began = time.monotonic()
-                server.process.send_signal(signal.SIGSTOP if cure == "continue" else signal.SIGKILL)
-                watcher.wait_for("server_silent")
-                assert 2 < time.monotonic() - began < 5 + 10  # 10 for a busy machine
-                began = time.monotonic()
-                if cure == "continue":
-                    server.process.send_signal(signal.SIGCONT)
-                    back = watcher.wait_for("server_back")
-                else:
-                    server.check = False
-                    server.process.wait()
-                    with ServerProcess(tmp_path, f"--port={server.port}"):
-                        began = time.monotonic()
-                        back = watcher.wait_for("server_back")
-                assert time.monotonic() - began < 5 + 10
-                assert back["silent_ms"] > 2000
-                watcher.stop()
+    @pytest.mark.parametrize("is_dead", [False, True])
+    def test_tells_who_falls_silent(self, tmp_path: Path, is_dead: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(ServerProcess(tmp_path))
+            watcher = stack.enter_context(Watcher(server.place))
+            watcher.wait_for("stats_update")
+            began = time.monotonic()
+            server.kill() if is_dead else os.kill(server.pid, signal.SIGSTOP)
+            watcher.wait_for("server_silent")
+            assert 2 < time.monotonic() - began < 5 + 10  # 10 for a busy machine
+            if is_dead:
+                stack.enter_context(ServerProcess(tmp_path, f"--port={server.port}"))
+            else:
+                os.kill(server.pid, signal.SIGCONT)
+            began = time.monotonic()
+            assert watcher.wait_for("server_back")["silent_ms"] > 2000
+            assert time.monotonic() - began < 5 + 10
+            watcher.stop()
 
     def test_asks_seldom_where_it_is_refused(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--require-token") as server, Babbler(frame([])) as babbler:
@@ -10181,50 +9476,44 @@ class TestMonitor:
     def test_has_its_own_threshold(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path)
         with ServerProcess(tmp_path, "--interval=0.1", script=usage.script) as server:
-            place = server.place
-            with Watcher("--cpu-alert=60", place, f"--log={tmp_path}/log") as watcher:
+            with Watcher("--cpu-alert=60", server.place, f"--log={tmp_path}/log") as watcher:
                 watcher.wait_for("stats_update")
                 usage.set(70)
                 alert = watcher.wait_for("cpu_alert")
-                assert (alert["by"], alert["cpu"], alert["server"]) == ("monitor", 70.0, place)
+                assert (alert["by"], alert["cpu"]) == ("monitor", 70.0)
+                assert alert["server"] == server.place
                 usage.set(50)
                 assert watcher.wait_for("alert_resolved")["cpu"] == 50.0
                 watcher.stop()
         events = [one["event"] for one in read_lines(tmp_path / "log")]
         assert (events.count("cpu_alert"), events.count("alert_resolved")) == (1, 1)
 
-    def test_forgets_what_it_could_not_understand(self) -> None:
-        """Before it tries again, which may be long after."""
+    @in_loop
+    async def test_forgets_what_it_could_not_understand(self) -> None:
+        lost = asyncio.Event()
 
-        async def run() -> int:
-            lost = asyncio.Event()
+        def take(event: dict[str, Any]) -> None:
+            if event["type"] == "stats_update":
+                raise ValueError
+            if event["type"] == "lost":
+                lost.set()
 
-            def take(event: dict[str, Any]) -> None:
-                if event["type"] == "stats_update":
-                    raise ValueError
-                if event["type"] == "lost":
-                    lost.set()
-
+        with Babbler(frame({**STATS, "peculiar": 1})) as babbler:
             target = sc.parse_target("babbler", babbler.place)
             running = asyncio.ensure_future(sc.Link(target, take).run())
             await asyncio.wait_for(lost.wait(), PATIENCE_SECONDS)
             await asyncio.sleep(0.1)
             gc.collect()
             dicts = [one for one in gc.get_objects() if isinstance(one, dict)]
-            kept = [one for one in dicts if one.get("peculiar") == 1]
+            assert not [one for one in dicts if one.get("peculiar") == 1]
             running.cancel()
-            return len(kept)
-
-        with Babbler(frame({**STATS, "peculiar": 1})) as babbler:
-            assert asyncio.run(run()) == 0
 
     # pytest hands a test's id to processes in a variable, for which a frame may be too long.
     @pytest.mark.parametrize("said", RUBBISH, ids=range(len(RUBBISH)))
     def test_takes_no_harm_from_rubbish(self, place, plain_server, tmp_path, said):
         """A server that speaks the protocol and then nonsense; the others are watched on."""
         with Babbler(said) as babbler:
-            bad = babbler.place
-            with Watcher(bad, place, f"--log={tmp_path}/log") as watcher:
+            with Watcher(babbler.place, place, f"--log={tmp_path}/log") as watcher:
                 wait_until(lambda: babbler.received)
                 up = ("server_up", place)
                 wait_until(lambda: any((e["type"], e["server"]) == up for e in watcher.events))
@@ -10253,9 +9542,8 @@ class TestMonitor:
     def test_takes_no_event_that_is_of_its_own_making(self, tmp_path: Path) -> None:
         """A server cannot say that it is silent, or lines of the output dropped."""
         kinds = ["lost", "restarted", "server_up", "server_silent", "server_back", "lines_dropped"]
-        ours = {
-            "reason": "\x1b]0;evil\x07", "status": 0, "boot_id": "Q", "lines": 1, "silent_ms": 1,
-        }  # fmt: skip
+        evil = "\x1b]0;evil\x07"
+        ours = {"reason": evil, "status": 0, "boot_id": "Q", "lines": 1, "silent_ms": 1}
         hello = {**HELLO, "alert": {**ours, "type": "lost"}}
         said = [{**ours, "type": kind, "seq": 2 + n} for n, kind in enumerate([*kinds, "newer"])]
         events = [hello, *said, {**STATS, "seq": 99}]
@@ -10268,7 +9556,6 @@ class TestMonitor:
         assert records == ["server_up", "monitor_stop"]
 
     def test_takes_nothing_before_hello(self, monkeypatch: Any) -> None:
-        """Which says whose events they are."""
         end = sc.encode_frame(sc.Opcode.CLOSE, b"")
         with Babbler(frame(STATS) + end) as babbler:
             babbler.hello = b""
@@ -10297,30 +9584,27 @@ class TestMonitor:
         pings = b"".join(sc.encode_frame(sc.Opcode.PING, b"%d" % n) for n in range(1000))
         answers = []
         for waiting_bytes in (0, sc.HIGH_WATER_BYTES):
-            link = make_monitor()[2].link
+            link, written = deaf_link(waiting_bytes)
             link._websocket = sc.WebSocketConnection(lambda: b"\0\0\0\0")
-            link._writer = writer = deaf_writer(waiting_bytes)
             with pytest.raises(StopIteration):
                 link._receive(pings).send(None)
-            answers.append(writer.written)
+            answers.append(written)
         assert answers == [[sc.encode_frame(sc.Opcode.PONG, b"999", b"\0\0\0\0")], []]
 
     @pytest.mark.parametrize("is_gone", [False, True])
     def test_writes_nothing_to_a_connection_that_was_reset(self, is_gone: bool) -> None:
-        link = make_monitor()[2].link
-        link._writer = writer = deaf_writer(is_gone=is_gone)
+        link, written = deaf_link(is_gone=is_gone)
         link._write(sc.Opcode.TEXT, b"{}")
         link._write(sc.Opcode.PONG, b"x")
-        assert len(writer.written) == (0 if is_gone else 2)
+        assert len(written) == (0 if is_gone else 2)
 
     def test_remembers_no_more_tasks_than_hello_can_list(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "MAX_OPEN_BYTES", 10_000)
         _, take, watched = make_monitor()
-        start = {**START, "command": "x" * 1000, "cwd": "/", "by": "me"}
-        end = {"exit_code": 0, "signal": None, "state": "done", "output_bytes": 0, "duration_ms": 1}
+        start = {**START, "command": "x" * 1000}
         for number in range(100):  # each has ended before the next
             take({**start, "task_id": str(number)})
-            take({**start, **end, "type": "task_complete", "task_id": str(number)})
+            take({**END, "task_id": str(number)})
         assert watched.open_bytes == 0
         with pytest.raises(sc.UnreachableError) as caught:
             for number in range(100, 200):
@@ -10330,14 +9614,13 @@ class TestMonitor:
     @pytest.mark.parametrize("wrong", WRONG_STARTS)
     def test_remembers_nothing_that_is_no_task(self, wrong: dict[str, Any]) -> None:
         _, take, watched = make_monitor()
-        task = {**START, "cwd": "/", "by": "me", **wrong}
-        for kind in ("task_start", "task_complete") if "task_id" in wrong else ("task_start",):
+        for event in (START, END) if "task_id" in wrong else (START,):
             with pytest.raises(sc.NOT_AS_AGREED):
-                take({**task, "type": kind})
+                take({**event, **wrong})
         assert (watched.tasks, watched.ended) == ({}, {})
 
     def test_writes_no_control_characters(self) -> None:
-        said = {**START, "cwd": "/", "by": "\x1b[2J", "command": "\x1b]0;x\x07\u2028\ud800"}
+        said = {**START, "by": "\x1b[2J", "command": "\x1b]0;x\x07\u2028\ud800"}
         said["\x9b2J"] = "\x9b2J"
         with Babbler(frame(said)) as babbler:
             for options in ([], ["--json"]):
@@ -10364,8 +9647,7 @@ class TestMonitor:
         assert [event["type"] for event in told].count("server_up") == 0
 
     def test_tells_an_alert_once(self) -> None:
-        alert = {"type": "cpu_alert", "timestamp": 5, "cpu": 99.0, "seq": 1}
-        hello = {**HELLO, "alert": alert}
+        alert, hello = ALERT, {**HELLO, "alert": ALERT}
         _, take, watched = make_monitor()
         assert take(hello) == ["server_up", "cpu_alert"]
         assert take(hello) == take(alert) == []
@@ -10392,13 +9674,12 @@ class TestMonitor:
 
     def test_writes_an_alert_once(self, tmp_path: Path) -> None:
         """Whether it is started again or not."""
-        alert = {"type": "cpu_alert", "timestamp": 5, "cpu": 99.0, "seq": 1}
         for news in (["server_up", "cpu_alert"], ["server_up"]):
-            told, take, watched = make_monitor(path=f"{tmp_path}/log")
+            _, take, watched = make_monitor(path=f"{tmp_path}/log")
             watched.link.boot_id = HELLO["boot_id"]
-            assert take({**HELLO, "alert": alert}) == news
-            os.close(told.monitor._log._fd)
-        (written,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "cpu_alert"]
+            assert take({**HELLO, "alert": ALERT}) == news
+            os.close(watched.monitor._log._fd)
+        (written,) = logged(tmp_path / "log", "cpu_alert")
         assert (written["cpu"], written["raised"]) == (99.0, 5)
 
     @in_loop
@@ -10406,7 +9687,7 @@ class TestMonitor:
         monkeypatch.setattr(sc, "SILENCE_SECONDS", 0.4)
         told, take, watched = make_monitor()
         take(HELLO)
-        looking = asyncio.ensure_future(told.monitor._look())
+        looking = asyncio.ensure_future(watched.monitor._look())
         await asyncio.sleep(0)
         time.sleep(1)  # stopped ourselves: nobody else is to blame
         await asyncio.sleep(0.2)
@@ -10422,40 +9703,37 @@ class TestMonitor:
 
     def test_does_not_wait_for_one_that_never_answers(self) -> None:
         with bind() as mute:
-            began = time.monotonic()
-            with Watcher(f"127.0.0.1:{mute.getsockname()[1]}") as watcher:
+            began, place = time.monotonic(), f"127.0.0.1:{mute.getsockname()[1]}"
+            with Watcher(place) as watcher:
                 assert watcher.wait_for("server_unreachable")["reason"] == "no answer in time"
                 assert time.monotonic() - began < 5 + 10  # 10 for a busy machine
-            finished = run_client("monitor", "--once", f"127.0.0.1:{mute.getsockname()[1]}")
-            assert (finished.returncode, b"no answer in time" in finished.stdout) == (1, True)
+            shown = check_command(1, "", "monitor", "--once", place)
+            assert "no answer in time" in shown
 
     def test_waits_for_nobody_who_reads(self, place: str, plain_server: Any, tmp_path: Path):
         """Its log and its ears stay open; events that find no room are counted."""
         log = tmp_path / "log"
         with contextlib.ExitStack() as stack:
-            words = ("monitor", "--json", place)
-            logs = (log, tmp_path / "other")
-            runs = [running_client(*words, f"--log={one}") for one in logs]
-            watchers = [*map(stack.enter_context, runs)]
+            words = ("monitor", "--json", place, "--log")
+            process = stack.enter_context(running_client(*words, str(log)))
+            other = stack.enter_context(running_client(*words, os.devnull))
             wait_until(lambda: log.exists() and "server_up" in log.read_text())
             command = "true #" + "\1" * 40_000  # six times as long in JSON: 16 MiB are soon full
             for _ in range(200):
                 task = plain_server.run(command)
             wait_until(lambda: ends_in(log, task["task_id"]))
-            watchers[1].terminate()
-            assert watchers[1].wait(PATIENCE_SECONDS) == 0
-            assert watchers[0].stdout is not None
-            deadline = threading.Timer(PATIENCE_SECONDS, watchers[0].kill)
+            other.terminate()
+            assert other.wait(PATIENCE_SECONDS) == 0
+            deadline = threading.Timer(PATIENCE_SECONDS, process.kill)
             stack.callback(deadline.cancel)
             deadline.start()
-            events = map(json.loads, watchers[0].stdout)
+            events = map(json.loads, process.stdout)
             event = next(event for event in events if event["type"] == "lines_dropped")
             assert event["lines"] > 100 and event["server"] is None
-            assert json.loads(watchers[0].stdout.readline())["server"] == place
+            assert next(events)["server"] == place
 
     def test_goes_on_under_nohup(self, place: str) -> None:
-        ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-        with Watcher(place, preexec_fn=ignore) as watcher:
+        with Watcher(place, prefix=("nohup",)) as watcher:
             watcher.wait_for("server_up")
             watcher.process.send_signal(signal.SIGHUP)
             watcher.wait_for("stats_update", 2)
@@ -10465,64 +9743,16 @@ class TestMonitor:
 class TestMonitorLog:
     """SPEC 11: every task of every server stands in the log once, or the gap is named."""
 
-    def test_is_complete_over_cuts(self, tmp_path: Path) -> None:
-        chance = random.Random(7)
-        with ServerProcess(tmp_path / "state") as server:
-
-            def choose(number: int) -> int | None:
-                return int(10 ** chance.uniform(3, 4.7))
-
-            log = tmp_path / "log"
-            with Cutter(server.port, choose) as cutter:
-                with Watcher(cutter.place, f"--log={log}") as watcher:
-                    watcher.wait_for("server_up")
-                    for number in range(40):
-                        server.run(f"echo {number}; exit {number}")
-                    last = server.start("echo last")
-                    wait_until(lambda: ends_in(log, last))
-                    watcher.stop()
-                assert cutter.cut > 2
-            check_monitor_log(log, tmp_path / "state" / "servercontrol" / "audit.log")
-            assert stat.S_IMODE(log.stat().st_mode) == 0o600
-            assert not [one for one in read_lines(log) if one["event"] == "gap"]
-
-    def test_goes_on_after_its_own_restart(self, tmp_path: Path) -> None:
-        """What happened while no monitor ran is read from the server's kept events."""
-        log = tmp_path / "log"
-        with ServerProcess(tmp_path / "state") as server:
-            place = server.place
-            long = ""
-            for round in range(3):
-                with Watcher(place, f"--log={log}") as watcher:
-                    watcher.wait_for("stats_update")
-                    long = long or server.start("sleep 60")
-                    server.run(f"exit {round}")
-                    watcher.wait_for("task_complete")
-                    if round:
-                        watcher.process.kill()
-                        watcher.process.wait()
-                    else:
-                        watcher.stop()
-                server.run("echo alone")
-            with log.open("ab") as file:
-                file.write(b'{"time":"half a li')
-            server.end(long)
-            with Watcher(place, f"--log={log}") as watcher:
-                watcher.wait_for("stats_update")
-                watcher.stop()
-        text = log.read_text().replace('{"time":"half a li\n', "")
-        log.write_text(text)
-        check_monitor_log(log, tmp_path / "state" / "servercontrol" / "audit.log")
-        assert not [one for one in read_lines(log) if one["event"] == "gap"]
-
     @pytest.mark.parametrize("way", ["rename", "copytruncate"])
     def test_goes_on_after_a_rotation(self, tmp_path: Path, way: str) -> None:
         """The new file says where each server stands, so nothing needs the old one."""
         log, old, state = tmp_path / "log", tmp_path / "log.1", tmp_path / "state"
         with ServerProcess(state) as server:
-            place = server.place
-            with Watcher(place, f"--log={log}") as watcher:
+            words = (server.place, f"--log={log}")
+            told = "log: another monitor writes it"
+            with Watcher(*words) as watcher:
                 watcher.wait_for("stats_update")
+                check_command(2, told, "monitor", *words)
                 long, short = server.start("sleep 60"), server.run("exit 1")["task_id"]
                 wait_until(lambda: ends_in(log, short))
                 if way == "rename":
@@ -10531,49 +9761,40 @@ class TestMonitorLog:
                     shutil.copy(log, old)
                     os.truncate(log, 0)
                 wait_until(lambda: log.exists() and "position" in log.read_text())
-                finished = run_client("monitor", place, f"--log={log}")
-                assert b"log: another monitor writes it" in finished.stderr
-                watcher.process.kill()
-                watcher.process.wait()
+                check_command(2, told, "monitor", *words)
             alone = server.run("echo alone")["task_id"]
             server.end(long)
-            with Watcher(place, f"--log={log}") as watcher:
-                wait_until(lambda: ends_in(log, long) and ends_in(log, alone))
+            with Watcher(*words) as watcher:
+                wait_until(lambda: ends_in(log, long, alone))
                 watcher.stop()
-        (tmp_path / "all").write_text(old.read_text() + log.read_text())
-        check_monitor_log(tmp_path / "all", state / "servercontrol" / "audit.log")
-        (position,) = [one for one in read_lines(log) if one["event"] == "position"]
+        (position,) = logged(log, "position")
         assert [task["task_id"] for task in position["tasks"]] == [long]
         assert position["ended"] == [short]
-        records = read_lines(log)
-        assert not [one for one in records if one["event"] == "gap"]
-        commands = {one["command"] for one in records if one["event"] == "task_complete"}
-        assert commands == {"sleep 60", "echo alone"}
+        assert {one["task_id"] for one in logged(log, "task_complete")} == {long, alone}
+        assert not logged(log, "gap")
+        log.write_text(old.read_text() + log.read_text())
+        check_monitor_log(log, state)
 
     @pytest.mark.parametrize("is_crash", [True, False])
     def test_restart_loses_no_task_a_crash_is_named(self, tmp_path: Path, is_crash: bool) -> None:
         log, state = tmp_path / "log", tmp_path / "state"
-        with ServerProcess(state) as server, Watcher(server.place, f"--log={log}") as watcher:
-            watcher.wait_for("stats_update")
-            long = server.start("sleep 60")
-            watcher.wait_for("task_start")
-            if is_crash:
-                server.kill()
-            else:
-                server.process.terminate()
-                server.process.wait()
+        with contextlib.ExitStack() as stack:
+            with ServerProcess(state) as server:
+                watcher = stack.enter_context(Watcher(server.place, f"--log={log}"))
+                watcher.wait_for("stats_update")
+                long = server.start("sleep 60")
+                watcher.wait_for("task_start")
+                if is_crash:
+                    server.kill()
             with ServerProcess(state, f"--port={server.port}") as again:
                 again.run("exit 5")
                 watcher.wait_for("task_complete", 1 if is_crash else 2)
                 watcher.stop()
-        records = read_lines(log)
-        lost = [one["task_id"] for one in records if one["event"] == "task_lost"]
-        assert lost == [long] * is_crash
-        gaps = [one for one in records if one["event"] == "gap"]
+        assert [one["task_id"] for one in logged(log, "task_lost")] == [long] * is_crash
         if is_crash:
-            (gap,) = gaps
+            (gap,) = logged(log, "gap")
             assert gap["to"] is None and gap["from"] > 0 and gap["reason"] == "restarted"
-        check_monitor_log(log, state / "servercontrol" / "audit.log")
+        check_monitor_log(log, state)
 
     def test_names_a_run_that_nobody_saw(self, tmp_path: Path) -> None:
         """Also where the run before it said goodbye, and it was over in a moment."""
@@ -10581,7 +9802,7 @@ class TestMonitorLog:
         away = False
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(ServerProcess(state))
-            options = f"--port={server.port}"
+            port = f"--port={server.port}"
             cutter = stack.enter_context(Cutter(server.port, lambda _: 0 if away else None))
             watcher = stack.enter_context(Watcher(cutter.place, f"--log={log}"))
             watcher.wait_for("stats_update")
@@ -10592,27 +9813,24 @@ class TestMonitorLog:
             server.process.terminate()
             assert watcher.wait_for("lost")["reason"].startswith("1001: ")
             server.process.wait()
-            unseen = stack.enter_context(ServerProcess(state, options))
+            unseen = stack.enter_context(ServerProcess(state, port))
             unseen.run("exit 2")
             unseen.kill()
-            third = stack.enter_context(ServerProcess(state, options))
+            third = stack.enter_context(ServerProcess(state, port))
             away = False
             last = third.run("exit 3")["task_id"]
             wait_until(lambda: ends_in(log, last))
             watcher.stop()
-        records = read_lines(log)
-        ends = [one["task_id"] for one in records if one["event"] == "task_complete"]
-        assert ends == [seen, last]
-        (gap,) = [one for one in records if one["event"] == "gap"]
+        assert [one["task_id"] for one in logged(log, "task_complete")] == [seen, last]
+        (gap,) = logged(log, "gap")
         assert (gap["boot_id"], gap["to"], gap["reason"]) == (first_boot, None, "restarted")
 
     def test_names_what_the_server_kept_no_more(self, tmp_path: Path) -> None:
         """And still has the tasks, from the server's list of them."""
-        log, state = tmp_path / "log", tmp_path / "state"
+        log = tmp_path / "log"
         code = "made = sc.Feed\nsc.Feed = lambda encode, _, *more: made(encode, 20000, *more)"
-        script = make_launcher(tmp_path, code)
         away = False
-        with ServerProcess(state, script=script) as server:
+        with ServerProcess(tmp_path, code=code) as server:
             with Cutter(server.port, lambda _: 0 if away else None) as cutter:
                 with Watcher(cutter.place, f"--log={log}") as watcher:
                     watcher.wait_for("stats_update")
@@ -10628,9 +9846,9 @@ class TestMonitorLog:
                     last = server.start("exit 1")
                     wait_until(lambda: ends_in(log, last))
                     watcher.stop()
-        gaps = [one for one in read_lines(log) if one["event"] == "gap"]
-        assert gaps and gaps[0]["to"] >= gaps[0]["from"] > 0
-        check_monitor_log(log, state / "servercontrol" / "audit.log")
+        gap = logged(log, "gap")[0]
+        assert gap["to"] >= gap["from"] > 0
+        check_monitor_log(log, tmp_path)
 
     def test_makes_up_for_a_full_disk(self, place: str, plain_server: Any, tmp_path: Path):
         """What could not be written is written when there is room, also after half a record."""
@@ -10651,22 +9869,18 @@ class TestMonitorLog:
             run(3)
             assert log.stat().st_size == size + 100
             limit((resource.RLIM_INFINITY,) * 2)
-            wait_until(lambda: ends_in_any_order(log, tasks))
+            wait_until(lambda: ends_in(log, *tasks))
             log.rename(tmp_path / "log.1")
             log.symlink_to("/dev/full")
             run(3)
             log.unlink()
-            wait_until(lambda: log.exists() and ends_in_any_order(log, tasks[4:]))
-            watcher.process.send_signal(signal.SIGINT)
-            assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            complaint = f"servercontrol: --log: {log}: No space left on device\n"
-            assert watcher.process.stderr.read().decode() == complaint
+            wait_until(lambda: log.exists() and ends_in(log, *tasks[4:]))
+            watcher.stop(f"servercontrol: --log: {log}: No space left on device\n")
         lines = [*(tmp_path / "log.1").read_text().splitlines(), *log.read_text().splitlines()]
         broken = [line for line in lines if not line.endswith("}")]
         assert len(broken) == 1 and len(broken[0]) == 100
         full.write_text("\n".join(line for line in lines if line.endswith("}")))
-        ends = [one["task_id"] for one in read_lines(full) if one["event"] == "task_complete"]
-        assert ends == tasks
+        assert [one["task_id"] for one in logged(full, "task_complete")] == tasks
 
     @staticmethod
     def log_starts(log: Path, count: int, **fields: Any) -> list[dict[str, Any]]:
@@ -10675,16 +9889,16 @@ class TestMonitorLog:
         log.unlink()
         log.symlink_to("/dev/full")
         for number in range(count):
-            take({**START, "task_id": str(number), "cwd": "/", "by": "me", **fields})
+            take({**START, "task_id": str(number), **fields})
         log.unlink()
-        take({**START, "task_id": str(count), "cwd": "/", "by": "me"})
+        take({**START, "task_id": str(count)})
         return read_lines(log)
 
     def test_remembers_so_many_bytes(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr(sc, "MAX_WAITING_BYTES", 5000)
-        records = self.log_starts(tmp_path / "log", 9, command="x" * 1000)
-        gaps = [one for one in records if one["event"] == "gap"]
-        assert [gap["reason"].rpartition(": ")[2] for gap in gaps] == ["No space left on device"]
+        self.log_starts(tmp_path / "log", 9, command="x" * 1000)
+        (gap,) = logged(tmp_path / "log", "gap")
+        assert gap["reason"].endswith(": No space left on device")
 
     def test_names_what_was_too_much_to_remember(self, tmp_path: Path, monkeypatch: Any) -> None:
         """And says where the servers stand after it, the position of the new file being lost."""
@@ -10701,17 +9915,7 @@ class TestMonitorLog:
             two.wait_for("stats_update")  # a device is everybody's
             plain_server.run("true")
             watcher.wait_for("stats_update")
-            watcher.process.send_signal(signal.SIGINT)
-            assert watcher.process.wait(PATIENCE_SECONDS) == 0
-            assert watcher.process.stderr.read().count(b"--log: /dev/full: No space left") == 1
-
-    def test_is_of_one_monitor(self, place: str, tmp_path: Path) -> None:
-        with Watcher(place, f"--log={tmp_path}/log") as watcher:
-            watcher.wait_for("server_up")
-            finished = run_client("monitor", place, f"--log={tmp_path}/log")
-            assert finished.returncode == 2
-            assert b"log: another monitor writes it" in finished.stderr
-            watcher.stop()
+            watcher.stop("servercontrol: --log: /dev/full: No space left on device\n")
 
     def test_one_large_event_loses_nothing(self, tmp_path: Path) -> None:
         """A gap may list more tasks than may wait for a full disk."""
@@ -10722,57 +9926,46 @@ class TestMonitorLog:
             log.add({"time": "", "boot_id": "b", "seq": number})
         log.flush()
         os.close(log._fd)
-        seqs = [json.loads(line)["seq"] for line in path.read_text().splitlines()]
+        seqs = [one["seq"] for one in read_lines(path)]
         assert seqs == list(range(sc.MAX_WAITING_RECORDS + 100))
 
     def test_says_again_where_a_quiet_server_stands(self, tmp_path: Path, monkeypatch: Any) -> None:
         """Only the end of a long log is read, and others may have written all of that."""
         monkeypatch.setattr(sc, "LOG_TAIL_BYTES", 80_000)
         monkeypatch.setattr(sc, "LOG_STEP_BYTES", 20_000)
-        path = str(tmp_path / "log")
-        targets = [sc.parse_target(name, name) for name in ("quiet", "busy", "new")]
+        path = tmp_path / "log"
 
-        def watch(*names: str) -> dict[str, sc.Watched]:
-            log = sc.MonitorLog(path)
-            chosen = [target for target in targets if target.name in names]
-            everybody = [sc.Watched(target, None, log, lambda *_: None) for target in chosen]
-            monitors.append(sc.Monitor(everybody, log))
-            return {one.target.name: one for one in everybody}
+        @contextlib.contextmanager
+        def watch(*names: str) -> Iterator[dict[str, sc.Watched]]:
+            log = sc.MonitorLog(str(path))
+            targets = [sc.parse_target(name, name) for name in names]
+            everybody = [sc.Watched(target, None, log, lambda *_: None) for target in targets]
+            sc.Monitor(everybody, log)
+            yield dict(zip(names, everybody))
+            os.close(log._fd)
 
         def run(watched: sc.Watched, task_id: int, is_ended: bool = True) -> None:
             watched.link.boot_id, watched.link.seq = watched.target.name, task_id
-            task = {**START, "task_id": str(task_id), "command": "x" * 500, "cwd": "/", "by": "me"}
-            end = {"exit_code": 0, "signal": None, "state": "done", "duration_ms": 1}
-            events = [task, {**task, **end, "type": "task_complete", "output_bytes": 0}]
-            for event in events[: 1 + is_ended]:
-                watched.take(event)
+            for event in [START, END][: 1 + is_ended]:
+                watched.take({**event, "task_id": str(task_id), "command": "x" * 500})
 
-        def end_monitor() -> None:
-            os.close(monitors[-1]._log._fd)
-
-        monitors: list[sc.Monitor] = []
-        seen = watch("quiet", "busy")
-        run(seen["quiet"], 1)
-        run(seen["quiet"], 2, is_ended=False)
-        for number in range(300):
-            run(seen["busy"], number)
-        end_monitor()
+        with watch("quiet", "busy") as seen:
+            run(seen["quiet"], 1)
+            run(seen["quiet"], 2, is_ended=False)
+            for number in range(300):
+                run(seen["busy"], number)
         assert os.path.getsize(path) > 4 * sc.LOG_TAIL_BYTES
-        seen = watch("quiet", "busy")
-        assert (seen["quiet"].link.boot_id, seen["quiet"].link.seq) == ("quiet", 2)
-        assert (list(seen["quiet"].tasks), list(seen["quiet"].ended)) == (["2"], ["1"])
-        assert "gap" not in [one["event"] for one in read_lines(tmp_path / "log")]
-        end_monitor()
-        seen = watch("busy", "new")  # the latter was perhaps watched long ago
-        (gap,) = [one for one in read_lines(tmp_path / "log") if one["event"] == "gap"]
-        assert (gap["server"], gap["boot_id"], gap["from"], gap["to"]) == ("new", "", 1, None)
-        for number in range(300, 600):
-            run(seen["busy"], number)
-        end_monitor()
-        seen = watch("busy", "new", "quiet")
-        gaps = [one["server"] for one in read_lines(tmp_path / "log") if one["event"] == "gap"]
-        assert gaps == ["new", "quiet"]
-        end_monitor()
+        with watch("quiet", "busy") as seen:
+            assert (seen["quiet"].link.boot_id, seen["quiet"].link.seq) == ("quiet", 2)
+            assert (list(seen["quiet"].tasks), list(seen["quiet"].ended)) == (["2"], ["1"])
+        assert not logged(path, "gap")
+        with watch("busy", "new") as seen:  # the latter was perhaps watched long ago
+            (gap,) = logged(path, "gap")
+            assert (gap["server"], gap["boot_id"], gap["from"], gap["to"]) == ("new", "", 1, None)
+            for number in range(300, 600):
+                run(seen["busy"], number)
+        with watch("busy", "new", "quiet"):
+            assert [one["server"] for one in logged(path, "gap")] == ["new", "quiet"]
 
     def test_tells_positions_that_do_not_fill_the_log(self, tmp_path: Path, monkeypatch: Any):
         monkeypatch.setattr(sc, "LOG_STEP_BYTES", 1000)
@@ -10782,7 +9975,7 @@ class TestMonitorLog:
         for number in range(5000):
             watched.remember({"event": "task_lost", "task_id": str(number)})
         for number in range(100):
-            take({**START, "task_id": str(5000 + number), "cwd": "/", "by": "me"})
+            take({**START, "task_id": str(5000 + number)})
         lines = log.read_text().splitlines()
         positions = [line for line in lines if '"event":"position"' in line]
         assert len(positions) > 2
@@ -10804,30 +9997,24 @@ class TestMonitorLog:
 
     def test_tells_tasks_apart_whose_ids_begin_anew(self, tmp_path: Path) -> None:
         """A server that has lost its state folder."""
-        log = tmp_path / "log"
-        with ServerProcess(tmp_path / "a") as server:
-            place, options = server.place, [f"--log={log}"]
-            with Watcher(place, *options) as watcher:
-                watcher.wait_for("server_up")
-                assert server.run("exit 1")["task_id"] == "1"
-                watcher.wait_for("task_complete")
-        with ServerProcess(tmp_path / "b", f"--port={server.port}") as server:
-            with Watcher(place, *options) as watcher:
-                watcher.wait_for("server_up")
-                assert server.run("exit 2")["task_id"] == "1"
-                watcher.wait_for("task_complete")
-                watcher.stop()
-            with Watcher(place, *options) as watcher:
-                watcher.wait_for("stats_update")
-                watcher.stop()
-        ends = [one for one in read_lines(log) if one["event"] == "task_complete"]
+        log, port = tmp_path / "log", 0
+        for code in (1, 2):
+            with ServerProcess(tmp_path / str(code), f"--port={port}") as server:
+                port = server.port
+                with Watcher(server.place, f"--log={log}") as watcher:
+                    watcher.wait_for("server_up")
+                    assert server.run(f"exit {code}")["task_id"] == "1"
+                    watcher.wait_for("task_complete")
+                with Watcher(server.place, f"--log={log}") as watcher:
+                    watcher.wait_for("stats_update")
+        ends = logged(log, "task_complete")
         assert [(one["task_id"], one["exit_code"]) for one in ends] == [("1", 1), ("1", 2)]
 
-    @pytest.mark.parametrize("seed", range(2))
-    def test_is_complete_whatever_dies(self, tmp_path: Path, seed: int) -> None:
-        """Cuts, kill -9 of the server and of the monitor, in any order."""
-        chance = random.Random(seed)
-        log, state = tmp_path / "log", tmp_path / "state"
+    @pytest.mark.parametrize("dying", [[], ["monitor"], ["server", "monitor"]], ids=" ".join)
+    def test_is_complete_whatever_dies(self, tmp_path: Path, dying: list[str]) -> None:
+        """What happens while no monitor runs is read from the server's kept events."""
+        chance, places = random.Random(len(dying)), random.Random(1)
+        log, state, half = tmp_path / "log", tmp_path / "state", '{"time":"half a li'
         options: list[str] = []
         with contextlib.ExitStack() as stack:
 
@@ -10837,44 +10024,54 @@ class TestMonitorLog:
                 return server
 
             def start_watcher() -> Watcher:
-                watcher = stack.enter_context(Watcher(place, f"--log={log}"))
+                watcher = stack.enter_context(Watcher(cutter.place, f"--log={log}"))
                 watcher.wait_for("stats_update")
                 return watcher
 
             server = start_server()
-            cutter = stack.enter_context(Cutter(server.port, lambda _: None))
-            place = cutter.place
+            choose = lambda _: int(10 ** places.uniform(3, 4))  # noqa: E731
+            cutter = stack.enter_context(Cutter(server.port, choose))
             watcher = start_watcher()
-            for number in range(25):
+            long = server.start("sleep 60")
+            for number in range(40):
                 for _ in range(chance.randrange(4)):
                     server.start(f"sleep {chance.random() / 5:.2f}; exit {number}")
-                what = chance.choice(["cut", "cut", "server", "monitor", "task"])
+                what = chance.choice(["cut", "cut", "task", *dying])
                 if what == "cut":
                     cutter.cut_all()
                 elif what == "server":
                     server.kill()
                     server = start_server()
                 elif what == "monitor":
-                    watcher.process.kill()
+                    watcher.stop() if number % 2 else watcher.process.kill()
                     watcher.process.wait()
+                    log.write_text(log.read_text() + half)
                     watcher = start_watcher()
                 else:
                     server.run(f"exit {number}")
+            if "server" not in dying:
+                server.end(long)
             last = server.start("exit 1")
             wait_until(lambda: ends_in(log, last))
             wait_until(lambda: not server.get("/info")["tasks_running"])
             watcher.wait_for("stats_update", 2)
             watcher.stop()
-        check_monitor_log(log, state / "servercontrol" / "audit.log")
+            assert cutter.cut > 2
+        log.write_text(log.read_text().replace(half + "\n", ""))
+        check_monitor_log(log, state)
+        assert "server" in dying or not logged(log, "gap")
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+RESTORED = b"\x1b[?7h\x1b[?25h\x1b[?1049l"  # the terminal, by what a screen writes last
 
 
 class ScreenWatcher(OnTerminal):
     """`monitor`."""
 
-    def __init__(self, *arguments: str, cols: int = 80, rows: int = 24, **env: str) -> None:
+    def __init__(self, *arguments: str, **env: str) -> None:
         command = [sys.executable, str(SCRIPT), "monitor", *arguments]
-        env = {"SERVERCONTROL_HOSTS": "/nonexistent", "NO_COLOR": "", **env}
-        super().__init__(command, env, cols, rows)
+        super().__init__(command, {"SERVERCONTROL_HOSTS": "/none", "NO_COLOR": "", **env}, 80, 24)
 
     def lines(self) -> list[str]:
         """What the newest picture shows."""
@@ -10901,21 +10098,24 @@ class ScreenWatcher(OnTerminal):
         finally:
             os.close(fd)
 
-    def read_to(self, end: bytes) -> None:
-        """Read up to what was written last: a terminal passes it on a little later."""
-        wait_until(lambda: (self.read(), self.data.rstrip().endswith(end))[1])
-
     def check_restored(self) -> None:
-        self.read_to(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+        # A terminal passes on what was written last a little later.
+        wait_until(lambda: self.read() or self.data.rstrip().endswith(RESTORED))
         assert termios.tcgetattr(self.slave) == self.before
         assert b"Traceback" not in self.data
+
+    def quit(self, end: Any = "q") -> None:
+        """By a key, or by a signal."""
+        self.type(end) if isinstance(end, str) else self.process.send_signal(end)
+        assert self.process.wait(PATIENCE_SECONDS) == 0
+        self.check_restored()
 
 
 class TestMonitorScreen:
     """SPEC 11: `monitor` on a terminal."""
 
-    @pytest.mark.parametrize("end", ["q", "\x03", "\x1c", "TERM", "HUP", "stopped"])
-    def test_shows_all_and_leaves_no_trace(self, place: str, tmp_path: Path, end: str) -> None:
+    @pytest.mark.parametrize("end", [*"q\x03\x1c", signal.SIGTERM, signal.SIGHUP, "stopped"])
+    def test_shows_all_and_leaves_no_trace(self, place: str, tmp_path: Path, end: Any) -> None:
         hosts = write_hosts(tmp_path, f"web1 {place}", "gone 127.0.0.1:1")
         with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
             lines = screen.wait_for(r"^web1 +up +\d+\.\d")
@@ -10928,32 +10128,23 @@ class TestMonitorScreen:
             if end == "stopped":
                 screen.type("\x13")  # Ctrl-S
                 wait_until(screen.is_stopped)
-                screen.process.terminate()
-            elif end in ("TERM", "HUP"):
-                screen.process.send_signal(getattr(signal, f"SIG{end}"))
-            else:
-                screen.type(end)
-            assert screen.process.wait(PATIENCE_SECONDS) == 0
-            screen.check_restored()
+                end = signal.SIGTERM
+            screen.quit(end)
 
     def test_names_of_any_script_take_their_cells(self) -> None:
-        names = {
-            "a": 1, "\u6f22\u5b57": 4, "e\u0301": 1, "\u304b\u3099": 2, "a\u200b\u2060\ufeffb": 2,
-        }  # fmt: skip
-        names.update({"\u1112\u1161\u11ab": 2, "\u2764\ufe0f": 1, "\u0e2a\u0e31": 1, "\u202eab": 2})
+        names = {"a": 1, "\u6f22\u5b57": 4, "e\u0301": 1, "\u304b\u3099": 2, "\u2764\ufe0f": 1}
+        names.update({"a\u200b\u2060\ufeffb": 2, "\u202eab": 2})
+        names.update({"\u1112\u1161\u11ab": 2, "\u0e2a\u0e31": 1})
         assert {name: sc.count_cells(name) for name in names} == names
         assert {sc.count_cells(sc.fit_text(name * 9, 5)) for name in names} == {5}
 
     def test_columns_stand_still_while_it_scrolls(self) -> None:
-        targets = [sc.parse_target(name, "a") for name in ("short", "a-longer-name")]
-        facts = {
-            "state": sc.ServerState.UNREACHABLE, "stats": {}, "tasks": {}, "alert": "",
-            "reason": "x",
-        }  # fmt: skip
-        everybody: Any = [mock.Mock(target=target, **facts) for target in targets]
+        names = ["short", "a-longer-name"]
+        targets = [sc.parse_target(name, "a") for name in names]
+        everybody = [sc.Watched(target, None, mock.Mock(), print) for target in targets]
         tables = [sc.format_table(everybody, 80, slice(n, n + 1)) for n in (0, 1)]
-        assert [table[1][1].split()[0] for table in tables] == ["short", "a-longer-name"]
-        assert [table[1][1].index("unreachable") for table in tables] == [14, 14]
+        assert [table[1][1].split()[0] for table in tables] == names
+        assert [table[1][1].index("connecting") for table in tables] == [14, 14]
 
     def test_leaves_out_what_does_not_fit(self, monkeypatch: Any) -> None:
         """80 columns must not cut `memory 12.4 of 15.6 GiB` to `of 1`."""
@@ -10982,15 +10173,17 @@ class TestMonitorScreen:
                 assert [line.split()[0] for line in lines[2:-1]] == names[first : first + 21]
             screen.type("g")
             screen.wait_for("^1-21 of 200")
-            screen.type("c")
+            screen.type("jj\x1b[B\x1bOB\x1b[5~\x1b[6~\x1b[1;5Cj")  # together
+            screen.wait_for(r"^12-32 of 200 by name")
+            screen.type("\x1b[F\x1b[H\x00\x7fé\x1b[")
+            screen.wait_for(r"^1-21 of 200 by name")
+            screen.type("jc")
             screen.wait_for("by CPU")
             screen.resize(20, 5)
             screen.process.send_signal(signal.SIGWINCH)
-            lines = wait_until(lambda: (lambda ls: ls if len(ls) == 5 else None)(screen.lines()))
-            assert all(len(line) <= 20 for line in lines)
-            screen.type("q")
-            assert screen.process.wait(PATIENCE_SECONDS) == 0
-            screen.check_restored()
+            wait_until(lambda: len(screen.lines()) == 5)
+            assert all(len(line) <= 20 for line in screen.lines())
+            screen.quit()
 
     def test_is_drawn_five_times_a_second(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--interval=0.05") as server:
@@ -11005,8 +10198,7 @@ class TestMonitorScreen:
                 drawn = screen.data.count(b"\x1b[H") - before
                 # At least for the new task: a figure that stays the same is not drawn again.
                 assert 1 <= drawn <= 5 * (time.monotonic() - began) + 1
-                screen.type("q")
-                assert screen.process.wait(PATIENCE_SECONDS) == 0
+                screen.quit()
 
     @pytest.mark.parametrize("no_color", ["", "1"])
     def test_paints_where_it_may(self, no_color: str) -> None:
@@ -11024,27 +10216,13 @@ class TestMonitorScreen:
             size = len(screen.data)
             screen.process.send_signal(signal.SIGCONT)
             wait_until(lambda: screen.lines() and b"\x1b[?1049h" in screen.data[size:])
-            screen.type("q")
-            assert screen.process.wait(PATIENCE_SECONDS) == 0
-            screen.check_restored()
+            screen.quit()
 
     def test_shows_no_control_characters(self, tmp_path: Path) -> None:
         with Impostor(b"HTTP/1.0 403 x\r\n\r\n" + b'{"message":"\\u001b[2Jboo"}') as impostor:
             with ScreenWatcher(impostor.place) as screen:
                 screen.wait_for(r"refused .*403: \?\[2Jboo")
                 assert b"\x1b[2J" not in screen.data
-
-    def test_takes_keys_that_come_together(self, place: str, tmp_path: Path) -> None:
-        hosts = write_hosts(tmp_path, *(f"s{number:02} {place}" for number in range(50)))
-        with ScreenWatcher(SERVERCONTROL_HOSTS=hosts) as screen:
-            screen.wait_for("50 servers: 50 up")
-            screen.type("njj\x1b[B\x1bOB\x1b[5~\x1b[6~\x1b[1;5Cj")
-            screen.wait_for(r"^12-32 of 50 by name")
-            screen.type("\x1b[F\x1b[H\x00\x7fé\x1b[")
-            screen.wait_for(r"^1-21 of 50 by name")
-            screen.type("jq")
-            assert screen.process.wait(PATIENCE_SECONDS) == 0
-            screen.check_restored()
 
     def test_keeps_its_columns(self, tmp_path: Path) -> None:
         """Long names are cut; East Asian characters take two cells, combining ones none."""
@@ -11088,17 +10266,12 @@ class TestMonitorScreen:
         assert (tmp_path / "errors").read_bytes() == b""
 
     def test_needs_no_keyboard(self, place: str) -> None:
-        master, slave = pty.openpty()
-        with running_client("monitor", place, stdout=slave) as process:
-            seen = b""
-            while b" up " not in seen:
-                seen += os.read(master, 65536)
-            assert "by state · Ctrl-C quits" in seen.decode()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_SECONDS) == 0
-            assert os.read(master, 65536).endswith(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
-        os.close(master)
-        os.close(slave)
+        with Person("monitor", place, stdin=subprocess.DEVNULL) as person:
+            person.read_until(" up ")
+            person.read_until("by state · Ctrl-C quits")
+            person.process.send_signal(signal.SIGINT)
+            assert person.wait() == 0
+            wait_until(lambda: person.read() or person.data.rstrip().endswith(RESTORED))
 
     def test_is_none_on_a_dumb_terminal(self, place: str) -> None:
         with ScreenWatcher(place, TERM="dumb") as screen:
@@ -11112,50 +10285,38 @@ class TestMonitorScreen:
         with ScreenWatcher(place) as screen:
             assert screen.process.wait(PATIENCE_SECONDS) == 1
             # From Python 3.13 on tracebacks are coloured.
-            wait_until(lambda: (screen.read(), b"division by zero" in screen.data)[1])
+            wait_until(lambda: screen.read() or b"division by zero" in screen.data)
             assert termios.tcgetattr(screen.slave) == screen.before
-            told = screen.data.rpartition(b"\x1b[?7h\x1b[?25h\x1b[?1049l")[2]
-            told = re.sub(rb"\x1b\[[0-9;]*m", b"", told)
+            told = re.sub(rb"\x1b\[[0-9;]*m", b"", screen.data.rpartition(RESTORED)[2])
             assert told.rstrip().endswith(b"ZeroDivisionError: division by zero")
 
 
 class TestRealRun:
     """A real job, watched by clients that are not ours, against the same output in a file."""
 
-    def run_job(self, server: ServerProcess, folder: Path) -> bytes:
-        """Run the job in a copy of a real source tree; curl follows it. Return what curl got."""
-        source = folder / "source"
+    def test_every_client_gets_every_byte(self, server: ServerProcess, tmp_path: Path) -> None:
+        source = tmp_path / "source"
         shutil.copytree(Path(json.__file__).parent.parent / "encodings", source)
         job = REAL_JOB.format(python=sys.executable, source=source)
-        command = f"({job}) 2>&1 | tee {folder}/expected"
-        url = f"http://{server.place}/exec?follow"
-        plain = "Content-Type: text/plain"
-        curl = ["curl", "-sN", "-H", plain, "--data-binary", command, url]
-        return subprocess.run(curl, check=True, stdout=subprocess.PIPE, timeout=120).stdout
-
-    def test_curl_and_websockets_get_every_byte(self, server: ServerProcess, tmp_path: Path):
-        with server.websocket() as websocket:
-            followed = self.run_job(server, tmp_path)
-            events = receive_events(websocket, lambda event: event["type"] == "task_complete")
+        post = ["-H", "Content-Type: text/plain", "--data-binary"]
+        post += [f"({job}) 2>&1 | tee {tmp_path}/expected", f"http://{server.place}/exec?follow"]
+        url, node = f"ws://127.0.0.1:{server.ws_port}/", node_command()
+        command = node or ["true"]  # which collects nothing
+        collector = [*command, "--no-warnings", "-e", NODE_COLLECTOR, url]
+        with subprocess.Popen(collector, stdout=-1, stderr=-1) as client:
+            assert client.stderr.readline() == (b"open\n" if node else b"")
+            with server.websocket() as websocket:
+                followed = curl("-N", *post).stdout
+                events = receive_events(websocket, lambda event: event["type"] == "task_complete")
+            collected = client.communicate(timeout=PATIENCE_SECONDS)[0]
         expected = (tmp_path / "expected").read_bytes()
         chunks = [event["output"] for event in events if event["type"] == "task_output"]
         assert expected.count(b"\n") > 300
-        assert "".join(chunks).encode("utf-8") == expected
-        assert followed == expected
-        logs = server.request("GET", f"/logs?id={events[-1]['task_id']}&raw").body
-        assert logs == expected
-
-    def test_node_gets_every_byte(self, server: ServerProcess, tmp_path: Path):
-        node = node_command()
+        assert "".join(chunks).encode("utf-8") == followed == expected
+        assert server.request("GET", f"/logs?id={events[-1]['task_id']}&raw").body == expected
         if node is None:
             pytest.skip("no Node with a WebSocket client here")
-        url = f"ws://127.0.0.1:{server.ws_port}/"
-        collector = [*node, "--no-warnings", "-e", NODE_COLLECTOR, url]
-        with subprocess.Popen(collector, stdout=-1, stderr=-1) as client:
-            assert client.stderr.readline() == b"open\n"
-            self.run_job(server, tmp_path)
-            collected = client.communicate(timeout=PATIENCE_SECONDS)[0]
-        assert client.returncode == 0 and collected == (tmp_path / "expected").read_bytes()
+        assert client.returncode == 0 and collected == expected
 
 
 class TestManyViewers:
@@ -11260,8 +10421,8 @@ class TestMetrics:
         answer = server.request("GET", "/metrics")
         assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         kinds, values = parse_metrics(answer.body.decode("utf-8"))
-        prefixed = {("" if n[:8] == "process_" else "servercontrol_") + n: k for n, k in SPEC_METRICS.items()}  # fmt: skip
-        assert kinds == prefixed
+        names = {name.replace("servercontrol_", ""): kind for name, kind in kinds.items()}
+        assert names == SPEC_METRICS and sum(name[:8] == "process_" for name in kinds) == 3
         assert values["servercontrol_build_info", sc.__version__] == 1
         head = server.request("HEAD", "/metrics")
         assert (head.status, head.body) == (200, b"")
@@ -11357,47 +10518,36 @@ class TestMetrics:
             assert scrape(server)["cpu_usage_ratio", ""] == first["cpu_usage_ratio", ""]
             assert len(server.get("/stats?history")["samples"]) == 1
 
-    def test_sample_between_ticks_changes_no_rate(self) -> None:
+    @staticmethod
+    def make_sampler(*samples: Any) -> sc.Sampler:
+        with mock.patch.object(sc, "choose_source", lambda: mock.Mock(side_effect=samples)):
+            config = sc.Config(cpu_alert=100)
+            return sc.Sampler(config, mock.MagicMock(), mock.Mock(), {}, mock.Mock())
+
+    @in_loop
+    async def test_sample_between_ticks_changes_no_rate(self) -> None:
         """Each byte is counted once, and the rates of a tick are those since the tick before."""
         start = time.monotonic() - 100
-        rows = ((0, 0, 40), (10, 10, 340), (15, 10, 740), (20, 15, 840))
         samples = [
             make_sample(now=start + at, busy_ticks=busy, total_ticks=at, net={"a": (n, 2 * n)})
-            for at, busy, n in rows
+            for at, busy, n in ((0, 0, 40), (10, 10, 340), (15, 10, 740), (20, 15, 840))
         ]
-        source, publish = mock.Mock(), mock.MagicMock()
-        source.side_effect = [*samples, OSError(errno.EMFILE, "no descriptors")]
-
-        async def run() -> None:
-            sampler = sc.Sampler(sc.Config(cpu_alert=100), publish, mock.Mock(), {}, mock.Mock())
-            sampler.tick()
+        fresh = make_sample(now=start + 200)  # this test can take as long as it likes
+        sampler = self.make_sampler(*samples, OSError(errno.EMFILE, "no descriptors"), fresh)
+        sampler.tick()
+        sampler.refresh()
+        assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[2], 740, 1480)
+        assert sampler.publish.call_count == len(sampler.history) == 1
+        sampler.tick()
+        assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[3], 840, 1680)
+        sampler.refresh()  # which fails
+        assert sampler.sample is samples[3]
+        for _ in range(10):  # a fresh sample is not taken anew, however often somebody scrapes
             sampler.refresh()
-            assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[2], 740, 1480)
-            assert publish.call_count == len(sampler.history) == 1
-            sampler.tick()
-            assert (sampler.sample, sampler.net_recv, sampler.net_sent) == (samples[3], 840, 1680)
-            sampler.refresh()  # which fails
-            assert sampler.sample is samples[3]
-
-        with mock.patch.object(sc, "choose_source", lambda: source):
-            asyncio.run(run())
-        first, second = (call[1] for call in publish.call_args_list)
+            assert sampler.sample is fresh and sampler._read_sample.call_count == 6
+        first, second = (call[1] for call in sampler.publish.call_args_list)
         assert (first["net_recv"], second["net_recv"]) == (30, 50)
         assert (first["cpu"], second["cpu"]) == (100.0, 50.0)
-
-    def test_fresh_sample_is_not_taken_anew(self) -> None:
-        """However often somebody scrapes."""
-        source = mock.Mock()
-        source.side_effect = lambda: make_sample(now=time.monotonic())
-
-        async def run() -> None:
-            sampler = sc.Sampler(sc.Config(), mock.Mock(), mock.Mock(), {}, mock.Mock())
-            for _ in range(10):
-                sampler.refresh()
-
-        with mock.patch.object(sc, "choose_source", lambda: source):
-            asyncio.run(run())
-        assert source.call_count == 1
 
     def test_events_add_up_to_the_newest_seq(self, server: ServerProcess) -> None:
         server.get("/stats")  # there is one event
@@ -11405,31 +10555,22 @@ class TestMetrics:
         total = sum(n for (name, _), n in values.items() if name == "events_total")
         assert 0 < low["seq"] <= total <= high["seq"]
 
-    def test_network_counters_never_go_back(self) -> None:
+    @in_loop
+    async def test_network_counters_never_go_back(self) -> None:
         """An interface that is removed takes its bytes out of the kernel's sum."""
         readings = [
-            {"a": (20, 10), "b": (80, 40)},
-            {"a": (25, 12), "b": (125, 48)},
-            {"a": (27, 13)},
+            {"a": (20, 10), "b": (80, 40)}, {"a": (25, 12), "b": (125, 48)}, {"a": (27, 13)},
             {"a": (28, 23)},
-        ]
-        source = mock.Mock()
-        source.side_effect = [make_sample(net=net) for net in readings]
-
-        async def run() -> list[tuple[int, int]]:
-            publish = mock.MagicMock()
-            sampler = sc.Sampler(sc.Config(), publish, mock.Mock(), {}, mock.Mock())
-            seen = [(sampler.net_recv, sampler.net_sent)]
-            for _ in readings[1:]:
-                sampler.tick()
-                seen.append((sampler.net_recv, sampler.net_sent))
-            return seen
-
-        with mock.patch.object(sc, "choose_source", lambda: source):
-            assert asyncio.run(run()) == [(100, 50), (150, 60), (152, 61), (153, 71)]
+        ]  # fmt: skip
+        sampler = self.make_sampler(*(make_sample(net=net) for net in readings))
+        seen = [(sampler.net_recv, sampler.net_sent)]
+        for _ in readings[1:]:
+            sampler.tick()
+            seen.append((sampler.net_recv, sampler.net_sent))
+        assert seen == [(100, 50), (150, 60), (152, 61), (153, 71)]
 
 
-class Receiver(http.server.ThreadingHTTPServer):
+class Receiver(Impostor):
     """Takes alerts. answers: one a request, the last one for all that follow; a status, or
 
     "hang": nothing, for ever; "drip": a byte of an endless answer now and then; "noise": no HTTP;
@@ -11437,77 +10578,60 @@ class Receiver(http.server.ThreadingHTTPServer):
     "promise": 100, and closes; "promises": 100 for ever.
     """
 
-    daemon_threads = True
+    CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+    PARTS = {
+        "noise": b"SSH-2.0-OpenSSH_9.2\r\n", "close": b"", "promise": CONTINUE,
+        "early": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + CONTINUE + b"HTTP/1.1 200 OK\r\n\r\n",
+        "slow": b"HTTP/1.1 200 OK\r\n\r\n",
+    }  # fmt: skip
 
     def __init__(self, *answers: Any, certificate: Certificate | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        super().__init__(b"")
         self.answers = list(answers)
         # (path, fields, JSON) of each request, and when it came.
         self.posts: list[tuple[str, Any, Any]] = []
         self.times: list[float] = []
-        self.ended = threading.Event()
+        self.context = None
         if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate.cert, certificate.key)
-            self.socket = context.wrap_socket(self.socket, server_side=True)
-        self.url = f"{'https' if certificate else 'http'}://localhost:{self.server_port}"
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.load_cert_chain(certificate.cert, certificate.key)
+        self.url = f"{'https' if certificate else 'http'}://localhost:{self.port}"
 
-    def __enter__(self) -> Receiver:
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if self.context is not None:
+                connection = self.context.wrap_socket(connection, server_side=True)
+            super()._serve(connection)
 
-    def __exit__(self, *_: Any) -> None:
-        self.ended.set()
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, *_: Any) -> None:
-        """Clients that leave are no news."""
-
-
-class ReceiverHandler(http.server.BaseHTTPRequestHandler):
-    server: Receiver
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        receiver = self.server
-        receiver.times.append(time.monotonic())
-        receiver.posts.append((self.path, self.headers, json.loads(body)))
-        answer = receiver.answers[0] if len(receiver.answers) == 1 else receiver.answers.pop(0)
+    def serve(self, connection: socket.socket, request: bytes) -> None:
+        self.times.append(time.monotonic())
+        stream = io.BytesIO(request)
+        path = stream.readline().split()[1].decode()
+        fields = http.client.parse_headers(stream)
+        self.posts.append((path, fields, json.loads(stream.read())))
+        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
         if answer == "hang":
-            receiver.ended.wait()
-        elif answer == "drip":
-            while not receiver.ended.wait(0.05):
-                self.wfile.write(b"H")
-        elif answer in ("promise", "promises"):
-            while self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n") and answer == "promises":
-                pass  # until we are left
-        elif answer == "noise":
-            self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
-        elif answer != "close":
-            receiver.ended.wait(0.2 if answer == "slow" else 0)
-            if answer == "early":
-                self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.send_response(answer if isinstance(answer, int) else 200)
-            self.send_header("Location", "/elsewhere")
-            self.end_headers()
-
-    def do_GET(self) -> None:
-        self.server.posts.append((self.path, self.headers, None))
+            connection.recv(1)
+        while answer in ("drip", "promises"):  # until we are left
+            connection.sendall(b"H" if answer == "drip" else self.CONTINUE)
+            time.sleep(0.05 if answer == "drip" else 0)
+        time.sleep(0.2 if answer == "slow" else 0)
+        status = f"HTTP/1.1 {answer} Whatever\r\nLocation: /elsewhere\r\n\r\n"
+        connection.sendall(self.PARTS.get(answer, status.encode()))
 
 
-FAST = ("--alert-cooldown=0",)
 QUICK_TRIES = {"WEBHOOK_PAUSES": (0.05, 0.1)}
 
 
-def alerting(state: Path, usage: Usage, url: str, *options: str, **given: Any) -> ServerProcess:
-    """A server that posts alerts to a place."""
+@contextlib.contextmanager
+def alerting(state: Path, url: str, *options: str, env: Any = None, **given: Any) -> Iterator[Any]:
+    """A server that posts alerts to a place; its CPU usage, which is busy now, is server.usage."""
+    usage = Usage(state, **given)
     words = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={url}/", *options)
-    return ServerProcess(state, *words, script=usage.script, **given)
+    with ServerProcess(state, *words, script=usage.script, env=env) as server:
+        server.usage = usage
+        usage.set(95)
+        yield server
 
 
 class TestWebhook:
@@ -11534,17 +10658,16 @@ class TestWebhook:
         assert [body for _, _, body in receiver.posts] == [{**e, "server": told} for e in events]
         for path, fields, _ in receiver.posts:
             assert path == "/in?key=t0ken" and fields["Content-Type"] == "application/json"
-            assert fields["Host"] == f"localhost:{receiver.server_port}"
+            assert fields["Host"] == f"localhost:{receiver.port}"
             code = base64.b64encode(b"someone:s3cret").decode()
             assert fields["Authorization"] == f"Basic {code}"
         assert server.log("webhook_sent")[0]["url"] == receiver.url
         assert not re.search("s3cret|t0ken|someone", "".join(server.stderr))
 
     def test_third_try_comes_after_the_pauses(self, tmp_path: Path) -> None:
-        usage = Usage(tmp_path, WEBHOOK_PAUSES=(0.2, 0.5))
-        with Receiver(500, "close", 200) as receiver:
-            with alerting(tmp_path, usage, receiver.url) as server:
-                usage.set(95)
+        """What comes before an answer is no failure (RFC 9110, 15.2)."""
+        with Receiver(500, "close", "early") as receiver:
+            with alerting(tmp_path, receiver.url, WEBHOOK_PAUSES=(0.2, 0.5)) as server:
                 server.wait_for_log("webhook_sent")
         assert not server.log("webhook_failed")
         first, second, third = receiver.times
@@ -11559,12 +10682,11 @@ class TestWebhook:
          ("promises", "no HTTP answer")],
     )  # fmt: skip
     def test_failure_is_one_line_and_the_next_alert_is_tried(self, tmp_path, answer, reason):
-        usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
         with Receiver(answer, answer, answer, 200) as receiver:
-            with alerting(tmp_path, usage, f"{receiver.url}/x") as server:
-                usage.set(95)
+            url = f"{receiver.url}/x"
+            with alerting(tmp_path, url, WEBHOOK_SECONDS=0.3, **QUICK_TRIES) as server:
                 failed = server.wait_for_log("webhook_failed")
-                usage.set(10)
+                server.usage.set(10)
                 server.wait_for_log("webhook_sent")
         assert reason in failed["reason"] and failed["alert"] == "cpu_alert"
         assert len(server.log("webhook_failed")) == 1
@@ -11572,37 +10694,29 @@ class TestWebhook:
         kinds = [body["type"] for _, _, body in receiver.posts]
         assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
 
-    def test_dead_receiver_and_unknown_name_are_failures(self, tmp_path: Path) -> None:
-        with bind() as placeholder:
-            dead = f"127.0.0.1:{placeholder.getsockname()[1]}"
-        for place, reason in ((dead, "refused"), ("nobody.invalid", ""), ("a..b", "")):
-            usage = Usage(tmp_path, **QUICK_TRIES)
-            with alerting(tmp_path, usage, f"http://{place}", *FAST) as server:
-                usage.set(95)
-                failed = server.wait_for_log("webhook_failed")
-            assert reason in failed["reason"] and failed["reason"]
-            assert failed["url"] == f"http://{place}"
+    def test_place_that_cannot_be_reached_is_a_failure(self, tmp_path: Path) -> None:
+        with bind() as silent, bind() as dead:
+            hangs, refuses = (f"127.0.0.1:{one.getsockname()[1]}" for one in (silent, dead))
+            dead.close()
+            for place, reason in (
+                (f"http://{refuses}", "refused"), ("http://nobody.invalid", ""),
+                ("http://a..b", ""), (f"https://{hangs}", "timed out"),  # in the handshake
+            ):  # fmt: skip
+                with alerting(tmp_path, place, WEBHOOK_SECONDS=0.3, **QUICK_TRIES) as server:
+                    failed = server.wait_for_log("webhook_failed")
+                assert reason in failed["reason"] and failed["reason"]
+                assert failed["url"] == place
 
     @pytest.mark.parametrize("trusted", [True, False])
     def test_certificate_is_checked(self, tmp_path: Path, certificates: Any, trusted: bool):
-        usage = Usage(tmp_path, **QUICK_TRIES)
         env = {"SSL_CERT_FILE": str(certificates[not trusted].cert)}
         with Receiver(200, certificate=certificates[0]) as receiver:
-            with alerting(tmp_path, usage, receiver.url, *FAST, env=env) as server:
-                usage.set(95)
+            with alerting(tmp_path, receiver.url, env=env, **QUICK_TRIES) as server:
                 if trusted:
                     assert server.wait_for_log("webhook_sent")["url"] == receiver.url
                 else:
                     assert "certificate" in server.wait_for_log("webhook_failed")["reason"].lower()
                     assert receiver.posts == []
-
-    def test_handshake_that_hangs_is_given_up(self, tmp_path: Path) -> None:
-        usage = Usage(tmp_path, WEBHOOK_SECONDS=0.3, **QUICK_TRIES)
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            url = f"https://127.0.0.1:{silent.getsockname()[1]}"
-            with alerting(tmp_path, usage, url, *FAST) as server:
-                usage.set(95)
-                assert "timed out" in server.wait_for_log("webhook_failed")["reason"]
 
     SLOW_NAMES = """
 import socket, time
@@ -11613,11 +10727,9 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
     @each_loop
     @pytest.mark.parametrize("what", ["receiver", "name"])
     def test_hanging_delays_neither_requests_nor_the_end(self, tmp_path, loop, what):
-        usage = Usage(tmp_path, self.SLOW_NAMES)
         with Receiver("hang") as receiver:
             place = receiver.url if what == "receiver" else "http://slow.test"
-            with alerting(tmp_path, usage, place, *FAST, f"--loop={loop}") as server:
-                usage.set(95)
+            with alerting(tmp_path, place, f"--loop={loop}", code=self.SLOW_NAMES) as server:
                 server.wait_for_log("cpu_alert")
                 if what == "receiver":
                     wait_until(lambda: receiver.posts)
@@ -11635,14 +10747,11 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
             assert server.log("webhook_dropped")[-1]["alerts"] >= 1
 
     def test_alert_that_waits_at_the_end_gets_its_chance(self, tmp_path: Path) -> None:
-        usage = Usage(tmp_path)
-        with Receiver("slow") as receiver:
-            with alerting(tmp_path, usage, receiver.url) as server:
-                usage.set(95)
-                wait_until(lambda: receiver.posts)
-                os.kill(server.pid, signal.SIGTERM)
-                assert server.process.wait(PATIENCE_SECONDS) == 0
-            assert server.log("webhook_sent") and not server.log("webhook_dropped")
+        with Receiver("slow") as receiver, alerting(tmp_path, receiver.url) as server:
+            wait_until(lambda: receiver.posts)
+            os.kill(server.pid, signal.SIGTERM)
+            assert server.process.wait(PATIENCE_SECONDS) == 0
+        assert server.log("webhook_sent") and not server.log("webhook_dropped")
 
     def test_oldest_of_too_many_is_dropped_and_logged(self) -> None:
         log, count = mock.Mock(), sc.MAX_WEBHOOK_ALERTS
@@ -11655,22 +10764,16 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
         assert webhook.pending == count and webhook._alerts.get_nowait() == {"seq": 1}
         log.write_limited.assert_called_once_with("warning", "webhook_dropped", url="http://a")
 
-    @pytest.mark.parametrize(
-        "url", ["ftp://u:s3cret@h/", "http://u:s3cret@/", "http://h:x/s3cret", ""]
-    )
-    def test_bad_url_is_refused_and_not_shown(self, tmp_path: Path, url: str, capfd: Any) -> None:
-        check_refusal(tmp_path, 2, ["--alert-webhook"], f"--alert-webhook={url}")
-        check_refusal(tmp_path, 2, ["--alert-webhook"], SERVERCONTROL_ALERT_WEBHOOK=url)
-        with pytest.raises(sc.ConfigError) as caught:
+    @pytest.mark.parametrize("url", ["", "ftp://s3cret@h/", "http://s3cret@/", "http://h:x/s3cret"])
+    def test_bad_url_is_refused_and_not_shown(self, url: str) -> None:
+        with pytest.raises(sc.ConfigError, match="--alert-webhook") as caught:
             sc.parse_config([f"--alert-webhook={url}"], {})
         assert "s3cret" not in str(caught.value)
 
-    @pytest.mark.parametrize("how", ["option", "variable"])
-    def test_alert_for_waits_until_it_has_lasted(self, tmp_path: Path, how: str) -> None:
+    def test_alert_for_waits_until_it_has_lasted(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path)
-        options = ("--interval=0.05", *(("--alert-for=1",) if how == "option" else ()))
-        env = {"SERVERCONTROL_ALERT_FOR": "1"} if how == "variable" else {}
-        with ServerProcess(tmp_path, *options, script=usage.script, env=env) as server:
+        options = ("--interval=0.05", "--alert-for=1")
+        with ServerProcess(tmp_path, *options, script=usage.script) as server:
             with server.websocket() as websocket:
                 for percent in (95, 10, 96):  # the first does not last
                     usage.set(percent)
@@ -11679,30 +10782,6 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
                 begin = events[-1]["timestamp"]
                 alert = receive_events(websocket, is_type("cpu_alert"))[-1]
         assert 900 <= alert["timestamp"] - begin < 5000
-
-    def test_what_comes_before_the_answer_is_no_failure(self, tmp_path: Path) -> None:
-        """RFC 9110, 15.2: else the alert would be delivered three times."""
-        usage = Usage(tmp_path, **QUICK_TRIES)
-        with Receiver("early") as receiver:
-            options = ("--interval=0.05", "--log-level=debug", f"--alert-webhook={receiver.url}/")
-            with ServerProcess(tmp_path, *options, script=usage.script) as server:
-                usage.set(95)
-                server.wait_for_log("webhook_sent")
-            assert len(receiver.posts) == 1 and not server.log("webhook_failed")
-
-
-def write_targets(path: Path, port: int, count: int) -> dict[int, str]:
-    """Write Prometheus' list of the servers that discovery finds; return their names by port."""
-
-    def find() -> Any:
-        words = ("discover", "--prometheus", f"--discovery-port={port}", "--timeout=1")
-        listed = json.loads(run_client(*words).stdout)
-        return listed if len(listed) == count else None
-
-    found = wait_until(find)
-    path.write_text(json.dumps(found))
-    places = [(one["targets"][0], one["labels"]["hostname"]) for one in found]
-    return {int(place.rpartition(":")[2]): name for place, name in places}
 
 
 def find_fixed_port() -> int:
@@ -11714,132 +10793,135 @@ def find_fixed_port() -> int:
     raise AssertionError("no port is free")
 
 
+@contextlib.contextmanager
+def in_foreground(command: list[str], log: Path, ready: Callable[[], Any]) -> Iterator[Any]:
+    """A program that serves, from when `ready` is true."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+
+    def is_ready() -> Any:
+        assert process.poll() is None, log.read_text()
+        return ready()
+
+    try:
+        wait_until(is_ready)
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_SECONDS)
+        process.kill()
+        process.wait()
+
+
 class Engine:
-    """Prometheus or Alertmanager, in the foreground, on a port of its own."""
+    """Prometheus or Alertmanager, on a port of its own. probe: a path that answers when it does."""
 
-    def __init__(self, program: str, package: str, folder: Path, *options: str) -> None:
+    def __init__(self, program: str, probe: str, folder: Path, *options: str) -> None:
         self.port = find_fixed_port()
-        self.log = folder / f"{package}.log"
-        self.command = [find_program(program, package), *options]
-        self.command += [f"--web.listen-address=127.0.0.1:{self.port}"]
-        self.folder = folder
+        listen = f"--web.listen-address=127.0.0.1:{self.port}"
+        config = f"--config.file={folder}/{program}.yml"
+        command = [find_program(program, program), config, listen, *options]
 
-    def __enter__(self) -> Engine:
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(self.command, cwd=self.folder, stdout=log, stderr=log)
-        return self
+        def is_ready() -> Any:
+            with contextlib.suppress(OSError, AssertionError):
+                return self.get(probe)
 
-    def __exit__(self, *_: Any) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.running = in_foreground(command, folder / f"{program}.log", is_ready)
 
     def get(self, path: str, **query: str) -> Any:
-        """Return the JSON of a GET, None while nobody listens yet."""
-        assert self.process.poll() is None, self.log.read_text()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
-        with contextlib.closing(connection), contextlib.suppress(ConnectionRefusedError):
-            connection.request("GET", f"{path}?{urllib.parse.urlencode(query)}")
-            answer = connection.getresponse()
-            body = answer.read()
-            assert answer.status in (200, 503), (path, query, body)
-            return json.loads(body) if answer.status == 200 else None
-
-
-class Monitored(NamedTuple):
-    """Three servers, the last one with TLS, and who watches them."""
-
-    servers: list[ServerProcess]
-    names: dict[int, str]
-    prometheus: Engine
-    alertmanager: Engine
+        return ask_host("127.0.0.1", self.port, f"{path}?{urllib.parse.urlencode(query)}")
 
     def query(self, text: str) -> list[Any]:
         """Return the result of a PromQL query; an error fails."""
-        told = self.prometheus.get("/api/v1/query", query=text)
-        return told["data"]["result"] if told and not told.get("warnings") else []
+        told = self.get("/api/v1/query", query=text)
+        return told["data"]["result"] if not told.get("warnings") else []
 
     def firing(self) -> set[tuple[str, str]]:
         """Return (alert, hostname) of what Alertmanager has."""
-        alerts = self.alertmanager.get("/api/v2/alerts") or []
-        return {(a["labels"]["alertname"], a["labels"].get("hostname", "")) for a in alerts}
-
-
-@pytest.fixture
-def monitored(tmp_path: Path, certificates: list[Certificate]) -> Iterator[Monitored]:
-    """Everything as the README says it, with other ports and nothing waited for."""
-    folder = tmp_path
-    nobody = "route: {receiver: nobody}\nreceivers: [{name: nobody}]\n"
-    (folder / "alertmanager.yml").write_text(nobody)
-    alertmanager = Engine(
-        "prometheus-alertmanager", "prometheus-alertmanager", folder,
-        "--config.file=alertmanager.yml", "--storage.path=alerts", "--cluster.listen-address=",
-    )  # fmt: skip
-    prometheus = Engine(
-        "prometheus", "prometheus", folder,
-        "--config.file=prometheus.yml", "--storage.tsdb.path=data",
-    )  # fmt: skip
-    config = read_example("prometheus.yml").replace("15s", "1s")
-    config = config.replace("# tls_config", "tls_config")
-    (folder / "prometheus.yml").write_text(config.replace(":9093", f":{alertmanager.port}"))
-    (folder / "alerts.yml").write_text(re.sub(r"for: \w+", "for: 0s", read_example("alerts.yml")))
-    (folder / "view-token").write_text(SERVER_VIEW_TOKEN + "\n")
-    certificates[0].copy_to(folder)
-    (folder / "cert.pem").rename(folder / "ca.pem")
-    udp_port = find_fixed_port()
-    discovery = f"--discovery-port={udp_port}"
-    with contextlib.ExitStack() as stack:
-        servers: list[ServerProcess] = []
-        for number in range(3):
-            state, options = folder / str(number), ("--require-token", discovery)
-            make: Any = functools.partial(TlsServer, state, certificates[0])
-            make = make if number == 2 else functools.partial(ServerProcess, state)
-            servers.append(make(*options, env=TOKENS))
-            servers[-1].fields = (bearer(SERVER_RUN_TOKEN),)  # type: ignore[attr-defined]
-            stack.enter_context(servers[-1])
-        names = write_targets(folder / "servers.json", udp_port, len(servers))
-        stack.enter_context(alertmanager)
-        stack.enter_context(prometheus)
-        yield Monitored(servers, names, prometheus, alertmanager)
+        alerts = [alert["labels"] for alert in self.get("/api/v2/alerts")]
+        return {(labels["alertname"], labels.get("hostname", "")) for labels in alerts}
 
 
 class TestPrometheus:
     """The README's recipe with Debian's Prometheus and Alertmanager."""
 
-    def test_recipe_of_the_readme(self, monitored: Monitored) -> None:
-        self.check_all_are_scraped(monitored)
-        web0, web1, _ = monitored.servers
-        name0, name1, name2 = (monitored.names[server.port] for server in monitored.servers)
-        assert not {one for one in monitored.firing() if one[0] in ("TasksStopped", "ServerSilent")}
-        for _ in range(3):
-            web0.run("sleep 60", timeout=0.1)
-        wait_until(lambda: ("TasksStopped", name0) in monitored.firing())
-        web1.__exit__(None, None, None)
-        wait_until(lambda: ("ServerSilent", name1) in monitored.firing())
-        wrong = {("TasksStopped", name1), ("ServerSilent", name0), ("ServerSilent", name2)}
-        assert not wrong & monitored.firing()
-        self.check_queries_find_something(monitored)
+    def test_recipe_of_the_readme(self, tmp_path: Path, certificates: list[Certificate]) -> None:
+        """Three servers, the last one with TLS; other ports, and nothing is waited for."""
+        nobody = "route: {receiver: nobody}\nreceivers: [{name: nobody}]\n"
+        (tmp_path / "prometheus-alertmanager.yml").write_text(nobody)
+        alertmanager = Engine(
+            "prometheus-alertmanager", "/api/v2/status", tmp_path,
+            f"--storage.path={tmp_path}/alerts", "--cluster.listen-address=",
+        )  # fmt: skip
+        storage = f"--storage.tsdb.path={tmp_path}/data"
+        prometheus = Engine("prometheus", "/api/v1/targets", tmp_path, storage)
+        config = read_example("prometheus.yml").replace("15s", "1s")
+        config = config.replace("# tls_config", "tls_config")
+        config = config.replace(":9093", f":{alertmanager.port}")
+        (tmp_path / "prometheus.yml").write_text(config)
+        rules = re.sub(r"for: \w+", "for: 0s", read_example("alerts.yml"))
+        (tmp_path / "alerts.yml").write_text(rules)
+        (tmp_path / "view-token").write_text(SERVER_VIEW_TOKEN + "\n")
+        certificates[0].copy_to(tmp_path)
+        (tmp_path / "cert.pem").rename(tmp_path / "ca.pem")
+        port = find_fixed_port()
+        options = ("--require-token", f"--discovery-port={port}")
+        tls = TlsServer(tmp_path / "2", certificates[0], *options, env=TOKENS)
+        servers = [ServerProcess(tmp_path / n, *options, env=TOKENS) for n in "01"]
+        with contextlib.ExitStack() as stack:
+            for server in [*servers, tls]:
+                server.fields = (bearer(SERVER_RUN_TOKEN),)
+                stack.enter_context(server)
+            name0, name1, name2 = self.write_targets(tmp_path, port, [*servers, tls])
+            stack.enter_context(alertmanager.running)
+            stack.enter_context(prometheus.running)
+            self.check_all_are_scraped(prometheus, {name0, name1, name2})
+            alerts = {alert for alert, _ in alertmanager.firing()}
+            assert not alerts & {"TasksStopped", "ServerSilent"}
+            for _ in range(3):
+                servers[0].run("sleep 60", timeout=0.1)
+            wait_until(lambda: ("TasksStopped", name0) in alertmanager.firing())
+            servers[1].__exit__(None, None, None)
+            wait_until(lambda: ("ServerSilent", name1) in alertmanager.firing())
+            wrong = {("TasksStopped", name1), ("ServerSilent", name0), ("ServerSilent", name2)}
+            assert not wrong & alertmanager.firing()
+            self.check_queries_find_something(prometheus)
 
     @staticmethod
-    def check_all_are_scraped(monitored: Monitored) -> None:
-        wait_until(lambda: len(monitored.query('up{job="servercontrol"} == 1')) == 3)
-        names = {one["metric"]["hostname"] for one in monitored.query("servercontrol_load1")}
-        assert names == set(monitored.names.values()) and len(names) == 3
-        targets = monitored.prometheus.get("/api/v1/targets")["data"]["activeTargets"]
+    def write_targets(folder: Path, port: int, servers: list[ServerProcess]) -> list[str]:
+        """Write Prometheus' list of the servers that discovery finds; return their names."""
+
+        def find() -> Any:
+            words = ("discover", "--prometheus", f"--discovery-port={port}", "--timeout=1")
+            listed = json.loads(run_client(*words).stdout)
+            return listed if len(listed) == len(servers) else None
+
+        found = wait_until(find)
+        (folder / "servers.json").write_text(json.dumps(found))
+        names = {one["targets"][0].split(":")[1]: one["labels"]["hostname"] for one in found}
+        return [names[str(server.port)] for server in servers]
+
+    @staticmethod
+    def check_all_are_scraped(prometheus: Engine, names: set[str]) -> None:
+        wait_until(lambda: len(prometheus.query('up{job="servercontrol"} == 1')) == 3)
+        found = {one["metric"]["hostname"] for one in prometheus.query("servercontrol_load1")}
+        assert found == names and len(names) == 3
+        targets = prometheus.get("/api/v1/targets")["data"]["activeTargets"]
         schemes = sorted(target["scrapeUrl"].split(":")[0] for target in targets)
         assert schemes == ["http", "http", "https"]
-        (rules,) = monitored.prometheus.get("/api/v1/rules")["data"]["groups"]
-        names = {rule["name"] for rule in rules["rules"]}
-        assert names == {"ServerSilent", "CpuHigh", "DiskFull", "TasksStopped"}
-        wait_until(lambda: monitored.alertmanager.get("/api/v2/status"))
+        (rules,) = prometheus.get("/api/v1/rules")["data"]["groups"]
+        alerts = {rule["name"] for rule in rules["rules"]}
+        assert alerts == {"ServerSilent", "CpuHigh", "DiskFull", "TasksStopped"}
 
     @staticmethod
-    def check_queries_find_something(monitored: Monitored) -> None:
+    def check_queries_find_something(prometheus: Engine) -> None:
         """One server is silent by now, and tasks have run."""
         lines = read_example("queries.promql").splitlines()
         queries = [line for line in lines if not line.startswith("#")]
         assert len(queries) == 5
         for query in queries:
-            found = wait_until(lambda q=query: monitored.query(q))
+            found = wait_until(lambda q=query: prometheus.query(q))
             values = [float(one["value"][1]) for one in found]
             assert not [value for value in values if math.isnan(value)], (query, values)
         assert 0.05 < values[0] <= 0.5  # the last query: tasks of 0.1 s
@@ -11860,67 +10942,56 @@ class Network:
     """Hosts on a switch, each a network namespace of this machine: host N has 10.77.0.N. Behind a
     router, 10.77.0.254, is the host `far`, 10.78.0.1."""
 
-    FAR = "10.78.0.1"
-
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path) -> None:
         find_program("ip", "iproute2")
         self.folder = folder
         self.prefix = f"sc{os.getpid()}-"
-        self.hosts = ["switch", "router", "far", *map(str, range(1, count + 1))]
+        self.hosts = ["switch", "router", "far", *"12345"]
 
-    def __enter__(self) -> Network:
-        try:
-            for host in self.hosts:
-                made = self.ip("netns", "add", self.prefix + host, check=False)
-                if made.returncode:
-                    why = f"NETWORKS ARE NOT TESTED, for which one must be root: {made.stderr!r}"
-                    skip_aloud(why)
-                self.ip("-n", self.prefix + host, "link", "set", "lo", "up")
-            self.ip("-n", self.prefix + "switch", "link", "add", "br0", "type", "bridge")
-            self.ip("-n", self.prefix + "switch", "link", "set", "br0", "up")
-            for host in self.hosts[3:]:
-                self.plug_in(host, f"10.77.0.{host}/24")
-                self.ip("-n", self.prefix + host, "route", "add", "default", "via", "10.77.0.254")
-            self.plug_in("router", "10.77.0.254/24")
-            self.connect("router", "eth1", "10.78.0.254/24", "far", "eth0", f"{self.FAR}/24")
-            self.ip("-n", self.prefix + "far", "route", "add", "default", "via", "10.78.0.254")
-            forward = "echo 1 >/proc/sys/net/ipv4/ip_forward"
-            subprocess.run([*self.at("router"), "sh", "-c", forward], check=True)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def make(self) -> None:
         for host in self.hosts:
-            self.ip("netns", "del", self.prefix + host, check=False)
+            command = ["ip", "netns", "add", self.prefix + host]
+            made = subprocess.run(command, capture_output=True)
+            if made.returncode:
+                why = f"NETWORKS ARE NOT TESTED, for which one must be root: {made.stderr!r}"
+                skip_aloud(why)
+            self.ip(host, "link set lo up")
+        self.ip("switch", "link add br0 type bridge")
+        self.ip("switch", "link set br0 up")
+        for host in self.hosts[3:]:
+            self.plug_in(host, f"10.77.0.{host}/24")
+            self.ip(host, "route add default via 10.77.0.254")
+        self.plug_in("router", "10.77.0.254/24")
+        self.connect("router", "eth1", "10.78.0.254/24", "far", "eth0", "10.78.0.1/24")
+        self.ip("far", "route add default via 10.78.0.254")
+        forward = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+        subprocess.run([*self.at("router"), "sh", "-c", forward], check=True)
 
-    def ip(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(["ip", *words], check=check, capture_output=True)
+    def remove(self) -> None:
+        for host in self.hosts:
+            subprocess.run(["ip", "netns", "del", self.prefix + host], capture_output=True)
 
-    def at(self, host: str | int) -> list[str]:
+    def ip(self, host: str, words: str) -> None:
+        """Run a command of ip(8) on a host."""
+        command = ["ip", "-n", self.prefix + host, *words.split()]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def at(self, host: str) -> list[str]:
         """Return what makes a command run on a host."""
         return ["ip", "netns", "exec", f"{self.prefix}{host}"]
 
     def connect(self, *ends: str) -> None:
+        """Lay a cable between two hosts. ends: of each its name, interface, and address if any."""
         here, name, _, there, peer, _ = ends
-        spaces = self.prefix + here, self.prefix + there
-        cable = ("type", "veth", "peer", "name", peer, "netns", spaces[1])
-        self.ip("link", "add", name, "netns", spaces[0], *cable)
+        self.ip(here, f"link add {name} type veth peer name {peer} netns {self.prefix}{there}")
         for host, interface, address in (ends[:3], ends[3:]):
-            inside = ("-n", self.prefix + host)
             if address:
-                self.ip(*inside, "address", "add", address, "broadcast", "+", "dev", interface)
-            self.ip(*inside, "link", "set", interface, "up")
+                self.ip(host, f"address add {address} broadcast + dev {interface}")
+            self.ip(host, f"link set {interface} up")
 
     def plug_in(self, host: str, address: str) -> None:
         self.connect(host, "eth0", address, "switch", f"port-{host}", "")
-        self.ip("-n", self.prefix + "switch", "link", "set", f"port-{host}", "master", "br0")
-
-    def set_link(self, host: str, is_up: bool) -> None:
-        """Pull a host's cable, or put it in again."""
-        where = ("-n", self.prefix + "switch", "link", "set", f"port-{host}")
-        self.ip(*where, "up" if is_up else "down")
+        self.ip("switch", f"link set port-{host} master br0")
 
     def serve(self, host: str, *options: str) -> ServerProcess:
         ports = ("--port=8080", "--ws-port=8082", "--discovery-port=8081")
@@ -11973,13 +11044,15 @@ while True:
 @pytest.fixture(scope="class")
 def network(tmp_path_factory: Any) -> Iterator[Network]:
     """Hosts 1 to 3 serve the network, 4 is where the admin sits, 5 serves itself alone."""
-    folder = tmp_path_factory.mktemp("network")
-    with Network(folder, 5) as network, contextlib.ExitStack() as stack:
+    network = Network(tmp_path_factory.mktemp("network"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(network.remove)
+        network.make()
         for host in "123":
             stack.enter_context(network.serve(host, NETWORK_BIND))
         stack.enter_context(network.serve("5"))
-        write_token(folder, "token", SERVER_RUN_TOKEN)
-        write_hosts(folder, *(f"web{n} 10.77.0.{n} token" for n in (1, 2, 3)))
+        write_token(network.folder, "token", SERVER_RUN_TOKEN)
+        write_hosts(network.folder, *(f"web{n} 10.77.0.{n} token" for n in (1, 2, 3)))
         yield network
 
 
@@ -12004,18 +11077,16 @@ class TestNetwork:
     def test_finds_by_address(self, network: Network) -> None:
         """Host 4 knows the way to two others, and no network whose broadcast address it could ask:
         how tunnels and clouds look."""
-        inside = ("-n", network.prefix + "4")
-        network.ip(*inside, "address", "flush", "dev", "eth0")
-        network.ip(*inside, "address", "add", "10.77.0.4/32", "dev", "eth0")
+        network.ip("4", "address flush dev eth0")
+        network.ip("4", "address add 10.77.0.4/32 dev eth0")
         try:
             for number in (2, 5):
-                network.ip(*inside, "route", "add", f"10.77.0.{number}/32", "dev", "eth0")
+                network.ip("4", f"route add 10.77.0.{number}/32 dev eth0")
             assert self.discover(network, "4") == []
             assert self.discover(network, "4", "--at=10.77.0.2", "--at=10.77.0.5") == self.URLS[1:2]
         finally:
-            network.ip(*inside, "address", "flush", "dev", "eth0")
-            mine = ("10.77.0.4/24", "broadcast", "+", "dev", "eth0")
-            network.ip(*inside, "address", "add", *mine)
+            network.ip("4", "address flush dev eth0")
+            network.ip("4", "address add 10.77.0.4/24 broadcast + dev eth0")
 
     def test_is_silent_to_who_is_not_on_the_link(self, network: Network) -> None:
         place = ["exec", "10.77.0.1", f"--token-file={network.folder}/token", "--", "echo hi"]
@@ -12041,10 +11112,10 @@ class TestNetwork:
         assert link.heard_at == 5.0
 
     def test_tells_silence_and_return(self, network: Network) -> None:
-        """Both must come within 5 s; 8 are given to a machine that is busy."""
-        hosts = {"SERVERCONTROL_HOSTS": f"{network.folder}/hosts"}
-        options = {"prefix": network.at("4"), "env": hosts}
-        with running_client("monitor", "--all", "--json", **options) as monitor:
+        """Both must come within 5 s; 15 are given to a machine that is busy."""
+        env = {"SERVERCONTROL_HOSTS": f"{network.folder}/hosts"}
+        command = ("monitor", "--all", "--json")
+        with running_client(*command, prefix=network.at("4"), env=env) as monitor:
 
             def wait_for(*wanted: str) -> dict[str, Any]:
                 for line in monitor.stdout or ():
@@ -12059,12 +11130,12 @@ class TestNetwork:
             try:
                 for pause in (0.0, 6.0):
                     begin = time.monotonic()
-                    network.set_link("2", False)
+                    network.ip("switch", "link set port-2 down")
                     wait_for("server_silent", "web2")
                     silent = time.monotonic()
                     for _ in range(int(pause)):  # the others go on
                         wait_for("stats_update", "web1")
-                    network.set_link("2", True)
+                    network.ip("switch", "link set port-2 up")
                     up = time.monotonic()
                     wait_for("server_back", "web2")
                     print(f"silent {silent - begin:.1f} s, back {time.monotonic() - up:.1f} s")
@@ -12072,7 +11143,7 @@ class TestNetwork:
                     wait_for("stats_update", "web2")
             finally:
                 watchdog.cancel()
-                network.set_link("2", True)
+                network.ip("switch", "link set port-2 up")
 
     def test_loses_and_doubles_no_line(self, network: Network) -> None:
         """Of 100 packets 5 are lost, and each way takes 40 ms."""
@@ -12081,11 +11152,9 @@ class TestNetwork:
         with subprocess.Popen(link, stdout=subprocess.PIPE) as lossy:
             try:
                 assert lossy.stdout is not None and lossy.stdout.readline() == b"ready\n"
-                for host, here, there in (("3", 3, 4), ("4", 4, 3)):
-                    inside = ("-n", network.prefix + host)
-                    pair = (f"10.79.0.{here}", "peer", f"10.79.0.{there}")
-                    network.ip(*inside, "address", "add", *pair, "dev", "lossy")
-                    network.ip(*inside, "link", "set", "lossy", "up")
+                for here, there in ("34", "43"):
+                    network.ip(here, f"address add 10.79.0.{here} peer 10.79.0.{there} dev lossy")
+                    network.ip(here, "link set lossy up")
                 counted: list[bytes] = []
                 count = threading.Thread(target=lambda: counted.extend(lossy.stdout or ()))
                 count.start()
@@ -12100,27 +11169,6 @@ class TestNetwork:
         assert int(counted[-1].split()[1]) > 10
         assert finished.returncode == 4, finished.stderr
         assert finished.stdout == b"".join(b"%d\n" % n for n in range(1, 300001))
-
-
-@contextlib.contextmanager
-def in_foreground(command: list[str], log: Path, ready: Callable[[], Any]) -> Iterator[Any]:
-    """A program that serves, from when `ready` is true."""
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-
-    def is_ready() -> Any:
-        assert process.poll() is None, log.read_text()
-        return ready()
-
-    try:
-        wait_until(is_ready)
-        yield process
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_SECONDS)
-        process.kill()
-        process.wait()
 
 
 def is_served(port: int) -> bool:
@@ -12230,7 +11278,6 @@ class TestAnsible:
         return dict(json.loads(self.run(folder, "ansible-inventory", "--list")))
 
     def test_lists_and_reaches_servers(self, tmp_path: Path) -> None:
-        find_ansible("ansible")
         with ServerProcess(tmp_path / "state") as server:
             listed = self.discover(tmp_path, server.discovery_port or 0)
             (name,) = listed["servercontrol"]["hosts"]
@@ -12244,7 +11291,6 @@ class TestAnsible:
             assert said.startswith(f"{name} | SUCCESS") and '"ping": "pong"' in said
 
     def test_evaluates_nothing(self, tmp_path: Path) -> None:
-        find_ansible("ansible")
         evil = f"{{{{ lookup('pipe','touch {tmp_path}/x') }}}}"
         facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 80, "hostname": evil}
         reply = json.dumps({**facts, "version": evil, "tls": evil, "url": evil, evil: evil})
@@ -12352,7 +11398,6 @@ class TestDashboard:
         assert "content-encoding" not in plain.headers
         assert small.headers["content-encoding"] == "gzip"
         assert gzip.decompress(small.body) == plain.body
-        assert len(small.body) <= 80 * 1024
         for value in ("gzip;q=0", "identity", "gzip; q=0.000", "br"):
             answer = self.ask(server, Accept_Encoding=value)
             assert "content-encoding" not in answer.headers, value
@@ -12400,13 +11445,10 @@ class TestDashboard:
         assert re.findall(r"(?:src|href)=\"(?!data:)([^\"]*)", sc.HTML) == ["?text"]  # of its own
         assert not re.search(r"@import|url\(", sc.CSS)
 
-    def test_nothing_is_made_before_the_first_visit(self):
+    def test_page_is_small_and_made_at_the_first_visit(self):
         page = sc.Page()
         assert vars(page) == {}
-        assert page.compressed is page.compressed and len(page.compressed) <= 80 * 1024
-
-    def test_page_is_small(self):
-        assert len(sc.Page().compressed) < 32 * 1024
+        assert page.compressed is page.compressed and len(page.compressed) < 32 * 1024
 
 
 def start_browser() -> Any:
@@ -12518,12 +11560,18 @@ class Visit:
         self.wait_for("#link", "^live$")
         return self
 
-    def run(self, command: str, tty: bool = False) -> None:
-        """Run a command from the box."""
+    def reload(self) -> Visit:
+        self.page.reload()
+        return self.wait_live()
+
+    def run(self, command: str, tty: bool = False, shows: str = "") -> None:
+        """Run a command from the box; wait until the page shows some output."""
         self.page.set_checked("#tty", tty)
         self.page.fill("#command", command)
         self.page.press("#command", "Enter")
         self.wait_until_true(f"stream?.task.command === {json.dumps(command)}")
+        if shows:
+            self.wait_for("#lines", shows)
 
     def find_barriers(self) -> list[str]:
         """Return what axe-core finds that is a barrier for people with disabilities."""
@@ -12545,6 +11593,14 @@ class Visit:
         raise AssertionError(f"Tab does not lead to {name}")
 
 
+@contextlib.contextmanager
+def visiting(browser: Any, folder: Path, *options: str, **given: Any) -> Iterator[Any]:
+    """A visit to a server of its own: both of them, once the page is live."""
+    with ServerProcess(folder, *options, **given) as server:
+        with Visit(browser, f"http://{server.place}/") as visit:
+            yield visit.wait_live(), server
+
+
 def path_proxy(port: int, prefix: bytes, lost: bytes = b"never sent") -> Cutter:
     """A proxy that takes a prefix off the path of each request, and `lost` out of it."""
     cutter, begin = Cutter(port, lambda _: None), re.compile(rb"^([A-Z]+) " + prefix)
@@ -12555,36 +11611,19 @@ def path_proxy(port: int, prefix: bytes, lost: bytes = b"never sent") -> Cutter:
 def record_terminal(argv: Any, keys: Any, cols: int, rows: int) -> Any:
     """Run a program on a terminal; return its bytes and how many there were before each key, with
     the size they were meant for. A key may be a new size, (columns, rows)."""
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm-256color", LC_ALL="C.UTF-8")
-        os.execvp(argv[0], argv)
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
-    data, marks, waiting = b"", [], list(keys)
-    while True:
-        readable = select.select([fd], [], [], 0.4)[0]
-        try:
-            piece = os.read(fd, 65536) if readable else b""
-        except OSError:
-            break  # it has ended
-        if readable and not piece:
-            break
-        data += piece
-        if not readable:
-            marks.append((len(data), cols, rows))
-            if not waiting:
-                break
-            key = waiting.pop(0)
+    env, marks = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}, []
+    with OnTerminal(argv, env, cols, rows) as terminal:
+        for key in ["", *keys]:
+            assert not key or terminal.process.poll() is None, "it has ended before this key"
             if isinstance(key, tuple):
                 cols, rows = key
-                fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+                terminal.resize(cols, rows)
             else:
-                os.write(fd, key.encode())
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(fd)
-    return data, [*marks, (len(data), cols, rows)]
+                terminal.type(key)
+            while select.select([terminal.master], [], [], 0.4)[0]:
+                terminal.read()
+            marks.append((len(terminal.data), cols, rows))
+    return terminal.data, marks
 
 
 READ_CELLS = """([encoded, marks]) => {
@@ -12807,8 +11846,7 @@ def walk_states(visit: Visit, server: ServerProcess) -> Iterator[str]:
     yield "alerts"
     page.click("#bell")
     page.click("#dismiss")
-    visit.run("ls --color=always -la /; exec cat", tty=True)
-    visit.wait_for("#lines", "root")
+    visit.run("ls --color=always -la /; exec cat", tty=True, shows="root")
     yield "terminal"
     page.evaluate("setWhole(true)")
     visit.wait_until_true("stream.terminal.rows === view.fits")
@@ -12898,7 +11936,6 @@ class TestPage(OnPage):
         assert visit.page.evaluate(script, "inverse")[1] == "rgb(1, 2, 3)"
         link = visit.page.locator("#lines a")
         assert link.get_attribute("href") == "https://example.org/a?b=c"
-        assert link.get_attribute("rel") == "noopener noreferrer"
 
     def test_overlapping_and_missing_output_is_mended(self, visit: Visit, server: ServerProcess):
         task_id = server.run("printf 'äbcdefgh'")["task_id"]
@@ -12915,27 +11952,22 @@ class TestPage(OnPage):
         visit.wait_for("#lines", "^äbcdefghXY$")
 
     def test_stop_says_what_happens(self, visit: Visit):
-        visit.run("trap '' TERM; echo ready; while :; do sleep 0.05; done")
-        visit.wait_for("#lines", "ready")
+        visit.run("trap '' TERM; echo ready; while :; do sleep 0.05; done", shows="ready")
         visit.page.click("#stop")
         visit.wait_for("#state", "stopping…")
         visit.page.click("#stop:has-text('Kill now')")
         visit.wait_for("#state", "stopped by KILL")
         assert visit.page.is_disabled("#stop")
-        visit.page.click("#rerun")
-        visit.wait_for("#state", "running")
 
     def test_run_again_uses_the_same_folder(self, visit: Visit, server: ServerProcess):
         task = server.run("pwd; echo $SECRET", cwd="/usr", env={"SECRET": "again"})
-        visit.page.reload()  # so that the page knows the task from /tasks
-        visit.wait_live().open(task["task_id"])
+        visit.reload().open(task["task_id"])  # the page knows it from /tasks
         visit.wait_for("#lines", "^/usr\nagain$")
         before = visit.text("#facts")
         visit.page.click("#rerun")
         visit.wait_until(lambda: visit.text("#facts") != before)
         visit.wait_for("#state", "done")
         visit.wait_for("#lines", "^/usr\nagain$")
-        assert [task["cwd"] for task in server.get("/tasks")[-2:]] == ["/usr", "/usr"]
 
     def test_long_kept_output_is_shown_whole(self, visit: Visit, server: ServerProcess):
         command = "printf '\\357\\273\\277'; yes 'äöü 漢字 😀, and so on and so forth' | head -c 3000001; echo; sleep 60"
@@ -12949,18 +11981,6 @@ class TestPage(OnPage):
         read = "stream.terminal.lines.map((line) => line.text).join('\\n')"
         assert visit.page.evaluate(read).lstrip("\ufeff") == whole.lstrip("\ufeff")
 
-    def test_output_can_be_copied_and_downloaded(self, visit: Visit):
-        visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        visit.run("printf 'one\\n\\033[31mtwo\\033[m\\n'")
-        visit.wait_for("#lines", "^one\ntwo$")
-        visit.page.click("#copy")
-        visit.wait_for("#copy", "Copied")
-        assert visit.page.evaluate("navigator.clipboard.readText()") == "one\ntwo\n"
-        with visit.page.expect_download() as download:
-            visit.page.click("#download")
-        assert re.fullmatch(r"task-\d+\.txt", download.value.suggested_filename)
-        assert Path(download.value.path()).read_bytes() == b"one\n\x1b[31mtwo\x1b[m\n"
-
     def test_colours_follow_the_system_or_the_button(self, browser: Any, server: ServerProcess):
         url = f"http://{server.place}/"
         color = "getComputedStyle(document.body).backgroundColor"
@@ -12971,8 +11991,7 @@ class TestPage(OnPage):
             assert visit.page.evaluate(color) == light
             visit.page.click("#theme")
             assert (visit.text("#theme"), visit.page.evaluate(color)) == ("Dark", dark)
-            visit.page.reload()
-            assert visit.wait_live().page.evaluate(color) == dark
+            assert visit.reload().page.evaluate(color) == dark
             visit.page.click("#theme")
             assert (visit.text("#theme"), visit.page.evaluate(color)) == ("Light", light)
             visit.run("sleep 60")
@@ -13036,11 +12055,6 @@ class TestPage(OnPage):
         visit.page.keyboard.type("tput rmcup")
         visit.page.keyboard.press("Enter")
         assert size in visit.wait_for("#lines", r"\n42\n")
-        visit.page.set_viewport_size({"width": 1000, "height": 700})
-        visit.wait_until_true("view.cols < 90")
-        visit.page.keyboard.type("stty size")
-        visit.page.keyboard.press("Enter")
-        visit.wait_for("#lines", visit.page.evaluate("`\\n${view.fits} ${view.cols}\\n`"))
         visit.page.keyboard.press("Control+d")
         visit.wait_for("#state", "done")
 
@@ -13082,8 +12096,7 @@ class TestPage(OnPage):
           document.getElementById("keys").dispatchEvent(
             new ClipboardEvent("paste", { clipboardData, cancelable: true })); }"""
         command = "stty raw -echo; printf '\\033[?2004h>'; head -c 23 | od -An -c; sleep 60"
-        visit.run(command, tty=True)
-        visit.wait_for("#lines", ">")
+        visit.run(command, tty=True, shows=">")
         visit.page.evaluate(paste, "two\n\x1blines")  # 6 + 9 + 6 bytes, without the ESC
         visit.page.keyboard.type("xy")
         shown = visit.wait_for("#lines", r"x\s+y")
@@ -13104,7 +12117,6 @@ class TestPage(OnPage):
         # pyte takes these for others: modifyOtherKeys, questions, strings.
         odd = re.compile(rb"\x1b\[[>=?][\d;:]*[mcuq]|\x1bP[^\x1b]*\x1b\\|\x1b\[\?[\d;]*\$p")
         marks = [(len(odd.sub(b"", data[:mark])), *size) for mark, *size in marks]
-        assert len(marks) > len(keys)
         check_screens(visit, odd.sub(b"", data), marks)
 
     def test_each_known_sequence_does_what_the_standard_says(self, visit: Visit):
@@ -13145,8 +12157,7 @@ class TestPage(OnPage):
 
     @pytest.mark.parametrize("tty", [False, True])
     def test_flood_is_passed_over_where_nobody_could_see_it(self, visit: Visit, tty: bool):
-        visit.run("echo start; exec sleep 60", tty)
-        visit.wait_for("#lines", "start")
+        visit.run("echo start; exec sleep 60", tty, shows="start")
         script = """end => { const { terminal } = stream, { write } = terminal; window.written = 0;
           terminal.write = function (text, time) { written += text.length; write.call(this, text, time); };
           for (let i = 0; i < 30; i++) stream.push({ time: 1, data: encoder.encode(
@@ -13164,8 +12175,7 @@ class TestPage(OnPage):
 
     def test_what_waits_to_be_shown_is_bytes_and_bounded(self, visit: Visit):
         """As text it was there several times, until the browser came to collect it."""
-        visit.run("echo start; exec sleep 60")
-        visit.wait_for("#lines", "start")
+        visit.run("echo start; exec sleep 60", shows="start")
         script = """text => {
           const line = encoder.encode(text + "\\n"), all = new Uint8Array(line.length * 2000000), size = 1000001;
           for (let at = 0; at < all.length; at += line.length) all.set(line, at);
@@ -13243,8 +12253,7 @@ class TestPage(OnPage):
         visit.run("echo one")
         visit.page.evaluate("""() => { const { measureFont } = view; view.calls = 0;
           view.measureFont = () => { view.calls++; measureFont.call(view); }; }""")
-        visit.run("echo two", tty=True)
-        visit.wait_for("#lines", "two")
+        visit.run("echo two", tty=True, shows="two")
         visit.page.locator("#tasks button").nth(1).click()
         visit.wait_for("#lines", "one")
         assert visit.page.evaluate("view.calls") == 0
@@ -13291,7 +12300,7 @@ class TestPage(OnPage):
             seen = (piece, cols, end, middle)
             assert cols == 112 and end > 0.9 and middle > 0.97 and is_seen, seen
 
-    def test_copy_is_what_was_written(self, visit: Visit):
+    def test_copy_and_download_are_what_was_written(self, visit: Visit):
         visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
 
         def wait_for_clipboard(text: str) -> None:
@@ -13313,17 +12322,23 @@ class TestPage(OnPage):
         visit.page.focus("#keys")
         visit.page.keyboard.press("Control+c")  # nothing is selected any more
         visit.wait_for("#state", "INT")
-        visit.run("printf 'a\\tb  \\n%9000s|\\n\\n' x")
+        visit.run("printf 'a\\tb  \\n\\033[31m%9000s\\033[m|\\n\\n' x")
         visit.wait_for("#state", "done")
         visit.page.click("#copy")
-        wait_for_clipboard("a\tb  \n" + " " * 8999 + "x|\n\n")
+        visit.wait_for("#copy", "Copied")
+        wide = " " * 8999 + "x"
+        wait_for_clipboard(f"a\tb  \n{wide}|\n\n")
         visit.page.evaluate(select % "output")
         visit.page.keyboard.press("Control+c")
-        wait_for_clipboard(" " * 8999 + "x|\n\n")
+        wait_for_clipboard(f"{wide}|\n\n")
+        with visit.page.expect_download() as download:
+            visit.page.click("#download")
+        assert re.fullmatch(r"task-\d+\.txt", download.value.suggested_filename)
+        written = f"a\tb  \n\x1b[31m{wide}\x1b[m|\n\n"
+        assert Path(download.value.path()).read_text(encoding="utf-8") == written
 
     def test_input_methods_and_phones_type(self, visit: Visit):
-        visit.run("stty raw -echo; echo on; exec od -An -c -v -w1", tty=True)
-        visit.wait_for("#lines", "on")
+        visit.run("stty raw -echo; echo on; exec od -An -c -v -w1", tty=True, shows="on")
         visit.page.evaluate(
             "window.sent = []; const real = send; send = (message) => (message.data && sent.push(message.data), real(message)); 0"
         )
@@ -13359,8 +12374,7 @@ class TestPage(OnPage):
         visit.wait_for("#notice", "not sent")
 
     def test_mouse_and_focus_are_told_when_asked_for(self, visit: Visit):
-        visit.run("stty raw -echo; printf 'on\\r\\n'; exec cat", tty=True)
-        visit.wait_for("#lines", "on")
+        visit.run("stty raw -echo; printf 'on\\r\\n'; exec cat", tty=True, shows="on")
         listen = "window.sent = []; send = (message) => message && sent.push(message.data ?? ''); 0"
         visit.page.evaluate(listen)
         box = visit.page.locator("#lines").bounding_box()
@@ -13403,7 +12417,7 @@ class TestPage(OnPage):
         link = visit.page.locator("#lines a")
         assert (link.inner_text(), link.get_attribute("title")) == ("here", "https://example.org/x")
         assert link.get_attribute("href") == "https://example.org/x"
-        assert "noopener" in link.get_attribute("rel")
+        assert link.get_attribute("rel") == "noopener noreferrer"
         look = "(({ backgroundColor, color, outlineStyle, boxShadow }) => [backgroundColor, color, outlineStyle, boxShadow !== 'none'])(getComputedStyle(document.querySelector('#lines .cursor')))"
         assert visit.text("#lines .cursor") == "d"
         ink, paper, *solid = visit.page.evaluate(look)
@@ -13443,8 +12457,7 @@ class TestPageAround(OnPage):
     def test_lost_connection_loses_no_output(self, visit: Visit, tmp_path: Path):
         go = tmp_path / "go"
         more = "for i in $(seq 21 150); do echo $i; sleep 0.01; done"
-        visit.run(f"seq 0 20; until [ -e {go} ]; do sleep 0.02; done; {more}")
-        visit.wait_for("#lines", "20$")
+        visit.run(f"seq 0 20; until [ -e {go} ]; do sleep 0.02; done; {more}", shows="20$")
         visit.page.evaluate("wait = 1000; socket.close()")
         visit.wait_for("#link", "offline")
         go.touch()
@@ -13456,69 +12469,59 @@ class TestPageAround(OnPage):
         assert visit.page.is_hidden("#notice")
 
     def test_gap_after_a_lost_connection_is_told_and_filled(self, browser: Any, tmp_path: Path):
-        script, go = make_launcher(tmp_path, KEEP_EVENTS_BYTES=20_000), tmp_path / "go"
-        with ServerProcess(tmp_path, "--interval=0.2", script=script) as server:
-            with Visit(browser, f"http://{server.place}/") as visit:
-                visit.wait_live()
-                visit.run(f"echo 0; until [ -e {go} ]; do sleep 0.02; done; seq 20000; sleep 60")
-                visit.wait_for("#lines", "^0$")
-                (task,) = server.get("/tasks")
-                visit.page.evaluate("wait = 1000; socket.close()")
-                visit.wait_for("#link", "offline")
-                server.run("true")  # of which the page would hear
-                go.touch()
-                wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
-                visit.wait_live()
-                visit.wait_for("#notice", r"Events \d+ to \d+ were missed")
-                visit.wait_for("#lines", "20000$")
-                shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
-                assert shown == [*map(str, range(20001)), ""]
-                server.request("POST", f"/kill?id={task['task_id']}&signal=KILL")
+        go, given = tmp_path / "go", {"KEEP_EVENTS_BYTES": 20_000}
+        with visiting(browser, tmp_path, "--interval=0.2", **given) as (visit, server):
+            visit.run(f"echo 0; until [ -e {go} ]; do sleep 0.02; done; seq 20000; sleep 60")
+            visit.wait_for("#lines", "^0$")
+            (task,) = server.get("/tasks")
+            visit.page.evaluate("wait = 1000; socket.close()")
+            visit.wait_for("#link", "offline")
+            server.run("true")  # of which the page would hear
+            go.touch()
+            wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
+            visit.wait_live()
+            visit.wait_for("#notice", r"Events \d+ to \d+ were missed")
+            visit.wait_for("#lines", "20000$")
+            shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
+            assert shown == [*map(str, range(20001)), ""]
 
     def test_works_below_a_path_of_a_proxy(self, browser: Any, server: ServerProcess):
         with path_proxy(server.port, b"/deep/er") as proxy:
             with Visit(browser, f"http://{proxy.place}/deep/er/") as visit:
                 visit.wait_live()
-                visit.run("echo through")
-                visit.wait_for("#lines", "^through$")
+                visit.run("echo through", shows="^through$")
 
     def test_comes_back_after_a_restart(self, browser: Any, tmp_path: Path):
-        with bind() as free:
-            port = free.getsockname()[1]
+        port = find_fixed_port()
         options = (f"--port={port}", f"--ws-port={port}", "--interval=0.2")
-        with ServerProcess(tmp_path, *options) as server:
+        with ServerProcess(tmp_path, *options):
             visit = Visit(browser, f"http://127.0.0.1:{port}/").wait_live()
-            visit.run("echo before; sleep 60")
-            visit.wait_for("#lines", "before")
+            visit.run("echo before; sleep 60", shows="before")
         with visit:
             visit.wait_for("#link", "offline|connecting")
-            with ServerProcess(tmp_path, *options) as server:
+            with ServerProcess(tmp_path, *options):
                 visit.wait_live()
                 visit.wait_for("#notice", "restarted")
-                assert server.get("/tasks") == []
-                visit.run("echo after")
-                visit.wait_for("#lines", "^after$")
+                visit.run("echo after", shows="^after$")
                 visit.page.goto("about:blank")
 
     def test_alert_is_shown(self, browser: Any, tmp_path: Path):
         options = ("--cpu-alert=1", "--alert-cooldown=0.5", "--interval=0.2")
-        with ServerProcess(tmp_path, *options) as server:
-            with Visit(browser, f"http://{server.place}/") as visit:
-                visit.wait_live()
-                task_id = server.start("timeout 30 sh -c 'while :; do :; done'")
-                visit.wait_for("#banner", "CPU usage exceeded 1%!")
-                assert visit.page.title().startswith("⚠ ")
-                visit.page.click("#bell")
-                visit.wait_for("#alert-list", r"^\d\d:\d\d:\d\d.*exceeded")
-                visit.page.reload()
-                visit.wait_for("#banner", "CPU usage exceeded 1%!")
-                server.request("POST", f"/kill?id={task_id}&signal=KILL")
-                before = server.get("/stats?alerts")["alerts"][0]
-                visit.page.click("#bell")  # those from before the reload are there too
-                visit.wait_for("#alert-list", r"exceeded")
-                times = visit.page.locator("#alert-list time").all_inner_texts()
-                when = time.strftime("%H:%M:%S", time.localtime(before["timestamp"] / 1000))
-                assert when in times[-1]
+        with visiting(browser, tmp_path, *options) as (visit, server):
+            task_id = server.start("timeout 30 sh -c 'while :; do :; done'")
+            visit.wait_for("#banner", "CPU usage exceeded 1%!")
+            assert visit.page.title().startswith("⚠ ")
+            visit.page.click("#bell")
+            visit.wait_for("#alert-list", r"^\d\d:\d\d:\d\d.*exceeded")
+            visit.page.reload()
+            visit.wait_for("#banner", "CPU usage exceeded 1%!")
+            server.end(task_id)
+            before = server.get("/stats?alerts")["alerts"][0]
+            visit.page.click("#bell")  # those from before the reload are there too
+            visit.wait_for("#alert-list", r"exceeded")
+            times = visit.page.locator("#alert-list time").all_inner_texts()
+            when = time.strftime("%H:%M:%S", time.localtime(before["timestamp"] / 1000))
+            assert when in times[-1]
 
     def test_alert_is_told_on_the_desktop_on_request(self, browser: Any, tmp_path: Path):
         # Chromium's headless shell forgets what it permits.
@@ -13528,22 +12531,20 @@ class TestPageAround(OnPage):
             return (this.permission = await super.requestPermission()); }
           constructor(title, { body }) { super(title); told.push([title, body]); } };"""
         options = ("--cpu-alert=0", "--alert-for=0", "--alert-cooldown=0.5", "--interval=0.2")
-        with ServerProcess(tmp_path, *options) as server:
-            with Visit(browser, f"http://{server.place}/") as visit:
-                visit.context.add_init_script(stub)
-                visit.page.reload()
-                visit.wait_live()
-                server.run("timeout 1 sh -c 'while :; do :; done'")
-                visit.wait_for("#banner", "exceeded 0%")
-                assert visit.page.evaluate("told") == []  # nobody asked for it
-                visit.context.grant_permissions(["notifications"])
-                visit.page.click("#bell")
-                visit.page.click("#notify")
-                visit.wait_for("#notify", "are on")
-                server.start("timeout 3 sh -c 'while :; do :; done'")
-                visit.wait_until_true("told.length")
-                host, text = visit.page.evaluate("told[0]")
-                assert host == socket.gethostname() and "CPU" in text
+        with visiting(browser, tmp_path, *options) as (visit, server):
+            visit.context.add_init_script(stub)
+            visit.reload()
+            server.run("timeout 1 sh -c 'while :; do :; done'")
+            visit.wait_for("#banner", "exceeded 0%")
+            assert visit.page.evaluate("told") == []  # nobody asked for it
+            visit.context.grant_permissions(["notifications"])
+            visit.page.click("#bell")
+            visit.page.click("#notify")
+            visit.wait_for("#notify", "are on")
+            server.start("timeout 3 sh -c 'while :; do :; done'")
+            visit.wait_until_true("told.length")
+            host, text = visit.page.evaluate("told[0]")
+            assert host == socket.gethostname() and "CPU" in text
 
     @pytest.mark.parametrize("answer, words", [
         ("denied", "allow them in this site's settings"), ("default", "click once more"),
@@ -13556,33 +12557,31 @@ class TestPageAround(OnPage):
 
     def test_view_only_says_why(self, browser: Any, tmp_path: Path):
         with ServerProcess(tmp_path, "--require-token") as server:
-            folder = tmp_path / "servercontrol"
-            token = (folder / "view-token").read_text().strip()
-            with Visit(browser, f"http://{server.place}/#token={token}") as visit:
+            tokens = [
+                state_file(server, name).read_text().strip() for name in ("token", "view-token")
+            ]
+            server.fields = (bearer(tokens[0]),)
+            with Visit(browser, f"http://{server.place}/#token={tokens[1]}") as visit:
                 visit.wait_live()
                 assert visit.page.url == f"http://{server.place}/"
                 visit.wait_for("#readonly", "View only")
                 assert visit.page.is_hidden("#run")
-                run_token = (folder / "token").read_text().strip()
-                body = json.dumps({"cmd": "echo seen; sleep 60"})
-                fields = {"Content_Type": JSON_TYPE, "Authorization": f"Bearer {run_token}"}
-                task_id = server.request("POST", "/exec", body, **fields).json()["task_id"]
-                visit.open(task_id)
+                visit.open(server.start("echo seen; sleep 60"))
                 visit.wait_for("#lines", "^seen$")
                 assert visit.page.is_disabled("#stop") and visit.page.is_disabled("#rerun")
-                del fields["Content_Type"]
-                server.request("POST", f"/kill?id={task_id}&signal=KILL", **fields)
 
     def test_no_exec_says_why(self, browser: Any, tmp_path: Path):
-        with ServerProcess(tmp_path, "--no-exec") as server:
-            with Visit(browser, f"http://{server.place}/") as visit:
-                visit.wait_live().wait_for("#readonly", "--no-exec")
-                assert visit.page.is_hidden("#run")
+        with visiting(browser, tmp_path, "--no-exec") as (visit, _):
+            visit.wait_for("#readonly", "--no-exec")
+            assert visit.page.is_hidden("#run")
 
-    def test_login_on_a_network_bind(self, browser: Any, tmp_path: Path):
-        with ServerProcess(tmp_path, NETWORK_BIND, "--require-token") as server:
-            token = (tmp_path / "servercontrol" / "token").read_text().strip()
-            with Visit(browser, f"http://{server.place}/") as visit:
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_login(self, browser: Any, tmp_path: Path, scheme: str):
+        options = make_certificate(tmp_path).options if scheme == "https" else (NETWORK_BIND,)
+        with ServerProcess(tmp_path, *options, "--require-token") as server:
+            token = state_file(server, "token").read_text().strip()
+            url = f"{scheme}://127.0.0.1:{server.port}/"
+            with Visit(browser, url, ignore_https_errors=True) as visit:
                 visit.page.fill("#token", "wrong-wrong-wrong-wrong")
                 visit.page.press("#token", "Enter")
                 visit.wait_for("#login-error", "not right")
@@ -13596,26 +12595,12 @@ class TestPageAround(OnPage):
                 visit.page.fill("#token", f"\u200b {token}\ufeff ")
                 visit.page.click("#login-form button")
                 visit.wait_live()
-                visit.run("echo in")
-                visit.wait_for("#lines", "^in$")
+                assert visit.page.evaluate("socket.url").startswith(url.replace("http", "ws"))
+                visit.run("echo in", shows="^in$")
                 assert token not in visit.page.url
-                visit.page.reload()
-                visit.wait_live()
+                visit.reload()
                 visit.page.click("#logout")
                 visit.page.wait_for_selector("#login[open]")
-
-    def test_login_over_tls(self, browser: Any, tmp_path: Path):
-        options = (*make_certificate(tmp_path).options, "--require-token")
-        with ServerProcess(tmp_path, *options) as server:
-            token = (tmp_path / "servercontrol" / "token").read_text().strip()
-            url = f"https://127.0.0.1:{server.port}/"
-            with Visit(browser, url, ignore_https_errors=True) as visit:
-                visit.page.fill("#token", token)
-                visit.page.click("#login-form button")
-                visit.wait_live()
-                assert visit.page.evaluate("socket.url").startswith(url.replace("https", "wss"))
-                visit.run("echo in")
-                visit.wait_for("#lines", "^in$")
 
     @pytest.mark.parametrize("look", LOOKS)
     def test_axe_finds_nothing(self, browser: Any, server: ServerProcess, look: dict[str, Any]):
@@ -13685,8 +12670,7 @@ class TestPageAround(OnPage):
         visit.wait_for("#lines", "^one$")
         visit.page.go_forward()
         visit.wait_for("#lines", "^two$")
-        visit.page.reload()
-        visit.wait_live().wait_for("#lines", "^two$")
+        visit.reload().wait_for("#lines", "^two$")
         visit.page.go_back()
         visit.wait_for("#lines", "^one$")
         visit.page.go_back()
@@ -13702,37 +12686,31 @@ class TestPageAround(OnPage):
         visit.wait_for("#notice", "no task 987654")
 
     def test_failed_task_is_found_in_two_clicks(self, browser: Any, tmp_path: Path):
-        with ServerProcess(tmp_path) as server, Visit(browser, f"http://{server.place}/") as visit:
-            self.find_failed_task(visit.wait_live(), server)
-
-    def find_failed_task(self, visit: Visit, server: ServerProcess) -> None:
-        wrong = 0
-        for number in range(200):
-            if number == 120:
-                wrong = server.run("echo wrong; exit 3", name="the build")["task_id"]
-            else:
+        with visiting(browser, tmp_path) as (visit, server):
+            for _ in range(120):
                 server.start("true")
-        wait_until(lambda: {one["state"] for one in server.get("/tasks")} == {"done"})
-        rows = visit.page.locator("#tasks li:not([hidden]) button")
-        visit.wait_until(lambda: rows.count() >= 200)
-        visit.page.click("#failed")
-        wait_until(lambda: "the build" in rows.all_inner_texts()[0])
-        rows.filter(has_text=f"#{wrong} ").click()
-        visit.wait_for("#lines", "^wrong$")
-        visit.page.fill("#filter", "THE BUI")
-        assert rows.count() == 1
-        visit.page.reload()  # it is remembered
-        visit.wait_live()
-        visit.wait_until(lambda: rows.count() == 1)
-        assert visit.page.input_value("#filter") == "THE BUI"
-        visit.page.fill("#filter", "nothing like it")
-        visit.wait_for("#no-tasks", "No task is like that")
-        visit.page.fill("#filter", "")
-        visit.page.click("#running")
-        assert rows.filter(has_text="true").count() == 0
-        task_id = server.start("sleep 60; true")
-        visit.wait_for("#tasks", "sleep 60; true")
-        server.request("POST", f"/kill?id={task_id}")
+            wrong = server.run("echo wrong; exit 3", name="the build")["task_id"]
+            for _ in range(79):
+                server.start("true")
+            wait_until(lambda: {one["state"] for one in server.get("/tasks")} == {"done"})
+            rows = visit.page.locator("#tasks li:not([hidden]) button")
+            visit.wait_until(lambda: rows.count() >= 200)
+            visit.page.click("#failed")
+            wait_until(lambda: "the build" in rows.all_inner_texts()[0])
+            rows.filter(has_text=f"#{wrong} ").click()
+            visit.wait_for("#lines", "^wrong$")
+            visit.page.fill("#filter", "THE BUI")
+            assert rows.count() == 1
+            visit.reload()  # it is remembered
+            visit.wait_until(lambda: rows.count() == 1)
+            assert visit.page.input_value("#filter") == "THE BUI"
+            visit.page.fill("#filter", "nothing like it")
+            visit.wait_for("#no-tasks", "No task is like that")
+            visit.page.fill("#filter", "")
+            visit.page.click("#running")
+            assert rows.filter(has_text="true").count() == 0
+            server.start("sleep 60; true")
+            visit.wait_for("#tasks", "sleep 60; true")
 
     def test_stop_offers_signals(self, visit: Visit):
         visit.run("trap 'echo got INT; exit 0' INT; echo ready; while :; do sleep 0.05; done")
@@ -13761,8 +12739,7 @@ class TestPageAround(OnPage):
             visit.wait_until(lambda: sum(e["type"] == "watching" for e in heard) > count)
 
         visit.page.on("websocket", listen)
-        visit.page.reload()
-        visit.wait_live()
+        visit.reload()
         go = tmp_path / "go"
         other = server.start(f"i=0; until [ -e {go} ]; do echo other $i; sleep 0.01; done")
         visit.run(f"echo first; until [ -e {go} ]; do sleep 0.02; done; seq 3")
@@ -13792,24 +12769,18 @@ class TestPageAround(OnPage):
     def test_says_what_is_the_matter(self, browser: Any, server: ServerProcess):
         reason = '{"error":"x","message":"this Host is not served"}'
         table = [
-            (404, "", "", "answers 404: does the server run"),
-            (502, "", "", "answers 502: does the server run"),
-            (403, "", reason, "may not talk to the server: this Host is not served"),
-            (429, "1", "", "too many requests"),
-            (503, "", reason.replace("this Host is not served", "too many connections"), "now: too many"),
-            (0, "", "", "does not answer: was it stopped"),
-        ]  # fmt: skip
+            (404, {}, "", "answers 404: does the server run"),
+            (502, {}, "", "answers 502: does the server run"),
+            (403, {}, reason, "may not talk to the server: this Host is not served"),
+            (429, {"Retry-After": "1"}, "", "too many requests"),
+            (503, {}, '{"error":"x","message":"too many connections"}', "now: too many"),
+        ]
         with Visit(browser, f"http://{server.place}/") as visit:
             visit.allowed = "status of [45]|net::ERR"
             visit.wait_live()
-            for status, pause, body, words in table:
-
-                def fail(status: int, pause: str, body: str, route: Any) -> None:
-                    fields = {"Retry-After": pause} if pause else {}
-                    given = {"status": status, "body": body, "headers": fields}
-                    route.fulfill(**given) if status else route.abort()
-
-                visit.page.route("**/info", functools.partial(fail, status, pause, body))
+            for status, fields, body, words in table:
+                answer = {"status": status, "body": body, "headers": fields}
+                visit.page.route("**/info", lambda route: route.fulfill(**answer))
                 visit.page.evaluate("wait = 50; socket.close()")
                 visit.wait_for("#trouble", words)
                 visit.page.unroute("**/info")
@@ -13824,8 +12795,7 @@ class TestPageAround(OnPage):
     def test_clock_of_the_browser_is_an_hour_off(self, visit: Visit, server: ServerProcess):
         late = "const { now } = Date; Date.now = () => now() + 3600e3;"
         visit.context.add_init_script(late)
-        visit.page.reload()
-        visit.wait_live().wait_for("#notice", "clock is (1 h 00 m|59 m 5. s) ahead")
+        visit.reload().wait_for("#notice", "clock is (1 h 00 m|59 m 5. s) ahead")
         visit.run("printf '\\033[5n'; sleep 60", tty=True)
         visit.wait_for("#tasks li:first-child small:last-child", r"^(\d+ ms|\d\.\d s)$")
 
@@ -13840,8 +12810,7 @@ class TestPageAround(OnPage):
         }
         with Visit(browser, f"http://{server.place}/") as visit:
             visit.context.add_init_script(scripts[how])
-            visit.page.reload()
-            visit.wait_live().wait_for("#notice", "keeps nothing for this page")
+            visit.reload().wait_for("#notice", "keeps nothing for this page")
             visit.run(f"echo ran >> {tmp_path}/runs")
             visit.wait_for("#state", "done")
             assert visit.page.input_value("#command") == ""
@@ -13951,11 +12920,6 @@ IO_NAMES = {*"asyncio fcntl open os print resource select socket subprocess".spl
 IO_NAMES |= {*"termios time traceback Log".split()}
 
 
-def section_at(line: int) -> int:
-    before = SOURCE.split("\n", line)[:line]
-    return int(BANNER.findall("\n".join(before))[-1][0])
-
-
 def definitions() -> dict[str, int]:
     found: dict[str, int] = {}
     for node in TREE.body:
@@ -14047,21 +13011,18 @@ class TestLayout:
 
     def test_no_name_is_used_above_its_definition(self):
         defined = definitions()
-        ends = {node.lineno: node.end_lineno for node in TREE.body}
         upward = [
             f"{name} in line {line}, defined in {defined[name]}"
             for name, line in name_uses()
             if name in defined and line < defined[name]
         ]
         assert not upward
-        assert len(ends) > 100  # the tree was read
+        assert len(defined) > 100  # the tree was read
 
     def test_pure_sections_name_no_io_module(self):
-        named = [
-            f"{name} in line {line}"
-            for name, line in name_uses()
-            if name in IO_NAMES and FIRST_PURE <= section_at(line) <= LAST_PURE
-        ]
+        banners = {int(match.group(1)): match.start() for match in BANNER.finditer(SOURCE)}
+        begin, end = (SOURCE.count("\n", 0, banners[n]) for n in (FIRST_PURE, LAST_PURE + 1))
+        named = [one for one in name_uses() if one[0] in IO_NAMES and begin < one[1] <= end]
         assert not named
 
     def test_functions_are_short_and_flat(self):
@@ -14121,9 +13082,6 @@ class TestLayout:
         visible = {name for name in top if not name.startswith(".")}
         card = {"servercontrol.py", "test_servercontrol.py", "Makefile", "README.md", "LICENSE"}
         assert visible == card
-
-    def test_no_line_is_longer_than_100(self):
-        assert [n for n, line in enumerate(SOURCE.split("\n"), 1) if len(line) > 100] == []
 
 
 # Benchmark ────────────────────────────────────────────────────────────────────────────────────────
@@ -14310,19 +13268,12 @@ async def bench_tell(peer: BenchPeer, sockets: Any, stats_seconds: float) -> Non
 class BenchServer(ServerProcess):
     """Our server or a peer, in a process group of its own, which never outlives the block."""
 
-    def __init__(
-        self,
-        who: str,
-        folder: Path,
-        start=(str(SCRIPT),),
-        stats_seconds=1,
-        compresses="no",
-        **env: str,
-    ) -> None:
+    def __init__(self, who: str, folder: Path, start=(), stats_seconds=1, compresses="no", **env):
         super().__init__(folder, env=env, script="-", start_new_session=True)
         self.ours, self.check = who == "ours", False
         command = [__file__, "bench", "--peer", who, str(stats_seconds), compresses]
         if self.ours:
+            start = start or (str(SCRIPT),)
             command = [*start, *BENCH_OPTIONS, f"--interval={stats_seconds}"]
             command += ["--compress=on"] * (compresses != "no")
         self.command = [sys.executable, *command]
@@ -14357,25 +13308,21 @@ def bench_cpu_seconds(pid: int) -> float:
 # The client.
 
 
-class BenchSwarm:
+class BenchSwarm(contextlib.ExitStack):
     """Viewers on raw sockets, read by one epoll loop. It counts bytes and decodes nothing."""
 
     def __init__(self, server: Any, count: int, path: str = "/", deflates: bool = False) -> None:
+        super().__init__()
         self.buffer = memoryview(bytearray(1 << 20))  # each read starts at its beginning
-        self.poll = select.epoll()
+        self.poll = self.enter_context(select.epoll())
         # Offered as by Chromium; events that come with the handshake's answer are dropped.
         offer = "permessage-deflate; client_max_window_bits" if deflates else ""
-        peers = [RawPeer(server, path, offer=offer) for _ in range(count)]
+        peers = [self.enter_context(RawPeer(server, path, offer=offer)) for _ in range(count)]
         assert (b"permessage-deflate" in peers[0].head) is deflates, "it does not compress"
         self.sockets = {peer.socket.fileno(): peer.socket for peer in peers}
         for fd in self.sockets:
             self.poll.register(fd, select.EPOLLIN)
         self.skip(BENCH_PATIENCE_SECONDS, BENCH_QUIET_SECONDS)  # all stand before the same event
-
-    def close(self) -> None:
-        self.poll.close()
-        for link in self.sockets.values():
-            link.close()
 
     def reads(self, seconds=BENCH_PATIENCE_SECONDS, quiet=BENCH_PATIENCE_SECONDS) -> Any:
         """Yield (viewer, bytes read, monotonic ns) until the time is over or silence falls."""
@@ -14397,24 +13344,15 @@ class BenchSwarm:
             pass
 
 
-def bench_swarm(server: BenchServer, *options: Any) -> contextlib.closing[BenchSwarm]:
-    return contextlib.closing(BenchSwarm(server, *options))
+def bench_events(stream: Any) -> Iterator[dict[str, Any]]:
+    """Decode whole frames; control frames and a cut last frame are skipped."""
+    buffer = bytearray(stream)
+    for first, payload in iter(lambda: take_frame(buffer), None):
+        if first == 0x81:
+            yield json.loads(payload)
 
 
-def bench_events(stream: memoryview) -> Iterator[dict[str, Any]]:
-    """Decode whole unmasked frames; control frames and a cut last frame are skipped."""
-    at = 0
-    while at + 2 <= len(stream):
-        code, size, at = stream[at] & 15, stream[at + 1], at + 2
-        if size > 125:
-            width = 2 if size == 126 else 8
-            size, at = int.from_bytes(stream[at : at + width], "big"), at + width
-        if code == 1 and at + size <= len(stream):
-            yield json.loads(bytes(stream[at : at + size]))
-        at += size
-
-
-def bench_find_loss(stream: memoryview, text: bytes, tasks: int) -> str:
+def bench_find_loss(stream: Any, text: bytes, tasks: int) -> str:
     """Return what is missing when each of `tasks` wrote `text`; empty when nothing is."""
     got: dict[str, int] = {}
     complete = 0
@@ -14439,7 +13377,7 @@ def bench_latency(viewers: int, who: str, folder: Path, load: BenchLoad) -> Benc
     """Milliseconds from the child's write to the read of the last of the viewers, line by line."""
     record: list[tuple[int, int, bytes]] = []
     left = viewers
-    with BenchServer(who, folder) as server, bench_swarm(server, viewers) as swarm:
+    with BenchServer(who, folder) as server, BenchSwarm(server, viewers) as swarm:
         server.start(BENCH_STAMPER % (shlex.quote(sys.executable), load.lines))
         for viewer, size, now in swarm.reads():
             data = bytes(swarm.buffer[:size])
@@ -14455,26 +13393,24 @@ def bench_latency(viewers: int, who: str, folder: Path, load: BenchLoad) -> Benc
 
 def bench_find_delays(record: list[tuple[int, int, bytes]], viewers: int) -> list[float]:
     """Return the sorted delays, in ms, of the lines that every viewer has read."""
-    readers: dict[int, int] = {}
-    last: dict[int, int] = {}
+    times: dict[int, list[int]] = {}
     rest: dict[int, bytes] = {}  # by viewer: what follows its last whole line
     for viewer, now, data in record:
         data = rest.get(viewer, b"") + data
         end = 0
         for match in re.finditer(rb"@(\d+)@", data):
-            stamp, end = int(match.group(1)), match.end()
-            readers[stamp] = readers.get(stamp, 0) + 1
-            last[stamp] = now
+            times.setdefault(int(match.group(1)), []).append(now)
+            end = match.end()
         rest[viewer] = data[end:]
-    return sorted((last[s] - s) / 1e6 for s, count in readers.items() if count == viewers)
+    return sorted((max(r) - stamp) / 1e6 for stamp, r in times.items() if len(r) == viewers)
 
 
 def bench_memory(who: str, folder: Path, _load: BenchLoad) -> BenchSample:
     """KiB of resident memory for each of 2,000 viewers that only listen."""
-    with BenchServer(who, folder) as server, bench_swarm(server, 1) as first:
+    with BenchServer(who, folder) as server, BenchSwarm(server, 1) as first:
         first.skip(1.5, 1.5)  # past the one-time costs of the first broadcasts
         before = server.resident_kib()
-        with bench_swarm(server, 2000) as swarm:
+        with BenchSwarm(server, 2000) as swarm:
             swarm.skip(1.5, 1.5)
             return BenchSample((server.resident_kib() - before) / 2000)
 
@@ -14488,7 +13424,7 @@ def bench_flood(who: str, folder: Path, load: BenchLoad) -> BenchSample:
     # Filled, not empty: the client must not pay for the kernel's first touch of each page.
     room = memoryview(bytearray(b"\xff") * (len(text) * 5 // 4))
     size = 0
-    with BenchServer(who, folder) as server, bench_swarm(server, 1) as swarm:
+    with BenchServer(who, folder) as server, BenchSwarm(server, 1) as swarm:
         link = next(iter(swarm.sockets.values()))
         begin = time.monotonic()
         server.start("cat " + shlex.quote(str(path)))
@@ -14510,7 +13446,7 @@ def bench_fanout(bulk: int, who: str, folder: Path, load: BenchLoad) -> BenchSam
     echo = BENCH_LINE.strip() % "$i"
     command = BENCH_GATED % (shlex.quote(str(gate)), count, echo)
     text = "".join(BENCH_LINE % i for i in range(count)).encode()
-    with BenchServer(who, folder) as server, bench_swarm(server, 1000) as swarm:
+    with BenchServer(who, folder) as server, BenchSwarm(server, 1000) as swarm:
         for _ in range(BENCH_FAN_TASKS):
             server.start(command)
         swarm.skip(BENCH_PATIENCE_SECONDS, BENCH_QUIET_SECONDS)
@@ -14520,7 +13456,7 @@ def bench_fanout(bulk: int, who: str, folder: Path, load: BenchLoad) -> BenchSam
             end, stream, fault = bench_follow(swarm, BENCH_FAN_TASKS)
         finally:
             os.close(opened)
-    fault = fault or bench_find_loss(memoryview(stream), text, BENCH_FAN_TASKS)
+    fault = fault or bench_find_loss(stream, text, BENCH_FAN_TASKS)
     lines = count * BENCH_FAN_TASKS * len(swarm.sockets)
     return BenchSample(lines / (end - begin) * 1e3, fault=fault)
 
@@ -14558,15 +13494,12 @@ def bench_cpu(compresses: str, who: str, folder: Path, load: BenchLoad) -> Bench
     """CPU milliseconds of the server each second, with 1,000 viewers and one event a second; and,
     instead of a p99, the bytes that one of them read each second."""
     does = compresses != "no"
-    # 1 KiB of text where it is to be compressed, as a build writes it.
-    text = (
-        "$(seq -s ' ' -f 'cc -O2 -c file%g.c -o build/file%g.o;' $((i*7)) $((i*7+21)))"
-        if does
-        else "line $i"
-    )
+    text = "line $i"
+    if does:  # 1 KiB of text, as a build writes it
+        text = "$(seq -s ' ' -f 'cc -O2 -c file%g.c -o build/file%g.o;' $((i*7)) $((i*7+21)))"
     command = f'for i in $(seq {load.cpu_seconds}); do echo "{text}"; sleep 1; done'
     with BenchServer(who, folder, stats_seconds=3600, compresses=compresses) as server:
-        with bench_swarm(server, 1000, "/", does) as swarm:
+        with BenchSwarm(server, 1000, "/", does) as swarm:
             server.start(command)
             before = bench_cpu_seconds(server.pid)
             read = sum(size for _, size, _ in swarm.reads(load.cpu_seconds, load.cpu_seconds))
@@ -14581,10 +13514,7 @@ def bench_wire(who: str, folder: Path, load: BenchLoad) -> BenchSample:
 
 def bench_idle(who: str, folder: Path, load: BenchLoad) -> BenchSample:
     """CPU milliseconds each second with 5,000 viewers that only answer pings."""
-    with (
-        BenchServer(who, folder, stats_seconds=3600) as server,
-        bench_swarm(server, 5000) as swarm,
-    ):
+    with BenchServer(who, folder, stats_seconds=3600) as server, BenchSwarm(server, 5000) as swarm:
         before = bench_cpu_seconds(server.pid)
         swarm.skip(load.idle_seconds, load.idle_seconds)
         return BenchSample((bench_cpu_seconds(server.pid) - before) / load.idle_seconds * 1e3)
@@ -14594,10 +13524,7 @@ def bench_filtered(who: str, folder: Path, load: BenchLoad) -> BenchSample:
     """Bytes a second to a viewer of the statistics while 64 tasks flood; for the p99 the ms that
     the latest of them took."""
     delays, total = [0.0], 0
-    with (
-        BenchServer(who, folder) as server,
-        bench_swarm(server, 1, "/?only=stats_update") as swarm,
-    ):
+    with BenchServer(who, folder) as server, BenchSwarm(server, 1, "/?only=stats_update") as swarm:
         for _ in range(64):
             server.start("exec yes 'all work and no play'")
         swarm.skip(2, 2)
@@ -14727,13 +13654,11 @@ def bench_monitor(who: str, folder: Path, load: BenchLoad) -> BenchSample:
     """Percent of a core to watch 200 servers; the peer parses their events and does no more."""
     fleet = bench_fleet(20 if load is BENCH_QUICK else 200)
     hosts = write_hosts(folder, *(f"s{n} {one.place}" for n, one in enumerate(fleet)))
-    command = [str(SCRIPT), "monitor", "--all", "--json"]
+    command = [sys.executable, str(SCRIPT), "monitor", "--all", "--json"]
     if who != "ours":
-        command = ["-c", BENCH_MONITOR, *(f"ws://127.0.0.1:{one.ws_port}" for one in fleet)]
+        command[1:] = ["-c", BENCH_MONITOR, *(f"ws://127.0.0.1:{one.ws_port}" for one in fleet)]
     env = {**os.environ, "SERVERCONTROL_HOSTS": hosts}
-    with subprocess.Popen(
-        [sys.executable, *command], env=env, stdout=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         try:
             time.sleep(8)  # until all are connected
             before = bench_cpu_seconds(process.pid)
@@ -14885,12 +13810,11 @@ def bench_main(argv: list[str]) -> int:
 # by the thousand; TestSoak does the same in seconds. A job raises AssertionError for anything that
 # was lost, doubled or left behind, and returns what it measured: times are told, never judged.
 
-# Run as a task, and here to know what that wrote: random characters of 1 to 4 bytes, seldom a
-# newline, in writes that cut characters.
-SOAK_WRITER = r"""
-import os, random, sys, time
+# These two make a program, which is run as a task; the first tells here what it has written.
 
-def make_blocks(seed, size):
+
+def soak_blocks(seed: int, size: int) -> Iterator[bytes]:
+    """Give random characters of 1 to 4 bytes, seldom a newline."""
     chance = random.Random(seed)
     letters = "ab \u00e9\u0416\u20ac\u4e2d\U0001f600\x1b"
     pool = ["".join(chance.choices(letters, k=3000)).encode("utf-8") for _ in range(64)]
@@ -14900,9 +13824,11 @@ def make_blocks(seed, size):
         size -= len(block)
         yield block
 
-def main(seed, size, seconds):
+
+def soak_write(seed: int, size: int, seconds: float) -> None:
+    """Write them, in writes that cut characters."""
     chance, begin, done, data = random.Random(0), time.monotonic(), 0, b""
-    for block in [*make_blocks(seed, size), b""]:
+    for block in [*soak_blocks(seed, size), b""]:
         data += block
         while len(data) >= 50000 or (data and not block):
             piece = data[: chance.randrange(1, 50000)]
@@ -14910,18 +13836,12 @@ def main(seed, size, seconds):
             data = data[len(piece) :]
             done += len(piece)
             time.sleep(max(0, begin + done / size * seconds - time.monotonic()))
-"""
-SOAK_NAMES: dict[str, Any] = {}
-
-
-def soak_text(seed: int, size: int) -> bytes:
-    if not SOAK_NAMES:
-        exec(SOAK_WRITER, SOAK_NAMES)
-    return b"".join(SOAK_NAMES["make_blocks"](seed, size))
 
 
 def soak_start(server: ServerProcess, seed: int, size: int, seconds: float) -> str:
-    code = f"{SOAK_WRITER}\nmain({seed}, {size}, {seconds})"
+    code = "from __future__ import annotations\nimport os, random, time\n"
+    code += "".join(map(inspect.getsource, (soak_blocks, soak_write)))
+    code += f"soak_write({seed}, {size}, {seconds})"
     return server.start(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}")
 
 
@@ -15011,7 +13931,7 @@ def soak_cuts(server: ServerProcess, scale: float) -> str:
     while not viewer.is_done:
         viewer.choose(task_id, chance.randrange(3))
         viewer.watch(chance.uniform(0, 1.4 * seconds / cuts))
-    assert bytes(viewer.data) == soak_text(1, size)
+    assert bytes(viewer.data) == b"".join(soak_blocks(1, size))
     assert viewer.connections >= cuts / 2, f"only {viewer.connections} connections"
     return f"{size / 1e6:.0f} MB through {viewer.connections} connections, {viewer.gaps} gaps"
 
@@ -15021,7 +13941,7 @@ def soak_stalls(server: ServerProcess, scale: float) -> str:
     size, count, seconds = int(30e6 * scale), max(4, int(100 * scale)), 60 * scale
     viewers = [SoakViewer(server) for _ in range(count)]
     task_id = soak_start(server, 2, size, seconds)
-    expected = soak_text(2, size)
+    expected = b"".join(soak_blocks(2, size))
 
     def stall(number: int) -> int:
         viewer, chance = viewers[number], random.Random(number)
@@ -15040,36 +13960,20 @@ def soak_stalls(server: ServerProcess, scale: float) -> str:
 
 @contextlib.contextmanager
 def soak_child(work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
-    """Do work in a process of its own, so that it does not disturb what is timed here."""
-    read_fd, write_fd = os.pipe()
+    """Do work in a process of its own, so that it does not disturb what is timed here. Gives what
+    waits for its result, which is EOFError where it has failed."""
+    context = multiprocessing.get_context("fork")
+    results, told = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: told.send(work()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about threads: the child uses none
-        pid = os.fork()
-    if pid == 0:
-        try:
-            result = [work()]
-        except BaseException as error:
-            result = f"{type(error).__name__}: {error}"
-        with open(write_fd, "w") as pipe:
-            json.dump(result, pipe)
-        os._exit(0)
-    os.close(write_fd)
-
-    def collect() -> Any:
-        with open(read_fd, closefd=False) as pipe:
-            text = pipe.read()
-        assert text, "the child process died"
-        result = json.loads(text)
-        assert isinstance(result, list), result
-        return result[0]
-
+        child.start()
+    told.close()
     try:
-        yield collect
+        yield results.recv
     finally:
-        os.close(read_fd)
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        child.kill()
+        child.join()
 
 
 SOAK_EVENT = re.compile(
@@ -15077,44 +13981,28 @@ SOAK_EVENT = re.compile(
 )
 
 
-def soak_read_honestly(server: ServerProcess, count: int, last_task: str) -> list[Any]:
-    """Watch with many viewers until each has seen a task's end; return [what failed, gaps]."""
-    poll, gaps = select.epoll(), 0
-    peers = {peer.socket.fileno(): peer for peer in (RawPeer(server) for _ in range(count))}
-    seqs = dict.fromkeys(peers, 0)
-    for fd in peers:
-        poll.register(fd, select.EPOLLIN)
-    marker = f'"task_id":"{last_task}"'.encode()
-    while peers:
-        ready = poll.poll(PATIENCE_SECONDS)
-        if not ready:
-            return [f"{len(peers)} viewers saw no end", gaps]
-        for fd, _ in ready:
-            if not peers[fd].read_some(1 << 20):
-                return ["a viewer was closed", gaps]
-            frame = take_frame(peers[fd].buffer)
-            while frame is not None:
-                if frame[0] == 0x89:
-                    peers[fd].send(make_frame(0x8A, frame[1]))
-                match = SOAK_EVENT.match(frame[1]) if frame[0] == 0x81 else None
-                if match:
-                    kind, seq, low, high = match.groups()
-                    first, last = int(low or seq), int(high or seq)
-                    if seqs[fd] and first != seqs[fd] + 1:
-                        return [f"{seqs[fd]} is followed by {first}", gaps]
-                    seqs[fd] = last
-                    gaps += kind == b"gap"
-                    if kind == b"task_complete" and marker in frame[1][:200]:
-                        poll.unregister(fd)
-                        del peers[fd]
-                        break
-                frame = take_frame(peers[fd].buffer)
-    return ["", gaps]
+def soak_watch(last_task: str, server: ServerProcess) -> int:
+    """Watch everything until a task ends; return the number of gaps. All else must be there."""
+    marker, last, gaps = f'"task_id":"{last_task}"'.encode(), 0, 0
+    with RawPeer(server) as peer:
+        for first, payload in peer.frames():
+            if first == 0x89:
+                peer.send(make_frame(0x8A, payload))
+            match = SOAK_EVENT.match(payload) if first == 0x81 else None
+            if match is not None:
+                kind, seq, low, high = match.groups()
+                assert last in (0, int(low or seq) - 1), f"{last} is followed by {low or seq}"
+                last = int(high or seq)
+                gaps += kind == b"gap"
+                if kind == b"task_complete" and marker in payload[:200]:
+                    return gaps
+    raise AssertionError("a viewer was closed")
 
 
-def soak_delays(action: Callable[[], Any], goes_on: Callable[[], bool], pause: float = 0.02) -> Any:
-    delays = []
-    while goes_on() or not delays:
+def soak_delays(action: Callable[[], Any], seconds: float, pause: float = 0.02) -> list[float]:
+    """Do something again and again for a while; return how many ms it took each time."""
+    delays, end = [], time.monotonic() + seconds
+    while not delays or time.monotonic() < end:
         begin = time.monotonic()
         action()
         delays.append((time.monotonic() - begin) * 1e3)
@@ -15122,13 +14010,8 @@ def soak_delays(action: Callable[[], Any], goes_on: Callable[[], bool], pause: f
     return delays
 
 
-def soak_until(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() < end
-
-
-def soak_ping(server: ServerProcess, stop: Path) -> list[float]:
-    """Return the ms from a JSON ping to its pong, until the file `stop` is there."""
+def soak_ping(server: ServerProcess, seconds: float) -> list[float]:
+    """Return the ms from a JSON ping to its pong."""
     with RawPeer(server) as peer:
 
         def ping() -> None:
@@ -15138,7 +14021,7 @@ def soak_ping(server: ServerProcess, stop: Path) -> list[float]:
                 assert peer.read_some(1 << 20), "the server has closed"
             del peer.buffer[:]
 
-        return soak_delays(ping, lambda: not stop.exists())
+        return soak_delays(ping, seconds)
 
 
 def soak_tell(name: str, delays: list[float]) -> str:
@@ -15153,23 +14036,25 @@ def soak_load(server: ServerProcess, scale: float) -> str:
     last_task = str(int(server.run("true")["task_id"]) + 65)
     before = server.resident_kib()
     with contextlib.ExitStack() as stack:
-        stop = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stop"
-        read = functools.partial(soak_read_honestly, server, count * 9 // 10, last_task)
-        honest = stack.enter_context(soak_child(read))
-        pings = stack.enter_context(soak_child(functools.partial(soak_ping, server, stop)))
+        viewers = [server] * (count * 9 // 10)
+
+        def watch() -> int:
+            with concurrent.futures.ThreadPoolExecutor(len(viewers)) as pool:
+                return sum(pool.map(functools.partial(soak_watch, last_task), viewers))
+
+        honest = stack.enter_context(soak_child(watch))
         for _ in range(count // 10):
             stack.enter_context(RawPeer(server, receive_bytes=4096))
-        wait_until(lambda: server.get("/info")["clients"] == count // 10 + count * 9 // 10 + 1)
+        wait_until(lambda: server.get("/info")["clients"] == count // 10 + len(viewers))
         tasks = [server.start("exec yes 'all work and no play'") for _ in range(64)]
-        delays = soak_delays(lambda: server.get("/health"), soak_until(seconds))
+        with soak_child(functools.partial(soak_ping, server, seconds)) as pings:
+            delays = soak_delays(lambda: server.get("/health"), seconds)
+            ping_delays = pings()
         grown = server.resident_kib() - before
-        stop.touch()
-        ping_delays = pings()
         for task_id in tasks:
             server.request("POST", f"/kill?id={task_id}&signal=KILL")
         assert server.run("true")["task_id"] == last_task
-        fault, gaps = honest()
-        assert not fault, fault
+        gaps = honest()
     written = sum(server.task(task_id)["output_bytes"] for task_id in tasks) / 1e6
     # Kept events and their overhead, kept output, and 30 MiB for everything else.
     assert grown < (16 + 64 + 30) * 1024, f"the server has grown by {grown} KiB"
@@ -15230,7 +14115,7 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
         ask()
     descriptors, memory = server.descriptors(), server.resident_kib()
     with soak_child(besiege):
-        delays = soak_delays(ask, soak_until(seconds), 0.01)
+        delays = soak_delays(ask, seconds, 0.01)
     wait_until(lambda: server.descriptors() <= descriptors)
     grown = server.resident_kib() - memory
     assert grown < 16 * 1024, f"the server has grown by {grown} KiB"
@@ -15241,10 +14126,8 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
 SOAK_OPTIONS = {
     "cuts": ("--compress=on",),
     "siege": ("--require-token", "--audit-log=none"),
-    "stalls": (
-        "--compress=on",
-        "--keep-output=64MiB",
-    ),  # so that /logs has what the events no longer have
+    # So that /logs has what the events no longer have.
+    "stalls": ("--compress=on", "--keep-output=64MiB"),
 }
 SOAK_JOBS = {
     "cuts": soak_cuts, "stalls": soak_stalls, "load": soak_load, "short-tasks": soak_short_tasks,
@@ -15272,7 +14155,7 @@ def soak_main(argv: list[str]) -> int:
     for name in options.names or SOAK_JOBS:
         try:
             told = soak_run(name, options.scale)
-        except (AssertionError, OSError, ValueError) as error:
+        except (AssertionError, EOFError, OSError, ValueError) as error:
             told, failed = f"FAILED: {error}", 1
         print(f"{name:12} {told}", flush=True)
     return failed
@@ -15290,7 +14173,7 @@ class TestSoak:
 # Fuzz run ─────────────────────────────────────────────────────────────────────────────────────────
 # `python3 test_servercontrol.py fuzz [--seconds 120] [--seed N] [--job NAME]` feeds the parsers
 # with mutated and random input, and a live server with mutated requests and frames. A case is made
-# from (seed, job, number) alone, so `--job NAME --seed N --case K` replays exactly one.
+# from (seed, job, number) alone: `--job NAME --seed N --case K` begins with that very case.
 #
 # A finding is: an exception that is not the parser's named error; bytes that mean something else
 # when they arrive in other pieces; what is accepted here and refused, or read otherwise, by another
@@ -15312,46 +14195,43 @@ FUZZ_NUMBER = re.compile(rb"[0-9]+")
 
 
 class FuzzJob(NamedTuple):
-    """make: a case, which is a literal. parse: what is timed. check: raises what it finds."""
+    """make: a case, which is a literal. parse: what is timed. check: raises what it finds. pid:
+    whose memory may not rise."""
 
     make: Callable[[random.Random], Any]
     parse: Callable[[Any], Outcome]
     check: Callable[[Any, Outcome], None]
     is_timed: bool = True
+    pid: str = "self"
 
 
 # Making input.
 
 
-def fuzz_renumber(chance: random.Random, data: bytes) -> bytes:
-    """Put an edge in place of a number, or the number beside it."""
-    found = chance.choice(list(FUZZ_NUMBER.finditer(data)) or [None])
-    if found is None:
-        return data
-    near = b"%d" % (int(found.group()[:18]) + chance.choice((-1, 1)))
-    new = chance.choice([near, chance.choice(FUZZ_NUMBERS)])
-    return data[: found.start()] + new + data[found.end() :]
-
-
-def fuzz_repeat_line(chance: random.Random, data: bytes) -> bytes:
-    lines = data.split(b"\r\n")
-    lines.insert(chance.randrange(len(lines) + 1), chance.choice(lines))
-    return b"\r\n".join(lines)
-
-
-# Of d (data), with a place a and z behind it, and of another seed; c is chance.
-FUZZ_MUTATIONS: list[Callable[[random.Random, bytes, int, int, bytes], bytes]] = [
-    lambda c, d, a, z, other: (d[:a] + bytes(b ^ 1 << c.randrange(8) for b in d[a:z][:1]) + d[a + 1 :]),
-    lambda c, d, a, z, other: d[:a] + c.choice(FUZZ_PIECES) + d[a:],
-    lambda c, d, a, z, other: d[:a] + c.choice(FUZZ_PIECES) + d[z:],
-    lambda c, d, a, z, other: d[:a] + bytes([c.randrange(256)]) + d[z:],
-    lambda c, d, a, z, other: d[:a] + d[z:],
-    lambda c, d, a, z, other: d[:a] + d[a:z] * c.choice((2, 2, 90)) + d[z:],
-    lambda c, d, a, z, other: d[:a] + other[c.randrange(len(other) + 1) :],
-    lambda c, d, a, z, other: d[:a] + other + d[a:], lambda c, d, a, z, other: d[:a],
-    lambda c, d, a, z, other: mutate_bytes(c, d, HTTP_POOL), lambda c, d, a, z, other: fuzz_renumber(c, d),
-    lambda c, d, a, z, other: fuzz_repeat_line(c, d),
-]  # fmt: skip
+def fuzz_change(chance: random.Random, data: bytes, other: bytes) -> bytes:
+    """Return data with one change: of a line, a number, a few bytes; or with another seed in it."""
+    kind, number = chance.randrange(12), None
+    if kind == 0:
+        return mutate_bytes(chance, data, HTTP_POOL)
+    if kind == 1:
+        lines = data.split(b"\r\n")
+        lines.insert(chance.randrange(len(lines) + 1), chance.choice(lines))
+        return b"\r\n".join(lines)
+    if kind == 2:
+        number = chance.choice([*FUZZ_NUMBER.finditer(data), None])
+    if number is not None:
+        near = b"%d" % (int(number.group()[:18]) + chance.choice((-1, 1)))
+        new = chance.choice([near, chance.choice(FUZZ_NUMBERS)])
+        return data[: number.start()] + new + data[number.end() :]
+    at = chance.randint(0, len(data))
+    end = at + chance.choice((1, 1, 2, 4, 20))
+    before, middle, after = data[:at], data[at:end], data[end:]
+    return before + chance.choice([
+        bytes(byte ^ 1 << chance.randrange(8) for byte in middle[:1]) + data[at + 1 :],
+        chance.choice(FUZZ_PIECES) + middle + after, chance.choice(FUZZ_PIECES) + after,
+        bytes([chance.randrange(256)]) + after, after, middle * chance.choice((2, 2, 90)) + after,
+        other[chance.randrange(len(other) + 1) :], other + middle + after, b"",
+    ])  # fmt: skip
 
 
 def fuzz_vary(chance: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
@@ -15360,9 +14240,7 @@ def fuzz_vary(chance: random.Random, data: bytes, seeds: Sequence[bytes]) -> byt
     if kind < 0.05:
         return bytes(chance.choices(range(256), k=chance.randrange(200)))
     for _ in range(0 if kind < 0.15 else chance.choice((1, 1, 1, 2, 3, 8))):
-        at = chance.randint(0, len(data))
-        end = min(at + chance.choice((1, 1, 2, 4, 20)), len(data))
-        data = chance.choice(FUZZ_MUTATIONS)(chance, data, at, end, chance.choice(seeds))
+        data = fuzz_change(chance, data, chance.choice(seeds))
     return data
 
 
@@ -15621,14 +14499,11 @@ def fuzz_make_query(chance: random.Random) -> str:
     return text.encode("ascii", "ignore").decode("ascii")  # a target has no other characters
 
 
-def fuzz_parse_query(query: str) -> Outcome:
-    def parse() -> Any:
-        parameters = sc.parse_query(query)
-        for name in parameters:
-            fuzz_call(sc.HttpError, sc.parse_flag, parameters, name)
-        return parameters, sc.parse_since(parameters, "b")
-
-    return fuzz_call(sc.HttpError, parse)
+def fuzz_parse_query(query: str) -> Any:
+    parameters = sc.parse_query(query)
+    for name in parameters:
+        fuzz_call(sc.HttpError, sc.parse_flag, parameters, name)
+    return parameters, sc.parse_since(parameters, "b")
 
 
 def fuzz_check_query(query: str, outcome: Outcome) -> None:
@@ -15660,15 +14535,11 @@ def fuzz_make_access(chance: random.Random) -> Any:
     return chance.randrange(len(ACCESS_SITUATIONS)), f"{method} {target}", fields
 
 
-def fuzz_parse_access(case: Any) -> Outcome:
+def fuzz_parse_access(case: Any) -> Any:
     number, line, fields = case
     _, policy, peer, _ = ACCESS_SITUATIONS[number]
-
-    def parse() -> Any:
-        head = parse_head(line, *fields)
-        return head, sc.check_access(policy, peer, head)
-
-    return fuzz_call(sc.HttpError, parse)
+    head = parse_head(line, *fields)
+    return head, sc.check_access(policy, peer, head)
 
 
 def fuzz_host_kind(host: str) -> str:
@@ -15881,8 +14752,8 @@ def fuzz_check_flood(case: Any, outcome: Outcome) -> None:
 
 # The live server.
 
-FUZZ_LIVE_HTTP = [make_request(*row[:1], *row[1], body=row[2]) for row in OPEN_REQUESTS]
-FUZZ_LIVE_HTTP += [make_request(*row[:1], *row[1], body=row[2]) for row in CLOSED_REQUESTS]
+FUZZ_ROUTES = OPEN_REQUESTS + CLOSED_REQUESTS
+FUZZ_LIVE_HTTP = [make_request(line, *fields, body=body) for line, fields, body in FUZZ_ROUTES]
 FUZZ_LIVE_HTTP += [data.replace(b"Host: a\r\n", b"Host: localhost\r\n") for data in FUZZ_SMALL_HTTP]
 
 
@@ -15914,99 +14785,66 @@ def fuzz_make_batch(chance: random.Random) -> Any:
     return batch
 
 
-class FuzzServer:
-    """The live job: a real server that can run nothing, and what it was like at the start."""
+def fuzz_converse(server: ServerProcess, batch: Any) -> Outcome:
+    """Return what a server answers; it must be as it was before."""
+    with unharmed(server), contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(server.connect()) for _ in batch]
+        queues = []
+        for connection, (_, data, size, _) in zip(sockets, batch):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            cuts = range(size, len(data), size) if size else []
+            queues.append([(connection, piece) for piece in cut_bytes(data, cuts)])
+        for turn in itertools.zip_longest(*queues):
+            for connection, piece in filter(None, turn):
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(piece)
+        answers = [fuzz_end(c, ending) for c, (*_, ending) in zip(sockets, batch)]
+    return Outcome(answers, None)
 
-    WARM_BATCHES = 40
 
-    def __init__(self, server: ServerProcess) -> None:
-        self.server = server
-        self.job = FuzzJob(fuzz_make_batch, self.send, self.check, is_timed=False)
-        server.get("/stats")  # waits for the first
-        self.tasks = server.get("/tasks")
-        self.descriptors = server.descriptors()
-        self.warm_kib = 0
-        self.batches = 0
-
-    def send(self, batch: Any) -> Outcome:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(self.server.connect()) for _ in batch]
-            queues = []
-            for connection, (_, data, size, _) in zip(sockets, batch):
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                cuts = range(size, len(data), size) if size else []
-                queues.append([(connection, piece) for piece in cut_bytes(data, cuts)])
-            for turn in itertools.zip_longest(*queues):
-                for connection, piece in filter(None, turn):
-                    with contextlib.suppress(ConnectionError):
-                        connection.sendall(piece)
-            answers = [self.finish(c, ending) for c, (*_, ending) in zip(sockets, batch)]
-        return Outcome(answers, None)
-
-    @staticmethod
-    def finish(connection: socket.socket, ending: str) -> bytes:
-        """Read until nothing comes, after the end that a client may choose."""
-        if ending == "leave":
-            return b""
-        if ending == "reset":
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return b""
-        received = b""
-        with contextlib.suppress(OSError):
-            if ending == "half":
-                connection.shutdown(socket.SHUT_WR)
-            while select.select([connection], [], [], 0.03)[0]:
-                data = connection.recv(65536)
-                received += data
-                if not data:
-                    break
+def fuzz_end(connection: socket.socket, ending: str) -> bytes:
+    """Read until nothing comes, after the end that a client may choose."""
+    received = b""
+    if ending == "reset":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if ending in ("reset", "leave"):
         return received
+    with contextlib.suppress(OSError):
+        if ending == "half":
+            connection.shutdown(socket.SHUT_WR)
+        data = b"more"
+        while data and select.select([connection], [], [], 0.03)[0]:
+            data = connection.recv(65536)
+            received += data
+    return received
 
-    def check(self, batch: Any, outcome: Outcome) -> None:
-        """What came back is no failure, and the server is as it was."""
-        for (is_websocket, *_), received in zip(batch, outcome.items):
-            assert received[:9] in (b"", b"HTTP/1.1 "), received
-            assert not re.search(rb"(?m)^HTTP/1\.1 500 ", received), received
-            head, _, frames = received.partition(b"\r\n\r\n")
-            if is_websocket and head.startswith(b"HTTP/1.1 101 "):
-                buffer = bytearray(frames)
-                for first, payload in iter(lambda: take_frame(buffer), None):
-                    assert first in (TEXT, PING, PONG, CLOSE), received
-                    assert first != TEXT or parse_strict_json(payload.decode("utf-8"))
-                    # The code alone may be the echo of a client's.
-                    assert (first, payload) != (CLOSE, b"\x03\xf3internal error"), payload
-        assert self.server.process.poll() is None, "the server is dead"
-        assert self.server.get("/health") == {"ok": True}
-        assert self.server.get("/tasks") == self.tasks, "something was run"
-        assert not [line for line in self.server.stderr if "Traceback" in line], "a traceback"
-        assert not [record for record in list(self.server.records) if "trace" in record]
-        self.batches += 1
-        if self.batches == self.WARM_BATCHES:
-            self.warm_kib = self.server.resident_kib()
 
-    def check_end(self) -> None:
-        """Descriptors and memory come back to where they were."""
-        wait_until(lambda: self.server.descriptors() <= self.descriptors)
-        grown = self.server.resident_kib() - self.warm_kib if self.warm_kib else 0
-        assert grown <= FUZZ_KEPT_KIB, f"the server has grown by {grown} KiB"
+def fuzz_check_batch(batch: Any, outcome: Outcome) -> None:
+    """What came back is no failure."""
+    for (is_websocket, *_), received in zip(batch, outcome.items):
+        assert received[:9] in (b"", b"HTTP/1.1 "), received
+        assert not re.search(rb"(?m)^HTTP/1\.1 500 ", received), received
+        head, _, frames = received.partition(b"\r\n\r\n")
+        if is_websocket and head.startswith(b"HTTP/1.1 101 "):
+            buffer = bytearray(frames)
+            for first, payload in iter(lambda: take_frame(buffer), None):
+                assert first in (TEXT, PING, PONG, CLOSE), received
+                assert first != TEXT or parse_strict_json(payload.decode("utf-8"))
+                # The code alone may be the echo of a client's.
+                assert (first, payload) != (CLOSE, b"\x03\xf3internal error"), payload
 
 
 @contextlib.contextmanager
-def fuzz_live() -> Iterator[FuzzServer]:
+def fuzz_live() -> Iterator[FuzzJob]:
     """A server with the defaults, except that nothing can be run: mutants of /exec may mean it."""
     with tempfile.TemporaryDirectory(prefix="servercontrol-fuzz-") as folder:
         with ServerProcess(Path(folder), "--no-exec") as server:
-            live = FuzzServer(server)
-            yield live
-            live.check_end()
+            server.get("/stats")  # waits for the first
+            converse = functools.partial(fuzz_converse, server)
+            yield FuzzJob(fuzz_make_batch, converse, fuzz_check_batch, False, str(server.pid))
 
 
 # The run.
-
-
-def fuzz_skip(_case: Any) -> Outcome:
-    """The check does it all."""
-    return Outcome([], None)
 
 
 FUZZ_JOBS = {
@@ -16017,97 +14855,82 @@ FUZZ_JOBS = {
     "websocket": FuzzJob(fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websocket),
     "websockets": FuzzJob(fuzz_make_websocket, lambda data: receive_as_server([data]), fuzz_check_websockets),
     "deflated": FuzzJob(fuzz_make_deflated, lambda data: receive_as_server([data], 15), fuzz_check_deflated),
-    "query": FuzzJob(fuzz_make_query, fuzz_parse_query, fuzz_check_query),
-    "access": FuzzJob(fuzz_make_access, fuzz_parse_access, fuzz_check_access),
+    "query": FuzzJob(fuzz_make_query, functools.partial(
+        fuzz_call, sc.HttpError, fuzz_parse_query), fuzz_check_query),
+    "access": FuzzJob(fuzz_make_access, functools.partial(
+        fuzz_call, sc.HttpError, fuzz_parse_access), fuzz_check_access),
     "body": FuzzJob(fuzz_make_body, fuzz_parse_body, fuzz_check_body),
     "proc": FuzzJob(fuzz_make_proc, fuzz_parse_proc, fuzz_check_proc),
-    **{name: FuzzJob(functools.partial(fuzz_make_flood, is_http), fuzz_skip, fuzz_check_flood, False)
-       for name, is_http in (("http-flood", True), ("websocket-flood", False))},
+    # The check does it all.
+    **{name: FuzzJob(functools.partial(fuzz_make_flood, is_http), lambda case: Outcome([], None),
+       fuzz_check_flood, False) for name, is_http in (("http-flood", True), ("websocket-flood", False))},
 }  # fmt: skip
 
 
-class FuzzTally:
-    """What a job has done so far."""
-
-    def __init__(self, name: str, job: FuzzJob, seed: int) -> None:
-        self.name, self.job, self.seed, self.begin = name, job, seed, time.monotonic()
-        self.cases = self.rejected = 0
-        self.slowest_ms = 0.0
-
-    def try_case(self, number: int) -> str:
-        """Run one case and return what is wrong with it, or ""."""
-        case = self.job.make(random.Random(f"{self.seed}/{self.name}/{number}"))
-        problem = ""
-        signal.alarm(FUZZ_STUCK_SECONDS)
-        try:
-            outcome, ms = self.time_case(case)
-            self.job.check(case, outcome)
-            for _ in range(3):  # a busy machine is not slow four times in a row
-                ms = min(ms, self.time_case(case)[1]) if ms > FUZZ_SLOW_MS else ms
-            problem = f"it is slow: {ms:.1f} ms/KiB" if ms > FUZZ_SLOW_MS else ""
-            self.slowest_ms = max(self.slowest_ms, ms)
-            self.cases += 1
-            self.rejected += outcome.end is not None
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            problem = f"{type(error).__name__} in {place.name}: {error}"
+def fuzz_try(job: FuzzJob, case: Any) -> tuple[Outcome, float]:
+    """Run one case; return what comes of it, and ms of processor time for each KiB of it. Raises
+    what is wrong with it."""
+    kib = max(1.0, len(case if isinstance(case, (bytes, str)) else repr(case)) / 1024)
+    signal.alarm(FUZZ_STUCK_SECONDS)
+    try:
+        for attempt in range(4):  # a busy machine is not slow four times in a row
+            start = time.thread_time()
+            outcome = job.parse(case)
+            ms = (time.thread_time() - start) * 1e3 / kib if job.is_timed else 0.0
+            if attempt == 0:
+                job.check(case, outcome)
+            if ms <= FUZZ_SLOW_MS:
+                return outcome, ms
+    finally:
         signal.alarm(0)
-        if problem:
-            replay = f"--job {self.name} --seed {self.seed} --case {number}"
-            return f"FINDING in {self.name}: {problem}\n  replay: {replay}\n  case: {case!r}"
-        return ""
-
-    def time_case(self, case: Any) -> tuple[Outcome, float]:
-        """Return what comes of a case, and ms of processor time for each KiB of it."""
-        start = time.thread_time()
-        outcome = self.job.parse(case)
-        seconds = time.thread_time() - start
-        size = len(case) if isinstance(case, (bytes, str)) else len(repr(case))
-        return outcome, seconds * 1e3 / max(1.0, size / 1024) if self.job.is_timed else 0.0
-
-    def __str__(self) -> str:
-        rate = self.cases / max(time.monotonic() - self.begin, 1e-3)
-        accepted = self.cases - self.rejected
-        text = f"{self.name:15} {self.cases:8} cases {rate:7.0f}/s {accepted:8} accepted"
-        slowest = f"{self.slowest_ms:6.2f} ms/KiB at most" if self.job.is_timed else "not timed"
-        return f"{text} {self.rejected:8} rejected  {slowest}"
+    raise AssertionError(f"it is slow: {ms:.1f} ms/KiB")
 
 
-def fuzz_memory() -> tuple[int, int]:
+def fuzz_memory(pid: str) -> tuple[int, int]:
+    """Return the KiB of a process, and how many objects this one has."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * resource.getpagesize() // 1024, sys.getallocatedblocks()
 
 
-def fuzz_loop(tally: FuzzTally, seconds: float) -> str:
-    """Run cases until the time is over or one is wrong."""
-    warm: tuple[int, int] | None = None
-    for number in itertools.count():
-        problem = tally.try_case(number)
-        elapsed = time.monotonic() - tally.begin
-        if problem or elapsed > seconds:
-            break
+def fuzz_loop(name: str, job: FuzzJob, seed: int, seconds: float, first: int) -> None:
+    """Run cases until the time is over, and print what was done; raise what is wrong with one."""
+    begin, number, rejected, slowest_ms = time.monotonic(), first, 0, 0.0
+    elapsed, warm = 0.0, None
+    while elapsed <= seconds:
+        case = job.make(random.Random(f"{seed}/{name}/{number}"))
+        try:
+            outcome, ms = fuzz_try(job, case)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1].name
+            what = f"{type(error).__name__} in {place}: {error}"
+            replay = f"--job {name} --seed {seed} --case {number}"
+            raise AssertionError(f"{what}\n  replay: {replay}\n  case: {case!r}") from None
+        number += 1
+        rejected += outcome.end is not None
+        slowest_ms = max(slowest_ms, ms)
+        elapsed = time.monotonic() - begin
         if warm is None and elapsed > seconds / 4:
-            warm = fuzz_memory()
-    grown = [now - then for now, then in zip(fuzz_memory(), warm or fuzz_memory())]
-    if not problem and (grown[0] > FUZZ_KEPT_KIB or grown[1] > FUZZ_KEPT_BLOCKS):
-        return f"FINDING in {tally.name}: {grown[0]} KiB, {grown[1]} objects were kept"
-    return problem
+            warm = fuzz_memory(job.pid)
+    count = number - first
+    told = f"{name:15} {count:8} cases {count / elapsed:7.0f}/s {count - rejected:8} accepted"
+    slowest = f"{slowest_ms:6.2f} ms/KiB at most" if job.is_timed else "not timed"
+    print(f"{told} {rejected:8} rejected  {slowest}", flush=True)
+    now = fuzz_memory(job.pid)
+    kib, blocks = (after - before for before, after in zip(warm or now, now))
+    is_kept = kib > FUZZ_KEPT_KIB or blocks > FUZZ_KEPT_BLOCKS
+    assert not is_kept, f"{kib} KiB, {blocks} objects were kept"
 
 
-def fuzz_run(name: str, seed: int, seconds: float, number: int | None) -> bool:
-    """Run one job, or one of its cases; print its line. True: nothing was found."""
-    problem = ""
+def fuzz_run(name: str, *options: Any) -> bool:
+    """Run one job. True: nothing was found."""
     try:
-        with contextlib.ExitStack() as stack:
-            live = stack.enter_context(fuzz_live()) if name == "live" else None
-            tally = FuzzTally(name, live.job if live else FUZZ_JOBS[name], seed)
-            problem = fuzz_loop(tally, seconds) if number is None else tally.try_case(number)
-            print(tally, flush=True)
+        with fuzz_live() if name == "live" else contextlib.nullcontext(FUZZ_JOBS[name]) as job:
+            fuzz_loop(name, job, *options)
     except (AssertionError, OSError, http.client.HTTPException) as error:
-        problem += f"\nFINDING in {name}, at its end: {type(error).__name__}: {error}"
-    print(problem.strip(), end="\n" if problem else "", flush=True)
-    return not problem
+        print(f"FINDING in {name}: {str(error) or repr(error)}", flush=True)
+        return False
+    return True
 
 
 def fuzz_give_up(*_: Any) -> None:
@@ -16121,25 +14944,18 @@ def fuzz_main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time")
     parser.add_argument("--job", action="append", choices=[*FUZZ_JOBS, "live"], metavar="NAME",
                         help=" ".join([*FUZZ_JOBS, "live"]))  # fmt: skip
-    parser.add_argument("--case", type=int, help="one case of the job alone")
+    parser.add_argument("--case", type=int, default=0, help="the number of the first")
     options = parser.parse_args(argv)
     names = options.job or [*FUZZ_JOBS, "live"]
-    if options.case is not None and (len(names) != 1 or options.seconds <= 0):
-        parser.error("--case is about one --job")
     signal.signal(signal.SIGALRM, fuzz_give_up)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
     print(f"seed {options.seed}, Python {platform.python_version()}", flush=True)
-    for name, package in (("h11", h11), ("websockets", Protocol)):
-        if package is None and name in names:
-            print(f"NOT INSTALLED: {name}. Nothing was compared with it.", flush=True)
-            names.remove(name)
     # The server gets a third of the time: its cases are the slowest.
     shares = [(len(names) - 1) / 2 if name == "live" and len(names) > 1 else 1 for name in names]
     seconds = [options.seconds * share / sum(shares) for share in shares]
     clean = [fuzz_run(name, options.seed, s, options.case) for name, s in zip(names, seconds)]
-    found = len(clean) - sum(clean)
-    print(f"{len(clean)} jobs, findings in {found}, seed {options.seed}", flush=True)
-    return 1 if found else 0
+    print(f"{len(clean)} jobs, findings in {clean.count(False)}, seed {options.seed}", flush=True)
+    return 0 if all(clean) else 1
 
 
 class TestFuzz:
