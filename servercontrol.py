@@ -55,7 +55,7 @@ May I run this as root? Read these places in this order (the number is that of t
       16  find_route                which role each path needs
       27  handle_message            the second door: messages of WebSocket clients, COMMANDS
        6  Server.check_role         who may run something; both doors ask it
-      14  parse_exec_fields         what a request to run something may say
+      17  parse_exec_fields         what a request to run something may say
       33  answer_exec               where the gate and the tasks meet
       66  Spawner                   how a command is started: session, environment, descriptors
      201  Tasks                     how it is stopped with all that it started, and ends
@@ -341,8 +341,7 @@ ENDED_STATUS = 410  # contact was lost, but the command has ended
 UNREACHABLE_STATUS = 125  # the exit status of `docker run` and `timeout` for their own failures
 MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
 LOG_ERROR_SECONDS = 60.0  # between two complaints about an audit or monitor's log
-MAX_WAITING_RECORDS = 10000  # queued while that log cannot be written; beyond, a gap is recorded
-MAX_WAITING_BYTES = 64 * MIB  # of all queued records: commands may be long
+MAX_WAITING_BYTES = 16 * MIB  # queued while that log cannot be written; beyond, a gap is recorded
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
@@ -1674,7 +1673,7 @@ def count_traffic(before: Sample, after: Sample, way: int) -> int:
     return more + max(0, come)
 
 
-def build_stats(before: Sample, after: Sample) -> dict[str, Any]:
+def build_stats(before: Sample, after: Sample) -> Fields:
     """Return those fields of `stats_update`."""
     seconds = max(after.now - before.now, 1e-6)
     total = after.total_ticks - before.total_ticks
@@ -1761,7 +1760,7 @@ class Feed:
     or returns it unchanged if nothing is gained.
     """
 
-    encode: Callable[[dict[str, Any]], bytes]
+    encode: Callable[[Fields], bytes]
     capacity_bytes: int
     compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame
     # The seq of the oldest kept event, and the one that the next event will get.
@@ -1795,7 +1794,7 @@ class Feed:
         text = entry.get("output") or entry.get("command") or ""
         return len(text) + 2 * EVENT_OVERHEAD_BYTES
 
-    def append(self, event: dict[str, Any]) -> tuple[str, ...]:
+    def append(self, event: Fields) -> tuple[str, ...]:
         """Add an event, set its `seq`, drop the oldest beyond the capacity. Return its kinds."""
         seq = event["seq"] = self.next
         kind = event["type"]
@@ -1967,7 +1966,7 @@ def escape_json_text(text: bytes) -> bytes:
     return text.replace(b"\r", b"\\r").replace(b"\t", b"\\t")
 
 
-def encode_event(event: dict[str, Any]) -> bytes:
+def encode_event(event: Fields) -> bytes:
     """Return an event as a WebSocket frame. Its `output`, if any, is UTF-8 in bytes."""
     rest = dict(event)
     output = rest.pop("output", None)
@@ -1977,7 +1976,7 @@ def encode_event(event: dict[str, Any]) -> bytes:
     return encode_frame(Opcode.TEXT, body)
 
 
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
     """For json.loads: refuse a repeated name, since two readers could see different values."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -1993,7 +1992,7 @@ def parse_finite(text: str) -> float:
     return value
 
 
-def parse_json_object(text: str | bytes) -> dict[str, Any]:
+def parse_json_object(text: str | bytes) -> Fields:
     """Return a JSON object (RFC 8259). Raises CommandError `bad_json`."""
     try:
         if isinstance(text, bytes):
@@ -2097,7 +2096,7 @@ def check_field(name: str, value: Any, rule: Rule) -> Any:
     return value
 
 
-def parse_exec_fields(fields: dict[str, Any]) -> ExecRequest:
+def parse_exec_fields(fields: Fields) -> ExecRequest:
     """Return what a JSON object asks for. Raises CommandError."""
     commands = [fields[name] for name in ("cmd", "command") if name in fields]
     if len(commands) != 1:
@@ -2174,7 +2173,7 @@ def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
 
 
 def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
     if "only" in parameters:
         fields["only"] = parameters["only"].split(",")
     if "task" in parameters:
@@ -2400,7 +2399,7 @@ LOG_HINTS = {
 }
 
 
-def shorten_texts(fields: Mapping[str, Any]) -> dict[str, Any]:
+def shorten_texts(fields: Mapping[str, Any]) -> Fields:
     """Return fields with long texts cut in the middle: a trace tells most at its end."""
     return {
         name: value[:80] + " ... " + value[-165:]
@@ -2448,7 +2447,7 @@ class Log:
         message = "a fault of ServerControl itself, which goes on; please report the trace"
         self.write_limited("error", event, trace=traceback.format_exc(), message=message)
 
-    def _format(self, level: str, event: str, fields: dict[str, Any]) -> bytes:
+    def _format(self, level: str, event: str, fields: Fields) -> bytes:
         when = format_time(time.time())
         if self._json:
             record = {"time": when, "level": level, "event": event, **fields}
@@ -2474,7 +2473,7 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     status = os.fstat(fd)
     if status.st_size == 0 and not status.st_mode & 0o600:
-        with contextlib.suppress(OSError):  # it is of another account
+        with suppress(OSError):  # it is of another account
             os.fchmod(fd, 0o600)  # the umask has removed all rights
     return open(fd, "r+b", buffering=0)
 
@@ -2771,7 +2770,7 @@ class AuditLog:
             fields["skipped"], self._skipped = self._skipped, 0
         self.write("refused", **fields)
 
-    def _write_to_stderr(self, record: dict[str, Any]) -> None:
+    def _write_to_stderr(self, record: Fields) -> None:
         line = encode_json({**record, "prev": self._hash})
         if len(line) >= LOG_LINE_BYTES:
             line = encode_json({**shorten_texts(record), "prev": self._hash})
@@ -2779,7 +2778,7 @@ class AuditLog:
             raise OSError(errno.EAGAIN, "stderr takes nothing")
         self._hash = hash_line(line)
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Fields) -> None:
         while True:  # until there was no rotation between opening and locking
             with open_private_file(self.path, os.O_APPEND | os.O_NONBLOCK) as file:
                 check_file(file.fileno(), (os.geteuid(), 0), 0o002)
@@ -2789,7 +2788,7 @@ class AuditLog:
                 if is_at(self.path, file.fileno()):
                     return self._continue(file, record)
 
-    def _continue(self, file: FileIO, record: dict[str, Any]) -> None:
+    def _continue(self, file: FileIO, record: Fields) -> None:
         status, is_whole = os.fstat(file.fileno()), True
         place = status.st_dev, status.st_ino
         # If the file is as we left it, our hash stays: a last line that was changed will be found.
@@ -6071,7 +6070,6 @@ class Server:
 # others is shown without control characters.
 
 
-Json = dict[str, Any]  # a JSON object
 Result = TypeVar("Result")
 Reader = asyncio.StreamReader
 StreamPair = tuple[Reader, asyncio.StreamWriter]
@@ -6374,7 +6372,7 @@ class Control:
         self._streams: StreamPair | None = None
         self._unanswered = 0
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> Json:
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Fields:
         """Return the JSON object of a 200 answer."""
         request = encode_request(self._target, method, path, body, "1.1", {})
         async with self._sending:
@@ -6445,7 +6443,7 @@ class Link:
     """
 
     target: Target
-    take: Callable[[Json], None]
+    take: Callable[[Fields], None]
     # The run of the server that is followed, and the seq of its newest event that was taken.
     boot_id: str = ""
     seq: int = 0
@@ -6539,7 +6537,7 @@ class Link:
         if not data:
             raise UnreachableError("disconnected")
 
-    async def _take_message(self, event: Json) -> None:
+    async def _take_message(self, event: Fields) -> None:
         kind, newest = event["type"], event.get("seq", event.get("to"))
         if kind == "hello":
             self._has_hello = True
@@ -6616,7 +6614,7 @@ class RemoteTask:
         """Whether it may have been started, and is not known to have ended."""
         return self.stage in (Stage.ASKED, Stage.RUNNING) and self.failure is None
 
-    async def learn(self) -> Json:
+    async def learn(self) -> Fields:
         """Return what the server says of itself. Raises UnreachableError, also at another run."""
         info = await self.control.ask("GET", "/info")
         boot_id = info.get("boot_id")
@@ -6702,7 +6700,7 @@ class RemoteTask:
         self.stage = Stage.ENDED
         raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS)
 
-    async def _ask_task(self) -> Json:
+    async def _ask_task(self) -> Fields:
         task = await self._expect(self.control.ask("GET", f"/tasks?id={self.task_id}"))
         if type(task.get("output_bytes")) is not int or not isinstance(task.get("state"), str):
             raise foreign_error()
@@ -6731,7 +6729,7 @@ class RemoteTask:
             await asyncio.gather(taking, return_exceptions=True)
 
     async def _take_output(self, reader: Reader) -> None:
-        with contextlib.suppress(OSError):  # how much is missing, follow() finds out
+        with suppress(OSError):  # how much is missing, follow() finds out
             while True:
                 await self.drain()  # so what we cannot write we do not read, and the task waits
                 data = await reader.read(READ_CHUNK_BYTES)
@@ -6793,7 +6791,7 @@ class RemoteTask:
 def read_terminal_size(fd: int) -> tuple[int, int]:
     """Return (columns, rows) of a terminal; 80 x 24 where it does not say."""
     cols = rows = 0
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         cols, rows = os.get_terminal_size(fd)
     return cols or 80, rows or 24
 
@@ -6849,7 +6847,7 @@ class Keyboard:
             pass  # the terminal is gone
         finally:
             loop.remove_signal_handler(signal.SIGWINCH)
-            with contextlib.suppress(termios.error):  # it is gone
+            with suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
         self.leave()
 
@@ -6903,7 +6901,7 @@ def encode_note(text: str) -> bytes:
 
 def write_note(text: str) -> None:
     """Write a line for the user to stderr, unless that is closed."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         write_all(2, bytearray(encode_note(text)))
 
 
@@ -6932,7 +6930,7 @@ class Output:
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:
         """Block until everything is written, for at most this long."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             write_all(self._fd, self.waiting, seconds)
 
     def _flush(self) -> None:
@@ -7107,7 +7105,7 @@ class Execution:
         await asyncio.gather(*(self._run_one(task) for task in self._tasks))
         status = self._report.conclude()
         await self._report.output.drain()
-        with contextlib.suppress(OutputError):  # stderr is closed: nothing can be shown
+        with suppress(OutputError):  # stderr is closed: nothing can be shown
             await self._report.notes.drain()
         return status
 
@@ -7203,7 +7201,7 @@ class MonitorLog:
 
     path: str
     # Returns the `position` records.
-    locate: Callable[[], list[Json]] = list
+    locate: Callable[[], list[Fields]] = list
     # The locked file, -1 for none; its size after the last write; whether it ends inside a record.
     _fd: int = -1
     _size: int = 0
@@ -7243,14 +7241,14 @@ class MonitorLog:
         self._is_cut = tail[-1:] not in (b"", b"\n")
         return tail
 
-    def add(self, record: Json) -> None:
+    def add(self, record: Fields) -> None:
         """Take a record, which flush() writes."""
         if len(self._waiting) > BATCH_BYTES and not self.problem:  # one event may make thousands
             self.flush()
         self._waiting += encode_json(record) + b"\n"
-        count = self._waiting.count(b"\n")
-        if count > MAX_WAITING_RECORDS or len(self._waiting) > MAX_WAITING_BYTES:
+        if len(self._waiting) > MAX_WAITING_BYTES:
             gap = {name: record[name] for name in ("time", "boot_id", "seq")}
+            count = self._waiting.count(b"\n")
             gap.update(event="gap", server=None, records=count, reason=self.problem)
             self._waiting = bytearray(encode_json(gap) + b"\n")
             self._due_bytes = 0  # the lost records may include a position
@@ -7301,19 +7299,19 @@ class Watched:
     target: Target
     cpu_alert: float | None
     log: MonitorLog
-    emit: Callable[[Watched, Json], None]
+    emit: Callable[[Watched, Fields], None]
     state: ServerState = ServerState.CONNECTING
     # Why it is not up, and when it was last heard of while it was (monotonic seconds).
     reason: str = ""
     _silent_at: float = 0.0
     # The newest `stats_update`, if any; the newest alert, and when it was raised (server's ms).
-    stats: Json = field(default_factory=dict)
+    stats: Fields = field(default_factory=dict)
     alert: str = ""
     alert_at: int = 0
     # The server's newest event at the last `hello`, which told the alerts up to there.
     _hello_seq: int = 0
     # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
-    tasks: dict[str, Json] = field(default_factory=dict)
+    tasks: dict[str, Fields] = field(default_factory=dict)
     open_bytes: int = 0
     ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
@@ -7321,12 +7319,12 @@ class Watched:
         self.link = Link(self.target, self.take)
         self._rule = self.cpu_alert is not None and AlertRule(self.cpu_alert, 60, 0)
 
-    def make_record(self, event: str, **fields: Any) -> Json:
+    def make_record(self, event: str, **fields: Any) -> Fields:
         """Return a record, with the place in the server's events up to which it was read."""
         record = {"time": format_time(time.time()), "event": event, "server": self.target.name}
         return {**record, "boot_id": self.link.boot_id, "seq": self.link.seq, **fields}
 
-    def locate(self, count: int) -> Json:
+    def locate(self, count: int) -> Fields:
         """Return a `position` record. count: of ended tasks to name."""
         ended = list(self.ended)[-count:]
         return self.make_record("position", tasks=list(self.tasks.values()), ended=ended)
@@ -7339,7 +7337,7 @@ class Watched:
     def record_gap(self, first: int, last: int | None, reason: str) -> None:
         self.record("gap", **{"from": first, "to": last, "reason": reason})
 
-    def learn(self, record: Json) -> None:
+    def learn(self, record: Fields) -> None:
         """Take a record of an older run of the monitor. Raises one of NOT_AS_AGREED."""
         event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
         if event == "position" or boot_id != self.link.boot_id:
@@ -7349,7 +7347,7 @@ class Watched:
         self.link.boot_id, self.link.seq = boot_id, seq
         self.remember(record)
 
-    def remember(self, record: Json) -> None:
+    def remember(self, record: Fields) -> None:
         """Keep what a record says of tasks and alerts."""
         event = record["event"]
         if event in ("cpu_alert", "alert_resolved"):
@@ -7370,7 +7368,7 @@ class Watched:
             if task:
                 self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
 
-    def take(self, event: Json) -> None:
+    def take(self, event: Fields) -> None:
         """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
         take = self.TAKES.get(event["type"])
         is_old = take is not None and take(self, event)
@@ -7394,7 +7392,7 @@ class Watched:
         self.record(f"server_{what}", **fields)
         self.emit(self, {"type": f"server_{what}", "timestamp": int(time.time() * 1000), **fields})
 
-    def _take_hello(self, event: Json) -> bool:
+    def _take_hello(self, event: Fields) -> bool:
         self.reason = ""
         self.change(ServerState.UP, version=event["version"])
         self._hello_seq = event.get("seq", 0)
@@ -7407,21 +7405,21 @@ class Watched:
             self._take_start(task)
         return True
 
-    def _take_lost(self, event: Json) -> bool:
+    def _take_lost(self, event: Fields) -> bool:
         before, self.reason = self.reason, event["reason"]
         is_refused = event["status"] in REFUSED
         state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
         self.change(state, reason=self.reason)
         return self.reason == before
 
-    def _take_restarted(self, event: Json) -> None:
+    def _take_restarted(self, event: Fields) -> None:
         """Record that the rest of the old run is unknown, and whether there was another since."""
         self.record_gap(self.link.seq + 1, None, "restarted")
         for task_id in list(self.tasks):
             self._record_end("task_lost", task_id=task_id, reason="the server was restarted")
         self.ended.clear()  # a server without its old state folder begins again with id 1
 
-    def _take_gap(self, event: Json) -> None:
+    def _take_gap(self, event: Fields) -> None:
         tasks = event.pop("tasks")
         if event["to"] > 0:
             self.record_gap(max(1, event["from"]), event["to"], "kept no more")
@@ -7432,7 +7430,7 @@ class Watched:
         for task_id in set(self.tasks) - {task["task_id"] for task in tasks}:
             self._record_end("task_lost", task_id=task_id, reason="the server remembers it no more")
 
-    def _take_start(self, task: Json) -> None:
+    def _take_start(self, task: Fields) -> None:
         """Take the start of a task, or a task in a list of those that run."""
         task = {"started": task.get("timestamp"), **task}
         start, task_id = {name: task[name] for name in self.TASK}, parse_task_id(task["task_id"])
@@ -7444,7 +7442,7 @@ class Watched:
             raise UnreachableError("it says that more tasks run than it could list", 404)
         self.record("task_start", **start)
 
-    def _take_end(self, task: Json) -> None:
+    def _take_end(self, task: Fields) -> None:
         parse_task_id(task["task_id"])
         names = ("task_id", "exit_code", "signal", "state", "duration_ms", "output_bytes")
         end = {name: task[name] for name in names}
@@ -7455,7 +7453,7 @@ class Watched:
             start = self.tasks.get(fields["task_id"], {})
             self.record(event, **fields, command=start.get("command"), by=start.get("by"))
 
-    def _take_stats(self, event: Json) -> None:
+    def _take_stats(self, event: Fields) -> None:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
         if not all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0])):
             raise ValueError("wrong statistics")
@@ -7467,7 +7465,7 @@ class Watched:
             alert = {"timestamp": event["timestamp"], "cpu": event["cpu"], "by": "monitor"}
             self.take({"type": change, **alert})
 
-    def _take_alert(self, event: Json) -> bool:
+    def _take_alert(self, event: Fields) -> bool:
         """Take an alert: the monitor's own if it has a rule, else the server's."""
         is_ours, raised = event.get("by") == "monitor", event["timestamp"]
         if is_ours != bool(self._rule):
@@ -7506,7 +7504,7 @@ class Monitor:
         named = {watched.target.name: watched for watched in everybody}
         located = set(named) if is_whole else set()
         for line in lines:
-            with contextlib.suppress(*NOT_AS_AGREED):  # half a line, or not of these servers
+            with suppress(*NOT_AS_AGREED):  # half a line, or not of these servers
                 record = parse_json_object(line)
                 named[record["server"]].learn(record)
                 if record["event"] == "position":
@@ -7548,7 +7546,7 @@ class EventWriter:
         self.output = Output(1)
         self._dropped = 0
 
-    def write(self, name: str | None, event: Json) -> None:
+    def write(self, name: str | None, event: Fields) -> None:
         """Write an event of a server, None for none. Raises OutputError."""
         if len(self.output.waiting) > MAX_EVENT_BYTES:
             self._dropped += 1
@@ -7694,7 +7692,7 @@ class Screen:
         self._output.put(b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # other screen; no cursor or wrapping
 
     def _close(self) -> None:
-        with contextlib.suppress(termios.error):  # the terminal is gone
+        with suppress(termios.error):  # the terminal is gone
             if self._before:
                 asyncio.get_running_loop().remove_reader(0)
                 termios.tcsetattr(0, termios.TCSANOW, self._before)
@@ -7748,7 +7746,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def parse_discovery_reply(data: bytes, address: str) -> Json | None:
+def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
     """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
     Anybody on the link can send one, so only its form is checked."""
     try:
@@ -7773,23 +7771,23 @@ def parse_discovery_reply(data: bytes, address: str) -> Json | None:
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
     for address in addresses:
-        with contextlib.suppress(OSError):  # it cannot be reached
+        with suppress(OSError):  # it cannot be reached
             udp.sendto(DISCOVERY_PROBE, (address, port))
 
 
-def merge_replies(replies: Iterable[Json]) -> list[Json]:
+def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
     """Return the servers in order, each once, with all its addresses (replies with the same id):
     loopback's last, since it means nothing to other machines."""
-    servers: dict[Any, list[Json]] = {}
+    servers: dict[Any, list[Fields]] = {}
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
     merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
     return sorted(merged, key=lambda one: (one["hostname"], one["address"], one["port"]))
 
 
-def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[Json]:
+def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[Fields]:
     """Ask who is there, and return what answered within `seconds`, each server once."""
-    found: dict[tuple[str, int, str], Json] = {}
+    found: dict[tuple[str, int, str], Fields] = {}
     # Replies by address, so that one with thousands of them does not displace others.
     counts: Counter[str] = Counter()
     start = time.monotonic()
@@ -7814,10 +7812,10 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[J
     return merge_replies(found.values())
 
 
-def name_hosts(found: Sequence[Json], taken: Collection[str] = ()) -> dict[str, Json]:
+def name_hosts(found: Sequence[Fields], taken: Collection[str] = ()) -> dict[str, Fields]:
     """Return name -> server. Names are not in `taken`, and have only letters, digits, dot, hyphen:
     anybody can answer a probe, and Ansible would evaluate "{{ }}" in a variable."""
-    named: dict[str, Json] = {}
+    named: dict[str, Fields] = {}
     for one in found:
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
         if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
@@ -7830,7 +7828,7 @@ def name_hosts(found: Sequence[Json], taken: Collection[str] = ()) -> dict[str, 
     return named
 
 
-def format_prometheus(found: Sequence[Json]) -> str:
+def format_prometheus(found: Sequence[Fields]) -> str:
     groups = []
     for name, one in name_hosts(found).items():
         labels = {"hostname": name, "__scheme__": "https" if one["tls"] else "http"}
@@ -7838,9 +7836,9 @@ def format_prometheus(found: Sequence[Json]) -> str:
     return to_json(groups)
 
 
-def format_ansible(found: Sequence[Json]) -> str:
+def format_ansible(found: Sequence[Fields]) -> str:
     """Return an inventory for Ansible: one host per address, in the group `servercontrol`."""
-    hosts: dict[str, Json] = {}
+    hosts: dict[str, Fields] = {}
     seen = set()
     for name, one in name_hosts(found).items():
         if one["address"] not in seen:
@@ -7851,12 +7849,12 @@ def format_ansible(found: Sequence[Json]) -> str:
     return to_json({"all": {"children": {"servercontrol": {"hosts": hosts}}}})
 
 
-def is_token_needed(one: Json) -> bool:
+def is_token_needed(one: Fields) -> bool:
     """Whether a token is needed there. By default the same account on loopback needs none."""
     return bool(one["auth"]) and not is_loopback(one["address"])
 
 
-def format_found(found: Sequence[Json]) -> str:
+def format_found(found: Sequence[Fields]) -> str:
     """Return a table for people."""
     rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
@@ -12016,7 +12014,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         raise ConfigError("--tty: a terminal is of one server")
     command = words[0] if len(words) == 1 else shlex.join(words)
     try:
-        fields: dict[str, Any] = {"cmd": check_command(command), "timeout": given.timeout}
+        fields: Fields = {"cmd": check_command(command), "timeout": given.timeout}
     except CommandError as error:
         raise ConfigError(f"exec: {error.message}") from None
     if given.tty:
@@ -12054,7 +12052,7 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
             asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
     if screen is not None:
         screen.leave = watching.cancel
-    with contextlib.suppress(asyncio.CancelledError):
+    with suppress(asyncio.CancelledError):
         await watching
 
 
@@ -12089,7 +12087,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     lines, log = EventWriter(given.json), MonitorLog(given.log or os.devnull)
 
-    def emit(watched: Watched, event: dict[str, Any]) -> None:
+    def emit(watched: Watched, event: Fields) -> None:
         if not is_live and not given.once:
             lines.write(watched.target.name, event)
 
@@ -12103,7 +12101,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0 if all(watched.state is ServerState.UP for watched in everybody) else 1
 
 
-def list_new(found: Sequence[dict[str, Any]], environ: Mapping[str, str]) -> str:
+def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
     """Return lines for the servers that are not listed yet; say what to do next on stderr.
 
     A line names no token file that is there already: it may have another server's token, which must
@@ -12129,7 +12127,7 @@ def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Ask who is there, print it, return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
     given = parse_arguments("discover", [f"--discovery-port={twin}", *argv] if twin else argv)
-    formats: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    formats: dict[str, Callable[[Sequence[Fields]], str]] = {
         "json": to_json,
         "prometheus": format_prometheus,
         "ansible": format_ansible,
@@ -12483,7 +12481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             loop.close()
     except ServerControlError as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             told = f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace")
             write_all(2, bytearray(told))
         return 2 if isinstance(error, ConfigError) else 1
