@@ -2518,6 +2518,8 @@ class TaskIds:
             last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
             # Fixed width: one write replaces it whole.
             os.pwrite(file.fileno(), b"%18d\n" % (last + 1), 0)
+            if damaged:
+                file.truncate(19)
             return last + 1
 
 
@@ -3126,7 +3128,8 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """
     path = os.path.join(folder, f"run-{boot_id}")
     with suppress(OSError):  # without the mark a crash leaves its tasks open
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.fchmod(fd, 0o600)  # whatever the umask is
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         os.write(fd, os.fsencode(audit_path))
     return path
@@ -4679,13 +4682,14 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
     """Return what the body asks for, or with `again` what that task was asked for: also the same
     input, and the same environment, which no client can see."""
+    ref = request.parameters.get("ref") or None
+    check_field("ref", ref or "none", NAME)
     if "again" not in request.parameters:
-        return parse_exec_body(request.head.media_type, request.body)
+        asked = parse_exec_body(request.head.media_type, request.body)
+        return dataclasses.replace(asked, ref=ref or asked.ref)
     if request.body not in (b"", b"{}"):  # the latter from browsers, which must send JSON
         raise HttpError(400, "bad_query", "with again the body is empty: it changes nothing")
     task = server.tasks.get(request.parameters["again"])
-    ref = request.parameters.get("ref") or None
-    check_field("ref", ref or "none", NAME)
     cols, rows = task.size if task.size[0] else (80, 24)
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
