@@ -12309,7 +12309,11 @@ class TestPage(OnPage):
         clear = r"printf 'alphaalphaalphaalphaalphaalpha%90s|\n' x; printf '\033[H\033[2J\033[3J'"
         visit.run(f"{clear}; printf 'beta\\r\\ngamma\\r\\n{words}\\r\\nlast '; sleep 60", tty=True)
         visit.wait_for("#lines", "last")
+        copy = "document.getElementById('copy')"  # says so for a moment only
+        note = f"() => (window.told ??= []).push({copy}.innerText)"
+        visit.page.evaluate(f"new MutationObserver({note}).observe({copy}, {{ childList: true }})")
         visit.page.click("#copy")
+        visit.wait_until_true("window.told?.includes('Copied')")
         wait_for_clipboard(f"beta\ngamma\n{words}\nlast \n")
         select = """() => { const rows = document.querySelectorAll("#lines > div"), range = document.createRange();
           range.setStart(rows[1], 0); range.setEnd(rows[rows.length - 1], 1); getSelection().removeAllRanges();
@@ -12323,7 +12327,6 @@ class TestPage(OnPage):
         visit.run("printf 'a\\tb  \\n\\033[31m%9000s\\033[m|\\n\\n' x")
         visit.wait_for("#state", "done")
         visit.page.click("#copy")
-        visit.wait_for("#copy", "Copied")
         wide = " " * 8999 + "x"
         wait_for_clipboard(f"a\tb  \n{wide}|\n\n")
         visit.page.evaluate(select % "output")
