@@ -16,11 +16,11 @@ CHECK_PACKAGES := ruff mypy types-psutil
 # A class in one process: its tests share a server, or a browser.
 PYTEST := -m pytest -q -ra -n 5 --dist loadscope \
   -W error::pytest.PytestUnhandledThreadExceptionWarning
-FUZZ_SECONDS ?= 120
-INSTALL := -m pip install --quiet --no-compile --upgrade
-export TEST_PACKAGES EXTRA_PACKAGES PYTEST COMPILE INSTALL
 # Compiling the tests takes 8 s: it is done once, and not by five processes at the same time.
 COMPILE := -m pytest -qq --collect-only test_servercontrol.py
+INSTALL := -m pip install --quiet --no-compile --upgrade
+FUZZ_SECONDS ?= 120
+export TEST_PACKAGES EXTRA_PACKAGES PYTEST COMPILE INSTALL
 unexport PYTHONDONTWRITEBYTECODE
 
 help:            ## this list
@@ -29,8 +29,7 @@ help:            ## this list
 run:             ## start the server on this machine
 	$(PYTHON) servercontrol.py
 
-test: .venv/ok   ## run all tests (makes .venv on first use); says what it skipped
-	@$(BIN)/python $(COMPILE) >/dev/null || true
+test: .venv/compiled  ## run all tests (makes .venv on first use); says what it skipped
 	$(BIN)/python $(PYTEST) test_servercontrol.py
 
 check: .venv/ok  ## lint, format (the page's by Prettier) and types
@@ -71,5 +70,9 @@ clean:           ## remove what make made
 	npm install --silent --prefix .venv/npm prettier@3 || \
 	  echo "NOT INSTALLED: prettier (it needs Node.js); the page's format will not be checked"
 	touch .venv/ok
+
+# If this fails, the tests say why.
+.venv/compiled: .venv/ok test_servercontrol.py
+	@$(BIN)/python $(COMPILE) >/dev/null && touch .venv/compiled || true
 
 .PHONY: help run test check matrix bench soak fuzz shots clean

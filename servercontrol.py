@@ -213,7 +213,7 @@ MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
-FINE_BYTES = 4 * KIB  # up to this, good compression takes less than 0.03 ms; beyond, fast is used
+FINE_BYTES = 4 * KIB  # the best compression of so much takes less than 0.03 ms; beyond, the fastest
 MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # Compressing events may take this share of the time, and so much at once; beyond that they are sent
 # plain, so that a flood hardly slows other viewers. A tenth compresses some 16 MB a second.
@@ -224,7 +224,8 @@ CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
 
-BATCH_BYTES = 64 * KIB  # of one write, all that a stalled viewer costs; larger ones gained nothing
+# Of one write. A stalled viewer costs no more than that; larger writes gained nothing.
+BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
 # tasks) is closed. Broadcasts alone never reach that: at most one batch of them waits.
@@ -309,7 +310,7 @@ ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
-NEWCOMER_GRACE_SECONDS = 3.0  # younger ones may stay: a core does 300 TLS handshakes a second
+NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 of them a second
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
 SWEEP_SECONDS = 0.5  # between two checks of deadlines
@@ -322,7 +323,7 @@ ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; `hello` lists them in one event
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # before the first retry of a client; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
@@ -382,7 +383,7 @@ class StartError(ServerControlError):
 class HttpError(ServerControlError):
     """A request that is answered with a status and a JSON body; the connection may close.
 
-    fields: of the answer's header, such as `Allow` with 405 (RFC 9110, 15.5.6).
+    fields: header fields of the answer, such as `Allow` with 405 (RFC 9110, 15.5.6).
     """
 
     status: int
@@ -2877,8 +2878,9 @@ TASK_EVENTS = {
 class TaskPhase(enum.Enum):
     """How far a task is on the way to its end. Clients see Task.state instead."""
 
-    RUNNING = "running"
+    RUNNING = "running"  # until its shell ends
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
+    DRAINING = "draining"  # the shell has ended in that time; others of its session still run
     KILLING = "killing"  # KILL was sent to all, and the shell has not ended yet
     ENDED = "ended"
 
@@ -2961,8 +2963,7 @@ class Task:
     typist: object = None
     verdict: str = "done"  # which of END_STATES it will have
     killed_by: str | None = None
-    # "timeout"; "kill" and "hang-up" while it is stopped; "poll" when only its shell has ended;
-    # "read" while it is not read.
+    # "timeout"; "kill", "hang-up" and "poll" while it is stopped; "read" while it is not read.
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     completed: asyncio.Future[None] = field(default_factory=asyncio.Future)
     # Set and cleared whenever there is more output, and at the end.
@@ -2997,7 +2998,8 @@ class Task:
     @property
     def room(self) -> int:
         """How many bytes may be read now. Less than half a usual piece counts as 0; else pieces
-        would get smaller and smaller."""
+        would get smaller and smaller.
+        """
         if not self.window:
             return READ_CHUNK_BYTES
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
@@ -3248,7 +3250,8 @@ class Spawner:
 
     def _lower_descriptor_limit(self, newest_fd: int) -> None:
         """Set the limit that the child shall inherit, since select() fails above 1024; unless that
-        leaves no room for what Popen itself opens."""
+        leaves no room for what Popen itself opens.
+        """
         # Fails if no descriptor is free, as Popen will say, and on macOS.
         with suppress(OSError, ValueError), contextlib.ExitStack() as spare:
             for _ in range(4):  # as many as Popen opens
@@ -3357,7 +3360,7 @@ class Outputs:
     def _read_chunk(self, task: Task, size: int) -> bytes:
         chunk = read_available(task.fd, size)
         if chunk == b"":
-            if task.request.tty and task.phase is not TaskPhase.ENDED:
+            if task.request.tty and task.phase not in (TaskPhase.DRAINING, TaskPhase.ENDED):
                 self._pause(task, 0.1)  # a process may open it again, as /dev/tty
             else:
                 asyncio.get_running_loop().remove_reader(task.fd)
@@ -3576,7 +3579,7 @@ class Tasks:
     def reap(self) -> None:
         """Find shells that have ended. One SIGCHLD may stand for many."""
         for task in list(self.running.values()):
-            if "poll" not in task.timers:
+            if task.phase is not TaskPhase.DRAINING:  # those have a timer
                 self._advance(task)
         if os.getpid() == 1:  # in a container: only then it inherits orphans
             for pid in {*list_pids()} - {task.pid for task in self.running.values()}:
@@ -3585,13 +3588,15 @@ class Tasks:
 
     def _advance(self, task: Task, delay: float = 0.01) -> None:
         """End a task whose shell has ended. If it is being stopped, first wait until its whole
-        session has ended, or KILL was sent."""
+        session has ended, or KILL was sent.
+        """
         with suppress(ChildProcessError):  # something else has reaped it
             if not os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return
         if task.phase is TaskPhase.KILLING:
             signal_session(task.pid, signal.SIGKILL)  # again, for what was forked since
         elif task.phase is not TaskPhase.RUNNING and not is_session_gone(task.pid):
+            task.phase = TaskPhase.DRAINING
             task.set_timer("poll", delay, self._advance, min(delay * 2, 0.1))
             return
         task.phase = TaskPhase.ENDED
@@ -4681,7 +4686,8 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
     """Return what the body asks for, or with `again` what that task was asked for: also the same
-    input, and the same environment, which no client can see."""
+    input, and the same environment, which no client can see.
+    """
     ref = request.parameters.get("ref") or None
     check_field("ref", ref or "none", NAME)
     if "again" not in request.parameters:
@@ -4858,7 +4864,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
     return [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
         ("cpu_usage_ratio", usage, "CPU usage of all cores in the newest interval."),
-        ("memory_used_bytes", sample.ram_used, "Memory that is not available."),
+        ("memory_used_bytes", sample.ram_used, "Memory that is not available to programs."),
         ("memory_total_bytes", sample.ram_total, "Memory of the machine."),
         ("swap_used_bytes", sample.swap_used, "Swap in use."),
         ("filesystem_used_bytes{mountpoint}", used, "Used space of the file system."),
@@ -5037,6 +5043,14 @@ class Phase(enum.Enum):
     CLOSING = "closing"
 
 
+class End(enum.Enum):
+    """How a connection ends."""
+
+    WRITTEN = "written"  # after what is still to be written
+    NOW = "now"  # what the kernel has taken it may still deliver
+    RESET = "reset"  # the kernel is to forget what the peer does not take, too
+
+
 class Deadlines(dict[float, "dict[Connection, float]"]):
     """When the present phase of each connection must be over: monotonic times.
 
@@ -5098,7 +5112,8 @@ class Inbox(asyncio.StreamReader):
 
     async def rest(self) -> None:
         """Let others have their turn, once this client has had its share. Called after each piece
-        of work. Waiting for anything but its bytes counts as work; that only costs it a turn."""
+        of work. Waiting for anything but its bytes counts as work; that only costs it a turn.
+        """
         if time.perf_counter() > self._until:
             await self._turns.wait()
             self._until = time.perf_counter() + INPUT_TURN_SECONDS
@@ -5152,7 +5167,8 @@ def encode_last_answer(server: Server, error: Exception, head: RequestHead | Non
 
 async def linger(connection: Connection) -> None:
     """Let the client read the answer: closing with unread input would reset the connection and
-    destroy it (RFC 9112, 9.6). What still comes is dropped."""
+    destroy it (RFC 9112, 9.6). What still comes is dropped.
+    """
     connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
     try:
         if connection.transport.can_write_eof():
@@ -5399,12 +5415,12 @@ class Connection(asyncio.Protocol):
         except Exception:
             self.server.log.write_fault("connection_failed")
         finally:
-            self._close()
+            self.end(End.WRITTEN)
 
     async def _open(self, is_extra: bool) -> None:
         """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
         tls = self.server.tls
-        options: Fields = {}
+        options: dict[str, Any] = {}
         if tls and self.peer.scheme == "https":
             if is_extra:  # not worth a handshake
                 self._socket.close()
@@ -5430,37 +5446,36 @@ class Connection(asyncio.Protocol):
         if self.phase is Phase.OPENING:  # the peer has gone in the same moment
             raise ConnectionAbortedError
 
-    def _close(self) -> None:
-        """Close the connection after what is still to be written; connection_lost() follows."""
-        if self.phase is Phase.OPENING:
-            self.abort()
-            self.connection_lost(None)  # no transport says it
-            return
-        if self.viewer is not None:
-            self.server.viewers.leave(self.viewer)
-        self.phase = Phase.CLOSING
-        # asyncio has closed it already if the client closed first; a second close() of a TLS
-        # transport would break get_write_buffer_size().
-        if not self.transport.is_closing():
-            self.transport.close()
-        if self.peer.scheme == "https":
-            self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+    def end(self, how: End) -> None:
+        """Close the connection; no other place closes the transport. connection_lost() follows.
 
-    def abort(self, is_reset: bool = True) -> None:
-        """End the connection at once; connection_lost() follows, and then _close().
-
-        is_reset: the kernel forgets what the peer has not taken. Else that would stay there for
-        minutes, and a peer that still writes would hang.
+        _run() calls it with WRITTEN when its work is over, for whatever reason; NOW is for a server
+        that stops, RESET for a peer that does not keep up. During a TLS handshake there is no
+        transport: closing the socket makes the handshake fail, and then _run() calls again.
         """
-        if self.phase is Phase.OPENING:  # there is no transport: this makes the handshake fail
+        if self.phase is Phase.OPENING:
             with suppress(OSError):  # the peer may have reset it
                 self._socket.shutdown(socket.SHUT_RDWR)  # the event loop closes the descriptor
-            return
-        if is_reset and count_waiting_bytes(self.transport):
-            with suppress(OSError):  # it is closed already
-                reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        self.transport.abort()
+            if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
+                self.connection_lost(None)
+        elif how is End.WRITTEN:
+            if self.viewer is not None:
+                self.server.viewers.leave(self.viewer)
+            self.phase = Phase.CLOSING
+            # asyncio has closed it already if the client closed first; a second close() of a TLS
+            # transport would break get_write_buffer_size().
+            if not self.transport.is_closing():
+                self.transport.close()
+            if self.peer.scheme == "https":
+                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+        else:
+            # Without a reset, what the peer does not take would stay in the kernel for minutes, and
+            # a peer that still writes would hang.
+            if how is End.RESET and count_waiting_bytes(self.transport):
+                with suppress(OSError):  # it is closed already
+                    reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            self.transport.abort()
 
     def _end_tls(self) -> None:
         """Do not wait for the peer's close_notify, as asyncio before 3.11 does (RFC 8446, 6.1)."""
@@ -5534,7 +5549,7 @@ class Connection(asyncio.Protocol):
         if taken > self._taken_bytes:
             self._taken_bytes, self._progress_at = taken, now
         elif now - self._progress_at >= WRITE_STALL_SECONDS:
-            self.abort()
+            self.end(End.RESET)
 
     def expire(self, now: float) -> None:
         """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
@@ -5545,7 +5560,7 @@ class Connection(asyncio.Protocol):
                 self.phase = Phase.EXPIRED
             self.task.cancel()
         else:
-            self.abort()
+            self.end(End.RESET)
 
     def begin_phase(self, phase: Phase, seconds: float | None = None) -> None:
         self.phase = phase
@@ -5611,7 +5626,7 @@ class Newcomers(dict[Connection, None]):
             # Not in connection_lost(), which comes later: many may be accepted in one turn.
             del self[loser]
             self._connections.discard(loser)
-            loser.abort()
+            loser.end(End.RESET)
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
@@ -5912,7 +5927,7 @@ class Server:
             self.loop.create_task(work)
         self.log.write("info", "listening", **places, **facts, **files)
 
-    def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: Fields) -> None:
+    def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error, message = context.get("exception"), context.get("message", "")
         fields = describe_failure(error) if error else {}
         self.log.write_limited("error", "loop_error", message=message, **fields)
@@ -6045,7 +6060,7 @@ class Server:
             if connection.viewer is not None:
                 connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
             elif connection.phase is Phase.OPENING:
-                connection.abort()
+                connection.end(End.NOW)
             elif connection.phase in (Phase.IDLE, Phase.READING):
                 connection.task.cancel()
         end = time.monotonic() + STOP_CLOSE_SECONDS
@@ -6055,7 +6070,7 @@ class Server:
         if webhook and webhook.pending:
             self.log.write("warning", "webhook_dropped", alerts=webhook.pending)
         for connection in list(self.connections):
-            connection.abort(is_reset=False)
+            connection.end(End.NOW)
         work = asyncio.all_tasks() - {asyncio.current_task()}
         for task in work:
             task.cancel()
@@ -6084,7 +6099,8 @@ class Target:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
 
     token_file: read for each request, so a corrected file is used at once, and a missing one is an
-    error of this server alone. token: is sent if no file is named. line: where it is listed."""
+    error of this server alone. token: is sent if no file is named. line: where it is listed.
+    """
 
     name: str
     host: str
@@ -6239,7 +6255,8 @@ async def sleep_about(seconds: float) -> None:
 
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
     """Return the result of something. Raises UnreachableError if the network fails or is too slow.
-    (Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end goes on.)"""
+    (Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end goes on.)
+    """
     future = asyncio.ensure_future(something)
     # So asyncio logs no exception that comes too late.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -6256,7 +6273,8 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     """Return what socket.getaddrinfo() does, from a thread of its own: look-ups without an answer
-    would occupy asyncio's few, for which it waits at the end. Raises OSError, UnicodeError."""
+    would occupy asyncio's few, for which it waits at the end. Raises OSError, UnicodeError.
+    """
     found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # so it cannot be cancelled before the thread sets it
 
@@ -6339,7 +6357,8 @@ async def open_stream(
     target: Target, path: str, body: bytes = b"", upgrade: Mapping[str, str] = {}
 ) -> tuple[dict[str, str], StreamPair]:
     """Send a GET, or a POST if there is a body, on a connection of its own; return the fields of
-    the answer, and the connection. upgrade: the fields of a WebSocket handshake."""
+    the answer, and the connection. upgrade: the fields of a WebSocket handshake.
+    """
     method = "POST" if body else "GET"
     # An answer to HTTP/1.0 is not chunked.
     version, wanted = ("1.1", 101) if upgrade else ("1.0", 200)
@@ -6367,7 +6386,8 @@ async def fetch(target: Target, path: str) -> bytes:
 
 class Control:
     """One kept connection to a server for short requests, each sent without waiting for the last.
-    The answers come in the same order (RFC 9112, 9.3.2)."""
+    The answers come in the same order (RFC 9112, 9.3.2).
+    """
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -6566,7 +6586,8 @@ class Link:
 
 class Stage(enum.Enum):
     """How far a command has come, and what is said if contact is lost there: in the summary, and
-    after the reason. Only RemoteTask changes it."""
+    after the reason. Only RemoteTask changes it.
+    """
 
     NEW = "not started", ""
     ASKED = "lost after the start", "; whether the command was started is not known"
@@ -6580,7 +6601,8 @@ class RemoteTask:
 
     fields: the body of `POST /exec`. With a `window` the server waits for this reader, as a pipe
     does, so nothing is lost, unless this client is gone for a minute. write: takes output. drain:
-    waits until it is written. tell: shows a line to the user."""
+    waits until it is written. tell: shows a line to the user.
+    """
 
     target: Target
     fields: Mapping[str, Any]
@@ -6712,7 +6734,8 @@ class RemoteTask:
 
     async def _read_stream(self) -> None:
         """Write what comes until the stream ends, or stands still although there is more: a proxy
-        has forgotten it; or stdout pauses, and asking again tells the server that we live."""
+        has forgotten it; or stdout pauses, and asking again tells the server that we live.
+        """
         assert self.stream is not None
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
@@ -6764,7 +6787,8 @@ class RemoteTask:
 
     async def stop(self) -> None:
         """Interrupt the command as Ctrl-C at its terminal would, now or with the next connection;
-        what ignores that is killed."""
+        what ignores that is killed.
+        """
         self.is_stopping = self.is_stop_owed = True
         if not self.task_id:
             return
@@ -6821,7 +6845,8 @@ async def read_input() -> AsyncIterator[bytes]:
 @dataclass(eq=False, repr=False)
 class Keyboard:
     """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it,
-    as does Ctrl-C before the task has started. Without a connection keys wait for the next one."""
+    as does Ctrl-C before the task has started. Without a connection keys wait for the next one.
+    """
 
     task: RemoteTask
     leave: Callable[[], None]
@@ -7042,7 +7067,8 @@ class Report:
 
 class Execution:
     """One command on one or several servers, with Ctrl-C. parallel: servers at a time. once: if two
-    names are of one server, it runs the command once."""
+    names are of one server, it runs the command once.
+    """
 
     # What to do about the reasons for which a server is not reached.
     HINTS = {
@@ -7068,7 +7094,8 @@ class Execution:
     async def run(self) -> int:
         """Return the exit status when all commands have ended, or this client leaves what still
         runs (a second Ctrl-C, another signal, Ctrl-]). Raises OutputError if stdout fails, after
-        the commands were stopped, within ANSWER_SECONDS."""
+        the commands were stopped, within ANSWER_SECONDS.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
@@ -7201,7 +7228,8 @@ class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
     Its newest part tells the next monitor where to continue. So a new file gets a `position` record
-    of each server, and a long one again every few MiB. path: os.devnull if no log is wanted."""
+    of each server, and a long one again every few MiB. path: os.devnull if no log is wanted.
+    """
 
     path: str
     # Returns the `position` records.
@@ -7228,7 +7256,8 @@ class MonitorLog:
 
     def _open(self, tail_bytes: int) -> bytes:
         """Open the file and return its end. It is locked, unless it is a device: two monitors would
-        write everything twice. Raises OSError."""
+        write everything twice. Raises OSError.
+        """
         close_fds([self._fd])
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
@@ -7259,7 +7288,8 @@ class MonitorLog:
 
     def flush(self) -> None:
         """Write what waits, to a new file if this one was rotated. If that fails it is tried again
-        the next time; a line on stderr says so once a minute."""
+        the next time; a line on stderr says so once a minute.
+        """
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
@@ -7295,7 +7325,8 @@ class Watched:
     """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
     cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: gets what is
-    news, and the events of the server's state, which are made here."""
+    news, and the events of the server's state, which are made here.
+    """
 
     # What is remembered of a task, and its type.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
@@ -7573,7 +7604,8 @@ class EventWriter:
 
 def count_cells(text: str) -> int:
     """Return how wide a terminal shows text: East Asian characters take two cells, marks, format
-    characters and the inner letters of a Hangul syllable none."""
+    characters and the inner letters of a Hangul syllable none.
+    """
     joined = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]
     return len(joined) + sum(unicodedata.east_asian_width(c) in "WF" for c in joined)
@@ -7752,7 +7784,8 @@ def to_json(value: Any) -> str:
 
 def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
     """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
-    Anybody on the link can send one, so only its form is checked."""
+    Anybody on the link can send one, so only its form is checked.
+    """
     try:
         facts = parse_json_object(data)
     except CommandError:
@@ -7781,7 +7814,8 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 
 def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
     """Return the servers in order, each once, with all its addresses (replies with the same id):
-    loopback's last, since it means nothing to other machines."""
+    loopback's last, since it means nothing to other machines.
+    """
     servers: dict[Any, list[Fields]] = {}
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
@@ -7818,7 +7852,8 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[F
 
 def name_hosts(found: Sequence[Fields], taken: Collection[str] = ()) -> dict[str, Fields]:
     """Return name -> server. Names are not in `taken`, and have only letters, digits, dot, hyphen:
-    anybody can answer a probe, and Ansible would evaluate "{{ }}" in a variable."""
+    anybody can answer a probe, and Ansible would evaluate "{{ }}" in a variable.
+    """
     named: dict[str, Fields] = {}
     for one in found:
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
@@ -12376,7 +12411,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
 
 
 def is_missing(path: str) -> bool:
-    """False if it cannot be seen."""
+    """Whether there is no such file. False if that cannot be seen."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except PermissionError:
