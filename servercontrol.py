@@ -5195,7 +5195,7 @@ class Exchanges:
             while await self._serve_request():
                 await self._connection.inbox.rest()
         except ConnectionError:
-            pass
+            pass  # the client has gone, or asks nothing more
         except Exception as error:  # the rest of the input cannot be trusted
             if not self._transport.is_closing():
                 self._transport.write(encode_last_answer(self._server, error, self._parser.head))
