@@ -5628,16 +5628,15 @@ class TestTaskProcess:
 class TestTaskStop:
     """SPEC 5: kill and time-out are one function, and it leaves nothing behind."""
 
-    DEAF = "(trap '' TERM; echo ready; exec sleep 60)"
-    DEAF_SHELL = "trap '' TERM; echo ready; while :; do :; done"
+    DEAF = "trap '' TERM; echo ready; exec sleep 60"
 
     @parametrize_rows("command, signal_name", [
         ("child", "sleep 60 & echo ready; wait", "TERM"),
         ("orphan", "(sleep 60 &); echo ready; sleep 60", "TERM"),
         ("groups", "exec bash -c 'set -m; sleep 60 & sleep 60 & echo ready; wait'", "TERM"),
-        ("stopped", "sleep 60 & echo ready; kill -STOP $$", "TERM"), ("deaf", DEAF_SHELL, "KILL"),
-        ("deaf child of a shell that dies", f"{DEAF} & exec sleep 60", "TERM"),
-        ("deaf group", f'exec bash -c "set -m; {DEAF} & wait"', "TERM"),
+        ("stopped", "sleep 60 & echo ready; kill -STOP $$", "TERM"), ("deaf", DEAF, "KILL"),
+        ("deaf child of a shell that dies", f"({DEAF}) & exec sleep 60", "TERM"),
+        ("deaf group", f'exec bash -c "set -m; ({DEAF}) & wait"', "TERM"),
     ])  # fmt: skip
     def test_kill_takes_the_whole_tree(self, server: Any, command: str, signal_name: str) -> None:
         """CASES 54, fact 9."""
@@ -5651,7 +5650,7 @@ class TestTaskStop:
 
     @parametrize_rows("command, exit_code, name, low, high", [
         ("hears", "sleep 60 & echo ready; wait", 143, "TERM", 200, 3000),
-        ("deaf", DEAF_SHELL, 137, "KILL", 3200, 10000),
+        ("deaf", DEAF, 137, "KILL", 3200, 10000),
     ])  # fmt: skip
     def test_time_out(self, server, command: str, exit_code: int, name: str, low: int, high: int):
         with server.websocket() as viewer:
@@ -7126,7 +7125,7 @@ class TestStarter:
         """Reading /proc needs one: a search that fails must not pass for an empty session."""
         with ServerProcess(tmp_path) as server:
             server.check = False  # what the sampler logs meanwhile is another test's
-            task_id, pids = start_ready(server, f"{TestTaskStop.DEAF} & exec sleep 60")
+            task_id, pids = start_ready(server, f"({TestTaskStop.DEAF}) & exec sleep 60")
             with kill_at_last(pids):
                 with exhausted(server) as send:
                     assert send("POST", f"/kill?id={task_id}")[0] == 200
@@ -7209,7 +7208,7 @@ class TestStopping:
             viewer = stack.enter_context(server.websocket())
             silent = stack.enter_context(RawPeer(server))
             soft, pids = start_ready(server, "sleep 60 & echo ready; wait")
-            deaf, more = start_ready(server, TestTaskStop.DEAF_SHELL)
+            deaf, more = start_ready(server, TestTaskStop.DEAF)
             group, rest = start_ready(server, "exec bash -c 'set -m; sleep 60 & echo ready; wait'")
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(server.run, "exec sleep 60")
@@ -7235,7 +7234,7 @@ class TestStopping:
         """CASES 79."""
         with ServerProcess(tmp_path, KILL_GRACE_SECONDS=40.0, STOP_SECONDS=50.0) as server:
             server.check = False  # its status is not 0
-            _, pids = start_ready(server, f"sleep 60 & {TestTaskStop.DEAF_SHELL}")
+            _, pids = start_ready(server, f"sleep 60 & {TestTaskStop.DEAF}")
             with kill_at_last(pids):
                 start = time.monotonic()
                 os.kill(server.pid, signal.SIGTERM)
@@ -9537,7 +9536,7 @@ class TestMonitor:
         ("compressed", TAKEN, b"x" * 2**20, True, ""),
         ("not agreed on", "", b"x" * 999, False, "1002"),
         ("context taken over", "permessage-deflate", b"x", False, "not offered"),
-        ("bomb", TAKEN, bytes(2**25), False, "1009"),
+        ("bomb", TAKEN, b"x" * 2**25, False, "1009"),
     ])  # fmt: skip
     def test_takes_compressed_events(self, extension: str, text: bytes, taken: bool, reason: str):
         event = json.dumps({**STATS, "seq": 2, "more": text.decode()}).encode()
@@ -9728,7 +9727,7 @@ class TestMonitor:
             other = stack.enter_context(running_client(*words, os.devnull))
             wait_until(lambda: log.exists() and "server_up" in log.read_text())
             command = "true #" + "\1" * 40_000  # six times as long in JSON: 16 MiB are soon full
-            for _ in range(200):
+            for _ in range(120):
                 task = plain_server.run(command)
             wait_until(lambda: ends_in(log, task["task_id"]))
             other.terminate()
@@ -9738,7 +9737,7 @@ class TestMonitor:
             deadline.start()
             events = map(json.loads, process.stdout)
             event = next(event for event in events if event["type"] == "lines_dropped")
-            assert event["lines"] > 100 and event["server"] is None
+            assert event["lines"] > 20 and event["server"] is None
             assert next(events)["server"] == place
 
     def test_goes_on_under_nohup(self, place: str) -> None:
