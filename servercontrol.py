@@ -4640,11 +4640,7 @@ async def answer_page(server: Server, request: Request) -> Response:
         text = HELP.replace("{url}", url).replace("{ws}", "ws" + url.removeprefix("http"))
         return Response(200, text.encode("utf-8"), PLAIN_TEXT, fields)
     is_small = zlib is not None and accepts_gzip(head)
-    tag = f'"{page.tag}-gzip"' if is_small else f'"{page.tag}"'
-    fields += [("ETag", tag), ("Content-Security-Policy", page.policy(head.value("host")))]
-    known = [one.removeprefix("W/") for one in head.members("if-none-match")]
-    if tag in known or "*" in known:  # RFC 9110, 13.1.2
-        return Response(304, fields=fields)
+    fields.append(("Content-Security-Policy", page.policy(head.value("host"))))
     if is_small:
         fields.append(("Content-Encoding", "gzip"))
     body = page.compressed if is_small else page.body
@@ -5132,7 +5128,7 @@ def encode_answer(server: Server, head: RequestHead, response: Response, keep_al
         if origin in server.policy.allow_origins:
             fields.append(("Access-Control-Allow-Origin", origin))
     fields += response.fields
-    if response.status not in (204, 304):  # these two have no body
+    if response.status != 204:  # which has no body
         fields.append(("Content-Type", response.media_type))
         if response.pieces is None:
             fields.append(("Content-Length", str(len(response.body))))
@@ -11365,11 +11361,6 @@ class Page:
         """The same for those who take gzip."""
         compressor = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # RFC 1952
         return compressor.compress(self.body) + compressor.flush()
-
-    @functools.cached_property
-    def tag(self) -> str:
-        """What both entity tags begin with: they name bytes, so each coding has its own."""
-        return hashlib.sha256(self.body).hexdigest()[:32]
 
     @functools.cached_property
     def _sources(self) -> str:
