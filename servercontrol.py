@@ -10343,7 +10343,8 @@ const EVENTS = {
 const MAX_QUEUE = 16e6; // bytes; what is older is not shown
 const SLICE = 16384; // bytes; as much is taken at once, so that SLICE_MS is kept
 const SLICE_MS = 20; // of each frame; a click waits for one frame, and is seen after the next
-const DRAW_MS = 100;
+const DRAW_MS = 100; // from one drawing of a flood to the next
+const FLOOD = 32768; // bytes in one frame, which nobody can read
 const encoder = new TextEncoder();
 const ANSWER_MS = 5000; // older questions of programs are not answered: who asked has gone on
 class Stream {
@@ -10357,6 +10358,7 @@ class Stream {
     this.ends = 0; // of lines, in the queue
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // a byte order mark stays
     this.isPumping = false;
+    this.arrived = 0; // bytes, since the last frame
     this.drawn = 0; // when it was last drawn
     this.terminal = task.tty ? new Terminal(task.cols, task.rows) : new Terminal(0, 0);
     view.show(this.terminal);
@@ -10410,6 +10412,7 @@ class Stream {
   }
   push(item) {
     this.queue.push(item);
+    this.arrived += item.data?.length ?? 0;
     this.count(item.data, 1);
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
       this.count(this.queue.shift().data, -1);
@@ -10428,9 +10431,13 @@ class Stream {
     requestAnimationFrame(() => {
       this.isPumping = false;
       if (stream !== this) return;
-      const end = performance.now() + SLICE_MS;
+      const begin = performance.now();
+      const end = begin + SLICE_MS;
+      // In a flood what comes goes first: of most that waits nobody will see anything.
+      const isFlood = this.arrived > FLOOD && this.queued < MAX_QUEUE / 2;
+      this.arrived = 0;
+      if (isFlood && begin - this.drawn < DRAW_MS) return this.pump();
       while (this.queue.length && performance.now() < end) this.step();
-      // While there is more, not each frame: nobody could read it.
       if (!this.queue.length || end - this.drawn > DRAW_MS) {
         view.render();
         this.drawn = end;

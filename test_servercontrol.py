@@ -12151,6 +12151,21 @@ class TestPage(OnPage):
         assert 0.41 * whole < written < 0.7 * whole  # 100,000 lines of 240,030 are kept
         assert visit.page.evaluate("view.sums.length") == len(lines) + 1
 
+    def test_flood_is_taken_in_before_it_is_drawn(self, visit: Visit):
+        """While much comes in each frame, nothing is drawn that was drawn just now."""
+        visit.run("echo start; exec sleep 60", shows="start")
+        script = """async () => {
+          const frame = () => new Promise((go) => requestAnimationFrame(go));
+          const draw = async (size) => {
+            stream.drawn = Infinity;
+            stream.push({ time: 1, data: encoder.encode("x".repeat(size - 1) + "\\n") });
+            await frame();
+            return stream.queue.length;
+          };
+          return [await draw(FLOOD + 1), await frame(), stream.queue.length, await draw(FLOOD)]; }"""
+        first, _, second, third = visit.page.evaluate(script)
+        assert (first, second, third) == (1, 0, 0)
+
     def test_what_waits_to_be_shown_is_bytes_and_bounded(self, visit: Visit):
         """As text it was there several times, until the browser came to collect it."""
         visit.run("echo start; exec sleep 60", shows="start")
