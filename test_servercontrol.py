@@ -9787,7 +9787,7 @@ class TestMonitorLog:
         assert [one["task_id"] for one in logged(log, "task_lost")] == [long] * is_crash
         if is_crash:
             (gap,) = logged(log, "gap")
-            assert gap["to"] is None and gap["from"] > 0 and gap["reason"] == "restarted"
+            assert (gap["from"], gap["to"], gap["reason"]) == (gap["seq"] + 1, None, "restarted")
         check_monitor_log(log, state)
 
     def test_names_a_run_that_nobody_saw(self, tmp_path: Path) -> None:
