@@ -6250,9 +6250,8 @@ async def sleep_about(seconds: float) -> None:
 
 
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
-    """Return the result of something. Raises UnreachableError if the network fails or is too slow.
-    (Before Python 3.12 wait_for() may lose a cancellation, and a client that shall end goes on.)
-    """
+    """Return a result. Raises UnreachableError if the network fails or is too slow."""
+    # Before Python 3.12 wait_for() may lose a cancellation, and then a client does not end.
     future = asyncio.ensure_future(something)
     # So asyncio logs no exception that comes too late.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -6268,9 +6267,8 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return what socket.getaddrinfo() does, from a thread of its own: look-ups without an answer
-    would occupy asyncio's few, for which it waits at the end. Raises OSError, UnicodeError.
-    """
+    """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError."""
+    # In a thread of its own: asyncio has few, and at the end it would wait for a slow answer.
     found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # so it cannot be cancelled before the thread sets it
 
@@ -6352,9 +6350,7 @@ async def read_response_body(reader: Reader, fields: Mapping[str, str]) -> bytes
 async def open_stream(
     target: Target, path: str, body: bytes = b"", upgrade: Mapping[str, str] = {}
 ) -> tuple[dict[str, str], StreamPair]:
-    """Send a GET, or a POST if there is a body, on a connection of its own; return the fields of
-    the answer, and the connection. upgrade: the fields of a WebSocket handshake.
-    """
+    """Send a GET, or a POST if there is a body; return the answer's fields, and the connection."""
     method = "POST" if body else "GET"
     # An answer to HTTP/1.0 is not chunked.
     version, wanted = ("1.1", 101) if upgrade else ("1.0", 200)
@@ -6381,9 +6377,7 @@ async def fetch(target: Target, path: str) -> bytes:
 
 
 class Control:
-    """One kept connection to a server for short requests, each sent without waiting for the last.
-    The answers come in the same order (RFC 9112, 9.3.2).
-    """
+    """A kept connection for short requests, sent without waiting for answers (RFC 9112, 9.3.2)."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -6455,11 +6449,10 @@ def check_seq(value: Any) -> int:
 class Link:
     """The events of one server except output, each once and in order, over many connections.
 
-    Each connection begins with `hello`. The first of all says where to begin; after a restart of
-    the server all that it still has comes, after a `gap`.
-    take: gets every event of EVENT_TYPES, each `hello`, and each `gap` with the server's list of
-    `tasks`; from Link itself `lost` (reason, status) when a connection ends, and `restarted` when
-    the server is another process than before. If it raises UnreachableError, the event comes again.
+    Each connection begins with `hello`. The first one tells where to begin; after a restart of the
+    server, a `gap` and all that it still has come. take: gets these and every event of EVENT_TYPES,
+    a `gap` with the server's list of `tasks`; from Link itself `lost` (reason, status) at the end
+    of a connection, and `restarted`. If it raises UnreachableError, the event comes again.
     """
 
     target: Target
@@ -6581,9 +6574,7 @@ class Link:
 
 
 class Stage(enum.Enum):
-    """How far a command has come, and what is said if contact is lost there: in the summary, and
-    after the reason. Only RemoteTask changes it.
-    """
+    """How far a RemoteTask has come. If contact is lost: words for the summary, and for a note."""
 
     NEW = "not started", ""
     ASKED = "lost after the start", "; whether the command was started is not known"
@@ -6595,9 +6586,8 @@ class Stage(enum.Enum):
 class RemoteTask:
     """A command on a server, to its exit code: `curl …/exec?follow` that continues after a break.
 
-    fields: the body of `POST /exec`. With a `window` the server waits for this reader, as a pipe
-    does, so nothing is lost, unless this client is gone for a minute. write: takes output. drain:
-    waits until it is written. tell: shows a line to the user.
+    fields: the body of `POST /exec`. With a `window` the server waits for this reader, so nothing
+    is lost unless it is gone for a minute. drain: waits until what `write` took is written.
     """
 
     target: Target
@@ -6782,9 +6772,7 @@ class RemoteTask:
             raise UnreachableError(told, ENDED_STATUS)
 
     async def stop(self) -> None:
-        """Interrupt the command as Ctrl-C at its terminal would, now or with the next connection;
-        what ignores that is killed.
-        """
+        """Interrupt the command, now or with the next connection; what ignores that is killed."""
         self.is_stopping = self.is_stop_owed = True
         if not self.task_id:
             return
@@ -6953,10 +6941,10 @@ class Output:
         if self.error is not None:
             raise self.error
 
-    def finish(self, seconds: float = FINISH_SECONDS) -> None:
-        """Block until everything is written, for at most this long."""
+    def finish(self) -> None:
+        """Block until everything is written, for at most FINISH_SECONDS."""
         with suppress(OSError):
-            write_all(self._fd, self.waiting, seconds)
+            write_all(self._fd, self.waiting, FINISH_SECONDS)
 
     def _flush(self) -> None:
         count = 1
@@ -7062,9 +7050,7 @@ class Report:
 
 
 class Execution:
-    """One command on one or several servers, with Ctrl-C. parallel: servers at a time. once: if two
-    names are of one server, it runs the command once.
-    """
+    """One command on `parallel` servers at a time. once: a server with two names runs it once."""
 
     # What to do about the reasons for which a server is not reached.
     HINTS = {
@@ -7251,9 +7237,7 @@ class MonitorLog:
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
-        """Open the file and return its end. It is locked, unless it is a device: two monitors would
-        write everything twice. Raises OSError.
-        """
+        """Open and lock the file, and return its end. Raises OSError."""
         close_fds([self._fd])
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
@@ -7263,6 +7247,7 @@ class MonitorLog:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
+                    # Two would write everything twice.
                     raise OSError(error.errno, "another monitor writes it") from None
                 tail = os.pread(file.fileno(), tail_bytes, max(0, status.st_size - tail_bytes))
             # The lock stays with the copy.
@@ -7283,9 +7268,7 @@ class MonitorLog:
             self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
-        """Write what waits, to a new file if this one was rotated. If that fails it is tried again
-        the next time; a line on stderr says so once a minute.
-        """
+        """Write what waits, to a new file if this one was rotated; say why not once a minute."""
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
@@ -7599,11 +7582,9 @@ class EventWriter:
 
 
 def count_cells(text: str) -> int:
-    """Return how wide a terminal shows text: East Asian characters take two cells, marks, format
-    characters and the inner letters of a Hangul syllable none.
-    """
+    """Return how wide a terminal shows text: East Asian characters take two cells."""
     joined = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
-    joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]
+    joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]  # inside a Hangul syllable
     return len(joined) + sum(unicodedata.east_asian_width(c) in "WF" for c in joined)
 
 
@@ -7779,9 +7760,8 @@ def to_json(value: Any) -> str:
 
 
 def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
-    """Return what a server said of itself, with its `address` and `url`; None if it is no reply.
-    Anybody on the link can send one, so only its form is checked.
-    """
+    """Return what a server said of itself, with its `address` and `url`; None if it is no reply."""
+    # Anybody on the link can send one, so only its form is checked.
     try:
         facts = parse_json_object(data)
     except CommandError:
@@ -7809,10 +7789,9 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 
 
 def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
-    """Return the servers in order, each once, with all its addresses (replies with the same id):
-    loopback's last, since it means nothing to other machines.
-    """
+    """Return the servers in order, each once, with all its addresses: replies have the same id."""
     servers: dict[Any, list[Fields]] = {}
+    # Loopback is last, since it means nothing to other machines.
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
     merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
@@ -7847,11 +7826,10 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[F
 
 
 def name_hosts(found: Sequence[Fields], taken: Collection[str] = ()) -> dict[str, Fields]:
-    """Return name -> server. Names are not in `taken`, and have only letters, digits, dot, hyphen:
-    anybody can answer a probe, and Ansible would evaluate "{{ }}" in a variable.
-    """
+    """Return name -> server. No name is in `taken`."""
     named: dict[str, Fields] = {}
     for one in found:
+        # Anybody can answer a probe, and Ansible would evaluate "{{ }}".
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
         if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
             name = one["address"]  # else `exec localhost` would mean that server, not this one
@@ -11463,10 +11441,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises ConfigError, with a line that names the option, and does not print the usage."""
+    """Its errors are one line that names the option, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
+        """Raises ConfigError."""
         message = message.replace("argument ", "", 1)
         if message.startswith("unrecognized"):
             word = re.split("[ =]", message.partition(": ")[2])[0]
@@ -11780,12 +11758,12 @@ def find_program(name: str, environ: Mapping[str, str]) -> str | None:
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Return the options of `serve`. Raises ConfigError."""
-    argv = list(argv)
-    if argv and not argv[0].startswith("-") and argv[0] != "serve":
+    if argv and argv[0] == "serve":
+        argv = argv[1:]
+    elif argv and not argv[0].startswith("-"):
         start = "; did you mean serve?" if argv[0] in ("start", "run") else ""
         hint = start or suggest(argv[0], [*SYNTAX, "help"])
         raise ConfigError(f"{argv[0]!r} is no command{hint} (see --help)")
-    argv = argv[argv[:1] == ["serve"] :]
     given = parse_given("serve", argv)
     try:
         twins = parse_given("serve", read_environment(environ))
@@ -11877,11 +11855,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
 
 
 def reset_signals() -> bool:
-    """Make sure that children start with default signals; return whether SIGHUP was not ignored.
-
-    They inherit ignored and blocked signals, and a signal with a handler gets its default back when
-    a program is executed (signal(7)).
-    """
+    """Make sure that children start with default signals; return whether SIGHUP was not ignored."""
+    # They inherit blocked and ignored signals; one with a handler gets its default (signal(7)).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ignored = {n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
     # subprocess itself restores SIGPIPE and SIGXFSZ in a child.
@@ -11893,9 +11868,7 @@ def reset_signals() -> bool:
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null as stdin, stdout and stderr where they are closed: else the next socket gets
-    such a number, and the log is written into it.
-    """
+    """Open /dev/null where 0, 1 or 2 is closed: else a socket gets the number, and then the log."""
     fd = -1
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
@@ -11996,11 +11969,7 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
 
 
 def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
-    """Return the servers that a command is for. Raises ConfigError.
-
-    --token-file, or else SERVERCONTROL_TOKEN, is for named servers (without a name: for this
-    machine's) that are not listed with a token.
-    """
+    """Return the servers that a command is for. Raises ConfigError."""
     listed = read_hosts(environ)
     if given.all:
         if given.server or given.token_file:
@@ -12011,6 +11980,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
                 f"{find_hosts_file(environ)} (discover --hosts prints some)"
             )
         return listed
+    # For named servers (by default this machine's) that are not listed with a token.
     token = environ.get("SERVERCONTROL_TOKEN") or None
     if given.token_file:
         token = load_token_file("--token-file", given.token_file, is_client=True)
@@ -12028,9 +11998,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
 
 
 async def end_quietly(work: Awaitable[Result]) -> Result:
-    """Do a client's work, then ignore signals: Python would complain on stderr about one that comes
-    while the event loop is being closed.
-    """
+    """Do a client's work. Then ignore signals: Python complains of one while the loop is closed."""
     try:
         return await work
     finally:
@@ -12039,7 +12007,6 @@ async def end_quietly(work: Awaitable[Result]) -> Result:
 
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run a command elsewhere, return the exit status."""
-    argv = list(argv)
     place = argv.index("--") if "--" in argv else len(argv)
     words = argv[place + 1 :]
     if not words and not {"-h", "--help"} & set(argv):
@@ -12131,7 +12098,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
     monitor, screen = Monitor(everybody, log), Screen(everybody, log) if is_live else None
     asyncio.run(end_quietly(watch_once(monitor) if given.once else watch(monitor, screen)))
-    lines.output.finish(FINISH_SECONDS)
+    lines.output.finish()
     if not given.once:
         return 0
     write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
@@ -12139,11 +12106,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
-    """Return lines for the servers that are not listed yet; say what to do next on stderr.
-
-    A line names no token file that is there already: it may have another server's token, which must
-    not be sent to one that merely answers with its name. Raises ConfigError.
-    """
+    """Return lines for the servers that are not listed yet; say what to do next on stderr."""
     listed, folder = read_hosts(environ), os.path.dirname(find_hosts_file(environ))
     urls = {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
@@ -12155,6 +12118,7 @@ def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
     for name, one in name_hosts(new, {target.name for target in listed}).items():
         token_file = f"{name}.token" if is_token_needed(one) else ""
         if token_file and os.path.lexists(os.path.join(folder, token_file)):
+            # Another server's token must not be sent to one that merely answers with its name.
             token_file = f"# {token_file} is there already: is it of this server?"
         lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
     return "".join(lines)
@@ -12330,9 +12294,8 @@ def quote_command_word(text: str) -> str:
 def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
     """Return the options as words of ExecStart=, and the lines for files that are handed over.
 
-    Paths are made absolute, since a service starts in `/`. hands_over: the service's account may
-    not be able to read the files, so systemd gives it copies in $CREDENTIALS_DIRECTORY (systemd
-    247; %d would need 250).
+    hands_over: the service's account may not be able to read the files, so systemd gives it copies
+    in $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
     """
     words: list[str] = []
     lines = ""
@@ -12340,7 +12303,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
         option = "--" + name.replace("_", "-")
         is_path = name in (*CREDENTIALS, "unix", "audit_log") or name == "shell" and "/" in value
         if is_path and value not in ("", "-", "none"):
-            value = os.path.abspath(value)
+            value = os.path.abspath(value)  # a service starts in `/`
         if name in CREDENTIALS and hands_over and value:
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
@@ -12504,9 +12467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] == "help":
-            command = argv[1] if argv[1:2] and argv[1] in SYNTAX else "serve"
-            build_parser(command).print_help()
-            return 0
+            argv = [argv[1] if argv[1:2] and argv[1] in SYNTAX else "serve", "--help"]
         if argv and argv[0] in COMMAND_LINES:
             return run_command_line(argv)
         config = parse_config(argv, os.environ)
