@@ -6094,8 +6094,7 @@ StreamPair = tuple[Reader, asyncio.StreamWriter]
 class Target:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
 
-    token_file: read for each request, so a corrected file is used at once, and a missing one is an
-    error of this server alone. token: is sent if no file is named. line: where it is listed.
+    token_file: has the token to send; without one, `token` is sent. line: where it is listed.
     """
 
     name: str
@@ -6110,6 +6109,7 @@ class Target:
 
     def read_token(self) -> str | None:
         """Return the token to send, or None. Raises UnreachableError 401 if it cannot be read."""
+        # For each request, so a corrected file is used at once.
         if not self.token_file:
             return self.token
         try:
@@ -6302,22 +6302,18 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     raise failure
 
 
-async def open_target(target: Target, seconds: float) -> StreamPair:
-    """Return a connection to a server, within some seconds."""
-
-    async def connect() -> StreamPair:
-        if target.unix:
-            return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
-        tls: dict[str, Any] = {}
-        if target.tls:
-            tls = {"ssl": make_client_tls(), "server_hostname": target.host}
-        connection = await connect_socket(target.host, target.port)
-        enable_keepalive(connection)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
-        return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
-
-    return await wait_within(seconds, connect())
+async def open_target(target: Target) -> StreamPair:
+    """Return a connection to a server."""
+    if target.unix:
+        return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
+    tls: dict[str, Any] = {}
+    if target.tls:
+        tls = {"ssl": make_client_tls(), "server_hostname": target.host}
+    connection = await connect_socket(target.host, target.port)
+    enable_keepalive(connection)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
+    return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
 
 
 async def read_response_head(reader: Reader, target: Target) -> tuple[int, dict[str, str]]:
@@ -6355,7 +6351,7 @@ async def open_stream(
     # An answer to HTTP/1.0 is not chunked.
     version, wanted = ("1.1", 101) if upgrade else ("1.0", 200)
     request = encode_request(target, method, path, body, version, upgrade)
-    reader, writer = await open_target(target, CONNECT_SECONDS)
+    reader, writer = await wait_within(CONNECT_SECONDS, open_target(target))
     try:
         writer.write(request)
         status, fields = await read_response_head(reader, target)
@@ -6393,7 +6389,7 @@ class Control:
             if self._streams and not self._unanswered and await self._has_unasked(self._streams[0]):
                 self.close()
             if self._streams is None:
-                self._streams = await open_target(self._target, CONNECT_SECONDS)
+                self._streams = await wait_within(CONNECT_SECONDS, open_target(self._target))
             streams = reader, writer = self._streams
             writer.write(request)
             self._unanswered += 1
@@ -6419,10 +6415,9 @@ class Control:
         """Whether it has ended, or says what is no answer, as a proxy's 408 before it closes."""
         peek = asyncio.ensure_future(reader.read(1))
         await asyncio.wait({peek}, timeout=0)
-        is_over = peek.done()
-        peek.cancel()
+        is_waiting = peek.cancel()
         await asyncio.gather(peek, return_exceptions=True)
-        return is_over
+        return not is_waiting
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -6719,9 +6714,7 @@ class RemoteTask:
         return task
 
     async def _read_stream(self) -> None:
-        """Write what comes until the stream ends, or stands still although there is more: a proxy
-        has forgotten it; or stdout pauses, and asking again tells the server that we live.
-        """
+        """Write what comes until the stream ends, or stands still although there is more."""
         assert self.stream is not None
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
@@ -6732,7 +6725,7 @@ class RemoteTask:
                 self.good_at = time.monotonic()
                 has_more = task["state"] != "running" or task["output_bytes"] > self.position
                 if has_more and stood_at == self.position:
-                    return
+                    return  # a proxy has forgotten it; or stdout pauses: a new one shows we live
                 stood_at = self.position if has_more else -1
             taking.result()
         finally:
@@ -6816,10 +6809,9 @@ async def read_input() -> AsyncIterator[bytes]:
     while data:
         is_ready.clear()
         try:
-            loop.add_reader(0, is_ready.set)
-            await is_ready.wait()
-        except PermissionError:  # epoll takes no regular file, which is always ready
-            pass
+            with suppress(PermissionError):  # epoll takes no regular file, which is always ready
+                loop.add_reader(0, is_ready.set)
+                await is_ready.wait()
         finally:
             loop.remove_reader(0)
         data = os.read(0, READ_CHUNK_BYTES)
@@ -6828,14 +6820,12 @@ async def read_input() -> AsyncIterator[bytes]:
 
 @dataclass(eq=False, repr=False)
 class Keyboard:
-    """The local terminal in raw mode; its keys and size go to a task's terminal. Ctrl-] leaves it,
-    as does Ctrl-C before the task has started. Without a connection keys wait for the next one.
-    """
+    """The local terminal in raw mode: its keys and size go to a task's terminal. Ctrl-] leaves."""
 
     task: RemoteTask
     leave: Callable[[], None]
     interrupt: Callable[[], None]
-    # Keys that are not sent yet, and the requests that are under way.
+    # Keys that wait for a connection, and the requests that are under way.
     waiting: bytes = b""
     sending: set[asyncio.Future[None]] = field(default_factory=set)
     # Whether the user was told that the task does not read its input.
@@ -6851,7 +6841,7 @@ class Keyboard:
             async for data in read_input():
                 if b"\x1d" in data:  # Ctrl-]
                     break
-                if b"\x03" in data and not self.task.task_id:  # Ctrl-C
+                if b"\x03" in data and not self.task.task_id:  # Ctrl-C, and no task to send it to
                     self.interrupt()
                 else:
                     self.waiting += data
@@ -7074,25 +7064,20 @@ class Execution:
         self._stopping: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
-        """Return the exit status when all commands have ended, or this client leaves what still
-        runs (a second Ctrl-C, another signal, Ctrl-]). Raises OutputError if stdout fails, after
-        the commands were stopped, within ANSWER_SECONDS.
-        """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                asyncio.get_running_loop().add_signal_handler(number, self._interrupt, number)
+        """Return the exit status. Raises OutputError if stdout fails, after stopping what runs."""
         everything = asyncio.ensure_future(self._run_all())
-        keyboard = Keyboard(self._tasks[0], self._leave, self._interrupt)
+        keyboard = Keyboard(self._tasks[0], self._leave, self.interrupt)
         typing = asyncio.ensure_future(keyboard.run() if self._has_keyboard else asyncio.sleep(0))
         try:
-            await self._wait_for(everything)
+            await asyncio.wait({everything, self._left}, return_when=asyncio.FIRST_COMPLETED)
             if self._left.done():
                 self._report.conclude()
                 return self._left.result()
             return everything.result()
         except OutputError:
             stopping = asyncio.ensure_future(self._stop_all())
-            await self._wait_for(stopping, ANSWER_SECONDS)
+            ends: set[asyncio.Future[Any]] = {stopping, self._left}
+            await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
                 stopping.cancel()
                 self._report.conclude()
@@ -7104,10 +7089,6 @@ class Execution:
             await asyncio.gather(typing, everything, return_exceptions=True)
             self._report.output.finish()
             self._report.notes.finish()
-
-    async def _wait_for(self, work: asyncio.Future[Any], seconds: float | None = None) -> None:
-        ends = {work, self._left}
-        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
     async def _run_all(self) -> int:
         if self._has_input and len(self._tasks) > 1:
@@ -7165,7 +7146,7 @@ class Execution:
             task.tell(f"its input is not complete ({explain_failure(error)}); stopping it")
             await task.stop()
 
-    def _interrupt(self, number: int = signal.SIGINT) -> None:
+    def interrupt(self, number: int = signal.SIGINT) -> None:
         """Ctrl-C: stop the commands. A second one leaves them, as does any other signal."""
         running = [task for task in self._tasks if task.is_running]
         if number != signal.SIGINT or self._stopping is not None or not running:
@@ -7197,10 +7178,9 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or only before it refused
 
 
-# State -> from which states it is entered; one that is not here, from any. A server that was up is
-# called silent, and only after 5 s: most connections that break are there again before.
-STATES_BEFORE: dict[ServerState, tuple[ServerState, ...]] = {
-    ServerState.SILENT: (ServerState.UP,),
+# State -> from which states it is entered; one that is not here, from any.
+STATES_BEFORE = {
+    ServerState.SILENT: (ServerState.UP,),  # most broken connections are back before that
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
 }
 
@@ -7303,8 +7283,7 @@ class MonitorLog:
 class Watched:
     """One server of a monitor: what is known of it, and what becomes of the events of its Link.
 
-    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: gets what is
-    news, and the events of the server's state, which are made here.
+    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: gets news.
     """
 
     # What is remembered of a task, and its type.
@@ -7596,11 +7575,9 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns after the server's name, for list_cells(): title, side and width.
-COLUMNS = (
-    *(("STATE", "<10"), ("CPU %", ">6"), ("MEM %", ">6"), ("LOAD", ">6"), ("TASKS", ">5")),
-    ("LAST ALERT", ""),
-)
+# The monitor's columns after the server's name: what list_cells() returns, and the titles.
+COLUMNS = "{:<10} {:>6} {:>6} {:>6} {:>5} {}"
+TITLES = ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"]
 
 # Key -> (what it sorts by, for people; the order, before that of the names).
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
@@ -7644,12 +7621,12 @@ def format_table(
 ) -> list[tuple[str, str]]:
     """Return (state, line) of the titles, whose state is "", and of the servers that are shown."""
     name_width = min(24, max(6, *(count_cells(one.target.name) for one in everybody)))
-    rows = [("", "SERVER", [title for title, _ in COLUMNS])]
+    rows = [("", "SERVER", TITLES)]
     rows += [(one.state.value, one.target.name, list_cells(one)) for one in everybody[shown]]
     lines = []
     for state, name, cells in rows:
-        placed = [f"{cell:{place}}" for cell, (_, place) in zip(cells, COLUMNS)]
-        lines.append((state, clean_text(" ".join([fit_text(name, name_width), *placed]), width)))
+        line = f"{fit_text(name, name_width)} {COLUMNS.format(*cells)}"
+        lines.append((state, clean_text(line, width)))
     return lines
 
 
@@ -7760,8 +7737,7 @@ def to_json(value: Any) -> str:
 
 
 def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
-    """Return what a server said of itself, with its `address` and `url`; None if it is no reply."""
-    # Anybody on the link can send one, so only its form is checked.
+    """Return a server's reply with its `address` and `url`, None for another. Anybody can reply."""
     try:
         facts = parse_json_object(data)
     except CommandError:
@@ -11366,10 +11342,7 @@ class Page:
 # returns the exit status, and prints what people read.
 
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
-FLAG_WORDS = {
-    **dict.fromkeys(("1", "true", "yes", "on"), True),
-    **dict.fromkeys(("0", "false", "no", "off", ""), False),
-}
+FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def parse_size(text: str) -> int:
@@ -11450,6 +11423,9 @@ class OneLineParser(argparse.ArgumentParser):
             word = re.split("[ =]", message.partition(": ")[2])[0]
             message += suggest(word, self._option_string_actions) + " (see --help)"
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+    def print_help(self, file: Any = None) -> None:
+        write_output(self.format_help().encode())
 
 
 # Group -> option -> (help; function that checks the value, or the allowed values; placeholder;
@@ -11721,12 +11697,9 @@ def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
 
 
-# Environment twin -> field of Config. --no-auth must be typed, so that nobody inherits it unseen.
-TWINS = {
-    f"SERVERCONTROL_{one.name.upper()}": one
-    for one in dataclasses.fields(Config)
-    if one.name != "no_auth"
-}
+# Environment twin -> field of Config.
+TWINS = {f"SERVERCONTROL_{one.name.upper()}": one for one in dataclasses.fields(Config)}
+del TWINS["SERVERCONTROL_NO_AUTH"]  # must be typed, so that nobody inherits it unseen
 # Variables without an option; any other SERVERCONTROL_* is logged as unknown_variable.
 OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
 
@@ -11739,9 +11712,9 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
             continue
         option, value = "--" + one.name.replace("_", "-"), environ[twin]
         if isinstance(one.default, bool):
-            if value.lower() not in FLAG_WORDS:
+            if value.lower() not in FLAG_ON + FLAG_OFF:
                 raise ConfigError(f"{twin}: {value!r} is neither 1 nor 0")
-            arguments += [option] * FLAG_WORDS[value.lower()]
+            arguments += [option] * (value.lower() in FLAG_ON)
         elif isinstance(one.default, tuple):
             arguments += [f"{option}={item}" for item in value.replace(",", " ").split()]
         else:
@@ -11975,10 +11948,8 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
         if given.server or given.token_file:
             raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
         if not listed:
-            raise ConfigError(
-                "--all: no server is listed; write lines `name url [token-file]` to "
-                f"{find_hosts_file(environ)} (discover --hosts prints some)"
-            )
+            hint = f"write lines `name url [token-file]` to {find_hosts_file(environ)}"
+            raise ConfigError(f"--all: no server is listed; {hint} (discover --hosts prints some)")
         return listed
     # For named servers (by default this machine's) that are not listed with a token.
     token = environ.get("SERVERCONTROL_TOKEN") or None
@@ -11997,12 +11968,15 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     return list(targets.values())
 
 
-async def end_quietly(work: Awaitable[Result]) -> Result:
-    """Do a client's work. Then ignore signals: Python complains of one while the loop is closed."""
+async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -> Result:
+    """Do a client's work; `take` gets each signal that would end it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            asyncio.get_running_loop().add_signal_handler(number, take, number)
     try:
         return await work
     finally:
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)  # Python complains of a signal while the loop is closed
 
 
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -12030,9 +12004,10 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     fields["window"] = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // places)
 
     async def run() -> int:
-        return await Execution(Report(targets, fields, given.fold), places, given.all).run()
+        execution = Execution(Report(targets, fields, given.fold), places, given.all)
+        return await with_signals(execution.interrupt, execution.run())
 
-    return asyncio.run(end_quietly(run()))
+    return asyncio.run(run())
 
 
 async def watch_once(monitor: Monitor) -> None:
@@ -12051,13 +12026,10 @@ async def watch_once(monitor: Monitor) -> None:
 async def watch(monitor: Monitor, screen: Screen | None) -> None:
     """Run a monitor until a signal or a key ends it. Raises OutputError."""
     watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            asyncio.get_running_loop().add_signal_handler(number, watching.cancel)
     if screen is not None:
         screen.leave = watching.cancel
     with suppress(asyncio.CancelledError):
-        await watching
+        await with_signals(lambda _: watching.cancel(), watching)
 
 
 def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
@@ -12097,7 +12069,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
     everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
     monitor, screen = Monitor(everybody, log), Screen(everybody, log) if is_live else None
-    asyncio.run(end_quietly(watch_once(monitor) if given.once else watch(monitor, screen)))
+    asyncio.run(watch_once(monitor) if given.once else watch(monitor, screen))
     lines.output.finish()
     if not given.once:
         return 0
@@ -12292,11 +12264,7 @@ def quote_command_word(text: str) -> str:
 
 
 def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
-    """Return the options as words of ExecStart=, and the lines for files that are handed over.
-
-    hands_over: the service's account may not be able to read the files, so systemd gives it copies
-    in $CREDENTIALS_DIRECTORY (systemd 247; %d would need 250).
-    """
+    """Return the options as words of ExecStart=, and the lines for files that are handed over."""
     words: list[str] = []
     lines = ""
     for name, value in parse_given("serve", argv).items():
@@ -12305,6 +12273,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
         if is_path and value not in ("", "-", "none"):
             value = os.path.abspath(value)  # a service starts in `/`
         if name in CREDENTIALS and hands_over and value:
+            # systemd gives the account a copy, which it can read (systemd 247; %d needs 250).
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
             credential = option.strip("-").replace("-file", "")
@@ -12446,21 +12415,6 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
 }
 
 
-def run_command_line(argv: Sequence[str]) -> int:
-    """Run a command other than `serve`; return its exit status."""
-    raise_descriptor_limit()  # for connections to a thousand servers
-    try:
-        return COMMAND_LINES[argv[0]](argv[1:], os.environ)
-    except (OutputError, BrokenPipeError) as error:
-        # A help text that is still buffered would raise again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, OutputError) and not error.is_closed:
-            raise
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:  # asyncio restores Python's own handler
-        return 128 + signal.SIGINT
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     open_standard_descriptors()
@@ -12469,7 +12423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] == "help":
             argv = [argv[1] if argv[1:2] and argv[1] in SYNTAX else "serve", "--help"]
         if argv and argv[0] in COMMAND_LINES:
-            return run_command_line(argv)
+            raise_descriptor_limit()  # for connections to a thousand servers
+            return COMMAND_LINES[argv[0]](argv[1:], os.environ)
         config = parse_config(argv, os.environ)
         log = Log(config.log_format, config.log_level)
         has_uvloop = uvloop is not None and config.loop != "asyncio"
@@ -12479,12 +12434,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             loop.close()
     except ServerControlError as error:
+        if isinstance(error, OutputError) and error.is_closed:
+            return 128 + signal.SIGPIPE
         with suppress(OSError):
             told = f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace")
             write_all(2, bytearray(told))
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 1
+    except KeyboardInterrupt:  # asyncio restores Python's own handler
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -8933,10 +8933,11 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
         with bind() as listener:
             port = listener.getsockname()[1]
-            targets = [sc.parse_target("", f"dead{n}") for n in range(40)]
-            dead = [asyncio.ensure_future(sc.open_target(one, 0.3)) for one in targets]
+            opening = [sc.open_target(sc.parse_target("", f"dead{n}")) for n in range(40)]
+            dead = [asyncio.ensure_future(sc.wait_within(0.3, one)) for one in opening]
             await asyncio.sleep(0)
-            _, writer = await sc.open_target(sc.parse_target("", f"good:{port}"), PATIENCE_SECONDS)
+            good = sc.open_target(sc.parse_target("", f"good:{port}"))
+            _, writer = await sc.wait_within(PATIENCE_SECONDS, good)
             writer.close()
             for one in dead:
                 with pytest.raises(sc.UnreachableError, match="no answer in time"):
