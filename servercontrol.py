@@ -12441,7 +12441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_all(2, bytearray(told))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:  # asyncio restores Python's own handler
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT if argv and argv[0] in COMMAND_LINES else 1
     return 0
 
 
