@@ -1318,14 +1318,10 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
 
 
 def encode_frame(
-    opcode: Opcode,
-    payload: bytes,
-    mask: bytes | None = None,
-    fin: bool = True,
-    is_deflated: bool = False,
+    opcode: Opcode, payload: bytes, mask: bytes | None = None, is_deflated: bool = False
 ) -> bytes:
-    """Return one frame (RFC 6455, 5.2). mask: 4 random bytes if a client sends it."""
-    first = (0x80 if fin else 0) | (0x40 if is_deflated else 0) | opcode
+    """Return a message as one frame (RFC 6455, 5.2). mask: 4 random bytes if a client sends it."""
+    first = 0x80 | (0x40 if is_deflated else 0) | opcode
     mask_bit = 0 if mask is None else 0x80
     length = len(payload)
     if length < 126:
@@ -1825,15 +1821,11 @@ class Feed:
                     self._forgotten = max(self._forgotten, *self._seqs.pop(kind))
 
     def read_batch(
-        self,
-        cursor: int,
-        kinds: frozenset[str] | None = None,
-        bits: int = 0,
-        max_bytes: int = BATCH_BYTES,
+        self, cursor: int, kinds: frozenset[str] | None = None, bits: int = 0
     ) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
-        bits: of the compression window, or 0. max_bytes: the last frame begins before that.
+        bits: of the compression window, or 0. The last frame begins before BATCH_BYTES.
         """
         assert cursor >= self.first
         seqs: Iterable[int] = range(cursor, self.next)
@@ -1846,7 +1838,7 @@ class Feed:
             frame = self._read_frame(seq, bits)
             frames.append(frame)
             size += len(frame)
-            if size >= max_bytes:
+            if size >= BATCH_BYTES:
                 return b"".join(frames), seq + 1
         return b"".join(frames), self.next  # a single frame is not copied
 
@@ -2473,9 +2465,9 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     """Open a file, or make it with mode 0600. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     status = os.fstat(fd)
-    if status.st_size == 0 and not status.st_mode & 0o600:
+    if status.st_size == 0 and status.st_mode & 0o600 != 0o600:
         with suppress(OSError):  # it is of another account
-            os.fchmod(fd, 0o600)  # the umask has removed all rights
+            os.fchmod(fd, 0o600)  # the umask has removed rights of its owner
     return open(fd, "r+b", buffering=0)
 
 
@@ -2560,10 +2552,8 @@ def make_token_file(path: str) -> None:
     """Write a new token, whole or not at all: servers that start together use the same."""
     # Random, since in containers that share the folder each server has pid 1.
     temporary = f"{path}.{secrets.token_hex(8)}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        os.fchmod(fd, 0o600)  # whatever the umask is
-        file.write(secrets.token_urlsafe(32) + "\n")
+    with open_private_file(temporary, os.O_EXCL) as file:
+        file.write(secrets.token_urlsafe(32).encode() + b"\n")
     try:
         os.link(temporary, path)
     except FileExistsError:

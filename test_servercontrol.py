@@ -1338,7 +1338,7 @@ class TestFrames:
     ])  # fmt: skip
     def test_frame_of_the_rfc_is_encoded_and_parsed(self, wire, opcode, payload, mask, fin):
         data = bytes.fromhex(wire)
-        assert sc.encode_frame(sc.Opcode(opcode), payload, mask, fin) == data
+        assert not fin or sc.encode_frame(sc.Opcode(opcode), payload, mask) == data
         size = len(data) - len(payload)
         header = (fin, opcode, mask, len(payload), size, False)
         assert sc.parse_frame_header(bytearray(data)) == header
@@ -1775,8 +1775,9 @@ class TestFeed:
         ("at least one", 1, b"<1>", 2), ("exactly full", 3, b"<1>", 2),
         ("one begins before the limit", 4, b"<1><2>", 3), ("all", 99, b"<1><2><3><4>", 5),
     )  # fmt: skip
-    def test_batch_size(self, max_bytes: int, frames: bytes, cursor: int) -> None:
-        assert make_feed(4, sc.MIB).read_batch(1, max_bytes=max_bytes) == (frames, cursor)
+    def test_batch_size(self, size: int, frames: bytes, cursor: int) -> None:
+        with mock.patch.object(sc, "BATCH_BYTES", size):
+            assert make_feed(4, sc.MIB).read_batch(1) == (frames, cursor)
 
     @pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
     @pytest.mark.parametrize("output", [None, b"x" * 3000], ids=["small", "output"])
@@ -1791,7 +1792,7 @@ class TestFeed:
         room, cost = cost, len(b"<6000>") + sc.EVENT_OVERHEAD_BYTES if is_read else cost
         assert capacity - room - cost <= (6001 - feed.first) * cost <= capacity
         expected = b"".join(b"<%d>" % seq for seq in range(feed.first, 6001))
-        assert feed.read_batch(feed.first, max_bytes=10**9) == (expected, 6001)
+        assert feed.read_batch(feed.first) == (expected, 6001)
         assert len(feed._entries) == 6001 - feed.first, "dropped entries are freed"
 
     def test_newest_event_is_kept_however_large(self) -> None:
@@ -1821,6 +1822,7 @@ class TestFeed:
     def test_chosen_events_beside_a_plain_list(self, seed: int, monkeypatch: Any) -> None:
         """Readers of any choice, at any pace: each gets what it chose, once, or a true gap."""
         monkeypatch.setattr(sc, "MAX_KINDS", 12)
+        monkeypatch.setattr(sc, "BATCH_BYTES", 40)
         chance, encoded = random.Random(seed), set()
 
         def encode(event: dict[str, Any]) -> bytes:
@@ -1852,7 +1854,7 @@ class TestFeed:
             lost = wanted(cursor, feed.first)
             is_unsure = cursor <= feed._forgotten and bool({"2", "3", "40"} & (chosen or set()))
             assert feed.has_dropped(cursor, chosen) is bool(lost) or is_unsure
-            data, after = feed.read_batch(max(cursor, feed.first), chosen, bits, 40)
+            data, after = feed.read_batch(max(cursor, feed.first), chosen, bits)
             rest = wanted(max(cursor, feed.first), feed.next)
             assert lost or feed.find_next(cursor, chosen) == (rest or [feed.next])[0]
             got = [n for n in rest if n < after]
@@ -9573,8 +9575,8 @@ class TestMonitor:
         assert error.status == 0
 
     def test_takes_only_so_many_fragments(self) -> None:
-        start = sc.encode_frame(sc.Opcode.TEXT, b"", fin=False)
-        with Babbler(start + sc.encode_frame(sc.Opcode.CONTINUATION, b"", fin=False) * 2000) as one:
+        start, more = (build_frame(first, b"", None) for first in (TEXT_START, CONTINUE))
+        with Babbler(start + more * 2000) as one:
             kinds, error = follow(one)
         assert (kinds, error.status, str(error)) == (["hello"], 404, "1009: too many fragments")
 
