@@ -74,8 +74,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
-# The standard library, and two optional packages: psutil for statistics (section 15), uvloop as
-# the event loop (section 19).
+# The standard library; optional are psutil (statistics, section 15) and uvloop (section 19).
 import signal
 import sys
 
@@ -179,8 +178,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 __version__ = "0.1.0"
 
 # 2. Constants ────────────────────────────────────────────────────────────────────────────────
-# Every limit, time-out and protocol number that is no option (section 4), with its unit in the name
-# and its reason beside it.
+# Every limit, time-out and protocol number that is no option, with its unit and its reason.
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -196,12 +194,11 @@ MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0  # between two requests of one connection
-# After an early error so much of the request is read and dropped: a reset would destroy the answer.
+# After an early error so much of the input is read and dropped: a reset would destroy the answer.
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
 WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
-# TCP keep-alive: seconds of silence before the first probe (KEEPALIVE on macOS), between probes,
-# and their number.
+# TCP keep-alive: seconds before the first probe (KEEPALIVE: macOS), between probes; their number.
 KEEPALIVE = {"TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # WebSocket, RFC 6455.
@@ -215,8 +212,8 @@ MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
 FINE_BYTES = 4 * KIB  # the best compression of so much takes less than 0.03 ms; beyond, the fastest
 MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
-# Compressing events may take this share of the time, and so much at once; beyond that they are sent
-# plain, so that a flood hardly slows other viewers. A tenth compresses some 16 MB a second.
+# Compressing events may take this share of the time, and so much at once; then they are sent plain,
+# so that a flood hardly slows other viewers. A tenth compresses 16 MB/s.
 DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; who never answers one is gone
@@ -232,8 +229,8 @@ HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
-# How long reading output, and writing it to viewers, may take before other work of the event loop
-# is done. A new connection needs six turns of the loop, and must be answered within 50 ms.
+# For reading output, and for writing it to viewers, in one turn of the event loop. A new connection
+# needs six turns, and must be answered within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 ROUND_SECONDS = 0.05  # tasks are not read during a round of many viewers, for so long at most
@@ -248,9 +245,8 @@ PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
 PRESSURE_SECONDS = 0.002  # between two checks
 
-# A client's input is parsed in pieces of INPUT_PIECE_BYTES. After INPUT_TURN_SECONDS of work it
-# waits for a later turn, which lets CLIENTS_PER_TURN go on. So many tiny frames or requests of one
-# client delay nobody else.
+# A client's input is parsed in pieces. After INPUT_TURN_SECONDS of work it waits for a later turn,
+# which lets CLIENTS_PER_TURN go on. So tiny frames or requests of one client delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
@@ -259,12 +255,11 @@ CLIENTS_PER_TURN = 2
 KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
 EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
-# A pipe's capacity. Fully escaped as JSON it stays below 1 MiB, the largest message that common
-# WebSocket clients accept by default.
+# A pipe's capacity. Escaped as JSON it stays below 1 MiB, the usual limit of WebSocket clients.
 READ_CHUNK_BYTES = 64 * KIB
 OUTPUT_BLOCK_BYTES = 16 * KIB  # kept output is stored in blocks, to which short chunks are joined
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
-MAX_CHOSEN_TASKS = 1000  # that one viewer may name; each costs a look-up per batch
+MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
 MAX_REFS = 10000  # remembered `ref`s, so that a repeated request starts nothing twice
@@ -525,8 +520,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 class RequestHead:
     """A request line and its header fields, as (lower-case name, value) in the order received.
 
-    target: in origin-form. authority: what an absolute-form target named, which check_host_syntax()
-    compares with Host, or "".
+    target: in origin-form. authority: of an absolute-form target (see check_host_syntax()), or "".
     """
 
     method: str
@@ -662,55 +656,50 @@ class HttpParser:
     """Cuts the bytes of one connection into request heads and bodies.
 
     After feed(), next_head() and next_body() in turn return a head and its body; None while bytes
-    are missing. After an HttpError the connection is of no more use. Inside, each is a generator
-    that stops where bytes are missing, so what is half read is in local variables.
+    are missing. After an HttpError the connection is of no more use. Inside is a generator that
+    stops where bytes are missing, so what is half read is in its local variables.
     """
 
     def __init__(self) -> None:
-        # What was fed and is not consumed yet.
-        self._buffer = bytearray()
-        # Reads the present head or body; None between two of them.
-        self._reading: Generator[None, None, Any] | None = None
-        # Whether the request line has come, and the end of the head has not.
-        self._is_in_head = False
-        # The head whose body comes next.
-        self.head: RequestHead | None = None
+        self._buffer = bytearray()  # fed, and not consumed yet
+        self._items = self._read_items()
+        self._is_in_head = False  # the request line has come, and the end of the head has not
+        self.head: RequestHead | None = None  # whose body comes next
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is between two requests, and no byte of the next one has come."""
+        """Whether no byte of the next request has come."""
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
-        """Return the bytes after the head of an upgrade: they belong to the other protocol."""
+        """Return what follows an upgrade's head: it belongs to the other protocol."""
+        self._items.close()  # else the cycle would live until it is collected
         rest, self._buffer = self._buffer, bytearray()
         return bytes(rest)
 
     def next_head(self) -> RequestHead | None:
         """Raises HttpError 400, 413, 414, 415, 431, 501 or 505."""
         assert self.head is None, "the body of the request before was not read"
-        self.head = self._read_on(self._read_head)
-        return self.head
+        head: RequestHead | None = next(self._items)
+        return head
 
     def next_body(self) -> bytes | None:
         """Raises HttpError 400, 413 or 431."""
         assert self.head is not None, "next_head() comes first"
-        plain = functools.partial(self._read_bytes, self.head.content_length)
-        body: bytes | None = self._read_on(self._read_chunked_body if self.head.chunked else plain)
-        if body is not None:
-            self.head = None
+        body: bytes | None = next(self._items)
         return body
 
-    def _read_on(self, read: Callable[[], Generator[None, None, Any]]) -> Any:
-        self._reading = self._reading or read()
-        try:
-            return next(self._reading)
-        except StopIteration as end:
-            self._reading = None
-            return end.value
+    def _read_items(self) -> Generator[Any, None, None]:
+        while True:
+            self.head = head = yield from self._read_head()
+            yield head
+            size = head.content_length
+            body = yield from self._read_chunked_body() if head.chunked else self._read_bytes(size)
+            self.head = None
+            yield body
 
     def _read_head(self) -> Generator[None, None, RequestHead]:
         line, left = b"", MAX_HEAD_BYTES
@@ -719,8 +708,7 @@ class HttpParser:
         while not line:  # an empty line before the request line is skipped (RFC 9112, 2.2)
             while not self._buffer:
                 yield
-            # What cannot begin a request (a TLS ClientHello, say) is refused at its first byte; an
-            # LF may never come.
+            # A TLS ClientHello, say, is refused at its first byte: an LF may never come.
             if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
                 raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
             line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
@@ -747,7 +735,7 @@ class HttpParser:
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
         """Take a line without its CRLF. A bare LF is an error everywhere in it."""
-        scanned = 0  # no LF before here, so a line that arrives byte by byte is searched once
+        scanned = 0  # no LF before here: a line that arrives byte by byte is searched once
         while True:
             end = self._buffer.find(b"\n", scanned)
             # Without the CR of its end, even if its LF has not come yet.
@@ -878,8 +866,8 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address: an IP literal, "" on a Unix socket. uid: who owns the other end's socket, as the kernel
-    said right after accept; None if it did not say, or if either end is not loopback.
+    address: an IP literal, "" on a Unix socket. uid: the owner of the other end's socket, as the
+    kernel said right after accept; None if it did not say, or if either end is not loopback.
     """
 
     listener: ListenerKind
@@ -893,8 +881,8 @@ class Peer:
 
 
 def parse_ip(text: str) -> IpAddress | None:
-    """Return an address without its zone, or None. IPv4 mapped into IPv6 becomes IPv4, since
-    Python before 3.13 does not take ::ffff:127.0.0.1 for loopback.
+    """Return an address without its zone, or None. ::ffff:127.0.0.1 becomes IPv4, since Python
+    before 3.13 does not take it for loopback.
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -918,9 +906,8 @@ def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
 
 
 def check_owner(state: int, uid: int, inode: int) -> int:
-    """Return the uid of a client's socket. Raises ValueError if it tells nothing.
-
-    A socket that its process has closed may be listed with uid 0, but then it has no inode.
+    """Return the uid of a client's socket. Raises ValueError if it tells nothing: a socket that its
+    process has closed may be listed with uid 0, but then it has no inode.
     """
     # ESTABLISHED, FIN_WAIT1, FIN_WAIT2 (linux/tcp_states.h): it may have closed its sending side.
     if state not in (1, 4, 5) or inode == 0:
@@ -1008,7 +995,7 @@ def is_forwarded(head: RequestHead) -> bool:
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
-    """The Host rule: whether this is a name that an attacker's DNS cannot point at this server."""
+    """The Host rule: whether an attacker's DNS cannot point this name at this server."""
     if host is None:
         return False
     name, _ = parse_host(host)
@@ -1054,7 +1041,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that the peer is a process of the server's own account."""
+    """Whether the kernel says that it is a process of the server's own account."""
     return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
@@ -1113,20 +1100,20 @@ def find_host_key(address: str) -> str:
     return ip.packed[:8].hex() if ip and ip.version == 6 else str(ip)
 
 
+@dataclass(repr=False)
 class RateLimit:
     """How often each source may do something: `count` times in any `seconds`."""
 
-    def __init__(self, count: int, seconds: float) -> None:
-        self._count = count
-        self._seconds = seconds
-        # Source -> monotonic times of its last actions; the least recently active source first.
-        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+    count: int
+    seconds: float
+    # Source -> monotonic times of its last actions; the least recently active source first.
+    _times: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict)
 
     def take(self, source: str, now: float) -> float:
         """Count once more and return 0; or return how many seconds to wait, without counting."""
-        times = self._times.setdefault(source, deque(maxlen=self._count))
-        if len(times) == self._count and now - times[0] < self._seconds:
-            return times[0] + self._seconds - now
+        times = self._times.setdefault(source, deque(maxlen=self.count))
+        if len(times) == self.count and now - times[0] < self.seconds:
+            return times[0] + self.seconds - now
         times.append(now)
         self._times.move_to_end(source)
         if len(self._times) > MAX_LIMITED_SOURCES:
@@ -1137,8 +1124,7 @@ class RateLimit:
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), always without context takeover: each message is compressed by
-# itself. So one compression of an event serves all viewers, and no connection needs memory for a
-# window (32 KiB).
+# itself. So one compression of an event serves all viewers, and no connection keeps a window.
 
 UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # sent by both sides (1.3)
 
@@ -1155,7 +1141,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: what this file sends; Link._receive() says which count as a refusal."""
+    """RFC 6455, 7.4.1: those that this file sends; Link._receive() knows which refuse it."""
 
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
@@ -1166,8 +1152,7 @@ class CloseCode(enum.IntEnum):
     INTERNAL_ERROR = 1011
 
 
-# What a close frame may carry: registered codes, but those that are never sent, and the range for
-# libraries and applications (7.4).
+# In a close frame: registered codes but those that are never sent; and those of applications (7.4).
 VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
@@ -1234,9 +1219,7 @@ SMALL_WINDOW_BITS = 9  # for every window below 15, so an event has at most two 
 
 
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the members of a Sec-WebSocket-Extensions field, each with its parameters and their
-    values. Raises ValueError.
-    """
+    """Return the extensions of such a field, each with its parameters. Raises ValueError."""
     extensions = []
     for member in text.split(","):  # a quoted value is a token too: it has no comma or semicolon
         if not member.strip("\t "):  # empty members are allowed
@@ -1250,9 +1233,7 @@ def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int] | None:
-    """Return the parameters of permessage-deflate, 0 for no value; None if one is unknown, repeated
-    or malformed (RFC 7692, 7.1).
-    """
+    """Return the parameters of permessage-deflate, 0 for no value; None if one is wrong (7.1)."""
     found: dict[str, int] = {}
     for name, value in parameters:
         fit = DEFLATE_PARAMETERS.get(name)
@@ -1263,10 +1244,8 @@ def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int
 
 
 def choose_deflate(head: RequestHead) -> tuple[str, int]:
-    """Return the answer to the first offer that can be met, and the window bits to compress with.
-
-    ("", 0) if none can: zlib cannot produce a stream for a window of 2**8 bytes. Raises HttpError
-    400 (RFC 6455, 9.1).
+    """Return the answer to the first offer that can be met, and the window bits to compress with;
+    ("", 0) if none can: zlib has no window of 2**8 bytes. Raises HttpError 400 (RFC 6455, 9.1).
     """
     try:
         offers = parse_extensions(",".join(head.values("sec-websocket-extensions")))
@@ -1282,9 +1261,8 @@ def choose_deflate(head: RequestHead) -> tuple[str, int]:
 
 
 def check_deflate_answer(text: str) -> int:
-    """Return the window bits with which the client may compress; 0 without the extension.
-
-    Raises ValueError for an answer that DEFLATE_OFFER does not allow (RFC 7692, 5.1).
+    """Return the window bits to compress with; 0 without the extension. Raises ValueError for an
+    answer that DEFLATE_OFFER does not allow (RFC 7692, 5.1).
     """
     extensions = parse_extensions(text)
     if not extensions:
@@ -1307,9 +1285,8 @@ def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") ->
 
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
-    """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3).
-
-    As two long integers: some 400 MB/s. A loop over bytes would do 20 MB/s.
+    """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3). With two long
+    integers: 400 MB/s. A loop over bytes would do 20 MB/s.
     """
     size, start = len(data), offset % 4
     key = (mask * (size // 4 + 2))[start : start + size]
@@ -1358,8 +1335,7 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
     """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
 
-    deflates: whether permessage-deflate was negotiated. Raises WebSocketError 1002 as soon as the
-    bytes cannot become a valid header.
+    deflates: permessage-deflate was negotiated. Raises WebSocketError 1002 as soon as it is wrong.
     """
     if len(data) < 2:
         return None
@@ -1413,11 +1389,11 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
 #   OPEN -- peer's close, answered --> CLOSED
 #
 # After a violation nothing more is read. Text is checked as it arrives, also inside a frame, so an
-# invalid byte ends the connection at once, and not only when a long message is complete.
+# invalid byte ends the connection at once.
 
 
 UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
-# One reason for both: which is found first may depend on how the network has cut the bytes.
+# One reason for both: which is found first may depend on how the bytes were cut.
 BAD_DATA = "text is not UTF-8, or compressed data is damaged"
 
 
@@ -1476,9 +1452,7 @@ class DataMessage:
             raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
 
     def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
-        """Inflate a part (RFC 7692, 7.2.2), at most one byte beyond the limit: a small frame cannot
-        fill the memory.
-        """
+        """Inflate a part (RFC 7692, 7.2.2). A bomb gives at most one byte beyond the limit."""
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
         except zlib.error:
@@ -1500,10 +1474,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 def take_messages(
     buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
 ) -> Iterator[Message | None]:
-    """Yield messages from a buffer, and None whenever more bytes are needed.
-
-    Raises WebSocketError as soon as the bytes cannot become valid.
-    """
+    """Yield messages from a buffer, None whenever more bytes are needed. Raises WebSocketError."""
     message: DataMessage | None = None
     while True:
         header = parse_frame_header(buffer, deflates)
@@ -1557,12 +1528,10 @@ class WebSocketConnection:
         # How the connection ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
-        # The close frame to send then; b"" if ours was sent before.
-        self.answer = b""
+        self.answer = b""  # the close frame to send then, unless ours was sent before
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        # What was received and is not parsed yet, and what parses it.
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # received, and not parsed yet
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
         )
@@ -1583,10 +1552,7 @@ class WebSocketConnection:
 
     def take(self, data: bytes) -> Iterator[Message]:
         """Take bytes from the peer and yield the messages that they complete. Never raises: a
-        violation makes the state CLOSED.
-
-        What follows a message is parsed after it was taken: if the caller then closes the
-        connection, the rest is ignored (1.4).
+        violation makes the state CLOSED. When the caller closes, the rest is ignored (1.4).
         """
         self._buffer += data
         try:
@@ -1617,8 +1583,8 @@ class WebSocketConnection:
 
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
-# A Sample has what the kernel counts, from whichever source; two of them give rates. Time is that
-# of the monotonic clock, so a change of the wall clock has no effect.
+# A Sample has what the kernel counts, from whichever source; two of them give rates. Time is
+# monotonic, so a change of the wall clock has no effect.
 
 
 class Sample(NamedTuple):
@@ -1718,8 +1684,8 @@ class AlertRule:
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
-# and lag are normal delivery from another cursor; and what was dropped from there on is known, and
-# is sent as a `gap`. A list of seqs for each kind of event serves viewers that choose.
+# and lag are normal delivery from another cursor; and what was dropped is known: it is a `gap`.
+# A list of seqs for each kind of event serves viewers that choose.
 # OutputLog does the same for the output of one task, in bytes instead of events.
 
 # All broadcast events. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
@@ -1736,7 +1702,7 @@ class Choice(NamedTuple):
 
     @property
     def kinds(self) -> frozenset[str] | None:
-        """The Feed's kinds of events (None: all), equal for choices that mean the same."""
+        """The Feed's kinds of events (None: all); equal if two choices mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if "task_output" in kinds and self.tasks is not None:
             kinds = kinds - {"task_output"} | self.tasks
@@ -1768,8 +1734,8 @@ class Feed:
     _bytes: int = 0
     # Window bits -> seq -> compressed frame, once that was needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    # Kind -> seqs of its kept events, after that of the newest dropped one, which tells who has
-    # missed something. Older ones are deleted in bulk, when `first` is above _trim_at.
+    # Kind -> seqs of its kept events, after that of the newest dropped one, which shows gaps. Older
+    # ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
     # Up to this seq it is not known whether tasks whose lists were deleted had dropped events.
@@ -1890,7 +1856,7 @@ class OutputLog:
     """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
 
     capacity_bytes: int
-    # Each begins with a whole character, and never changes, so that readers can hold it.
+    # Each begins with a whole character, and never changes: readers hold it.
     _blocks: deque[bytes] = field(default_factory=deque)
     # Offset of the first block, of the first kept byte in it, and of the end.
     _begin: int = 0
