@@ -183,12 +183,12 @@ __version__ = "0.1.0"
 KIB = 1024
 MIB = 1024 * 1024
 
-# HTTP: enough for people and scripts, and small enough that 10,000 connections do no harm.
+# HTTP: enough for people and scripts; 10,000 connections do no harm.
 MAX_REQUEST_LINE_BYTES = 8 * KIB  # beyond: 414
 MAX_FIELD_BYTES = 8 * KIB  # one header field line; beyond: 431
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 32 * KIB
-MAX_BODY_BYTES = 256 * KIB  # beyond: 413, before the body is read where Content-Length tells
+MAX_BODY_BYTES = 256 * KIB  # beyond: 413, unread where Content-Length tells
 MAX_CHUNK_EXTENSION_BYTES = 256
 MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
@@ -216,7 +216,7 @@ MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # so that a flood hardly slows other viewers. A tenth compresses 16 MB/s.
 DEFLATE_SHARE = 0.1
 DEFLATE_SECONDS = 0.003
-PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; who never answers one is gone
+PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; finds clients that are gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
@@ -225,7 +225,7 @@ STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task a
 BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. Broadcasts alone never reach that: at most one batch of them waits.
+# tasks) is closed. Broadcasts never reach that: at most one batch of them waits.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
@@ -262,15 +262,15 @@ MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
-MAX_REFS = 10000  # remembered `ref`s, so that a repeated request starts nothing twice
+MAX_REFS = 10000  # remembered, so that a repeated request starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999  # columns or rows
 MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
 KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it too
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
-# What the kernel holds for a reader is lost when its connection is cut: up to 32 MiB on the
-# reader's side (tcp_rmem). So a task with a window keeps KEEP_TIMES as much as --keep-output says.
+# What the kernel holds for a reader is lost when its connection is cut: up to 32 MiB (tcp_rmem). So
+# a task with a window keeps KEEP_TIMES as much as --keep-output says.
 KEEP_TIMES = 5
 
 # Access.
@@ -280,9 +280,9 @@ WRONG_TOKEN_SECONDS = 60.0
 MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
-MAX_REFUSALS = 100  # recorded at once, then one a second, so that nobody can fill the disk
+MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, which is held for 0.05 ms unless its holder hangs
-LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were not enough once, since the event loop waits too
+LOCKED_SECONDS = 0.001  # once LOCK_SECONDS were not enough: the event loop waits, too
 
 # Statistics.
 FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
@@ -290,11 +290,11 @@ FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (exc
 # Alert webhook.
 WEBHOOK_SECONDS = 10.0  # to connect, and again to get the answer
 WEBHOOK_PAUSES = (1.0, 5.0)  # before the second and the third try: the receiver may be restarting
-MAX_WEBHOOK_ALERTS = 100  # waiting; beyond, the oldest is dropped, since the newest matters most
+MAX_WEBHOOK_ALERTS = 100  # waiting; beyond, the oldest is dropped: the newest matters most
 
 # Discovery (UDP).
 DISCOVERY_PROBE = b"DISCOVER_SERVER"
-MAX_DISCOVERY_REPLY_BYTES = 256  # small, so that nobody can use the server to amplify a flood
+MAX_DISCOVERY_REPLY_BYTES = 256  # small, so that the server amplifies no flood
 MAX_REPLIES_PER_SECOND = 50
 MAX_REPLIES_PER_SOURCE = 5
 
@@ -304,25 +304,25 @@ LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
-MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could use up all places
+MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could take all places
 NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 of them a second
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
 SWEEP_SECONDS = 0.5  # between two checks of deadlines
 STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
-LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
+LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes it without blocking
 
 # Client.
 CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 s and 3 s
 ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
-MAX_EVENT_FRAGMENTS = 1024  # a proxy may split such an event into pieces of 16 KiB
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; `hello` lists them in one event
+MAX_EVENT_FRAGMENTS = 1024  # a proxy may split it into pieces of 16 KiB
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # before the first retry of a client; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
-REFUSED_RETRY_SECONDS = 20.0  # longer, since a wrong token does not become right by itself
+REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
 SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
 BEAT_SECONDS = 5.0  # `exec` asks how its task stands
 EXEC_GIVE_UP_SECONDS = WINDOW_SECONDS  # without a connection
@@ -332,10 +332,10 @@ INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # to write what is left when a command of the client ends
 REFUSED = range(400, 500)  # with such a status the same request would fail again (RFC 9110, 15.5)
 # Two states of an UnreachableError that no server has sent.
-SAME_STATUS = 208  # the server was named twice, and its other name runs the command
+SAME_STATUS = 208  # the server was named twice: its other name runs the command
 ENDED_STATUS = 410  # contact was lost, but the command has ended
 UNREACHABLE_STATUS = 125  # the exit status of `docker run` and `timeout` for their own failures
-MAX_LINE_BYTES = 64 * KIB  # longer ones are cut where several servers write
+MAX_LINE_BYTES = 64 * KIB  # where several servers write; longer ones are cut
 LOG_ERROR_SECONDS = 60.0  # between two complaints about an audit or monitor's log
 MAX_WAITING_BYTES = 16 * MIB  # queued while that log cannot be written; beyond, a gap is recorded
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
@@ -344,7 +344,7 @@ LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
 LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after this many bytes the log gets new `position` records
 MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: some 2 MiB
 MAX_FOUND_SERVERS = 10000
-MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers on one machine may answer six times each
+MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers there may answer six times each
 ONCE_SECONDS = 5.0  # for `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
@@ -358,8 +358,8 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# What a user, a peer or the machine causes. Exactly one place tells each type to the peer. Any
-# other exception is a bug in this file.
+# What a user, a peer or the machine causes. One place tells each type to the peer. Any other
+# exception is a bug in this file.
 
 
 class ServerControlError(Exception):
@@ -378,7 +378,7 @@ class StartError(ServerControlError):
 class HttpError(ServerControlError):
     """A request that is answered with a status and a JSON body; the connection may close.
 
-    fields: header fields of the answer, such as `Allow` with 405 (RFC 9110, 15.5.6).
+    fields: of the answer's head, such as `Allow` with 405 (RFC 9110, 15.5.6).
     """
 
     status: int
@@ -427,8 +427,8 @@ def explain(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-# CommandError.code -> status of the HTTP answer; any other code is 400. A code that keeps somebody
-# out is in REFUSALS (section 16) as well, for the audit log and /metrics.
+# CommandError.code -> status of the HTTP answer; else 400. A code that keeps somebody out is in
+# REFUSALS (section 16), too, for the audit log and /metrics.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -505,8 +505,7 @@ class Config:
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
 # HTTP/1.1 requests and responses (RFC 9110, RFC 9112). The parser is as strict as the RFCs allow:
 # if two programs read one message differently, a request can be smuggled past one of them. So it
-# accepts no bare LF, no obs-fold, no repeated Content-Length, and no Transfer-Encoding but a single
-# `chunked`.
+# takes no bare LF, obs-fold or repeated Content-Length, and no Transfer-Encoding but `chunked`.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
@@ -587,9 +586,8 @@ def parse_request_line(line: bytes) -> RequestHead:
 
 
 def parse_field(line: bytes) -> tuple[str, str]:
-    """Return (lower-case name, value) of a header field line (RFC 9112, 5).
-
-    Raises HttpError 400, also for obs-fold and for space before the colon.
+    """Return (lower-case name, value) of a header field line (RFC 9112, 5). Raises HttpError 400,
+    also for obs-fold and for space before the colon.
     """
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
@@ -598,10 +596,7 @@ def parse_field(line: bytes) -> tuple[str, str]:
 
 
 def parse_body_framing(head: RequestHead) -> RequestHead:
-    """Return the head with the length of its body (RFC 9112, 6).
-
-    Raises HttpError 400, 413, 415 or 501.
-    """
+    """Add the length of the body (RFC 9112, 6). Raises HttpError 400, 413, 415 or 501."""
     lengths, codings = head.values("content-length"), head.values("transfer-encoding")
     if lengths and codings:
         raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
@@ -619,17 +614,16 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
         return head
     if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise HttpError(400, "bad_length", "Content-Length must be one number")
-    # A longer number is too large anyway, and int() is slow on very long ones.
-    length = int(lengths[0]) if len(lengths[0]) <= 18 else sys.maxsize
-    if length > MAX_BODY_BYTES:
+    # int() is slow on very long numbers.
+    if len(lengths[0]) > 18 or int(lengths[0]) > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
-    return dataclasses.replace(head, content_length=length)
+    return dataclasses.replace(head, content_length=int(lengths[0]))
 
 
 def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
     """Return the parameters of a query; a name without "=" has the value "". Raises HttpError 400.
 
-    repeatable: may occur more than once; its values are joined with commas.
+    repeatable: the name whose values are joined with commas.
     """
     parameters: dict[str, str] = {}
     try:
@@ -734,7 +728,7 @@ class HttpParser:
         return fields
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
-        """Take a line without its CRLF. A bare LF is an error everywhere in it."""
+        """Take a line without its CRLF. A bare LF is an error."""
         scanned = 0  # no LF before here: a line that arrives byte by byte is searched once
         while True:
             end = self._buffer.find(b"\n", scanned)
@@ -834,7 +828,7 @@ TOKEN_PLACES = (
 class Role(enum.Enum):
     """What a client may do: VIEW watches; RUN also starts, stops and types.
 
-    Compared in Server.check_role() and follow_response(); load_tokens() has a token for each.
+    Compared in Server.check_role() and follow_response(). Each has a token: load_tokens().
     """
 
     VIEW = "view"
@@ -937,8 +931,7 @@ def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> int:
 
 
 def parse_host(value: str) -> tuple[str, int | None]:
-    """Return (lower-case name or address without brackets, port or None). RFC 9110, 7.2.
-
+    """Return (lower-case name, or address without brackets; port or None), as in RFC 9110, 7.2.
     Raises HttpError 400.
     """
     match = HOST.fullmatch(value)
@@ -1009,7 +1002,7 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 def find_tokens(head: RequestHead) -> list[bytes]:
     """Return the tokens in a request. A malformed one becomes b"", and so counts as wrong.
 
-    The subprotocol `bearer.T` is for browsers, which cannot add fields to a WebSocket upgrade.
+    The subprotocol `bearer.T` is for browsers, which cannot add fields to an upgrade.
     """
     matches = map(BEARER.fullmatch, head.values("authorization"))
     offers = head.members("sec-websocket-protocol")
@@ -1031,7 +1024,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     shown = [] if policy.no_auth else find_tokens(head)
     if not shown:
         return None
-    # Each comparison takes constant time, and all are made, so that timing reveals nothing.
+    # Each comparison takes constant time, and all are made: timing reveals nothing.
     pairs = itertools.product(shown, policy.tokens.items())
     roles = [role for one, (role, token) in pairs if secrets.compare_digest(one, token)]
     if len(shown) != 1 or len(roles) != 1:
@@ -1065,10 +1058,7 @@ def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
 
 
 def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | None:
-    """The gate: return the role of a request, None where it passes without one (rule 5).
-
-    Raises HttpError 400, 401, 403 or 415.
-    """
+    """The gate: return a request's role, or None by rule 5. Raises HttpError 400, 401, 403, 415."""
     host = check_host_syntax(head)
     check_origin(policy, peer.scheme, host, head)
     role = check_tokens(policy, head)
@@ -1159,7 +1149,7 @@ VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 class FrameHeader(NamedTuple):
     """The part of a frame before its payload. mask: 4 bytes, or None. size: of this header.
 
-    is_deflated: RSV1, which marks the first frame of a compressed message (RFC 7692, 7.2).
+    is_deflated: RSV1, set in the first frame of a compressed message (RFC 7692, 7.2).
     """
 
     fin: bool
@@ -1215,7 +1205,7 @@ DEFLATE_PARAMETERS = {
 }
 DEFLATE = "permessage-deflate"
 DEFLATE_OFFER = f"{DEFLATE}; server_no_context_takeover; client_no_context_takeover"
-SMALL_WINDOW_BITS = 9  # for every window below 15, so an event has at most two compressed forms
+SMALL_WINDOW_BITS = 9  # for every window below 15: an event has at most two compressed forms
 
 
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -1311,7 +1301,7 @@ def encode_frame(
 
 
 DEFLATE_TAIL = b"\0\0\xff\xff"  # a flush ends with it; it is not sent (RFC 7692, 7.2.1)
-# With a final empty block, which ends the stream only if the block before it is whole.
+# The final empty block ends the stream only if the block before it is whole.
 INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
@@ -1327,7 +1317,7 @@ def deflate(payload: bytes, bits: int) -> bytes:
 
 
 def deflate_frame(frame: bytes, bits: int) -> bytes:
-    """Return a text frame of a server compressed, or as it is where that does not pay."""
+    """Compress a server's text frame, if that pays."""
     data = deflate(frame[{126: 4, 127: 10}.get(frame[1], 2) :], bits)
     return encode_frame(Opcode.TEXT, data, is_deflated=True) if data else frame
 
@@ -1382,8 +1372,8 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
 
 
 # 8. WebSocket connection ─────────────────────────────────────────────────────────────────────
-# The life of one connection after the handshake (RFC 6455, sections 5.4 to 8.1), for both roles,
-# without a socket: bytes go in, messages come out, and frames to send are returned.
+# One connection after the handshake (RFC 6455, sections 5.4 to 8.1), for both roles, without a
+# socket: bytes go in; messages come out, and frames to send.
 #
 #   OPEN -- close() or fail --> CLOSING -- peer's close --> CLOSED
 #   OPEN -- peer's close, answered --> CLOSED
@@ -1420,7 +1410,7 @@ class DataMessage:
         self.max_bytes = max_bytes
         self.max_fragments = max_fragments
         self.parts: list[Any] = []
-        # The size of the parts, and that of the frames according to their headers.
+        # Of the parts, and of the frames according to their headers.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
         # It also reads all smaller windows.
@@ -1509,8 +1499,8 @@ def take_messages(
 class WebSocketConnection:
     """One end of a WebSocket connection.
 
-    make_mask: for a client, returns 4 unpredictable bytes (5.3); None for a server.
-    deflate_bits: the window to compress with; 0 if permessage-deflate was not negotiated.
+    make_mask: a client's, returns 4 unpredictable bytes (5.3); None for a server.
+    deflate_bits: the window to compress with; 0 without permessage-deflate.
     """
 
     __slots__ = (
@@ -1898,9 +1888,8 @@ class OutputLog:
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
-# JSON on the wire: events, requests, and answers to probes. All text that is sent is valid UTF-8,
-# and every field of an incoming request is checked here. Also the metrics in Prometheus' text
-# format, and the HTTP request that carries an alert to the webhook.
+# JSON on the wire: events, requests, answers to probes. All text that is sent is valid UTF-8, and
+# every field of a request is checked here. Also Prometheus' text format, and the webhook's request.
 
 REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -1916,8 +1905,7 @@ def encode_json(value: Any) -> bytes:
 def escape_json_text(text: bytes) -> bytes:
     """Return UTF-8 text escaped for the inside of a JSON string (RFC 8259, 7).
 
-    This is the most expensive step of a flood. Without rare control characters it is four times as
-    fast as json.dumps.
+    The most expensive step of a flood: usually this is four times as fast as json.dumps.
     """
     if text.translate(None, NOT_ESCAPED):
         return ENCODE_JSON(text.decode()).encode()[1:-1]
@@ -1976,9 +1964,9 @@ def parse_json_object(text: str | bytes) -> Fields:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: the text of standard input, or True if it comes later. ref: requests with the same one
-    start one task, so that a client can repeat a request whose answer was lost. window: how many
-    bytes of output may be read before a `?follow` reader has taken them; 0 is no limit.
+    stdin: its text, or True if it comes later. ref: requests with the same one start one task, so a
+    client can repeat one whose answer was lost. window: how many bytes of output may be read before
+    a `?follow` reader has taken them; 0 is no limit.
     """
 
     command: str
@@ -2089,7 +2077,7 @@ def check_form_body(body: bytes) -> None:
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
     """Return what the body of `POST /exec` asks for. Raises CommandError.
 
-    It is JSON if its media type says so, or if it begins with "{"; else the command, verbatim.
+    It is JSON if its type says so, or if it begins with "{"; else the command, verbatim.
     """
     if media_type.startswith("multipart/"):
         message = "send the command as the body itself (curl -d) or as JSON"
@@ -2140,7 +2128,7 @@ def parse_choice_query(parameters: Mapping[str, str]) -> Choice:
     return parse_choice(fields, Choice())
 
 
-DEFAULT_SIGNAL = "TERM"  # if a client names none; Tasks.stop() itself has the same
+DEFAULT_SIGNAL = "TERM"  # if a client names none; as in Tasks.stop()
 SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not its alias CLD
 
 
@@ -2154,10 +2142,7 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """Return the answer to a probe, with a long hostname cut; see parse_discovery_reply().
-
-    facts: of Server._describe_for_probe().
-    """
+    """Return the answer to a probe, with a long hostname cut; see parse_discovery_reply()."""
     reply = {"type": "SERVER_RESPONSE", **facts}
     while len(encoded := encode_json(reply)) > MAX_DISCOVERY_REPLY_BYTES:
         assert reply["hostname"]  # the other fields take 172 bytes
@@ -2166,8 +2151,8 @@ def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
 
 
 def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link, from /proc/net/route (proc(5)), but no default route
-    without a gateway (a tunnel): all addresses would be on-link.
+    """Return the networks that are on-link, from /proc/net/route (proc(5)); not a default route
+    without a gateway (a tunnel): every address would be.
     """
     networks = []
     for line in route.splitlines()[1:]:
@@ -2189,8 +2174,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        # Of the values up to each bound, and of those above all.
-        self._counts = [0] * (len(bounds) + 1)
+        self._counts = [0] * (len(bounds) + 1)  # the last: above all bounds
         self._sum = 0.0
 
     def add(self, value: float) -> None:
@@ -2209,7 +2193,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
     """Return rows of (name, value, help) in Prometheus' text format 0.0.4.
 
     A value is a number, a Histogram, None if it is not known yet or, for a "name{label}", {value of
-    the label: number}. All exporters use the same names for what is of the process.
+    the label: number}. All exporters share the names of what is of the process.
     """
     lines: list[str] = []
     for title, value, text in rows:
@@ -2244,7 +2228,7 @@ def parse_webhook_url(url: str) -> WebhookUrl:
     parts = urllib.parse.urlsplit(url)
     account, at, host_field = parts.netloc.rpartition("@")
     host, port = parse_host(host_field)
-    # Any other character could end a line of the request, or be parsed otherwise than it looks.
+    # Other characters could end a line of the request, or be parsed otherwise than they look.
     if parts.scheme not in DEFAULT_PORTS or port == 0 or not re.fullmatch(r"[!-\[\]-~]+", url):
         raise ValueError("not an http or https URL")
     fields = [
@@ -2287,9 +2271,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
 # reads; the folder can be read-only; the disk can be full.
 #
 # The audit log has one JSON object per line. `prev` in each is the SHA-256 of the line before, so a
-# changed or missing line shows. The file is opened and locked for each record: so it can be rotated
-# by renaming, and servers of one account share it. FILE.head has the hash of the newest line: the
-# first record after a rotation names it, and it shows if the end was cut off.
+# changed or missing line shows. The file is opened and locked for each record: it can be rotated by
+# renaming, and servers of one account share it. FILE.head has the hash of the newest line: the
+# first record after a rotation names it, and a cut end shows.
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -2319,10 +2303,10 @@ def format_value(value: Any) -> str:
 
 
 def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
-    """Write data to a descriptor that is ready within a time; return the bytes written.
+    """Write data if a descriptor is ready in time; return the bytes written. Raises OSError.
 
     A pipe that is ready takes PIPE_BUF bytes without blocking (pipe(7)), so data is not longer.
-    O_NONBLOCK would be set for all processes that share the descriptor. Raises OSError.
+    O_NONBLOCK would be set for all processes that share the descriptor.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -2333,7 +2317,7 @@ def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
-    """Write at most LOG_LINE_BYTES if that needs no waiting; return whether it was written."""
+    """Write at most LOG_LINE_BYTES if that needs no waiting; return whether they were written."""
     try:
         return write_some(fd, line) == len(line)
     except OSError:
@@ -2359,7 +2343,7 @@ LOG_HINTS = {
 
 
 def shorten_texts(fields: Mapping[str, Any]) -> Fields:
-    """Return fields with long texts cut in the middle: a trace tells most at its end."""
+    """Cut long texts in the middle: a trace tells most at its end."""
     return {
         name: value[:80] + " ... " + value[-165:]
         if isinstance(value, str) and len(value) > 250
@@ -2449,8 +2433,7 @@ def is_at(path: str, fd: int) -> bool:
 class TaskIds:
     """Task ids that go on rising across restarts, shared by all servers of this account.
 
-    A file in the state folder has the newest one. Without it ids follow the wall clock's
-    milliseconds.
+    A file in the state folder has the newest one. Without it ids follow the wall clock.
     """
 
     _folder: str | None
@@ -2458,7 +2441,6 @@ class TaskIds:
     _last: int = 0
 
     def take(self) -> str:
-        """Return the next id."""
         last = None
         if self._folder is not None:
             try:
@@ -2472,7 +2454,7 @@ class TaskIds:
         with open_private_file(path) as file:
             lock_file(file)
             text = file.read(64).decode("ascii", "replace").strip()
-            # If that is damaged, go on from a number that counting from 1 cannot have reached.
+            # If that is damaged, go on from a number that no counting from 1 has reached.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
             # Fixed width: one write replaces it whole.
@@ -2485,7 +2467,7 @@ class TaskIds:
 def find_own_folder(
     environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
 ) -> str:
-    """Return our folder in one of the XDG specification, which ignores relative paths."""
+    """Return our folder as the XDG specification has it, which ignores relative paths."""
     base = environ.get(variable, "")
     if not os.path.isabs(base):
         base = os.path.expanduser(usual)
@@ -2539,8 +2521,8 @@ def check_token(source: str, token: str) -> str:
 
 
 def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
-    """Raise PermissionError unless the file is of one of these accounts, and no others have any of
-    these rights to it. owners: None if it may be any account's, and a pipe.
+    """Raise PermissionError unless the file is of one of these accounts, and others have none of
+    these rights. owners: None if it may be any account's, and a pipe.
     """
     status, problem = os.fstat(fd), ""
     if owners is not None and not stat.S_ISREG(status.st_mode):
@@ -2558,8 +2540,8 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
     credentials: the folder that systemd made for this service alone ($CREDENTIALS_DIRECTORY). There
     a file may be root's, with an access list for the service's account, which shows as the group's
-    right to read. is_client: the token gives no rights here. So the file may belong to any account
-    (root may use a service's token), and be a link or a pipe, as of `<(…)`.
+    right to read. is_client: the token gives no rights here. So the file may be any account's (root
+    may use a service's token), and a link or a pipe, as of `<(…)`.
     """
     is_credential = bool(credentials) and os.path.dirname(path) == credentials
     owners = {os.geteuid(), 0} if is_credential else {os.geteuid()}
@@ -2578,10 +2560,7 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
 
 def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
-    """Return the token in the state folder, made if it is missing, and its path.
-
-    (None, None) where none can be kept.
-    """
+    """Return the token in the state folder, made if missing, and its path; else (None, None)."""
     if folder is None:
         return None, None
     path = os.path.join(folder, name)
@@ -2610,8 +2589,8 @@ class Tokens(NamedTuple):
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens, and remove them from the environment, which wins over the option, and that
-    over the state folder. Raises ConfigError.
+    """Return the tokens and remove them from the environment. That wins over the option, and the
+    option over the state folder. Raises ConfigError.
     """
     found: list[tuple[str | None, str | None]] = []
     for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
@@ -2635,8 +2614,7 @@ def load_tokens(
 ZERO_HASH = "0" * 64  # before the first line of all
 
 
-def hash_line(line: bytes) -> str:
-    """line: without its newline."""
+def hash_line(line: bytes) -> str:  # without its newline
     return hashlib.sha256(line).hexdigest()
 
 
@@ -2675,7 +2653,7 @@ class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
     Server writes start, stop, refused and task_kill; Tasks._tell() and complete_crashed_runs()
-    task_start and task_complete. path: "-" is stderr, "none" nothing.
+    task_start and task_complete. path: or "-" (stderr), or "none".
     """
 
     path: str
@@ -2685,19 +2663,18 @@ class AuditLog:
     _hash: str = ZERO_HASH
     _written: tuple[int, int, int] | None = None
     _lock_seconds: float = LOCK_SECONDS
-    # When the last refusal would be written if each took a second (monotonic). Those that come when
-    # it is MAX_REFUSALS seconds ahead are left out, and counted.
+    # When the last refusal would be written if each took a second (monotonic). While that is
+    # MAX_REFUSALS seconds ahead, others are left out, and counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
-    # Records that could not be written.
-    errors: int = 0
+    errors: int = 0  # records that could not be written
 
     @property
     def is_file(self) -> bool:
         return self.path not in ("-", "none")
 
     def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
-        """Write a record. boot_id: of the run that it is about, if that is not this one."""
+        """Write a record. boot_id: of the run that it is about, if another."""
         if self.path == "none":
             return
         record = {
@@ -2707,11 +2684,9 @@ class AuditLog:
             "boot_id": boot_id or self.boot_id,
             **fields,
         }
+        write = self._write_to_stderr if self.path == "-" else self._append
         try:
-            if self.path == "-":
-                self._write_to_stderr(record)
-            else:
-                self._append(record)
+            write(record)
         except OSError as error:
             self.errors += 1
             why = explain(error)
@@ -2777,8 +2752,7 @@ def check_chain(
 ) -> tuple[list[str], bool, str]:
     """Walk the chain of records; return what is to be said, whether it holds, and its last hash.
 
-    prev: the hash that the first record must name, None for any. head: that of the newest line,
-    according to FILE.head, None if unknown.
+    prev: the hash that the first record must name. head: what FILE.head says. Either may be None.
     """
     count, first_prev, told, is_broken = 0, "", [], False
     seen_head = head is None or head == prev

@@ -2239,7 +2239,7 @@ class TestRandomInput:
 
     @pytest.mark.parametrize("name, count", [
         ("http", 500), ("h11", 4000), ("frames", 9000), ("websocket", 600), ("websockets", 4000),
-        ("deflated", 200), ("query", 1000), ("access", 1000), ("body", 1000), ("proc", 1000),
+        ("deflated", 200), ("query", 1000), ("access", 1000), ("body", 1000),
     ])  # fmt: skip
     def test_nothing_is_found(self, name: str, count: int) -> None:
         job, ends = FUZZ_JOBS[name], set()
