@@ -171,6 +171,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     OwnerQuery = Callable[[Endpoint, Endpoint], int]  # returns a uid
     Rule = tuple[Callable[[Any], bool], str]  # whether a value may be, and what it must be
     Fields = dict[str, Any]  # of a JSON object, by name
+    Kinds = frozenset[str] | None  # of events, or task ids; None is all
     Publish = Callable[..., Fields]  # Viewers.publish
     Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
     Command = Callable[["Server", "Viewer", Fields], "Fields | None"]
@@ -221,7 +222,7 @@ CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
 STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
 
-# Of one write. A stalled viewer costs no more than that; larger writes gained nothing.
+# Of one write, which is all that a stalled viewer costs; larger ones gained nothing.
 BATCH_BYTES = 64 * KIB
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
 # A client with more unread replies than this plus its largest one (`hello` lists all running
@@ -240,7 +241,7 @@ ROUND_STEP = 16  # viewers between two looks at the clock
 FEW_VIEWERS = 8
 FEW_PAUSE_SECONDS = 0.0005
 # How long tasks pause for viewers that fall behind (Viewers._update_pressure). So a viewer that
-# takes 32 MB/s loses no event, and one that stops reading delays a task by LATELY_SECONDS, once.
+# takes 32 MB/s loses nothing; one that stops reading delays a task by LATELY_SECONDS, once.
 PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
 PRESSURE_SECONDS = 0.002  # between two checks
@@ -257,10 +258,10 @@ EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
 # A pipe's capacity. Escaped as JSON it stays below 1 MiB, the usual limit of WebSocket clients.
 READ_CHUNK_BYTES = 64 * KIB
-OUTPUT_BLOCK_BYTES = 16 * KIB  # kept output is stored in blocks, to which short chunks are joined
+OUTPUT_BLOCK_BYTES = 16 * KIB  # kept output is in blocks, to which short chunks are joined
 MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up per batch
-MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB for one argument (MAX_ARG_STRLEN)
+MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB an argument (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
 MAX_REFS = 10000  # remembered, so that a repeated request starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
@@ -281,7 +282,7 @@ MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
-LOCK_SECONDS = 1.0  # to wait for a file's lock, which is held for 0.05 ms unless its holder hangs
+LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
 LOCKED_SECONDS = 0.001  # once LOCK_SECONDS were not enough: the event loop waits, too
 
 # Statistics.
@@ -305,7 +306,7 @@ ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
 HANDSHAKE_SECONDS = 10.0  # TLS
 TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
 MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could take all places
-NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 of them a second
+NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 a second
 MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
 SWEEP_SECONDS = 0.5  # between two checks of deadlines
@@ -341,14 +342,14 @@ MAX_WAITING_BYTES = 16 * MIB  # queued while that log cannot be written; beyond,
 MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
 MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
 LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
-LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # after this many bytes the log gets new `position` records
+LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # between its `position` records
 MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: some 2 MiB
 MAX_FOUND_SERVERS = 10000
 MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers there may answer six times each
 ONCE_SECONDS = 5.0  # for `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
-# How a server's row is coloured, by its state; "" is the title row, in reverse video.
+# Of a server's row, by its state; "" is the title row, in reverse video.
 STATE_COLOURS = {
     "": "\x1b[7m",
     "silent": "\x1b[1;31m",
@@ -367,7 +368,7 @@ class ServerControlError(Exception):
 
 
 class ConfigError(ServerControlError):
-    """An option, variable or file that cannot be used: one line on stderr, exit status 2."""
+    """An option, variable or file cannot be used: one line on stderr, exit status 2."""
 
 
 class StartError(ServerControlError):
@@ -388,7 +389,7 @@ class HttpError(ServerControlError):
 
 
 class UnreachableError(ServerControlError):
-    """A server that the client cannot reach, or that refuses; `exec` ends with status 125.
+    """A server that cannot be reached, or that refuses; `exec` ends with status 125.
 
     status: of its answer, else 0.
     """
@@ -410,8 +411,8 @@ class OutputError(ServerControlError):
 class WebSocketError(ServerControlError):
     """A violation of RFC 6455, or of a limit, that ends the connection."""
 
-    close_code: int
     reason: str
+    close_code: int = 1002  # CloseCode.PROTOCOL_ERROR
 
 
 @dataclass(eq=False, repr=False)
@@ -450,7 +451,7 @@ COMMAND_STATUS = {
 
 @dataclass(frozen=True)
 class Config:
-    """All options of `serve`, under the names that the command line gives them."""
+    """All options of `serve`, under their names on the command line."""
 
     # `localhost` is ::1 first on most machines, and many clients do not try its second address.
     host: tuple[str, ...] = ("127.0.0.1", "::1")
@@ -489,7 +490,7 @@ class Config:
         return bool(self.tls_cert)
 
     def limits(self) -> dict[str, int]:
-        """What `hello` and `/info` tell clients about the bounds they will meet."""
+        """What `hello` and `/info` tell clients."""
         return {
             "max_tasks": self.max_tasks,
             "max_clients": self.max_clients,
@@ -650,15 +651,18 @@ class HttpParser:
     """Cuts the bytes of one connection into request heads and bodies.
 
     After feed(), next_head() and next_body() in turn return a head and its body; None while bytes
-    are missing. After an HttpError the connection is of no more use. Inside is a generator that
-    stops where bytes are missing, so what is half read is in its local variables.
+    are missing. After an HttpError it is of no more use. Inside is a generator that stops where
+    bytes are missing, so what is half read is in local variables.
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()  # fed, and not consumed yet
+        # What was fed and is not consumed yet.
+        self._buffer = bytearray()
         self._items = self._read_items()
-        self._is_in_head = False  # the request line has come, and the end of the head has not
-        self.head: RequestHead | None = None  # whose body comes next
+        # Whether the request line has come, and the end of the head has not.
+        self._is_in_head = False
+        # The head whose body comes next.
+        self.head: RequestHead | None = None
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -730,19 +734,18 @@ class HttpParser:
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
         """Take a line without its CRLF. A bare LF is an error."""
         scanned = 0  # no LF before here: a line that arrives byte by byte is searched once
-        while True:
-            end = self._buffer.find(b"\n", scanned)
-            # Without the CR of its end, even if its LF has not come yet.
-            size = len(self._buffer) - self._buffer.endswith(b"\r") if end < 0 else end - 1
-            if size > limit:
+        while (end := self._buffer.find(b"\n", scanned)) < 0:
+            # The CR of its end may have come before the LF.
+            if len(self._buffer) - self._buffer.endswith(b"\r") > limit:
                 raise too_long
-            if end >= 0:
-                break
             scanned = len(self._buffer)
             yield
-        if end == 0 or self._buffer[end - 1] != 0x0D:
+        if end > limit + 1:
+            raise too_long
+        line = yield from self._read_bytes(end + 1)
+        if not line.endswith(b"\r\n"):
             raise HttpError(400, "bad_line", "a line does not end with CRLF")
-        return (yield from self._read_bytes(end + 1))[:-2]
+        return line[:-2]
 
     def _read_bytes(self, count: int) -> Generator[None, None, bytes]:
         while len(self._buffer) < count:
@@ -776,7 +779,7 @@ class HttpParser:
 
 def encode_fields(fields: Iterable[tuple[str, str]]) -> bytes:
     """Return header or trailer fields with the empty line that ends them (RFC 9112, 5)."""
-    return "".join([*(f"{name}: {value}\r\n" for name, value in fields), "\r\n"]).encode("latin-1")
+    return "".join(f"{name}: {value}\r\n" for name, value in fields).encode("latin-1") + b"\r\n"
 
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
@@ -836,7 +839,7 @@ class Role(enum.Enum):
 
 
 class ListenerKind(enum.Enum):
-    """What a listening socket is bound to, as the socket itself says (not the options)."""
+    """What a listening socket is bound to, as it says itself (not the options)."""
 
     LOOPBACK = "loopback"
     NETWORK = "network"
@@ -956,19 +959,14 @@ def check_host_syntax(head: RequestHead) -> str | None:
     return hosts[0] if hosts else None
 
 
-def is_own_origin(origin: str, scheme: str, host: str | None) -> bool:
-    """Whether the origin is `scheme://host`, an absent port being the scheme's default."""
-    port = f":{DEFAULT_PORTS[scheme]}"
-    own = f"{scheme}://{host.lower().removesuffix(port)}" if host else None
-    return origin.lower().removesuffix(port) == own
-
-
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
     """Rule 2. Raises HttpError 403 or 415."""
     origins = head.values("origin")
     origin = origins[0] if len(origins) == 1 else ""
     listed = origin in policy.allow_origins
-    if origins and not listed and not is_own_origin(origin, scheme, host):
+    default = f":{DEFAULT_PORTS[scheme]}"  # may be left out
+    own = f"{scheme}://{host.lower().removesuffix(default)}" if host else None
+    if origins and not listed and origin.lower().removesuffix(default) != own:
         name = origin if re.fullmatch(r"[!-~]{1,200}", origin) else "ORIGIN"
         message = f"this web page may not use this server, unless it has --allow-origin {name}"
         raise HttpError(403, "bad_origin", message)
@@ -992,7 +990,7 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
     if host is None:
         return False
     name, _ = parse_host(host)
-    if name in policy.allow_hosts or host.lower() in policy.allow_hosts or name == "localhost":
+    if name == "localhost" or policy.allow_hosts & {name, host.lower()}:
         return True
     if policy.no_auth:
         return parse_ip(name) is not None or name == policy.hostname
@@ -1043,7 +1041,7 @@ def is_preflight(head: RequestHead) -> bool:
 
 
 def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
-    """Return why a request without a token is refused, and what helps."""
+    """Say why a request without a token is refused, and what helps."""
     reason = "a token is needed"
     if peer.is_local and not policy.require_token:
         if is_forwarded(head):
@@ -1171,7 +1169,7 @@ def is_upgrade(head: RequestHead) -> bool:
 
 
 def upgrade_required(message: str) -> HttpError:
-    """Return the answer to a WebSocket client that must change its request (RFC 6455, 4.4)."""
+    """Return the answer to a client that must change its upgrade (RFC 6455, 4.4)."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return HttpError(426, "upgrade_required", message, fields)
 
@@ -1332,18 +1330,18 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
     fin, opcode, length = bool(data[0] & 0x80), data[0] & 0x0F, data[1] & 0x7F
     may_deflate = deflates and opcode in (Opcode.TEXT, Opcode.BINARY)  # RFC 7692, 6
     if data[0] & (0x30 if may_deflate else 0x70):
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+        raise WebSocketError("reserved bit set")
     if opcode & 7 > 2:  # 3 to 7 and 11 to 15
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "reserved opcode")
+        raise WebSocketError("reserved opcode")
     if opcode >= Opcode.CLOSE and (not fin or length > MAX_CONTROL_PAYLOAD_BYTES):  # 5.5
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "control frame fragmented or too long")
+        raise WebSocketError("control frame fragmented or too long")
     start = 2 + {126: 2, 127: 8}.get(length, 0)
     if len(data) < start:
         return None
     if start > 2:
         length = int.from_bytes(data[2:start], "big")
         if not (126 if start == 4 else 65536) <= length < 2**63:
-            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "frame length not in its shortest form")
+            raise WebSocketError("frame length not in its shortest form")
     end = start + (4 if data[1] & 0x80 else 0)
     if len(data) < end:
         return None
@@ -1357,17 +1355,16 @@ def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
         return None, ""
     code = int.from_bytes(payload[:2], "big")
     if code not in VALID_CLOSE_CODES:  # nor is a single byte a code
-        raise WebSocketError(CloseCode.PROTOCOL_ERROR, "invalid close code")
+        raise WebSocketError("invalid close code")
     try:
         return code, payload[2:].decode()
     except UnicodeDecodeError:
-        raise WebSocketError(CloseCode.INVALID_DATA, "close reason is not UTF-8") from None
+        raise WebSocketError("close reason is not UTF-8", CloseCode.INVALID_DATA) from None
 
 
 def encode_close_payload(code: int, reason: str = "") -> bytes:
-    """Return the payload of a close frame; the reason is cut to fit, on a character."""
-    room = MAX_CONTROL_PAYLOAD_BYTES - 2
-    text = reason.encode()[:room].decode("utf-8", "ignore")
+    """Return a close frame's payload; the reason is cut to fit, on a character."""
+    text = reason.encode()[: MAX_CONTROL_PAYLOAD_BYTES - 2].decode("utf-8", "ignore")
     return struct.pack("!H", code) + text.encode()
 
 
@@ -1422,9 +1419,9 @@ class DataMessage:
         self.fragments += 1
         # Compressing may make incompressible data a little longer.
         if self.wire_size > self.max_bytes * (2 if self.inflater else 1):
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+            raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
         if self.fragments > self.max_fragments:
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+            raise WebSocketError("too many fragments", CloseCode.MESSAGE_TOO_BIG)
 
     def add(self, part: bytes, is_last: bool) -> None:
         """Take a part of a frame's payload. Raises WebSocketError."""
@@ -1437,20 +1434,22 @@ class DataMessage:
             is_end = is_last and not is_too_big
             self.parts.append(self.decoder.decode(part, is_end) if self.decoder else part)
         except UnicodeDecodeError:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
+            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA) from None
         if is_too_big:  # after inflating; a plain message was measured by its headers
-            raise WebSocketError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+            raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
 
     def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
-        """Inflate a part (RFC 7692, 7.2.2). A bomb gives at most one byte beyond the limit."""
+        """Inflate a part (RFC 7692, 7.2.2), at most one byte beyond the limit: a small frame cannot
+        fill the memory.
+        """
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
         except zlib.error:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA) from None
+            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA) from None
         # If the peer sent a final block, only the bytes of 7.2.3.4 may follow it.
         is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
         if is_last and not is_whole and len(data) <= left:
-            raise WebSocketError(CloseCode.INVALID_DATA, BAD_DATA)
+            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA)
         return data
 
 
@@ -1473,14 +1472,14 @@ def take_messages(
             continue
         del buffer[: header.size]
         if (header.mask is not None) != is_server:  # 5.1
-            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "wrongly masked frame")
+            raise WebSocketError("wrongly masked frame")
         if header.opcode >= Opcode.CLOSE:  # it may stand between two fragments
             while len(buffer) < header.length:
                 yield None
             yield Message(header.opcode, take_payload(buffer, header, 0))
             continue
         if (header.opcode is Opcode.CONTINUATION) == (message is None):  # 5.4
-            raise WebSocketError(CloseCode.PROTOCOL_ERROR, "fragment out of sequence")
+            raise WebSocketError("fragment out of sequence")
         message = message or DataMessage(header, max_bytes, max_fragments)
         message.begin_frame(header)
         taken, is_whole = 0, False
@@ -1518,10 +1517,12 @@ class WebSocketConnection:
         # How the connection ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
-        self.answer = b""  # the close frame to send then, unless ours was sent before
+        # The close frame to send then, unless ours was sent before.
+        self.answer = b""
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        self._buffer = bytearray()  # received, and not parsed yet
+        # What was received and is not parsed yet.
+        self._buffer = bytearray()
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
         )
@@ -1627,7 +1628,7 @@ def count_traffic(before: Sample, after: Sample, way: int) -> int:
 
 
 def build_stats(before: Sample, after: Sample) -> Fields:
-    """Return those fields of `stats_update`."""
+    """For `stats_update`."""
     seconds = max(after.now - before.now, 1e-6)
     total = after.total_ticks - before.total_ticks
     busy = 100.0 * (after.busy_ticks - before.busy_ticks) / total if total > 0 else 0.0
@@ -1685,14 +1686,14 @@ EVENT_TYPES = (
 
 
 class Choice(NamedTuple):
-    """What a viewer wants to hear: event types, and whose output, by task id. None is all."""
+    """What a viewer wants to hear: event types, and whose output, by task id."""
 
-    only: frozenset[str] | None = None
-    tasks: frozenset[str] | None = None
+    only: Kinds = None
+    tasks: Kinds = None
 
     @property
-    def kinds(self) -> frozenset[str] | None:
-        """The Feed's kinds of events (None: all); equal if two choices mean the same."""
+    def kinds(self) -> Kinds:
+        """The Feed's kinds of events; equal if two choices mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if "task_output" in kinds and self.tasks is not None:
             kinds = kinds - {"task_output"} | self.tasks
@@ -1707,10 +1708,8 @@ class Choice(NamedTuple):
 class Feed:
     """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
 
-    Each is of one or two kinds: its type and, if it is output, the id of its task.
-
-    encode: makes the wire frame of an event. compress: compresses it for windows of so many bits,
-    or returns it unchanged if nothing is gained.
+    Each is of one or two kinds: its type and, if it is output, the id of its task. encode: makes
+    its wire frame. compress: the same frame for windows of so many bits, if that gains something.
     """
 
     encode: Callable[[Fields], bytes]
@@ -1722,22 +1721,22 @@ class Feed:
     # seq -> event, or its frame once that was needed.
     _entries: dict[int, Any] = field(default_factory=dict)
     _bytes: int = 0
-    # Window bits -> seq -> compressed frame, once that was needed; b"" if nothing was gained.
+    # Window bits -> seq -> compressed frame, once needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
     # Kind -> seqs of its kept events, after that of the newest dropped one, which shows gaps. Older
     # ones are deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
-    # Up to this seq it is not known whether tasks whose lists were deleted had dropped events.
+    # Up to this seq it is unknown whether tasks without a list have dropped events.
     _forgotten: int = 0
-    # Set by Viewers, read by Outputs: whether viewers wait to be served, and whether tasks must
-    # pause until slow ones have caught up.
+    # Set by Viewers, read by Outputs: whether viewers wait, and whether tasks must pause until slow
+    # ones have caught up.
     is_dirty: bool = False
     must_pause: bool = False
 
     @property
     def middle(self) -> int:
-        """The seq before which a viewer is half the capacity behind; 0 while there is room."""
+        """Before this seq a viewer is half the capacity behind; 0 while there is room."""
         return (self.first + self.next) // 2 if self._bytes >= self.capacity_bytes // 2 else 0
 
     @staticmethod
@@ -1776,9 +1775,7 @@ class Feed:
                 if kind not in EVENT_TYPES:
                     self._forgotten = max(self._forgotten, *self._seqs.pop(kind))
 
-    def read_batch(
-        self, cursor: int, kinds: frozenset[str] | None = None, bits: int = 0
-    ) -> tuple[bytes, int]:
+    def read_batch(self, cursor: int, kinds: Kinds = None, bits: int = 0) -> tuple[bytes, int]:
         """Return (frames of these kinds from the cursor on, the cursor after them).
 
         bits: of the compression window, or 0. The last frame begins before BATCH_BYTES.
@@ -1814,21 +1811,21 @@ class Feed:
         return frames[seq] or entry
 
     def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
-        """Yield the seqs of each kind that has one from the cursor on, and the index of that."""
+        """Yield the seqs of each kind with one from the cursor on, and the index of that."""
         for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
             if seqs[-1] >= cursor:
                 yield seqs, bisect.bisect_left(seqs, cursor)
 
-    def find_next(self, cursor: int, kinds: frozenset[str] | None) -> int:
+    def find_next(self, cursor: int, kinds: Kinds) -> int:
         """Return the seq of the next event of these kinds, or else `next`."""
         if kinds is None:
             return cursor
         later = self._find_later(cursor, kinds)
         return min((seqs[index] for seqs, index in later), default=self.next)
 
-    def has_dropped(self, cursor: int, kinds: frozenset[str] | None) -> bool:
+    def has_dropped(self, cursor: int, kinds: Kinds) -> bool:
         """Whether an event of these kinds from the cursor on is no longer kept."""
-        if cursor >= self.first or kinds is None:
+        if kinds is None:
             return cursor < self.first
         is_unsure = cursor <= self._forgotten and not kinds <= set(EVENT_TYPES)
         return is_unsure or self.find_next(cursor, kinds) < self.first
@@ -1843,7 +1840,7 @@ def find_character(data: bytes, start: int) -> int:
 
 @dataclass(repr=False)
 class OutputLog:
-    """The newest `capacity_bytes` of a task's output: valid UTF-8, with absolute offsets."""
+    """The newest `capacity_bytes` of a task's output: UTF-8, with absolute offsets."""
 
     capacity_bytes: int
     # Each begins with a whole character, and never changes: readers hold it.
@@ -1876,7 +1873,7 @@ class OutputLog:
             self.start = self._begin + find_character(self._blocks[0], self.start - self._begin)
 
     def read(self, offset: int = 0) -> list[bytes]:
-        """Return the output from the first whole character at `offset` on, in pieces."""
+        """Return the pieces from the first whole character at `offset` on."""
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
         for block in reversed(self._blocks):
@@ -1924,7 +1921,7 @@ def encode_event(event: Fields) -> bytes:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
-    """For json.loads: refuse a repeated name, since two readers could see different values."""
+    """For json.loads: refuse a repeated name: two readers could see different values."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice in an object")
@@ -2037,7 +2034,7 @@ EXEC_FIELDS: dict[str, Rule] = {
 
 
 def check_field(name: str, value: Any, rule: Rule) -> Any:
-    """Return the value of a field. Raises CommandError `bad_field`."""
+    """Return the value. Raises CommandError `bad_field`."""
     if not rule[0](value):
         raise CommandError("bad_field", f"{name} must be {rule[1]}")
     return value
@@ -2063,7 +2060,7 @@ def parse_exec_fields(fields: Fields) -> ExecRequest:
 
 
 def check_form_body(body: bytes) -> None:
-    """Refuse a form, and a script that lost its line ends. Raises CommandError `form_body`."""
+    """Raise CommandError `form_body` for a form, and a script that lost its line ends."""
     field = re.match(rb"(?s)(?:cmd|command)=(.{0,200})", body)
     if field:
         command = shlex.quote(urllib.parse.unquote_plus(field[1].decode("latin-1")))
@@ -2099,7 +2096,7 @@ def parse_task_id(value: Any) -> str:
     return value
 
 
-def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozenset[str] | None:
+def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> Kinds:
     """Return the list in a field of `watch`. Raises CommandError `bad_field`."""
     if value is None:  # everything
         return None
@@ -2112,7 +2109,7 @@ def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> frozens
 
 
 def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
-    """Return what a viewer wants to hear; an absent field is as before."""
+    """An absent field is as before. Raises CommandError."""
     return Choice(
         check_choice("only", fields.get("only", before.only), EVENT_TYPES.__contains__),
         check_choice("tasks", fields.get("tasks", before.tasks), DIGITS.fullmatch),
@@ -2174,7 +2171,8 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)  # the last: above all bounds
+        # Of the values up to each bound, and of those above all.
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
     def add(self, value: float) -> None:
@@ -2213,7 +2211,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
 
 
 class WebhookUrl(NamedTuple):
-    """Where alerts are sent. Only `origin` may be logged: the rest may be secret."""
+    """Where alerts go. Only `origin` may be logged: the rest may be secret."""
 
     origin: str
     is_tls: bool
@@ -2297,7 +2295,7 @@ def format_time(timestamp: float) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a value for a text log line: quoted and escaped unless it is plain."""
+    """Return a value for a text log line: quoted unless it is plain."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if re.fullmatch(r"[!#-~]*", text) else json.dumps(text)
 
@@ -2324,7 +2322,7 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
         return False
 
 
-# What a log line means, and what to do next, where the event's own fields do not say it.
+# What a log line means, and what to do next, where its fields do not say it.
 LOG_HINTS = {
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
@@ -2373,20 +2371,17 @@ class Log:
         line = self._format(level, event, fields)
         if len(line) > LOG_LINE_BYTES:
             line = self._format(level, event, shorten_texts(fields))
-        if write_without_waiting(2, line):
-            self._dropped = 0
-        else:
-            self._dropped += 1
+        self._dropped = 0 if write_without_waiting(2, line) else self._dropped + 1
 
     def write_limited(self, level: str, event: str, seconds: float = 1.0, **fields: Any) -> None:
-        """Write an event unless one of this name was written in the last `seconds`."""
+        """Write an event, unless one was written in the last `seconds`."""
         now = time.monotonic()
         if now - self._last.get(event, -seconds) >= seconds:
             self._last[event] = now
             self.write(level, event, **fields)
 
     def write_fault(self, event: str) -> None:
-        """Write the exception that is being handled: a fault of this file."""
+        """Write the present exception: a fault of this file."""
         message = "a fault of ServerControl itself, which goes on; please report the trace"
         self.write_limited("error", event, trace=traceback.format_exc(), message=message)
 
@@ -2441,6 +2436,7 @@ class TaskIds:
     _last: int = 0
 
     def take(self) -> str:
+        """Return the next id."""
         last = None
         if self._folder is not None:
             try:
@@ -2614,7 +2610,8 @@ def load_tokens(
 ZERO_HASH = "0" * 64  # before the first line of all
 
 
-def hash_line(line: bytes) -> str:  # without its newline
+def hash_line(line: bytes) -> str:
+    """line: without its newline."""
     return hashlib.sha256(line).hexdigest()
 
 
@@ -2667,7 +2664,8 @@ class AuditLog:
     # MAX_REFUSALS seconds ahead, others are left out, and counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
-    errors: int = 0  # records that could not be written
+    # Records that could not be written.
+    errors: int = 0
 
     @property
     def is_file(self) -> bool:
