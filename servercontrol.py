@@ -2780,8 +2780,7 @@ def check_chain(
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
-# been read. What a background child writes later is read and dropped, so that it neither blocks nor
-# breaks.
+# been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
 #
 # Kill, time-out and the server's own end stop a task in the same way: a signal to every process of
 # the session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: until then no other
@@ -2790,8 +2789,7 @@ def check_chain(
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
-# A task's state at its end; until then it is "running". After a crash of the server the audit log
-# has "interrupted".
+# A task's state at its end. After a crash of the server the audit log has "interrupted".
 END_STATES = ("done", "killed", "timeout")
 # The facts of an event for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
@@ -2804,7 +2802,7 @@ TASK_EVENTS = {
 
 
 class TaskPhase(enum.Enum):
-    """How far a task is on the way to its end. Clients see Task.state instead."""
+    """How near to its end a task is. Clients see Task.state instead."""
 
     RUNNING = "running"  # until its shell ends
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
@@ -2827,7 +2825,7 @@ class TaskInput:
     _is_ending: bool = False  # after what is still waiting
 
     def write(self, data: bytes, is_end: bool = False) -> None:
-        """Add input. Raises CommandError `no_input` or `input_full`."""
+        """Raises CommandError `no_input` or `input_full`."""
         if self._is_ending:
             raise CommandError("no_input", "the task's standard input is closed")
         if len(self._waiting) + len(data) > MAX_INPUT_BYTES:
@@ -2887,8 +2885,7 @@ class Task:
     fd: int = -1  # our end of the pipe or terminal with its output; -1 is closed
     input: TaskInput | None = None
     size: tuple[int, int] | tuple[None, None] = (None, None)  # columns, rows of its terminal
-    # The WebSocket client that typed last. It answers the questions that programs ask a terminal.
-    typist: object = None
+    typist: object = None  # the WebSocket client that typed last: see answer_task_input()
     verdict: str = "done"  # which of END_STATES it will have
     killed_by: str | None = None
     # "timeout"; "kill", "hang-up" and "poll" while it is stopped; "read" while it is not read.
@@ -2925,11 +2922,10 @@ class Task:
 
     @property
     def room(self) -> int:
-        """How many bytes may be read now. Less than half a usual piece counts as 0; else pieces
-        would get smaller and smaller.
-        """
+        """How many bytes may be read now."""
         if not self.window:
             return READ_CHUNK_BYTES
+        # Less than half a usual piece counts as 0; else pieces would get smaller and smaller.
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
         return int(room) if 2 * room >= min(READ_CHUNK_BYTES, self.window) else 0
 
@@ -2968,7 +2964,7 @@ def find_session(session: int) -> list[int]:
     members = []
     for pid in list_pids():
         with suppress(OSError):  # it has ended meanwhile
-            if os.getsid(pid) == session:  # a third of the time of reading /proc/PID/stat
+            if os.getsid(pid) == session:  # three times as fast as reading /proc/PID/stat
                 members.append(pid)
     return members
 
@@ -3018,7 +3014,7 @@ def find_survivors(task_id: str, session: int) -> list[int]:
     """Return the processes of a session if it is this task's; else [], since pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
     for pid in find_session(session):
-        with suppress(OSError):  # it has ended, or is of another account now
+        with suppress(OSError):  # it has ended, or is of another account
             with open(f"/proc/{pid}/environ", "rb") as file:
                 is_ours = is_ours or mark in file.read().split(b"\0")
             alive.append(pid)
@@ -3042,8 +3038,8 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
         alive = find_survivors(task_id, pid)
         pids += alive
         how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
-        reason = "the server ended without stopping this task"
-        audit.write("task_complete", boot_id, task_id=task_id, **how, reason=reason, pids=alive)
+        how["reason"] = "the server ended without stopping this task"
+        audit.write("task_complete", boot_id, task_id=task_id, **how, pids=alive)
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
@@ -3052,10 +3048,7 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
-    """Lock a file while this run of the server lives; return its path.
-
-    A crash leaves it unlocked: the next start completes that run's tasks in the audit log.
-    """
+    """Lock a file while this run of the server lives, and return its path."""
     path = os.path.join(folder, f"run-{boot_id}")
     with suppress(OSError):  # without the mark a crash leaves its tasks open
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -3067,8 +3060,8 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
 
 def signal_session(session: int, number: int) -> None:
     """Send a signal to every process of a session, also in other process groups."""
-    # The shell's group first, by one system call, which no fork can outrun. Some processes may
-    # have ended, or belong to another account (sudo).
+    # The shell's group first, by one system call, which no fork can outrun. It fails for processes
+    # that have ended, or belong to another account (sudo).
     with suppress(OSError):
         os.killpg(session, number)
     for pid in find_session(session):
@@ -3078,7 +3071,7 @@ def signal_session(session: int, number: int) -> None:
 
 
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return the server's and the child's ends of [output, input], or [output] alone.
+    """Return the server's and the child's ends of [output, input], or of output alone.
 
     Of a terminal the child has one end for both. Raises OSError.
     """
@@ -3100,7 +3093,7 @@ def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
 
 
 def spawn_error(error: OSError, cwd: str | None) -> CommandError:
-    """Say why no process could be started, without paths."""
+    """Say why no process was started, without paths."""
     reason = error.strerror or "unknown error"
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         return CommandError("no_resources", f"no process can be started now: {reason}")
@@ -3121,14 +3114,14 @@ def raise_descriptor_limit() -> tuple[int, int]:
 
 @dataclass(repr=False)
 class Spawner:
-    """Starts processes."""
+    """Starts the shells of tasks."""
 
     _shell: str
     _environment: Mapping[bytes, bytes]  # without the tokens
     _descriptor_limit: tuple[int, int]  # before the server raised its own
 
     def spawn(self, task: Task) -> None:
-        """Start a task's shell, and set what the task knows of it. Raises OSError."""
+        """Raises OSError."""
         request = task.request
         with suppress(OSError):  # no /proc on macOS
             task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
@@ -3136,7 +3129,7 @@ class Spawner:
             task.cwd = os.path.join(task.cwd, request.cwd)
         # The child makes its terminal the one that controls its session.
         prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
-        # So no shell takes it for an option. (Not every shell knows `sh -c -- -x`.)
+        # Else a shell takes it for an option. (Not every shell knows `sh -c -- -x`.)
         space = " " if request.command.startswith(("-", "+")) else ""
         ours, childs = open_streams(request)
         self._lower_descriptor_limit(childs[0])
@@ -3163,7 +3156,7 @@ class Spawner:
             os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
-        # Where that could not be lowered. (Not on macOS; and the child may have ended.)
+        # Where it could not be lowered. (Not on macOS; and the child may have ended.)
         with suppress(AttributeError, OSError, ValueError):
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
@@ -3180,7 +3173,7 @@ class Spawner:
         """Set the limit that the child shall inherit, since select() fails above 1024; unless that
         leaves no room for what Popen itself opens.
         """
-        # Fails if no descriptor is free, as Popen will say, and on macOS.
+        # Fails on macOS, and if no descriptor is free, as Popen will say.
         with suppress(OSError, ValueError), contextlib.ExitStack() as spare:
             for _ in range(4):  # as many as Popen opens
                 fd = os.dup(newest_fd)
@@ -3209,7 +3202,7 @@ class Outputs:
     _finished: Collection[Task]  # in the order in which they ended
     kept_bytes: int = 0
     total_bytes: int = 0  # ever read
-    # perf_counter: the end of this turn's time for reading (0: no turn); when one was last read.
+    # perf_counter: the end of this turn's time for reading (0: no turn); the last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
     _queue: dict[Task, None] = field(default_factory=dict)  # tasks that wait to be read
@@ -3245,7 +3238,7 @@ class Outputs:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
-        """Begin a turn if tasks wait, and plan the next one. Else _read() begins one."""
+        """Begin a turn if tasks wait, and plan the next one."""
         self._turn_end = 0.0
         if self._queue:
             self._turn_end = time.perf_counter() + READ_TURN_SECONDS
@@ -3253,20 +3246,17 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read the waiting tasks in order for READ_TURN_SECONDS. The others wait for the next turn.
-
-        Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
-        """
+        """Read the waiting tasks in order, until the turn ends. Others wait for the next one."""
         now = time.perf_counter()
-        if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
+        if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:  # a round of viewers
             return
         while self._queue and now < self._turn_end:
             self._read_at = now
             task = next(iter(self._queue))
             del self._queue[task]
             room = task.room
-            if task.fd < 0:
-                pass  # it has ended meanwhile
+            if task.fd < 0:  # it has ended meanwhile
+                pass
             elif self._feed.must_pause:
                 self._pause(task, PRESSURE_SECONDS)
             elif not room:
@@ -3426,7 +3416,7 @@ class Tasks:
     def _tell(self, kind: str, facts: Fields) -> int:
         """Write an event of TASK_EVENTS into the audit log, publish it; return its timestamp."""
         both, more = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
-        # In this order: what a viewer has seen is in the log, also if the server is killed now.
+        # First the log: so what a viewer has seen is there, also if the server is killed now.
         self._audit.write(kind, **both)
         return int(self._publish(kind, **both, **more)["timestamp"])
 
@@ -3509,7 +3499,7 @@ class Tasks:
         for task in list(self.running.values()):
             if task.phase is not TaskPhase.DRAINING:  # those have a timer
                 self._advance(task)
-        if os.getpid() == 1:  # in a container: only then it inherits orphans
+        if os.getpid() == 1:  # only in a container the server inherits orphans
             for pid in {*list_pids()} - {task.pid for task in self.running.values()}:
                 with suppress(OSError):  # not a child of this process
                     os.waitpid(pid, os.WNOHANG)
@@ -3531,7 +3521,6 @@ class Tasks:
         self._finish(task)
 
     def _finish(self, task: Task) -> None:
-        """Read what the shell has left, reap it and announce the end."""
         self.outputs.finish(task)
         # No timer may be left when the shell is reaped, since its pid may be used again then.
         for name in list(task.timers):
@@ -3561,12 +3550,12 @@ class Tasks:
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
-# - A round serves everybody who waits. With many viewers it takes several turns, and tasks are not
-#   read meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads
-#   give fewer, larger events. Who joins, and what is published, is for the next round.
+# - A round serves all that wait. With many viewers it takes several turns; tasks are not read
+#   meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads give
+#   fewer, larger events. What is published meanwhile is for the next round.
 # - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
 # - While a transport has nothing to write, bytes go to the socket directly. While it has, its
-#   viewer is stalled, and is passed over. So it costs one batch and an integer, however slow it is,
+#   viewer is stalled, and is passed over: it costs one batch and an integer, however slow it is,
 #   and delays others by PATIENCE_SECONDS at most.
 
 
@@ -3580,8 +3569,7 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 class Compressor:
     """Compresses events, for a limited share of the time."""
 
-    # When the time that was used will have been earned again (perf_counter).
-    _earned_at = 0.0
+    _earned_at = 0.0  # perf_counter: when the time that was used is earned again
 
     def compress(self, frame: bytes, bits: int) -> bytes:
         """Return the frame for viewers with such a window; plain when no time is left."""
@@ -3596,7 +3584,7 @@ class Compressor:
 
 
 class ViewerState(enum.Enum):
-    """Whether a viewer takes events. READY and STALLED alternate; LEFT is the end."""
+    """Whether a viewer takes events."""
 
     READY = "ready"  # its transport has nothing to write
     STALLED = "stalled"  # it has
@@ -3611,14 +3599,13 @@ class Viewer:
     """One WebSocket client."""
 
     transport: asyncio.Transport
-    # Sends directly, while the transport has nothing to write; returns how many bytes it took.
-    send: Callable[[bytes], int]
+    send: Callable[[bytes], int]  # the socket's, while the transport has nothing to write
     websocket: WebSocketConnection
     role: Role
     by: str
     choice: Choice
     audience: Audience = field(init=False)  # once it has joined
-    # A factory, since CPython is slower where the class has such an attribute, too.
+    # A factory: CPython is slower where the class has such an attribute, too.
     state: ViewerState = field(default_factory=lambda: READY)
     cursor: int = 0  # the seq from which on it needs events
     pong_due: bytes | None = None  # answers the newest ping, when it is no longer stalled
@@ -3635,7 +3622,7 @@ class Viewer:
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Send a message to this client alone, or close one that asks but does not read."""
+        """Send a message to this client alone; or close it, if it asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -3644,7 +3631,7 @@ class Viewer:
         self.write(frame)
 
     def send_pong(self, payload: bytes) -> None:
-        """Answer a ping; while it is stalled, only the newest one (RFC 6455, 5.5.3)."""
+        """While it is stalled, only the newest ping is answered (RFC 6455, 5.5.3)."""
         if self.state is ViewerState.STALLED:
             self.pong_due = payload
         elif self.is_open:
@@ -3688,11 +3675,10 @@ class Viewers:
         self.feed = Feed(encode_event, KEEP_EVENTS_BYTES, Compressor().compress)
         self.all: set[Viewer] = set()
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
-        # For /metrics: events by type, gaps sent, and bytes written to viewers that have left.
+        # For /metrics: events by type, gaps sent, bytes written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
-        # The viewers left in this round (the last is served first); those for the next; the kinds
-        # of events published since this one began.
+        # The rest of this round (the last is served first); the next one, and its kinds of events.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
@@ -3709,7 +3695,7 @@ class Viewers:
         return self._left_bytes + sum(viewer.written_bytes for viewer in self.all)
 
     def publish(self, kind: str, **fields: Any) -> Fields:
-        """Broadcast an event and return it, with its timestamp and seq."""
+        """Broadcast an event, and return it."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), "seq": 0, **fields}
         self._news.update(self.feed.append(event))
         self.published[kind] += 1
@@ -3730,7 +3716,7 @@ class Viewers:
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
         if viewer.cursor > self.feed.next:
-            # `since` is from another boot: how much is missing is unknown, so the gap begins at 0.
+            # From another boot: how much is missing is unknown, so the gap begins at 0.
             viewer.cursor = self.feed.first
             self._send_gap(viewer, 0, viewer.cursor - 1)
         self._serve_next(viewer)
@@ -3757,7 +3743,7 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Change what a viewer hears; return the seq up to which it heard the old choice."""
+        """Change what a viewer hears from the next event on; return the seq of the one before."""
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
@@ -3776,7 +3762,7 @@ class Viewers:
             self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """Go on with a viewer whose transport has written everything."""
+        """Its transport has written everything."""
         if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
         viewer.state = READY
@@ -3794,9 +3780,9 @@ class Viewers:
     def _update_pressure(self) -> None:
         """Set whether tasks must pause, so that viewers that still read lose no events.
 
-        They pause once a viewer is half the feed behind, until it has caught up. One that we have
-        not served yet counts without limit; a stalled one that took something within
-        LATELY_SECONDS, for PATIENCE_SECONDS in all; any other has stopped reading.
+        They pause once a viewer is half the feed behind, until it has caught up: without limit for
+        one that was not served yet; for PATIENCE_SECONDS in all for a stalled one that took
+        something within LATELY_SECONDS. Any other has stopped reading.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
@@ -3805,7 +3791,7 @@ class Viewers:
         # All others have been sent everything.
         for viewer in {*self._stalled, *self._round, *self._queue}:
             cursor = self.find_seen(viewer) + 1
-            # Catching up restores the patience: only those that are behind are in the table.
+            # Catching up restores the patience: only viewers that are behind are in the table.
             if cursor < self.feed.next:
                 patience[viewer] = self._patience.get(viewer, PATIENCE_SECONDS)
             if cursor >= limit:
@@ -3827,7 +3813,7 @@ class Viewers:
     def flush(self) -> None:
         """Serve viewers of a round for FLUSH_TURN_SECONDS; the next turn serves the others."""
         self.feed.is_dirty = False
-        if not self._round:  # begin one, with those that wait, and those that want the new events
+        if not self._round:  # begin one
             for audience in self._audiences.values() if self._news else ():
                 if audience.kinds is None or not audience.kinds.isdisjoint(self._news):
                     self._queue.update(audience.viewers)
@@ -3887,8 +3873,8 @@ class Viewers:
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: statistics, alerts to the webhook, answers to discovery probes. A
-# failure in one round is logged, and the next round follows.
+# What happens without a request: statistics, alerts, answers to probes, word to systemd. A failure
+# in one round is logged, and the next round follows.
 
 
 def read_proc_file(path: str) -> str:
@@ -3897,7 +3883,7 @@ def read_proc_file(path: str) -> str:
 
 
 def read_basics() -> Fields:
-    """Return the fields of a Sample that Python itself can tell; the uptime counts suspension."""
+    """Return the fields of a Sample that Python itself knows; the uptime counts suspension."""
     disk = os.statvfs("/")
     if hasattr(time, "CLOCK_BOOTTIME"):
         uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -3913,7 +3899,6 @@ def read_basics() -> Fields:
 
 
 def read_proc_sample() -> Sample:
-    """Works without psutil."""
     busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
     memory = parse_meminfo(read_proc_file("/proc/meminfo"))
     return Sample(
@@ -4285,7 +4270,7 @@ def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
 
 
 def choose_owner_query() -> OwnerQuery:
-    """Return the one that works here: netlink is tried with a socket of this process."""
+    """Return the one that works here: netlink is tried on this process's own socket."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
@@ -4297,10 +4282,7 @@ def choose_owner_query() -> OwnerQuery:
 
 
 def read_trusted_uid() -> int:
-    """Return the server's uid, or -1 if other accounts have the same.
-
-    In a user namespace that maps only some accounts, one uid stands for all others.
-    """
+    """Return the server's uid, or -1 for the one that a user namespace shows for other accounts."""
     uid = os.geteuid()
     try:
         overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
@@ -4320,7 +4302,7 @@ def read_unix_owner(connection: socket.socket) -> int | None:
 
 
 def tune_socket(connection: socket.socket) -> None:
-    """Raises OSError if the connection is gone."""
+    """Raises OSError if the peer has gone."""
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
         # Otherwise the second of two writes waits 40 ms for the ACK of the first.
@@ -4346,9 +4328,8 @@ def identify_peer(
     scheme: str,
     query_owner: OwnerQuery,
 ) -> tuple[Peer, str]:
-    """Return who is at the other end, and a name for logs.
-
-    Called right after accept: a socket that is closed has no owner.
+    """Return who is at the other end, and a name for logs. For right after accept: a socket that is
+    closed has no owner.
     """
     if listener is ListenerKind.UNIX:
         return Peer(listener, uid=read_unix_owner(connection), scheme=scheme), "unix"
@@ -4360,7 +4341,7 @@ def identify_peer(
         with suppress(OSError, ValueError, AttributeError):
             owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
             # A client that has reset its connection has freed its port, but its request can still
-            # be read. If another process has that port now, its owner was found.
+            # be read: then the owner may be another process, which has that port now.
             if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
                 uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -4368,7 +4349,7 @@ def identify_peer(
 
 
 class TlsFiles:
-    """The certificate and its key, read again when they change. Open connections keep the old."""
+    """The certificate and its key, read again when they change."""
 
     def __init__(self, cert: str, key: str, log: Log) -> None:
         self._paths = cert, key or cert
@@ -4390,12 +4371,12 @@ class TlsFiles:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(["http/1.1"])
-        # With a wrong password OpenSSL does not ask for one on the terminal.
+        # So OpenSSL does not ask for a password on the terminal.
         context.load_cert_chain(*self._paths, password="")
         return context
 
     def refresh(self) -> None:
-        """Read the files again if they have changed, but not since the last check."""
+        """Read the files again if they have changed, and both are written."""
         before, self._seen = self._seen, self._look()
         if self._seen != before or self._seen == self._read:
             return
@@ -4410,23 +4391,21 @@ class TlsFiles:
 
 @dataclass(repr=False)
 class Request:
-    """A request that has passed the gate. by: the client, for events and logs.
-
-    ends: for when the answer is written, or the client has gone.
-    """
+    """A request that has passed the gate."""
 
     head: RequestHead
     route: Route
     parameters: Mapping[str, str]
     role: Role | None
-    by: str
+    by: str  # the client, for events and logs
     body: bytes = b""
+    # For when the answer is written, or the client has gone.
     ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 @dataclass(repr=False)
 class Response:
-    """An answer. pieces: the body as it comes, instead of `body`; trailers: filled meanwhile."""
+    """An answer. pieces: instead of `body`; trailers: filled meanwhile."""
 
     status: int = 200
     body: bytes = b""
@@ -4436,17 +4415,13 @@ class Response:
     trailers: dict[str, str] = field(default_factory=dict)
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(status, encode_json(value) + b"\n")
-
-
 async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
 
 
 def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: bool) -> Response:
-    """Return output as text, or as the field `name` of JSON; a long one piece by piece."""
+    """Return output as text, or as a field of JSON; a long one piece by piece."""
     if is_raw:
         return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
     start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
@@ -4459,9 +4434,9 @@ def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: 
 async def follow_output(
     task: Task, offset: int, trailers: dict[str, str], move: Callable[[int], None]
 ) -> AsyncIterator[bytes]:
-    """Yield a task's output from `offset` on, until the task is complete.
+    """Yield a task's output until it is complete.
 
-    move: is called with the offset that the kernel has taken for the client. A client that falls
+    move: called with the offset that the kernel has taken for the client. A client that falls
     behind the kept output notices that the body is cut off; it would not notice a hole.
     """
     while task.output.start <= offset:
@@ -4483,9 +4458,8 @@ async def follow_output(
 
 @dataclass(frozen=True)
 class Route:
-    """Who may use a path (None: everybody), its parameters, and what answers.
-
-    What `answer` returns is sent as JSON, unless it is a Response.
+    """Who may use a path (None: everybody), its parameters, and what answers it: with a Response,
+    or a value for JSON.
     """
 
     method: str
@@ -4551,12 +4525,6 @@ def find_url(head: RequestHead, scheme: str) -> str:
     return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
-def accepts_gzip(head: RequestHead) -> bool:
-    """Whether Accept-Encoding names gzip and does not weigh it 0 (RFC 9110, 12.5.3)."""
-    members = (member.replace(" ", "") for member in head.tokens("accept-encoding"))
-    return any(re.fullmatch(r"(x-)?gzip(;q=(?!0(\.0*)?$).*)?", member) for member in members)
-
-
 async def answer_page(server: Server, request: Request) -> Response:
     """`GET /`: the dashboard, or for `curl` and `?text` HELP. Holds no data."""
     head, page = request.head, server.page
@@ -4567,11 +4535,11 @@ async def answer_page(server: Server, request: Request) -> Response:
         url = find_url(head, "https" if server.config.has_tls else "http")
         text = HELP.replace("{url}", url).replace("{ws}", "ws" + url.removeprefix("http"))
         return Response(200, text.encode("utf-8"), PLAIN_TEXT, fields)
-    is_small = zlib is not None and accepts_gzip(head)
     fields.append(("Content-Security-Policy", page.policy(head.value("host"))))
-    if is_small:
+    body = page.body
+    if zlib is not None and "gzip" in head.tokens("accept-encoding"):
+        body = page.compressed
         fields.append(("Content-Encoding", "gzip"))
-    body = page.compressed if is_small else page.body
     return Response(200, body, "text/html; charset=utf-8", fields)
 
 
@@ -4589,7 +4557,7 @@ async def answer_preflight(server: Server, request: Request) -> Response:
 
 
 def follow_response(server: Server, request: Request, task: Task, offset: int) -> Response:
-    """Return output as it comes, with the exit code in the trailers."""
+    """Return output as it comes; the exit code is in the trailers."""
     start = max(offset, task.output.start)
     fields = [
         ("X-Task-Id", task.task_id),
@@ -4609,15 +4577,15 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
-    """Return what the body asks for, or with `again` what that task was asked for: also the same
-    input, and the same environment, which no client can see.
+    """Return what the body asks for, or with `again` what that task was asked for: with its input
+    and environment, which no client can see.
     """
     ref = request.parameters.get("ref") or None
     check_field("ref", ref or "none", NAME)
     if "again" not in request.parameters:
         asked = parse_exec_body(request.head.media_type, request.body)
         return dataclasses.replace(asked, ref=ref or asked.ref)
-    if request.body not in (b"", b"{}"):  # the latter from browsers, which must send JSON
+    if request.body not in (b"", b"{}"):  # {} from browsers, which must send JSON
         raise HttpError(400, "bad_query", "with again the body is empty: it changes nothing")
     task = server.tasks.get(request.parameters["again"])
     cols, rows = task.size if task.size[0] else (80, 24)
@@ -4629,7 +4597,7 @@ EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wa
 
 
 def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
-    """Return the flags of /exec that are set. Raises HttpError 400."""
+    """Raises HttpError 400."""
     flags = {name for name in ("wait", "follow", *EXEC_FLAGS) if parse_flag(parameters, name)}
     if {"wait", "follow"} <= flags:
         raise HttpError(400, "bad_query", "wait or follow, not both")
@@ -4640,7 +4608,7 @@ def parse_exec_flags(parameters: Mapping[str, str]) -> set[str]:
 
 
 async def answer_exec(server: Server, request: Request) -> Any:
-    """`POST /exec`: start a command; with `wait` or `follow` see it end."""
+    """Start a command; with `wait` or `follow` see it end."""
     flags = parse_exec_flags(request.parameters)
     asked = find_exec_request(server, request)
     if "wait" in flags:  # nobody takes anything before the end
@@ -4688,7 +4656,7 @@ async def answer_tasks(server: Server, request: Request) -> Any:
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
-    """`GET /logs`: the kept output of a task from `offset` on."""
+    """The kept output of a task from `offset` on."""
     task = find_task(server, request)
     text = request.parameters.get("offset", "0")
     if not DIGITS.fullmatch(text):
@@ -4746,7 +4714,7 @@ NO_AUTH_WARNING = "anybody who can connect can do everything (--no-auth)"
 
 
 def describe_server(server: Server, role: Role | None) -> Fields:
-    """Return what both `/info` and `hello` say."""
+    """What both `/info` and `hello` say."""
     warning = NO_AUTH_WARNING if server.config.no_auth else ""
     if not warning and server.tokens.run is None:
         warning = "there is no state folder, so there is no token: nobody else gets in"
@@ -4766,7 +4734,6 @@ def describe_server(server: Server, role: Role | None) -> Fields:
 
 
 async def answer_info(server: Server, request: Request) -> Any:
-    """What `hello` says, and more about the server."""
     return {
         **describe_server(server, request.role),
         "ports": server.listeners.ports,
@@ -4779,7 +4746,7 @@ async def answer_info(server: Server, request: Request) -> Any:
 
 
 def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
-    """Return the rows for encode_metrics()."""
+    """Return rows for encode_metrics()."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
@@ -4843,7 +4810,6 @@ def answer_ping(server: Server, viewer: Viewer, message: Fields) -> Fields:
 
 
 def answer_watch(server: Server, viewer: Viewer, message: Fields) -> Fields:
-    """`watch` -> `watching`: what the client hears from the event after `seq` on."""
     choice = parse_choice(message, viewer.choice)
     seq = server.viewers.choose(viewer, choice)
     return {"type": "watching", **choice.describe(), "seq": seq}
@@ -4861,11 +4827,10 @@ def answer_task_kill(server: Server, viewer: Viewer, message: Fields) -> None:
 
 
 def answer_task_input(server: Server, viewer: Viewer, message: Fields) -> None:
-    """`task_input`: types `data`, or passes on what a terminal answers by itself (`automatic`).
+    """Type `data`. `automatic`: a terminal's own answer to a program's question.
 
-    Every client that shows the task answers a program's question, and the program wants one
-    answer. It gets that of the client that typed last; if there is none, of the one that shows the
-    `ref` that the task was started with.
+    Every client that shows the task answers, and the program wants one answer: that of the client
+    that typed last; if there is none, of the one that has the `ref` of the task.
     """
     task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
@@ -4897,7 +4862,7 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
 
 
 def find_command(message: Fields) -> tuple[Role, Command]:
-    """Return the row of COMMANDS that a message names. Raises CommandError."""
+    """Raises CommandError."""
     kind = message.get("type")
     if not isinstance(kind, str):
         raise CommandError("bad_message", 'the field "type" is missing')
@@ -4910,7 +4875,7 @@ def find_command(message: Fields) -> tuple[Role, Command]:
 
 
 def find_route(head: RequestHead, scheme: str) -> Route:
-    """Return the route of a request. Raises HttpError 404, 405 or 426."""
+    """Raises HttpError 404, 405 or 426."""
     route = ROUTES.get(head.path)
     if route is None:
         if head.path in WEBSOCKET_PATHS:
@@ -4946,8 +4911,8 @@ def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
     return int(since) if parameters.get("boot", boot_id) == boot_id else sys.maxsize
 
 
-# The codes of errors that keep somebody from what others may do. In /metrics each is there from the
-# start, since Prometheus sees a counter rise only from a value that it has seen.
+# Codes of errors that keep somebody from what others may do. /metrics has each from the start,
+# since Prometheus sees a counter rise only from a value that it has seen.
 REFUSALS = (
     "unauthorized wrong_token token_in_query too_many_tokens bad_host bad_origin json_only "
     "forbidden exec_disabled"
@@ -4955,7 +4920,7 @@ REFUSALS = (
 
 
 class Phase(enum.Enum):
-    """What a connection is doing; it decides what its deadline means."""
+    """What a connection is doing, which decides what its deadline means."""
 
     OPENING = "opening"  # no transport yet; the TLS handshake has a deadline of its own
     IDLE = "idle"
@@ -4976,10 +4941,10 @@ class End(enum.Enum):
 
 
 class Deadlines(dict[float, "dict[Connection, float]"]):
-    """When the present phase of each connection must be over: monotonic times.
+    """When the present phase of each connection must be over (monotonic).
 
-    Deadlines of one length fall due in the order in which they were set. So each length has its own
-    list, and only its first entries are looked at.
+    Deadlines of one length fall due in the order in which they were set: of each length, only the
+    first are looked at.
     """
 
     def set(self, connection: Connection, seconds: float | None) -> None:
@@ -5000,7 +4965,7 @@ class Deadlines(dict[float, "dict[Connection, float]"]):
 
 
 class Turns(deque["asyncio.Future[None]"]):
-    """A queue of clients that have had their share of this turn of the event loop."""
+    """Clients that have had their share of this turn of the event loop."""
 
     async def wait(self) -> None:
         if not self:
@@ -5018,13 +4983,12 @@ class Turns(deque["asyncio.Future[None]"]):
 
 
 class Inbox(asyncio.StreamReader):
-    """What one client sends, in small pieces, after each of which it can be stopped."""
+    """What one client sends, in small pieces; after each it can be stopped."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__(limit=READ_CHUNK_BYTES, loop=asyncio.get_running_loop())
         self._turns = turns
-        # When this client will have had its share (perf_counter).
-        self._until = time.perf_counter() + INPUT_TURN_SECONDS
+        self._until = time.perf_counter() + INPUT_TURN_SECONDS  # the end of its share
 
     async def read_piece(self) -> bytes:
         """Return b"" at the end."""
@@ -5035,8 +4999,8 @@ class Inbox(asyncio.StreamReader):
         return data
 
     async def rest(self) -> None:
-        """Let others have their turn, once this client has had its share. Called after each piece
-        of work. Waiting for anything but its bytes counts as work; that only costs it a turn.
+        """Let others have their turn, once this client has had its share. For after each piece of
+        work. Waiting for anything but its bytes counts as work; that only costs it a turn.
         """
         if time.perf_counter() > self._until:
             await self._turns.wait()
@@ -5071,16 +5035,15 @@ def encode_answer(server: Server, head: RequestHead, response: Response, keep_al
 
 
 def make_error_response(server: Server, error: Exception) -> Response:
-    """The one place where an error, just caught, becomes an HTTP answer."""
+    """The one place where an error, while it is handled, becomes an HTTP answer."""
     if isinstance(error, CommandError):
         status = COMMAND_STATUS.get(error.code, 400)
         error = HttpError(status, error.code, error.message)
     if not isinstance(error, HttpError):
         server.log.write_fault("request_failed")
         error = HttpError(500, "internal_error", "the server failed; its log says more")
-    response = json_response({"error": error.code, "message": error.message}, error.status)
-    response.fields = error.fields
-    return response
+    body = encode_json({"error": error.code, "message": error.message}) + b"\n"
+    return Response(error.status, body, fields=error.fields)
 
 
 def encode_last_answer(server: Server, error: Exception, head: RequestHead | None = None) -> bytes:
@@ -5090,8 +5053,8 @@ def encode_last_answer(server: Server, error: Exception, head: RequestHead | Non
 
 
 async def linger(connection: Connection) -> None:
-    """Let the client read the answer: closing with unread input would reset the connection and
-    destroy it (RFC 9112, 9.6). What still comes is dropped.
+    """Drop what still comes, while the client reads the answer: closing with unread input would
+    reset the connection and destroy it (RFC 9112, 9.6).
     """
     connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
     try:
@@ -5104,14 +5067,14 @@ async def linger(connection: Connection) -> None:
         left -= len(data)
 
 
+@dataclass(eq=False, repr=False)
 class Exchanges:
     """The HTTP requests of one connection and their answers, one after the other."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._server = connection.server
-        self._transport = connection.transport
-        self._parser = HttpParser()
+    _connection: Connection
+    _server: Server
+    _transport: asyncio.Transport
+    _parser: HttpParser = field(default_factory=HttpParser)
 
     async def serve(self) -> bytes:
         """Answer requests in order (RFC 9112, 9.3.2); return what follows an upgrade."""
@@ -5127,7 +5090,7 @@ class Exchanges:
         return self._parser.take_rest()
 
     async def _serve_request(self) -> bool:
-        """Answer one request. False when no other can follow."""
+        """Answer one request. Whether another may follow."""
         connection = self._connection
         if connection.phase is not Phase.READING:  # not the first request
             connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
@@ -5204,13 +5167,13 @@ class Exchanges:
             try:
                 response = await request.route.answer(self._server, request)
                 if not isinstance(response, Response):
-                    response = json_response(response)
+                    response = Response(body=encode_json(response) + b"\n")
             except Exception as error:
                 response = make_error_response(self._server, error)
             return await self._write_response(request.head, response)
 
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
-        """Write an answer, at the pace of the client. Whether another request may follow."""
+        """Write an answer, at the client's pace. Whether another request may follow."""
         pieces = response.pieces
         # In HTTP/1.0 such a body ends with the connection.
         is_last = self._server.tasks.is_stopping or (pieces is not None and head.http_1_0)
@@ -5323,7 +5286,7 @@ class Connection(asyncio.Protocol):
     # Life
 
     async def _run(self, is_extra: bool) -> None:
-        """Serve the connection to its end. is_extra: there are too many."""
+        """is_extra: there are too many."""
         try:
             await self._open(is_extra)
             if is_extra:
@@ -5331,7 +5294,7 @@ class Connection(asyncio.Protocol):
                 self.transport.write(encode_last_answer(self.server, error))
                 return
             # Exchanges are not kept: they would be much of an idle viewer's memory.
-            backlog = await Exchanges(self).serve()
+            backlog = await Exchanges(self, self.server, self.transport).serve()
             if self.viewer is not None:
                 await serve_websocket(self, self.viewer, backlog)
         except (asyncio.CancelledError, ConnectionError):
@@ -5371,11 +5334,11 @@ class Connection(asyncio.Protocol):
             raise ConnectionAbortedError
 
     def end(self, how: End) -> None:
-        """Close the connection; no other place closes the transport. connection_lost() follows.
+        """Close the connection; connection_lost() follows. No other place closes the transport.
 
-        _run() calls it with WRITTEN when its work is over, for whatever reason; NOW is for a server
-        that stops, RESET for a peer that does not keep up. During a TLS handshake there is no
-        transport: closing the socket makes the handshake fail, and then _run() calls again.
+        WRITTEN is for the end of _run(), NOW for a server that stops, RESET for a peer that does
+        not keep up. During a TLS handshake there is no transport: closing the socket makes the
+        handshake fail, and then _run() calls again.
         """
         if self.phase is Phase.OPENING:
             with suppress(OSError):  # the peer may have reset it
@@ -5386,8 +5349,8 @@ class Connection(asyncio.Protocol):
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
-            # asyncio has closed it already if the client closed first; a second close() of a TLS
-            # transport would break get_write_buffer_size().
+            # It is closed already if the client closed first; a second close() of a TLS transport
+            # would break get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
@@ -5414,8 +5377,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """With TLS, the handshake is over."""
         self.transport = cast("asyncio.Transport", transport)
-        # So pause_writing() comes as soon as anything must wait, resume_writing() when all is
-        # written. With TLS 1, since asyncio would pause for 0 bytes too.
+        # So pause_writing() comes when anything must wait, resume_writing() when all is written.
+        # With TLS 1, since asyncio would pause for 0 bytes too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.inbox.set_transport(transport)
         self.opened_at = time.monotonic()
@@ -5446,15 +5409,13 @@ class Connection(asyncio.Protocol):
             self.server.viewers.resume(self.viewer)
 
     def eof_received(self) -> bool:
-        """One that waits for a task has most likely gone."""
         self.has_sent_all = True
         self.inbox.feed_eof()
-        if self.phase is Phase.WAITING:
+        if self.phase is Phase.WAITING:  # for a task; the client has most likely gone
             self.task.cancel()
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and end its work."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
@@ -5476,7 +5437,7 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """Act on a deadline that has passed: ping a viewer, answer 408, or end the connection."""
+        """Its deadline has passed: ping a viewer, answer 408, or end the connection."""
         if self.viewer is not None and self.viewer.is_open and self.viewer.ping(now):
             self.server.deadlines.set(self, PING_SECONDS)
         elif self.phase in (Phase.IDLE, Phase.READING):
@@ -5526,7 +5487,7 @@ class Connection(asyncio.Protocol):
 
 
 class Newcomers(dict[Connection, None]):
-    """Limits the connections that have not passed the gate yet.
+    """The connections that have not passed the gate yet, oldest first.
 
     Above the limit, the source with the most of them loses its oldest one. When many clients
     reconnect at once, each has NEWCOMER_GRACE_SECONDS first, unless there are more than MAX_BURST
@@ -5534,12 +5495,12 @@ class Newcomers(dict[Connection, None]):
     """
 
     def __init__(self, server: Server) -> None:
-        super().__init__()  # oldest first
+        super().__init__()
         self._connections = server.connections
         self._half = server.max_clients // 2
 
     def make_room(self, now: float) -> None:
-        """End those who are too many. The sweep asks again after their grace."""
+        """End those that are too many. The sweep asks again after their grace."""
         while len(self) > min(MAX_NEWCOMERS, self._half):
             counts = Counter(one.source for one in self)
             most = max(counts.values())
@@ -5554,7 +5515,7 @@ class Newcomers(dict[Connection, None]):
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
-    """Return families and addresses of each host, none twice. Raises OSError, UnicodeError."""
+    """Return the places of each host, none twice. Raises OSError, UnicodeError."""
     found: list[list[Place]] = []
     for host in hosts:
         rows = socket.getaddrinfo(
@@ -5570,8 +5531,8 @@ def bind_host(
 ) -> None:
     """Listen on all addresses of one host, on one port; add the sockets to `bound`. Raises OSError.
 
-    An address that this machine lacks is left out where there is another one: `localhost` is ::1
-    too, also where there is no IPv6. `::` takes IPv4 too, unless v6_only.
+    An address that this machine lacks is left out if there is another: `localhost` is ::1 too, also
+    where there is no IPv6. `::` takes IPv4 too, unless v6_only.
     """
     missing, before = None, len(bound)
     for family, (host, _, *more) in places:
@@ -5593,7 +5554,7 @@ def bind_host(
 
 
 def adopt_socket(fd: int) -> socket.socket:
-    """Return a listening socket that systemd has opened. Raises ConfigError."""
+    """Raises ConfigError."""
     families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     try:
         listener = socket.socket(fileno=fd)
@@ -5630,8 +5591,7 @@ def bind_unix(path: str) -> socket.socket:
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
     """Return what systemd has opened (sd_listen_fds(3)): sockets by `http`, `ws` and `unix`.
 
-    They are the descriptors from 3 on, if LISTEN_PID is this process. A Unix socket needs no name.
-    Raises ConfigError.
+    They are the descriptors from 3 on, if LISTEN_PID is this process. Raises ConfigError.
     """
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
@@ -5662,8 +5622,8 @@ def find_kind(listener: socket.socket) -> ListenerKind:
 class Listeners:
     """The bound sockets: an HTTP and a WebSocket port, possibly the same; Unix sockets.
 
-    passed: by systemd, as take_passed_sockets() returns it. A TCP socket of it stands for both
-    ports if the other has none, since both speak both protocols; nothing is bound beside it.
+    passed: by take_passed_sockets(). A TCP socket of it stands for both ports if the other has
+    none, since both speak both protocols; nothing is bound beside it.
     """
 
     def __init__(
@@ -5671,10 +5631,8 @@ class Listeners:
     ) -> None:
         self._log = log
         self._scheme_end = "s" if config.has_tls else ""
-        bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
-        self._sockets: list[socket.socket] = [*itertools.chain(*bound.values())]
-        # The file of our Unix socket.
-        self._unix_file: tuple[str, os.stat_result] | None = None
+        bound = self._bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
+        self._unix_file: tuple[str, os.stat_result] | None = None  # of our own socket
         place = " ".join(config.host)
         try:
             if not bound["http"] and not bound["ws"]:
@@ -5684,17 +5642,16 @@ class Listeners:
             if config.unix and not bound["unix"]:
                 place = os.path.abspath(config.unix)
                 bound["unix"] = [bind_unix(place)]
-                self._sockets += bound["unix"]
                 self._unix_file = place, os.stat(place)
         except (OSError, ValueError) as error:  # a name that cannot be one; no IPv6 for `::`
             self.close()
             reason = explain(error).partition(" (while")[0]  # create_server() adds the address
             raise StartError(f"cannot listen on {place}: {reason}") from None
-        for one in self._sockets:
+        self.kinds = [(one, find_kind(one)) for one in itertools.chain(*bound.values())]
+        for one, _ in self.kinds:
             one.setblocking(False)
-        self.kinds = [(one, find_kind(one)) for one in self._sockets]
         self.is_loopback = ListenerKind.NETWORK not in dict(self.kinds).values()
-        # A socket's name for each port, and real ports; discovery is None when it is off.
+        # A socket's name for each port, and the real ports; discovery is None when it is off.
         http, ws = bound["http"] or bound["ws"], bound["ws"] or bound["http"]
         self._names = {"http": http[0].getsockname(), "ws": ws[0].getsockname()}
         self.ports: dict[str, int | None] = {name: at[1] for name, at in self._names.items()}
@@ -5723,12 +5680,11 @@ class Listeners:
                 continue
             if candidate != port:
                 self._log.write("warning", "port_busy", port=port, used=candidate, listener=name)
-            self._sockets += bound
             return bound
         raise busy
 
     def url(self, name: str, is_typed: bool = False) -> str:
-        """Return the URL of "http" or "ws". is_typed: by a person, who cannot type 0.0.0.0."""
+        """Return the URL of "http" or "ws". is_typed: by a person, who cannot use 0.0.0.0."""
         host = self._names[name][0]
         if is_typed and host in ("0.0.0.0", "::"):
             host = read_hostname()
@@ -5746,7 +5702,7 @@ class Listeners:
 
     def close(self) -> None:
         """Stop listening, and remove the Unix socket if it is still ours."""
-        close_all(self._sockets)
+        close_all(itertools.chain(*self._bound.values()))
         if self._unix_file is not None:
             path, ours = self._unix_file
             with suppress(OSError):  # it has been removed already
@@ -5755,7 +5711,7 @@ class Listeners:
 
 
 def limit_clients(config: Config, log: Log) -> int:
-    """Return how many connections there may be, each of which needs a descriptor."""
+    """Return how many connections there may be: each needs a descriptor."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
     # A task has up to three: output, input, and after its end the pipe of what it left.
@@ -5829,7 +5785,7 @@ class Server:
     # Starting
 
     def start(self) -> None:
-        """Accept connections, answer probes, sample; then log `listening`."""
+        """Begin all work; then log `listening`."""
         self.loop.set_exception_handler(self._log_loop_error)
         # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
         signal.signal(signal.SIGCHLD, lambda *_: self.loop.call_soon_threadsafe(self.tasks.reap))
@@ -5878,7 +5834,7 @@ class Server:
             self.loop.add_reader(listener, self._accept, listener, kind)
 
     def _start_discovery(self) -> str | None:
-        """Return its URL; None if the port cannot be had."""
+        """Return its URL; None without the port."""
         port, is_local = self.config.discovery_port, self.listeners.is_loopback
         places, facts = self.listeners.find_places(), self._describe_for_probe
         try:
@@ -5928,7 +5884,7 @@ class Server:
             self.audit.write_refusal(**fields)
 
     async def _sweep(self) -> None:
-        """Look at connections whose deadline has passed or that do not take what they get."""
+        """Look at connections whose deadline has passed, or that do not take what they get."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()

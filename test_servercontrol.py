@@ -11393,7 +11393,7 @@ class TestDashboard:
         for value in ("gzip;q=0", "identity", "gzip; q=0.000", "br"):
             answer = self.ask(server, Accept_Encoding=value)
             assert "content-encoding" not in answer.headers, value
-        assert self.ask(server, Accept_Encoding="br, gzip;q=0.5").headers["content-encoding"]
+        assert self.ask(server, Accept_Encoding="br, gzip").headers["content-encoding"]
 
     def test_head_has_the_fields_of_get(self, server: ServerProcess):
         head = server.request("HEAD", "/", **self.HTML_FIELDS)
