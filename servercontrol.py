@@ -3050,11 +3050,10 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """Lock a file while this run of the server lives, and return its path."""
     path = os.path.join(folder, f"run-{boot_id}")
-    with suppress(OSError):  # without the mark a crash leaves its tasks open
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.fchmod(fd, 0o600)  # whatever the umask is
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        os.write(fd, os.fsencode(audit_path))
+    with suppress(OSError), open_private_file(path) as file:  # else a crash leaves its tasks open
+        lock_file(file)
+        file.write(os.fsencode(audit_path))
+        os.dup(file.fileno())  # holds the lock until the process ends
     return path
 
 
@@ -3357,15 +3356,12 @@ class Tasks:
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
     _finished: deque[Task] = field(default_factory=deque)  # in the order in which they ended
-    # `ref` -> id of its task, kept or not.
-    _refs: dict[str, str] = field(default_factory=dict)
+    _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> id of its task, kept or not
     is_stopping: bool = False  # the whole server is
-    started: int = 0  # for /metrics
 
     def __post_init__(self) -> None:
         self.outputs = Outputs(self._publish, self._feed, self.running, self._finished)
-        # For /metrics, since the start of the server.
-        self.completed = Counter(dict.fromkeys(END_STATES, 0))
+        self.completed = Counter(dict.fromkeys(END_STATES, 0))  # for /metrics
         self.durations = Histogram((0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600))
 
     def get(self, task_id: Any) -> Task:
@@ -3402,7 +3398,6 @@ class Tasks:
             self._refs[request.ref] = task.task_id
             if len(self._refs) > MAX_REFS:
                 del self._refs[next(iter(self._refs))]
-        self.started += 1
         task.started_timestamp = self._tell("task_start", task.describe())
         command = request.command[:200]
         self._log.write("info", "task_start", task_id=task.task_id, command=command, by=by)
@@ -3756,7 +3751,6 @@ class Viewers:
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
-        """Skip a viewer until its transport has written everything."""
         if viewer.state is READY:
             viewer.state = ViewerState.STALLED
             self._stalled.add(viewer)
@@ -3851,7 +3845,6 @@ class Viewers:
                 self._round.append(viewer)
 
     def flush_all(self) -> None:
-        self.flush()
         while self.feed.is_dirty:
             self.flush()
 
@@ -4000,17 +3993,14 @@ class Webhook:
         for pause in (0.0, *WEBHOOK_PAUSES):
             time.sleep(pause)
             try:
-                status = self._post(body)
-            except (OSError, ValueError) as error:  # ValueError: the name is malformed
-                reason = explain(error)
-                continue
-            if 200 <= status <= 299:  # a redirect, which would become a GET, is not followed
+                self._post(body)
                 return ""
-            reason = f"it answered {status}"
+            except (OSError, ValueError) as error:  # ValueError: also for a malformed name
+                reason = explain(error)
         return reason
 
-    def _post(self, body: bytes) -> int:
-        """Return the status of the answer; the rest is not read. Raises OSError, ValueError."""
+    def _post(self, body: bytes) -> None:
+        """Raises OSError, ValueError, unless it is answered with 2xx; the rest is not read."""
         url, context = self.url, self._context
         with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
             end = time.monotonic() + WEBHOOK_SECONDS
@@ -4025,7 +4015,8 @@ class Webhook:
                     status = parse_webhook_answer(answer)
         if status is None:
             raise ValueError("it gave no HTTP answer")
-        return status
+        if not 200 <= status <= 299:  # a redirect, which would become a GET, is not followed
+            raise ValueError(f"it answered {status}")
 
 
 def describe_failure(error: BaseException) -> Fields:
@@ -4038,16 +4029,13 @@ def describe_failure(error: BaseException) -> Fields:
 
 @dataclass(eq=False, repr=False)
 class Sampler:
-    """Publishes `stats_update` every interval, and alerts.
-
-    running: the running tasks, which an alert names. notify: also takes each alert's event.
-    """
+    """Publishes `stats_update` every interval, and alerts."""
 
     config: Config
     publish: Publish
     log: Log
-    running: Mapping[str, Task]
-    notify: Callable[[Fields], None]
+    running: Mapping[str, Task]  # which an alert names
+    notify: Callable[[Fields], None]  # gets each alert's events, too
 
     def __post_init__(self) -> None:
         config = self.config
@@ -4059,25 +4047,22 @@ class Sampler:
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # The newest event of the alert that is not resolved yet, and the monotonic time of its
-        # first one.
+        # Of the alert that is not resolved yet: its newest event, and when it began (monotonic).
         self.alert: Fields | None = None
         self._alert_since = 0.0
         # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
         self.alerts: deque[Fields] = deque(maxlen=50)
         # The newest `stats_update`.
         self.newest: asyncio.Future[Fields] = asyncio.Future()
-        # [timestamp, cpu, ram_used, net_recv, net_sent] of the newest samples.
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
         """Tick at fixed monotonic times: a late tick does not delay later ones."""
         interval = self.config.interval
-        # The first tick comes within a second, whatever the interval.
-        start, count = time.monotonic() - interval + min(interval, 1.0), 0
+        due = time.monotonic() + min(interval, 1.0)
         while True:
-            count = max(count + 1, int((time.monotonic() - start) / interval))
-            await asyncio.sleep(start + count * interval - time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
+            due = max(due + interval, time.monotonic())
             try:
                 self.tick()
             except Exception as error:  # most likely no descriptor is free
@@ -4142,8 +4127,9 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
 class Discovery:
     """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
 
-    places: the IPv4 addresses where HTTP listens, [] if that is every one. A reply must come from
-    one of these, since the prober takes its source for the server's address.
+    places: the IPv4 addresses where HTTP listens, [] if that is every one. Replies come from these,
+    since a prober takes their source for the server's address.
+
     loopback_only: the server does not listen on the network. make_facts: returns a reply's fields.
     """
 
@@ -4177,7 +4163,6 @@ class Discovery:
             raise
 
     def _receive(self, place: str) -> None:
-        """Answer an exact probe; ignore anything else."""
         with suppress(OSError):  # a prober cannot be reached
             data, source = self._sockets[place].recvfrom(len(DISCOVERY_PROBE) + 1)
             if data == DISCOVERY_PROBE and self.may_answer(source[0], time.monotonic()):
@@ -4207,11 +4192,6 @@ class Discovery:
         for udp in self._sockets.values():
             asyncio.get_running_loop().remove_reader(udp)
             udp.close()
-
-
-def close_all(sockets: Iterable[socket.socket]) -> None:
-    for one in sockets:
-        one.close()
 
 
 class SystemdNotifier:
@@ -4292,15 +4272,6 @@ def read_trusted_uid() -> int:
     return -1 if uid == overflow_uid and not maps_all else uid
 
 
-def read_unix_owner(connection: socket.socket) -> int | None:
-    """Return the uid of the process that connected (unix(7))."""
-    try:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    except (OSError, AttributeError):  # the latter on macOS
-        return None
-    return int(struct.unpack("=iII", credentials)[1])
-
-
 def tune_socket(connection: socket.socket) -> None:
     """Raises OSError if the peer has gone."""
     connection.setblocking(False)
@@ -4331,12 +4302,15 @@ def identify_peer(
     """Return who is at the other end, and a name for logs. For right after accept: a socket that is
     closed has no owner.
     """
+    uid = None
     if listener is ListenerKind.UNIX:
-        return Peer(listener, uid=read_unix_owner(connection), scheme=scheme), "unix"
+        with suppress(OSError, AttributeError):  # the latter on macOS
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            uid = int(struct.unpack("=iII", credentials)[1])  # unix(7)
+        return Peer(listener, uid=uid, scheme=scheme), "unix"
     local = connection.getsockname()
     # Mapped addresses are in the kernel's IPv4 tables; parse_ip() returns them as IPv4.
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
-    uid = None
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
         with suppress(OSError, ValueError, AttributeError):
             owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
@@ -4528,7 +4502,7 @@ def find_url(head: RequestHead, scheme: str) -> str:
 async def answer_page(server: Server, request: Request) -> Response:
     """`GET /`: the dashboard, or for `curl` and `?text` HELP. Holds no data."""
     head, page = request.head, server.page
-    fields = [("Vary", "Accept, Accept-Encoding"), ("Referrer-Policy", "no-referrer")]
+    fields = [("Referrer-Policy", "no-referrer")]
     is_browser = any(one.startswith("text/html") for one in head.tokens("accept"))
     if "text" in request.parameters or not is_browser:
         fields.append(("Content-Security-Policy", f"default-src 'none'; {NO_FRAMES}"))
@@ -4752,6 +4726,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
     usage = round(newest.result()["cpu"] / 100, 3) if newest.done() else None
     used, size = {"/": sample.disk_used}, {"/": sample.disk_total}
+    started = sum(tasks.completed.values()) + len(tasks.running)
     return [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
         ("cpu_usage_ratio", usage, "CPU usage of all cores in the newest interval."),
@@ -4765,7 +4740,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
         ("load1", sample.load_avg[0], "Load average of one minute."),
         ("uptime_seconds", sample.uptime, "Since the machine was booted."),
         ("tasks_running", len(tasks.running), "Tasks that run now."),
-        ("tasks_started_total", tasks.started, "Tasks started."),
+        ("tasks_started_total", started, "Tasks started."),
         ("tasks_completed_total{state}", tasks.completed, "Tasks ended, by how."),
         ("task_duration_seconds", tasks.durations, "From start to end of ended tasks."),
         ("task_output_bytes_total", tasks.outputs.total_bytes, "Output of all tasks."),
@@ -4890,15 +4865,6 @@ def find_route(head: RequestHead, scheme: str) -> Route:
             message += f": curl -d 'ls' {find_url(head, scheme)}/exec"
         raise HttpError(405, "bad_method", message, [("Allow", allow)])
     return route
-
-
-def check_parameters(route: Route, head: RequestHead) -> dict[str, str]:
-    """Return the query's parameters. Raises HttpError 400."""
-    parameters = parse_query(head.query)
-    if not parameters.keys() <= set(route.parameters):
-        known = ", ".join(sorted(route.parameters)) or "none"
-        raise HttpError(400, "bad_query", f"unknown parameter; this path knows: {known}")
-    return parameters
 
 
 def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
@@ -5145,7 +5111,10 @@ class Exchanges:
             return None
         route = find_route(head, connection.peer.scheme)
         server.check_role(route.role, role)
-        parameters = check_parameters(route, head)
+        parameters = parse_query(head.query)
+        if not parameters.keys() <= set(route.parameters):
+            known = ", ".join(sorted(route.parameters)) or "none"
+            raise HttpError(400, "bad_query", f"unknown parameter; this path knows: {known}")
         expectations = [] if head.http_1_0 else head.tokens("expect")  # RFC 9110, 10.1.1
         if expectations not in ([], ["100-continue"]):
             raise HttpError(417, "bad_expectation", "only 100-continue can be expected")
@@ -5160,7 +5129,7 @@ class Exchanges:
             connection.begin_phase(Phase.ANSWERING)
         else:
             connection.begin_phase(Phase.WAITING)
-            if connection.has_sent_all:  # eof_received() came before this phase
+            if connection.inbox.at_eof():  # eof_received() came before this phase
                 connection.task.cancel()
             enable_keepalive(connection.transport.get_extra_info("socket"))
         with request.ends:
@@ -5247,7 +5216,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "server inbox transport peer address source role phase viewer task opened_at "
-        "has_sent_all deadline_seconds _socket _drained _taken_bytes _progress_at"
+        "deadline_seconds _socket _drained _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -5259,22 +5228,16 @@ class Connection(asyncio.Protocol):
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.query_owner
         )
-        # Newcomers are counted by account, or by address if the account is unknown.
+        # By which newcomers are counted: the account, or the address if that is unknown.
         self.source = self.peer.uid, find_host_key(self.peer.address)
         tune_socket(connection)
         self.transport: asyncio.Transport
-        # Of the newest request; None if it shows none, or has not passed the gate.
-        self.role: Role | None = None
+        self.role: Role | None = None  # of the newest request, once it has passed the gate
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
-        # Whether the client has ended its side of the connection.
-        self.has_sent_all = False
         self.deadline_seconds: float | None = None  # set by Deadlines
-        # While something waits to be written: who waits for that, how much the kernel had taken at
-        # the last sweep, and when that last grew.
-        self._drained: asyncio.Future[None] | None = None
-        self._taken_bytes = 0
-        self.opened_at = self._progress_at = time.monotonic()
+        self._drained: asyncio.Future[None] | None = None  # waits until all is written
+        self.opened_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
             server.newcomers[self] = None
@@ -5353,8 +5316,9 @@ class Connection(asyncio.Protocol):
             # would break get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
-            if self.peer.scheme == "https":
-                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+            if self.peer.scheme == "https" and self in self.server.connections:
+                # Do not wait for a close_notify, as asyncio before 3.11 does (RFC 8446, 6.1).
+                self.server.deadlines.set(self, TLS_GOODBYE_SECONDS)
         else:
             # Without a reset, what the peer does not take would stay in the kernel for minutes, and
             # a peer that still writes would hang.
@@ -5363,14 +5327,6 @@ class Connection(asyncio.Protocol):
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             self.transport.abort()
-
-    def _end_tls(self) -> None:
-        """Do not wait for the peer's close_notify, as asyncio before 3.11 does (RFC 8446, 6.1)."""
-        if self in self.server.connections:
-            if count_waiting_bytes(self.transport):
-                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
-            else:
-                self.transport.abort()
 
     # What the event loop says
 
@@ -5389,6 +5345,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.server.stalled.add(self)
+        # How much the kernel had taken at the last sweep, and when that last grew.
         self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
         if self.viewer is not None:
             self.server.viewers.stall(self.viewer)
@@ -5409,7 +5366,6 @@ class Connection(asyncio.Protocol):
             self.server.viewers.resume(self.viewer)
 
     def eof_received(self) -> bool:
-        self.has_sent_all = True
         self.inbox.feed_eof()
         if self.phase is Phase.WAITING:  # for a task; the client has most likely gone
             self.task.cancel()
@@ -5444,6 +5400,8 @@ class Connection(asyncio.Protocol):
             if self.phase is Phase.READING:
                 self.phase = Phase.EXPIRED
             self.task.cancel()
+        elif self.transport.is_closing() and count_waiting_bytes(self.transport):
+            self.server.deadlines.set(self, TLS_GOODBYE_SECONDS)
         else:
             self.end(End.RESET)
 
@@ -5503,8 +5461,7 @@ class Newcomers(dict[Connection, None]):
         """End those that are too many. The sweep asks again after their grace."""
         while len(self) > min(MAX_NEWCOMERS, self._half):
             counts = Counter(one.source for one in self)
-            most = max(counts.values())
-            loser = next(one for one in self if counts[one.source] == most)
+            loser = max(self, key=lambda one: counts[one.source])
             is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
             if is_spared and len(self._connections) <= self._half and len(self) <= MAX_BURST:
                 return
@@ -5534,7 +5491,7 @@ def bind_host(
     An address that this machine lacks is left out if there is another: `localhost` is ::1 too, also
     where there is no IPv6. `::` takes IPv4 too, unless v6_only.
     """
-    missing, before = None, len(bound)
+    left = len(places)
     for family, (host, _, *more) in places:
         if bound:
             port = bound[0].getsockname()[1]
@@ -5544,13 +5501,11 @@ def bind_host(
                 (host, port, *more), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=is_dual
             )
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            left -= 1
+            if not left or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
-            missing = error
-            continue
-        bound.append(listener)
-    if missing is not None and len(bound) == before:
-        raise missing
+        else:
+            bound.append(listener)
 
 
 def adopt_socket(fd: int) -> socket.socket:
@@ -5603,11 +5558,11 @@ def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[soc
     for one, name in zip(sockets, names.split(":") + [""] * len(sockets)):
         if one.family == socket.AF_UNIX:
             name = "unix"
-        elif name not in ("http", "ws"):
-            if not is_alone:
-                message = f"LISTEN_FDNAMES: {name!r} is neither http nor ws"
-                raise ConfigError(f"{message}: the socket unit needs FileDescriptorName=")
+        elif is_alone and name != "ws":
             name = "http"
+        elif name not in ("http", "ws"):
+            message = f"LISTEN_FDNAMES: {name!r} is neither http nor ws"
+            raise ConfigError(f"{message}: the socket unit needs FileDescriptorName=")
         passed.setdefault(name, []).append(one)
     return passed
 
@@ -5670,10 +5625,11 @@ class Listeners:
         for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
             bound: list[socket.socket] = []
             try:
-                for one in places:
-                    bind_host(one, candidate, v6_only, bound)
+                for host in places:
+                    bind_host(host, candidate, v6_only, bound)
             except OSError as error:
-                close_all(bound)
+                for one in bound:
+                    one.close()
                 if error.errno != errno.EADDRINUSE:
                     raise
                 busy = error
@@ -5702,7 +5658,8 @@ class Listeners:
 
     def close(self) -> None:
         """Stop listening, and remove the Unix socket if it is still ours."""
-        close_all(itertools.chain(*self._bound.values()))
+        for one in itertools.chain(*self._bound.values()):
+            one.close()
         if self._unix_file is not None:
             path, ours = self._unix_file
             with suppress(OSError):  # it has been removed already
@@ -5724,10 +5681,7 @@ def limit_clients(config: Config, log: Log) -> int:
 
 @dataclass(eq=False, repr=False)
 class Server:
-    """All parts together. folder: the state folder.
-
-    boot_id: names this run of the server; a seq means something only together with it.
-    """
+    """All parts together."""
 
     config: Config
     log: Log
@@ -5737,8 +5691,8 @@ class Server:
     listeners: Listeners
     tls: TlsFiles | None
     spawner: Spawner
-    boot_id: str
-    folder: str | None
+    boot_id: str  # names this run: a seq means something only together with it
+    folder: str | None  # the state folder
     page: Page
 
     def __post_init__(self) -> None:
