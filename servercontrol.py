@@ -3048,7 +3048,10 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
-    """Lock a file while this run of the server lives, and return its path."""
+    """Lock a file while this run of the server lives; return its path.
+
+    A crash leaves it unlocked: the next start completes that run's tasks in the audit log.
+    """
     path = os.path.join(folder, f"run-{boot_id}")
     with suppress(OSError), open_private_file(path) as file:  # else a crash leaves its tasks open
         lock_file(file)
@@ -3245,9 +3248,12 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read the waiting tasks in order, until the turn ends. Others wait for the next one."""
+        """Read the waiting tasks in order, until the turn ends. Others wait for the next one.
+
+        Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
+        """
         now = time.perf_counter()
-        if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:  # a round of viewers
+        if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
             return
         while self._queue and now < self._turn_end:
             self._read_at = now
@@ -3375,7 +3381,7 @@ class Tasks:
 
     def start(self, request: ExecRequest, by: str) -> Task:
         """Raises CommandError; then nothing was started."""
-        if request.ref is not None and request.ref in self._refs:
+        if request.ref in self._refs:
             return self.get(self._refs[request.ref])
         config = self._config
         if self.is_stopping:
@@ -3892,6 +3898,7 @@ def read_basics() -> Fields:
 
 
 def read_proc_sample() -> Sample:
+    """Works without psutil."""
     busy, total = parse_cpu_times(read_proc_file("/proc/stat"))
     memory = parse_meminfo(read_proc_file("/proc/meminfo"))
     return Sample(
@@ -4140,9 +4147,7 @@ class Discovery:
 
     def __post_init__(self) -> None:
         self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
-        # The networks that are on-link, and when to read them again.
-        self._networks: list[ipaddress.IPv4Network] = []
-        self._networks_until = 0.0
+        self._networks_until = 0.0  # when to read the networks that are on-link again
         # By address. A socket that is bound to one address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
@@ -4262,7 +4267,10 @@ def choose_owner_query() -> OwnerQuery:
 
 
 def read_trusted_uid() -> int:
-    """Return the server's uid, or -1 for the one that a user namespace shows for other accounts."""
+    """Return the server's uid, or -1 if other accounts have the same.
+
+    In a user namespace that maps only some accounts, one uid stands for all others.
+    """
     uid = os.geteuid()
     try:
         overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
@@ -4708,6 +4716,7 @@ def describe_server(server: Server, role: Role | None) -> Fields:
 
 
 async def answer_info(server: Server, request: Request) -> Any:
+    """What `hello` says, and more about the server."""
     return {
         **describe_server(server, request.role),
         "ports": server.listeners.ports,
@@ -5372,6 +5381,7 @@ class Connection(asyncio.Protocol):
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection, and end its work."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
