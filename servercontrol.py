@@ -46,21 +46,21 @@ Map (search for the number and a dot):
 
 May I run this as root? Read these places in this order (the number is that of their lines):
 
-     338  section 6                 who gets in: the gate, check_access, and its rules in order
-      25  load_tokens               where the two tokens come from
+     317  section 6                 who gets in: the gate, check_access, and its rules in order
+      23  load_tokens               where the two tokens come from
       13  check_file                whose files are believed
-      26  identify_peer             whose process is at the other end: the kernel is asked
-      22  Exchanges._serve_request  the door: head, gate, only then the body, answer
-      20  Exchanges._admit          what the gate's answer lets a request reach
+      28  identify_peer             whose process is at the other end: the kernel is asked
+      21  Exchanges._serve_request  the door: head, gate, only then the body, answer
+      24  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
-      27  handle_message            the second door: messages of WebSocket clients, COMMANDS
+      26  handle_message            the second door: messages of WebSocket clients, COMMANDS
        6  Server.check_role         who may run something; both doors ask it
       17  parse_exec_fields         what a request to run something may say
       33  answer_exec               where the gate and the tasks meet
-      66  Spawner                   how a command is started: session, environment, descriptors
-     201  Tasks                     how it is stopped with all that it started, and ends
+      67  Spawner                   how a command is started: session, environment, descriptors
+     197  Tasks                     how it is stopped with all that it started, and ends
       10  signal_session            which processes a signal reaches
-      93  AuditLog                  how it is written down
+      91  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
