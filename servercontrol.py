@@ -674,7 +674,7 @@ class HttpParser:
 
     def take_rest(self) -> bytes:
         """Return what follows an upgrade's head: it belongs to the other protocol."""
-        self._items.close()  # else the cycle would live until it is collected
+        self._items.close()  # it and the parser refer to each other
         rest, self._buffer = self._buffer, bytearray()
         return bytes(rest)
 
@@ -2412,7 +2412,8 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     status = os.fstat(fd)
     if status.st_size == 0 and status.st_mode & 0o600 != 0o600:
         with suppress(OSError):  # it is of another account
-            os.fchmod(fd, 0o600)  # the umask has removed rights of its owner
+            # The umask has removed rights of its owner.
+            os.fchmod(fd, stat.S_IMODE(status.st_mode) | 0o600)
     return open(fd, "r+b", buffering=0)
 
 
@@ -2650,7 +2651,7 @@ class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
     Server writes start, stop, refused and task_kill; Tasks._tell() and complete_crashed_runs()
-    task_start and task_complete. path: or "-" (stderr), or "none".
+    task_start and task_complete. path: a file, "-" (stderr) or "none".
     """
 
     path: str
@@ -3053,10 +3054,11 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     A crash leaves it unlocked: the next start completes that run's tasks in the audit log.
     """
     path = os.path.join(folder, f"run-{boot_id}")
-    with suppress(OSError), open_private_file(path) as file:  # else a crash leaves its tasks open
+    # Without the mark a crash leaves its tasks open.
+    with suppress(OSError), open_private_file(path) as file:
         lock_file(file)
-        file.write(os.fsencode(audit_path))
         os.dup(file.fileno())  # holds the lock until the process ends
+        file.write(os.fsencode(audit_path))
     return path
 
 
@@ -4064,7 +4066,7 @@ class Sampler:
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
-        """Tick at fixed monotonic times: a late tick does not delay later ones."""
+        """Tick for ever. A tick that is late by less than an interval delays no later one."""
         interval = self.config.interval
         due = time.monotonic() + min(interval, 1.0)
         while True:
@@ -4358,7 +4360,7 @@ class TlsFiles:
         return context
 
     def refresh(self) -> None:
-        """Read the files again if they have changed, and both are written."""
+        """Read the files again if they have changed and are still for a moment."""
         before, self._seen = self._seen, self._look()
         if self._seen != before or self._seen == self._read:
             return
@@ -4507,6 +4509,12 @@ def find_url(head: RequestHead, scheme: str) -> str:
     return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
+def accepts_gzip(head: RequestHead) -> bool:
+    """Whether Accept-Encoding names gzip and does not weigh it 0 (RFC 9110, 12.5.3)."""
+    members = (member.replace(" ", "") for member in head.tokens("accept-encoding"))
+    return any(re.fullmatch(r"(x-)?gzip(;q=(?!0(\.0*)?$).*)?", member) for member in members)
+
+
 async def answer_page(server: Server, request: Request) -> Response:
     """`GET /`: the dashboard, or for `curl` and `?text` HELP. Holds no data."""
     head, page = request.head, server.page
@@ -4519,7 +4527,7 @@ async def answer_page(server: Server, request: Request) -> Response:
         return Response(200, text.encode("utf-8"), PLAIN_TEXT, fields)
     fields.append(("Content-Security-Policy", page.policy(head.value("host"))))
     body = page.body
-    if zlib is not None and "gzip" in head.tokens("accept-encoding"):
+    if zlib is not None and accepts_gzip(head):
         body = page.compressed
         fields.append(("Content-Encoding", "gzip"))
     return Response(200, body, "text/html; charset=utf-8", fields)
@@ -5138,7 +5146,7 @@ class Exchanges:
             connection.begin_phase(Phase.ANSWERING)
         else:
             connection.begin_phase(Phase.WAITING)
-            if connection.inbox.at_eof():  # eof_received() came before this phase
+            if connection.has_sent_all:  # eof_received() came before this phase
                 connection.task.cancel()
             enable_keepalive(connection.transport.get_extra_info("socket"))
         with request.ends:
@@ -5225,7 +5233,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "server inbox transport peer address source role phase viewer task opened_at "
-        "deadline_seconds _socket _drained _taken_bytes _progress_at"
+        "has_sent_all deadline_seconds _socket _drained _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -5245,6 +5253,7 @@ class Connection(asyncio.Protocol):
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
         self.deadline_seconds: float | None = None  # set by Deadlines
+        self.has_sent_all = False  # whether the client has ended its side of the connection
         self._drained: asyncio.Future[None] | None = None  # waits until all is written
         self.opened_at = time.monotonic()
         server.connections.add(self)
@@ -5325,9 +5334,8 @@ class Connection(asyncio.Protocol):
             # would break get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
-            if self.peer.scheme == "https" and self in self.server.connections:
-                # Do not wait for a close_notify, as asyncio before 3.11 does (RFC 8446, 6.1).
-                self.server.deadlines.set(self, TLS_GOODBYE_SECONDS)
+            if self.peer.scheme == "https":
+                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
             # Without a reset, what the peer does not take would stay in the kernel for minutes, and
             # a peer that still writes would hang.
@@ -5336,6 +5344,14 @@ class Connection(asyncio.Protocol):
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             self.transport.abort()
+
+    def _end_tls(self) -> None:
+        """Do not wait for the peer's close_notify, as asyncio before 3.11 does (RFC 8446, 6.1)."""
+        if self in self.server.connections:
+            if count_waiting_bytes(self.transport):
+                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+            else:
+                self.transport.abort()
 
     # What the event loop says
 
@@ -5375,6 +5391,7 @@ class Connection(asyncio.Protocol):
             self.server.viewers.resume(self.viewer)
 
     def eof_received(self) -> bool:
+        self.has_sent_all = True
         self.inbox.feed_eof()
         if self.phase is Phase.WAITING:  # for a task; the client has most likely gone
             self.task.cancel()
@@ -5410,8 +5427,6 @@ class Connection(asyncio.Protocol):
             if self.phase is Phase.READING:
                 self.phase = Phase.EXPIRED
             self.task.cancel()
-        elif self.transport.is_closing() and count_waiting_bytes(self.transport):
-            self.server.deadlines.set(self, TLS_GOODBYE_SECONDS)
         else:
             self.end(End.RESET)
 
@@ -6293,9 +6308,10 @@ class Link:
     """The events of one server except output, each once and in order, over many connections.
 
     Each connection begins with `hello`. The first one tells where to begin; after a restart of the
-    server, a `gap` and all that it still has come. take: gets these and every event of EVENT_TYPES,
-    a `gap` with the server's list of `tasks`; from Link itself `lost` (reason, status) at the end
-    of a connection, and `restarted`. If it raises UnreachableError, the event comes again.
+    server, a `gap` and all that it still has come. take: gets each `hello`, each `gap` (with the
+    server's list of `tasks`) and every event of EVENT_TYPES; from Link itself `lost` (reason,
+    status) at the end of a connection, and `restarted`. If it raises UnreachableError, the event
+    comes again.
     """
 
     target: Target
@@ -6573,7 +6589,7 @@ class RemoteTask:
                 self.good_at = time.monotonic()
                 has_more = task["state"] != "running" or task["output_bytes"] > self.position
                 if has_more and stood_at == self.position:
-                    return  # a proxy has forgotten it; or stdout pauses: a new one shows we live
+                    return  # a proxy forgot it; or stdout pauses, and asking again shows we live
                 stood_at = self.position if has_more else -1
             taking.result()
         finally:
@@ -7028,7 +7044,7 @@ class ServerState(enum.Enum):
 
 # State -> from which states it is entered; one that is not here, from any.
 STATES_BEFORE = {
-    ServerState.SILENT: (ServerState.UP,),  # most broken connections are back before that
+    ServerState.SILENT: (ServerState.UP,),  # 5 s: most broken connections are back before
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
 }
 
@@ -11689,7 +11705,7 @@ def reset_signals() -> bool:
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null where 0, 1 or 2 is closed: else a socket gets the number, and then the log."""
+    """Open /dev/null where 0, 1 or 2 is closed: a socket would get the number, and the log."""
     fd = -1
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
