@@ -3067,15 +3067,17 @@ class TestCompression:
 class TestSlowViewers:
     """SPEC 2: a slow client costs nobody anything."""
 
+    @pytest.mark.parametrize("stalls", [False, True])
     @in_loop
-    async def test_flood_waits_until_they_have_caught_up(self) -> None:
+    async def test_flood_waits_until_they_have_caught_up(self, stalls: bool) -> None:
         """Only then is their patience whole again, and only half a feed behind it begins."""
         viewers = sc.Viewers(asyncio.get_running_loop())
         while not viewers.feed.middle:
             viewers.publish("task_output", task_id="1", output=b"x" * 65536, offset=0)
         feed = viewers.feed
         viewer = mock.Mock(audience=sc.Audience(None, 0), state=sc.ViewerState.READY)
-        viewers._queue = {viewer: None}
+        viewer.taken_at = time.monotonic()
+        viewers.stall(viewer) if stalls else viewers._queue.update({viewer: None})
         for cursor, is_pressed in (
             (feed.middle, False), (feed.middle - 1, True), (feed.middle, True),
             (feed.next - 1, True), (feed.next, False), (feed.next - 1, False),
@@ -4467,6 +4469,8 @@ class TestTokenPieces:
             assert server.run("echo yes")["output"] == "yes\n"
             shown = server.request("GET", "/tasks", Authorization="Bearer " + "x" * 43)
             assert shown.status == 401
+            told = server.request("GET", "/tasks", Via="1.1 a").json()["message"]
+            assert told.endswith("there is none: this server has no state folder, as its log says")
         options = ("--require-token", *ANY_PORTS)
         told = run_client(*options, script=script, XDG_STATE_HOME=str(tmp_path))
         assert told.returncode == 2 and b"--token-file: " in told.stderr
@@ -11670,6 +11674,7 @@ SEQUENCES = [
     ("NEL", "abc\x1bEd", "abc|d"), ("HTS", "\x1b[5G\x1bH\r\tx", None), ("RI", FILL + "\x1b[2;3H\x1bMx\x1bMy", None),
     ("RIS", FILL + "\x1b[31m\x1b[2;4r\x1bcx", None), ("DECALN", "\x1b#8", None),
     ("ICH", FILL + "\x1b[2;3H\x1b[4@x", None), ("CUU", "\x1b[4;4H\x1b[2Ax\x1b[9Ay", None), ("CUD", "\x1b[2Bx\x1b[9By", None),
+    ("CUU in a region", "\x1b[2;4r\x1b[2;4H\x1b[Ax\x1b[4;4H\x1b[9Ay", None),
     ("CUF", "\x1b[3Cx\x1b[99Cy", None), ("CUB", "abcdef\x1b[3Dx\x1b[99Dy", None), ("CNL", "abc\x1b[2Ex", None),
     ("CPL", "\x1b[5;5H\x1b[2Fx", None), ("CHA", "abc\x1b[7Gx\x1b[Gy", None), ("CHT", "\x1b[2Ix", " " * 16 + "x"),
     ("CUP", "\x1b[3;5Hx\x1b[;7Hy\x1b[99;99Hz\x1b[0;0Hw", None), ("CBT", "\x1b[20Gx\x1b[2Zy", "        y          x"),
