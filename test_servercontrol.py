@@ -3828,15 +3828,20 @@ class TestRoutes(RunsTasks):
             assert server.request("POST", "/exec?wait&fail", "true").status == 200
 
     @pytest.mark.parametrize("query", ["wait", "follow", "wait&tie", "follow&tie"])
-    @pytest.mark.parametrize("leaves", ["at once", "while it waits"])
+    @pytest.mark.parametrize("leaves", ["at once", "behind more requests", "while it waits"])
     def test_task_outlives_the_client_that_waits_unless_tied(self, server, query: str, leaves: str):
         before = len(server.get("/tasks"))
         connection = server.connect()
         check_served(connection)
+        request = post(line=f"POST /exec?{query}", body=b"exec sleep 300")
+        if leaves == "behind more requests":  # than are taken at a time
+            request = post(line=f"POST /exec?{query}", body=b"exec sleep 300" + b" " * 60_000)
+            request += make_request("GET /info", "x: " + "y" * 2000)
         # At once: the server finds request and end together.
-        with stopped(server) if leaves == "at once" else contextlib.nullcontext(), connection:
-            connection.sendall(post(line=f"POST /exec?{query}", body=b"exec sleep 300"))
-            if leaves != "at once":
+        waits = leaves == "while it waits"
+        with contextlib.nullcontext() if waits else stopped(server), connection:
+            connection.sendall(request)
+            if waits:
                 wait_until(lambda: len(server.get("/tasks")) > before)
                 if "follow" in query:  # unread bytes would make a reset of its end
                     assert connection.recv(65536).endswith(b"\r\n\r\n")
