@@ -199,7 +199,7 @@ IDLE_SECONDS = 15.0  # between two requests of one connection
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
 WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
-# TCP keep-alive: seconds before the first probe (KEEPALIVE: macOS), between probes; their number.
+# Seconds before the first probe (on macOS KEEPALIVE), between probes; the number of probes.
 KEEPALIVE = {"TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # WebSocket, RFC 6455.
@@ -283,7 +283,7 @@ MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
-LOCKED_SECONDS = 0.001  # once LOCK_SECONDS were not enough: the event loop waits, too
+LOCKED_SECONDS = 0.001  # instead, after LOCK_SECONDS were too short: the event loop waits, too
 
 # Statistics.
 FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
@@ -490,7 +490,7 @@ class Config:
         return bool(self.tls_cert)
 
     def limits(self) -> dict[str, int]:
-        """What `hello` and `/info` tell clients."""
+        """The limits that `hello` and `/info` tell clients."""
         return {
             "max_tasks": self.max_tasks,
             "max_clients": self.max_clients,
@@ -1032,7 +1032,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that it is a process of the server's own account."""
+    """Whether the kernel says that the peer is a process of the server's own account."""
     return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
@@ -1129,7 +1129,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: those that this file sends; Link._receive() knows which refuse it."""
+    """RFC 6455, 7.4.1: those that this file sends; Link._receive() knows which are refusals."""
 
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
@@ -1140,7 +1140,7 @@ class CloseCode(enum.IntEnum):
     INTERNAL_ERROR = 1011
 
 
-# In a close frame: registered codes but those that are never sent; and those of applications (7.4).
+# In a close frame: the registered codes that may be sent, and those of applications (7.4).
 VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
@@ -1207,7 +1207,7 @@ SMALL_WINDOW_BITS = 9  # for every window below 15: an event has at most two com
 
 
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the extensions of such a field, each with its parameters. Raises ValueError."""
+    """Return the extensions that a field names, each with its parameters. Raises ValueError."""
     extensions = []
     for member in text.split(","):  # a quoted value is a token too: it has no comma or semicolon
         if not member.strip("\t "):  # empty members are allowed
@@ -1221,7 +1221,7 @@ def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int] | None:
-    """Return the parameters of permessage-deflate, 0 for no value; None if one is wrong (7.1)."""
+    """Return the parameters of permessage-deflate, 0 for no value; None if one is wrong."""
     found: dict[str, int] = {}
     for name, value in parameters:
         fit = DEFLATE_PARAMETERS.get(name)
@@ -1407,7 +1407,7 @@ class DataMessage:
         self.max_bytes = max_bytes
         self.max_fragments = max_fragments
         self.parts: list[Any] = []
-        # Of the parts, and of the frames according to their headers.
+        # Bytes of the parts; bytes of the frames, as their headers say; how many frames.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
         # It also reads all smaller windows.
@@ -1628,7 +1628,7 @@ def count_traffic(before: Sample, after: Sample, way: int) -> int:
 
 
 def build_stats(before: Sample, after: Sample) -> Fields:
-    """For `stats_update`."""
+    """Return the fields of `stats_update` that come from two samples."""
     seconds = max(after.now - before.now, 1e-6)
     total = after.total_ticks - before.total_ticks
     busy = 100.0 * (after.busy_ticks - before.busy_ticks) / total if total > 0 else 0.0
@@ -10251,7 +10251,7 @@ class Stream {
       if (stream !== this) return;
       const begin = performance.now();
       const end = begin + SLICE_MS;
-      // In a flood what comes goes first: of most that waits nobody will see anything.
+      // In a flood, taking what comes goes first: most of what waits will never be seen.
       const isFlood = this.arrived > FLOOD && this.queued < MAX_QUEUE / 2;
       this.arrived = 0;
       if (isFlood && begin - this.drawn < DRAW_MS) return this.pump();
