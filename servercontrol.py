@@ -4648,10 +4648,11 @@ async def answer_tasks(server: Server, request: Request) -> Any:
 async def answer_logs(server: Server, request: Request) -> Response:
     """The kept output of a task from `offset` on."""
     task = find_task(server, request)
-    text = request.parameters.get("offset", "0")
+    name = "tail" if "tail" in request.parameters else "offset"
+    text = request.parameters.get(name, "0")
     if not DIGITS.fullmatch(text):
-        raise HttpError(400, "bad_query", "offset must be a number of bytes")
-    offset = int(text)
+        raise HttpError(400, "bad_query", f"{name} must be a number of bytes")
+    offset = max(0, task.output.end - int(text)) if name == "tail" else int(text)
     if offset > task.output.end:
         raise HttpError(400, "bad_offset", f"the output has {task.output.end} bytes so far")
     if parse_flag(request.parameters, "follow"):
@@ -4783,7 +4784,7 @@ ROUTES = {
     "/health": Route("GET", None, (), answer_health),
     "/exec": Route("POST", Role.RUN, ("wait", "follow", "again", "ref", *EXEC_FLAGS), answer_exec),
     "/tasks": Route("GET", Role.VIEW, ("id",), answer_tasks),
-    "/logs": Route("GET", Role.VIEW, ("id", "offset", "follow", "raw"), answer_logs),
+    "/logs": Route("GET", Role.VIEW, ("id", "offset", "tail", "follow", "raw"), answer_logs),
     "/kill": Route("POST", Role.RUN, ("id", "signal"), answer_kill),
     "/stdin": Route("POST", Role.RUN, ("id", "eof"), answer_stdin),
     "/resize": Route("POST", Role.RUN, ("id", "cols", "rows"), answer_resize),
@@ -9848,6 +9849,7 @@ const view = {
   },
   // Go to the next hit, or with 0 to the newest one.
   find(step) {
+    if (stream?.ahead) stream.endLookAhead();
     const query = $("find").value.toLowerCase();
     const old = this.hits[this.hit];
     const { lines, dropped } = this.terminal;
@@ -10163,6 +10165,7 @@ const SLICE = 16384; // bytes; as much is taken at once, so that SLICE_MS is kep
 const SLICE_MS = 20; // of each frame; a click waits for one frame, and is seen after the next
 const DRAW_MS = 100; // from one drawing of a flood to the next
 const FLOOD = 32768; // bytes in one frame, which nobody can read
+const AHEAD = 16384; // bytes of a flood's end that are shown before their turn
 const encoder = new TextEncoder();
 const ANSWER_MS = 5000; // older questions of programs are not answered: who asked has gone on
 class Stream {
@@ -10178,6 +10181,7 @@ class Stream {
     this.isPumping = false;
     this.arrived = 0; // bytes, since the last frame
     this.drawn = 0; // when it was last drawn
+    this.ahead = 0; // offset of the end of what is shown before its turn
     this.terminal = task.tty ? new Terminal(task.cols, task.rows) : new Terminal(0, 0);
     view.show(this.terminal);
   }
@@ -10254,14 +10258,46 @@ class Stream {
       // In a flood, taking what comes goes first: most of what waits will never be seen.
       const isFlood = this.arrived > FLOOD && this.queued < MAX_QUEUE / 2;
       this.arrived = 0;
+      if (isFlood || this.ahead) this.lookAhead();
       if (isFlood && begin - this.drawn < DRAW_MS) return this.pump();
       while (this.queue.length && performance.now() < end) this.step();
+      if (this.ahead && !(view.follow && this.done < this.ahead)) this.endLookAhead();
       if (!this.queue.length || end - this.drawn > DRAW_MS) {
         view.render();
         this.drawn = end;
       }
       this.pump();
     });
+  }
+  // The offset of what has not been written to the terminal yet.
+  get done() {
+    return this.next - this.queued;
+  }
+  // A browser passes on less than the server sends. So that the newest lines of a flood are on the
+  // screen at once, /logs is asked for them; they stay until all before them has come too.
+  async lookAhead() {
+    if (this.isLooking || this.task.tty || !view.follow || view.selectedLines()[0]) return;
+    this.isLooking = true;
+    try {
+      const path = `logs?id=${this.task.task_id}&tail=${AHEAD}&raw`;
+      const response = await api(path, { form: "" });
+      const text = await response.text();
+      if (stream === this && view.follow && this.done < response.headers.get("X-Offset")) {
+        const terminal = new Terminal(0, 0);
+        terminal.write(text.slice(text.indexOf("\n") + 1), 0);
+        view.show(terminal);
+        this.ahead = Number(response.headers.get("X-Next-Offset"));
+      }
+    } catch {
+      // then these lines come when it is their turn
+    }
+    this.isLooking = false;
+  }
+  endLookAhead() {
+    const { follow } = view;
+    this.ahead = 0;
+    view.show(this.terminal);
+    view.follow = follow;
   }
   step() {
     const item = this.queue[0];

@@ -3920,8 +3920,14 @@ class TestRoutes(RunsTasks):
             assert answer.body == text.encode()
             answer = server.request("GET", f"/logs?id={task_id}&offset={offset}&follow")
             assert answer.body == text.encode()
-        for offset in ("9", "-1", "x", "1.0", "", "1_0"):
-            check_error(server.request("GET", f"/logs?id={task_id}&offset={offset}"), 400)
+        tails = {0: "", 4: "\x1b<b>", 5: "\x1b<b>", 6: "ä\x1b<b>", 9: whole["logs"]}
+        for tail, text in tails.items():
+            part = server.get(f"/logs?id={task_id}&tail={tail}&offset=1")
+            assert (part["logs"], part["next_offset"]) == (text, 8)
+            assert part["offset"] == 8 - len(text.encode())
+        odd = ("-1", "x", "1.0", "", "1_0")
+        for query in ("offset=9", *(f"{n}={text}" for n in ("offset", "tail") for text in odd)):
+            check_error(server.request("GET", f"/logs?id={task_id}&{query}"), 400)
 
     def test_stats_tell_the_newest_event(self, server: ServerProcess) -> None:
         stats = server.get("/stats")
@@ -12184,6 +12190,29 @@ class TestPage(OnPage):
           return [first, stream.queue.length, await draw(FLOOD)]; }"""
         assert visit.page.evaluate(script) == [1, 0, 0]
 
+    def test_newest_lines_of_a_flood_are_shown_before_their_turn(self, visit, tmp_path):
+        """As in a browser that passes on what the server sends more slowly than it comes."""
+        go = tmp_path / "go"
+        visit.run(f"echo start; until [ -e {go} ]; do sleep 0.1; done; seq 70000; exec sleep 60")
+        visit.wait_for("#lines", "^start$")
+        visit.page.evaluate("() => { window.late = []; stream.take = (one) => late.push(one); }")
+        go.touch()
+        visit.wait_until_true("late.at(-1)?.output.endsWith('70000\\n')")
+        release = """end => {
+          const { take } = Stream.prototype;
+          while (late[0]?.offset < end) take.call(stream, late.shift()); }"""
+        visit.page.evaluate(release, 200000)
+        visit.wait_for("#lines", "70000$")
+        assert visit.page.evaluate("stream.next < 300000 && view.terminal !== stream.terminal")
+        visit.page.fill("#find", "11999")  # what has come in its turn is searched
+        visit.wait_for("#hits", "^1 of 1$")
+        visit.page.evaluate(release, 1000000)
+        visit.wait_until_true("view.terminal === stream.terminal && !stream.queue.length")
+        lines = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
+        assert lines == ["start", *map(str, range(1, 70001)), ""]
+        visit.page.click("#tail")
+        visit.wait_for("#lines", "70000$")
+
     def test_what_waits_to_be_shown_is_bytes_and_bounded(self, visit: Visit):
         """As text it was there several times, until the browser came to collect it."""
         visit.run("echo start; exec sleep 60", shows="start")
@@ -12452,6 +12481,7 @@ class TestPage(OnPage):
     def test_long_output_keeps_the_document_small(self, visit: Visit):
         visit.run("seq 150000")
         visit.wait_for("#state", "done")
+        visit.wait_until_true("stream.done === 938895 && !stream.ahead")
         visit.wait_for("#lines", "150000$")
         assert visit.page.locator("#lines > div").count() < 120
         assert visit.page.evaluate("stream.terminal.lines.length") <= 105300
@@ -12495,7 +12525,7 @@ class TestPageAround(OnPage):
             wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
             visit.wait_live()
             visit.wait_for("#notice", r"Events \d+ to \d+ were missed")
-            visit.wait_for("#lines", "20000$")
+            visit.wait_until_true("stream.terminal.lines.length === 20002")
             shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
             assert shown == [*map(str, range(20001)), ""]
 
