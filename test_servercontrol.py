@@ -2962,10 +2962,10 @@ class TestRounds:
         own = ServerProcess(tmp_path, code=code, ROUND_SECONDS=0.25)
         with own as server, RawPeer(server) as peer:
             task_id = server.start("for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.1; done")
-            events = peer.receive(is_complete(task_id))
-            texts = [event["output"] for event in events if event["type"] == "task_output"]
-            assert "".join(texts) == "".join(f"{n}\n" for n in range(1, 11))
-            assert 1 < len(texts) <= 7, "larger chunks"
+            chunks = [e for e in peer.receive(is_complete(task_id)) if e["type"] == "task_output"]
+            assert "".join(e["output"] for e in chunks) == "".join(f"{n}\n" for n in range(1, 11))
+            times = [e["timestamp"] for e in chunks[:-1]]  # the end of a task does not wait
+            assert min(after - before for before, after in zip(times, times[1:])) > 200
 
 
 class TestCompression:
