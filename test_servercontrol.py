@@ -4618,6 +4618,14 @@ class TestTls(RunsTasks):
             peer.send(make_frame(0x83))  # what is violated is told before the end
             assert peer.read_until(0x88)[-1][1][:2] == (1002).to_bytes(2, "big")
 
+    def test_closing_waits_for_a_viewer_that_pauses(self, tls_server: TlsServer) -> None:
+        """Longer than for the goodbye of one that has read everything."""
+        with RawPeer(tls_server, wrap=tls_server.wrap) as peer:
+            tls_server.finish("head -c 8000000 /dev/zero | tr '\\0' a")
+            peer.send(make_frame(0x88, b"\x03\xe8"))
+            time.sleep(3 * sc.TLS_GOODBYE_SECONDS)
+            assert list(peer.frames())[-1] == (0x88, b"\x03\xe8")
+
     def test_places_say_that_it_is_tls(self, tls_server: TlsServer) -> None:
         (listening,) = tls_server.log("listening")
         assert listening["http"] == f"https://127.0.0.1:{tls_server.port}"
@@ -6509,6 +6517,11 @@ class TestAuditChain:
             assert len(write_chain(path, 1, start=3)) == 1
         assert len(old.read_bytes().splitlines()) == 2
         assert verify(old, path)[0] == 0
+
+    def test_run_without_a_free_descriptor_has_not_crashed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "dup", mock.Mock(side_effect=OSError(errno.EMFILE, "")))
+        sc.mark_run(str(tmp_path), "0" * 16, "none")
+        assert sc.find_crashed_runs(str(tmp_path), "none") == {}
 
     def test_half_line_is_noted_and_holds(self, tmp_path: Path) -> None:
         path = tmp_path / "audit.log"
