@@ -179,119 +179,113 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 __version__ = "0.1.0"
 
 # 2. Constants ────────────────────────────────────────────────────────────────────────────────
-# Every limit, time-out and protocol number that is no option, with its unit and its reason.
+# Every limit, time-out and protocol number that is no option, with its reason.
 
 KIB = 1024
 MIB = 1024 * 1024
 
 # HTTP: enough for people and scripts; 10,000 connections do no harm.
-MAX_REQUEST_LINE_BYTES = 8 * KIB  # beyond: 414
-MAX_FIELD_BYTES = 8 * KIB  # one header field line; beyond: 431
+MAX_REQUEST_LINE_BYTES = 8 * KIB
+MAX_FIELD_BYTES = 8 * KIB
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 32 * KIB
-MAX_BODY_BYTES = 256 * KIB  # beyond: 413, unread where Content-Length tells
+MAX_BODY_BYTES = 256 * KIB
 MAX_CHUNK_EXTENSION_BYTES = 256
 MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0  # between two requests of one connection
-# After an early error so much of the input is read and dropped: a reset would destroy the answer.
+# After an early error so much input is read and dropped: a reset would destroy the answer.
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
-WRITE_STALL_SECONDS = 30.0  # a client that takes no byte for so long is disconnected
-# Seconds before the first probe (on macOS KEEPALIVE), between probes; the number of probes.
+WRITE_STALL_SECONDS = 30.0  # then a client that takes nothing is disconnected
+# tcp(7). TCP_KEEPALIVE is macOS's name of TCP_KEEPIDLE.
 KEEPALIVE = {"TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # WebSocket, RFC 6455.
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
-MAX_MESSAGE_BYTES = 64 * KIB  # incoming; clients send commands, not data
+MAX_MESSAGE_BYTES = 64 * KIB  # clients send commands, not data
 MAX_FRAGMENTS = 1024
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
-FINE_BYTES = 4 * KIB  # the best compression of so much takes less than 0.03 ms; beyond, the fastest
+FINE_BYTES = 4 * KIB  # compressed best, in 0.03 ms; longer messages are compressed fastest
 MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
-# Compressing events may take this share of the time, and so much at once; then they are sent plain,
-# so that a flood hardly slows other viewers. A tenth compresses 16 MB/s.
-DEFLATE_SHARE = 0.1
+# Compressing events may take this share of the time, and so much at once; the rest is sent plain.
+DEFLATE_SHARE = 0.1  # 16 MB/s, and a flood hardly slows other viewers
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; finds clients that are gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
-STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one stops within 1 s
-STOP_ASK_SECONDS = 0.3  # while the server stops: clients that followed a task ask how it ended
+STOP_CLOSE_SECONDS = 0.6  # the same while the server stops, which takes 1 s if it is idle
+STOP_ASK_SECONDS = 0.3  # meanwhile clients that followed a task ask how it ended
 
-# Of one write, which is all that a stalled viewer costs; larger ones gained nothing.
-BATCH_BYTES = 64 * KIB
+BATCH_BYTES = 64 * KIB  # of one write, all that a stalled viewer costs; more gains nothing
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
-# A client with more unread replies than this plus its largest one (`hello` lists all running
-# tasks) is closed. Broadcasts never reach that: at most one batch of them waits.
+# A client with more unread replies is closed; its largest is not counted (`hello` lists all running
+# tasks). Of broadcasts at most one batch waits.
 MAX_PERSONAL_BYTES = 1 * MIB
-TCP_NOTSENT_LOWAT = 25  # tcp(7); linux/tcp.h
-UNSENT_BYTES = 256 * KIB  # what the kernel may hold unsent for one connection
-# For reading output, and for writing it to viewers, in one turn of the event loop. A new connection
-# needs six turns, and must be answered within 50 ms.
+TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
+UNSENT_BYTES = 256 * KIB  # that the kernel may hold for one connection
+# Of one turn of the event loop: a new connection needs six turns, and an answer within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
-ROUND_SECONDS = 0.05  # tasks are not read during a round of many viewers, for so long at most
+ROUND_SECONDS = 0.05  # tasks are not read while many viewers are served, for so long at most
 ROUND_STEP = 16  # viewers between two looks at the clock
-# Up to FEW_VIEWERS are served in the turn in which output was read, which saves 15 us; in a flood
-# only every FEW_PAUSE_SECONDS, since one write for many events costs less.
-FEW_VIEWERS = 8
-FEW_PAUSE_SECONDS = 0.0005
-# How long tasks pause for viewers that fall behind (Viewers._update_pressure). So a viewer that
-# takes 32 MB/s loses nothing; one that stops reading delays a task by LATELY_SECONDS, once.
+FEW_VIEWERS = 8  # so few are served in the turn that reads the output: that saves 15 us
+FEW_PAUSE_SECONDS = 0.0005  # between such turns: in a flood one write for many events costs less
+# Tasks pause so long for viewers that fall behind (Viewers._update_pressure): one that takes 32
+# MB/s loses nothing. One that took nothing for LATELY_SECONDS has stopped reading.
 PATIENCE_SECONDS = 0.25
-LATELY_SECONDS = 0.1  # a viewer that took nothing for longer has stopped reading
+LATELY_SECONDS = 0.1
 PRESSURE_SECONDS = 0.002  # between two checks
 
-# A client's input is parsed in pieces. After INPUT_TURN_SECONDS of work it waits for a later turn,
-# which lets CLIENTS_PER_TURN go on. So tiny frames or requests of one client delay nobody else.
+# A client's input is parsed in pieces. After INPUT_TURN_SECONDS it waits for a later turn, which
+# lets CLIENTS_PER_TURN go on. So one client's tiny frames or requests delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
 
 # Feed and tasks.
-KEEP_EVENTS_BYTES = 16 * MIB  # the newest, which can be replayed
-EVENT_OVERHEAD_BYTES = 200  # what a small event costs in memory beyond its text
-KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # kept output of all tasks together
-# A pipe's capacity. Escaped as JSON it stays below 1 MiB, the usual limit of WebSocket clients.
+KEEP_EVENTS_BYTES = 16 * MIB  # for replay
+EVENT_OVERHEAD_BYTES = 200  # what a small one costs in memory beyond its text
+KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # of all tasks together
+# A pipe's capacity. Escaped as JSON it is below 1 MiB, the usual limit of WebSocket clients.
 READ_CHUNK_BYTES = 64 * KIB
-OUTPUT_BLOCK_BYTES = 16 * KIB  # kept output is in blocks, to which short chunks are joined
-MAX_KINDS = 10000  # kinds of events (mostly: tasks) whose seqs are indexed
+OUTPUT_BLOCK_BYTES = 16 * KIB  # of kept output: short chunks are joined
+MAX_KINDS = 10000  # of events, mostly tasks, whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up per batch
-MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes 128 KiB an argument (MAX_ARG_STRLEN)
+MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes twice that (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
-MAX_REFS = 10000  # remembered, so that a repeated request starts nothing twice
+MAX_REFS = 10000  # so that a repeated request starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
-MAX_TERMINAL_SIDE = 9999  # columns or rows
-MAX_INPUT_BYTES = 1 * MIB  # input that a task has not read yet
-TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds of unread output
+MAX_TERMINAL_SIDE = 9999
+MAX_INPUT_BYTES = 1 * MIB  # that a task has not read yet
+TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds
 KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it too
-WINDOW_SECONDS = 60.0  # a task with a window waits so long for a reader that takes something
-# What the kernel holds for a reader is lost when its connection is cut: up to 32 MiB (tcp_rmem). So
-# a task with a window keeps KEEP_TIMES as much as --keep-output says.
+WINDOW_SECONDS = 60.0  # a task with a window waits so long for its reader
+# A task with a window keeps KEEP_TIMES --keep-output: a cut connection loses what the kernel holds
+# for its reader, up to 32 MiB (tcp_rmem).
 KEEP_TIMES = 5
 
 # Access.
 MIN_TOKEN_CHARACTERS = 16
-MAX_WRONG_TOKENS = 10  # in WRONG_TOKEN_SECONDS, from one address; more are told to wait
+MAX_WRONG_TOKENS = 10  # in WRONG_TOKEN_SECONDS, from one address
 WRONG_TOKEN_SECONDS = 60.0
-MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
+MAX_LIMITED_SOURCES = 4096  # that a RateLimit remembers
 
 # Audit log.
-MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
+MAX_REFUSALS = 100  # at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
-LOCKED_SECONDS = 0.001  # instead, after LOCK_SECONDS were too short: the event loop waits, too
+LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were too short: the event loop waits, too
 
-# Statistics.
-FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
+FRESH_SECONDS = 1.0  # /metrics samples again if the newest is older (except CPU)
 
 # Alert webhook.
 WEBHOOK_SECONDS = 10.0  # to connect, and again to get the answer
-WEBHOOK_PAUSES = (1.0, 5.0)  # before the second and the third try: the receiver may be restarting
-MAX_WEBHOOK_ALERTS = 100  # waiting; beyond, the oldest is dropped: the newest matters most
+WEBHOOK_PAUSES = (1.0, 5.0)  # before another try: the receiver may be restarting
+MAX_WEBHOOK_ALERTS = 100  # then the oldest is dropped: the newest matters most
 
 # Discovery (UDP).
 DISCOVERY_PROBE = b"DISCOVER_SERVER"
@@ -300,17 +294,17 @@ MAX_REPLIES_PER_SECOND = 50
 MAX_REPLIES_PER_SOURCE = 5
 
 # Server.
-PORT_TRIES = 100  # the wanted port and 99 further
-LISTEN_BACKLOG = 1024  # the kernel's queue, for bursts of reconnecting viewers
-ACCEPTS_PER_TURN = 16  # then the event loop serves those that were accepted
+PORT_TRIES = 100  # from the wanted port on
+LISTEN_BACKLOG = 1024  # for bursts of reconnecting viewers
+ACCEPTS_PER_TURN = 16  # then those that were accepted are served
 HANDSHAKE_SECONDS = 10.0  # TLS
-TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed one has written everything
-MAX_NEWCOMERS = 64  # connections that have not passed the gate; else they could take all places
+TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed connection has sent all
+MAX_NEWCOMERS = 64  # connections not past the gate, which else could take all places
 NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 a second
-MAX_BURST = 512  # more newcomers than this are a flood: then none is spared
+MAX_BURST = 512  # more newcomers are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
 SWEEP_SECONDS = 0.5  # between two checks of deadlines
-STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # from the first signal to the end, whoever hangs
+STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # then the server ends, whoever hangs
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes it without blocking
 
 # Client.
@@ -319,37 +313,37 @@ ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split it into pieces of 16 KiB
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; one `hello` lists them
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
-RETRY_SECONDS = 0.25  # before the first retry of a client; doubled with each failure
-MAX_RETRY_SECONDS = 1.5  # so that the return of a server is noticed within 5 s
+RETRY_SECONDS = 0.25  # before the first retry; doubled with each failure
+MAX_RETRY_SECONDS = 1.5  # a server that is back is noticed within 5 s
 REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
-SILENCE_SECONDS = 4.0  # the monitor calls a server silent before 5 s have passed
-BEAT_SECONDS = 5.0  # `exec` asks how its task stands
+SILENCE_SECONDS = 4.0  # the monitor tells within 5 s that a server is silent
+BEAT_SECONDS = 5.0  # between `exec`'s questions how its task stands
 EXEC_GIVE_UP_SECONDS = WINDOW_SECONDS  # without a connection
-EXEC_WINDOW_BYTES = 1 * MIB  # for one server: 64 such tasks fill a server's kept output
-EXEC_WINDOWS_BYTES = 16 * MIB  # for all servers together
+EXEC_WINDOW_BYTES = 1 * MIB  # of one server: 64 such tasks fill its kept output
+EXEC_WINDOWS_BYTES = 16 * MIB  # of all servers
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
-FINISH_SECONDS = 1.0  # to write what is left when a command of the client ends
-REFUSED = range(400, 500)  # with such a status the same request would fail again (RFC 9110, 15.5)
+FINISH_SECONDS = 1.0  # to write what is left when the client ends
+REFUSED = range(400, 500)  # the same request would fail again (RFC 9110, 15.5)
 # Two states of an UnreachableError that no server has sent.
-SAME_STATUS = 208  # the server was named twice: its other name runs the command
+SAME_STATUS = 208  # named twice: the server's other name runs the command
 ENDED_STATUS = 410  # contact was lost, but the command has ended
-UNREACHABLE_STATUS = 125  # the exit status of `docker run` and `timeout` for their own failures
+UNREACHABLE_STATUS = 125  # as `docker run` and `timeout` exit for their own failures
 MAX_LINE_BYTES = 64 * KIB  # where several servers write; longer ones are cut
-LOG_ERROR_SECONDS = 60.0  # between two complaints about an audit or monitor's log
-MAX_WAITING_BYTES = 16 * MIB  # queued while that log cannot be written; beyond, a gap is recorded
-MAX_STATS_BYTES = 64 * KIB  # the newest of each server are kept; they are below 1 KiB
-MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
-LOG_TAIL_BYTES = 16 * MIB  # of the monitor's own log, read at its start
+LOG_ERROR_SECONDS = 60.0  # between complaints about an audit or monitor's log
+MAX_WAITING_BYTES = 16 * MIB  # for that log; beyond, a gap is recorded
+MAX_STATS_BYTES = 64 * KIB  # of a server's newest, which are below 1 KiB
+MAX_ENDED_TASKS = 10000  # per server, so that none is recorded twice
+LOG_TAIL_BYTES = 16 * MIB  # of its own log, read when the monitor starts
 LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # between its `position` records
-MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: some 2 MiB
+MAX_TOLD_ENDED = 200000  # ids in these records, of all servers: 2 MiB
 MAX_FOUND_SERVERS = 10000
 MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers there may answer six times each
-ONCE_SECONDS = 5.0  # for `monitor --once`
+ONCE_SECONDS = 5.0  # `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
-# Of a server's row, by its state; "" is the title row, in reverse video.
+# Of a server's row, by its state; "" is the title row.
 STATE_COLOURS = {
     "": "\x1b[7m",
     "silent": "\x1b[1;31m",
@@ -359,28 +353,25 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# What a user, a peer or the machine causes. One place tells each type to the peer. Any other
-# exception is a bug in this file.
+# What a user, a peer or the machine causes; one place tells each type to the peer. Any other
+# exception is a bug of this file.
 
 
 class ServerControlError(Exception):
-    """Base of all errors that are not bugs of this file."""
+    """Base of all that are no bugs."""
 
 
 class ConfigError(ServerControlError):
-    """An option, variable or file cannot be used: one line on stderr, exit status 2."""
+    """An option, variable or file is unfit: one line on stderr, exit status 2."""
 
 
 class StartError(ServerControlError):
-    """This machine refuses, whatever the options: one line on stderr, exit status 1."""
+    """This machine refuses: one line on stderr, exit status 1."""
 
 
 @dataclass(eq=False, repr=False)
 class HttpError(ServerControlError):
-    """A request that is answered with a status and a JSON body; the connection may close.
-
-    fields: of the answer's head, such as `Allow` with 405 (RFC 9110, 15.5.6).
-    """
+    """An answer with a JSON body. fields: of its head, such as `Allow` with 405."""
 
     status: int
     code: str
@@ -389,10 +380,7 @@ class HttpError(ServerControlError):
 
 
 class UnreachableError(ServerControlError):
-    """A server that cannot be reached, or that refuses; `exec` ends with status 125.
-
-    status: of its answer, else 0.
-    """
+    """A server that cannot be reached, or that refuses. status: of its answer, else 0."""
 
     def __init__(self, reason: str, status: int = 0) -> None:
         super().__init__(reason)
@@ -400,7 +388,7 @@ class UnreachableError(ServerControlError):
 
 
 class OutputError(ServerControlError):
-    """Standard output takes no more: its disk is full, or its pipe closed (exit status 141)."""
+    """Standard output takes no more: a full disk, or a closed pipe (exit status 141)."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -409,7 +397,7 @@ class OutputError(ServerControlError):
 
 @dataclass(eq=False, repr=False)
 class WebSocketError(ServerControlError):
-    """A violation of RFC 6455, or of a limit, that ends the connection."""
+    """A violation of RFC 6455, or of a limit; it ends the connection."""
 
     reason: str
     close_code: int = 1002  # CloseCode.PROTOCOL_ERROR
@@ -417,19 +405,18 @@ class WebSocketError(ServerControlError):
 
 @dataclass(eq=False, repr=False)
 class CommandError(ServerControlError):
-    """A well-formed request that cannot be carried out: an HTTP answer, or an `error` message."""
+    """A well-formed request that cannot be carried out, over HTTP or WebSocket."""
 
     code: str
     message: str
 
 
 def explain(error: Exception) -> str:
-    """Return the system's words for what failed, or else Python's."""
     return str(getattr(error, "strerror", None) or error)
 
 
-# CommandError.code -> status of the HTTP answer; else 400. A code that keeps somebody out is in
-# REFUSALS (section 16), too, for the audit log and /metrics.
+# CommandError.code -> HTTP status; else 400. A code that keeps somebody out is in REFUSALS (section
+# 16), too.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -446,14 +433,13 @@ COMMAND_STATUS = {
 }
 
 # 4. Configuration ────────────────────────────────────────────────────────────────────────────
-# Built in section 19, from command line and environment.
 
 
 @dataclass(frozen=True)
 class Config:
     """All options of `serve`, under their names on the command line."""
 
-    # `localhost` is ::1 first on most machines, and many clients do not try its second address.
+    # `localhost` is ::1 first on most machines, and many clients try only its first address.
     host: tuple[str, ...] = ("127.0.0.1", "::1")
     port: int = 8080
     ws_port: int = 8082
@@ -490,7 +476,7 @@ class Config:
         return bool(self.tls_cert)
 
     def limits(self) -> dict[str, int]:
-        """The limits that `hello` and `/info` tell clients."""
+        """As `hello` and `/info` tell them."""
         return {
             "max_tasks": self.max_tasks,
             "max_clients": self.max_clients,
@@ -504,9 +490,9 @@ class Config:
 
 
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
-# HTTP/1.1 requests and responses (RFC 9110, RFC 9112). The parser is as strict as the RFCs allow:
-# if two programs read one message differently, a request can be smuggled past one of them. So it
-# takes no bare LF, obs-fold or repeated Content-Length, and no Transfer-Encoding but `chunked`.
+# HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
+# differently, a request can be smuggled past one of them. So there is no bare LF, no obs-fold, no
+# repeated Content-Length and no Transfer-Encoding but `chunked`.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
@@ -518,9 +504,9 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
 
 @dataclass(frozen=True)
 class RequestHead:
-    """A request line and its header fields, as (lower-case name, value) in the order received.
+    """A request line and its header fields: (lower-case name, value), in the order received.
 
-    target: in origin-form. authority: of an absolute-form target (see check_host_syntax()), or "".
+    target: in origin-form. authority: of an absolute-form target, or "".
     """
 
     method: str
@@ -533,7 +519,7 @@ class RequestHead:
 
     @property
     def path(self) -> str:
-        """It is not decoded: routes match it exactly."""
+        """Not decoded: routes match it exactly."""
         return self.target.partition("?")[0]
 
     @property
@@ -551,7 +537,7 @@ class RequestHead:
         return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
-        """The comma-separated members of a list field (RFC 9110, 5.6.1)."""
+        """Of a list field (RFC 9110, 5.6.1)."""
         members = (member.strip(" \t") for member in ",".join(self.values(name)).split(","))
         return [member for member in members if member]
 
@@ -560,18 +546,18 @@ class RequestHead:
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the client wants to send another request (RFC 9112, 9.3)."""
+        """RFC 9112, 9.3."""
         options = self.tokens("connection")
         return "close" not in options and (not self.http_1_0 or "keep-alive" in options)
 
     @property
     def media_type(self) -> str:
-        """Content-Type without parameters, lower-case; "" when absent."""
+        """Content-Type without parameters, lower-case, or ""."""
         return (self.value("content-type") or "").partition(";")[0].strip(" \t").lower()
 
 
 def parse_request_line(line: bytes) -> RequestHead:
-    """Return a head without fields (RFC 9112, 3). Raises HttpError 400 or 505."""
+    """RFC 9112, 3. Raises HttpError 400, 505."""
     parts = line.split(b" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
         raise HttpError(400, "bad_request", "the request line is malformed")
@@ -587,9 +573,7 @@ def parse_request_line(line: bytes) -> RequestHead:
 
 
 def parse_field(line: bytes) -> tuple[str, str]:
-    """Return (lower-case name, value) of a header field line (RFC 9112, 5). Raises HttpError 400,
-    also for obs-fold and for space before the colon.
-    """
+    """RFC 9112, 5. Raises HttpError 400, also for obs-fold and for space before the colon."""
     name, colon, value = line.partition(b":")
     if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
         raise HttpError(400, "bad_field", "a header field is malformed")
@@ -597,7 +581,7 @@ def parse_field(line: bytes) -> tuple[str, str]:
 
 
 def parse_body_framing(head: RequestHead) -> RequestHead:
-    """Add the length of the body (RFC 9112, 6). Raises HttpError 400, 413, 415 or 501."""
+    """Add the length of the body (RFC 9112, 6). Raises HttpError 400, 413, 415, 501."""
     lengths, codings = head.values("content-length"), head.values("transfer-encoding")
     if lengths and codings:
         raise HttpError(400, "bad_length", "Content-Length and Transfer-Encoding together")
@@ -615,17 +599,14 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
         return head
     if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise HttpError(400, "bad_length", "Content-Length must be one number")
-    # int() is slow on very long numbers.
+    # int() is slow on long numbers.
     if len(lengths[0]) > 18 or int(lengths[0]) > MAX_BODY_BYTES:
         raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
     return dataclasses.replace(head, content_length=int(lengths[0]))
 
 
 def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
-    """Return the parameters of a query; a name without "=" has the value "". Raises HttpError 400.
-
-    repeatable: the name whose values are joined with commas.
-    """
+    """Raises HttpError 400. repeatable: the name whose values are joined with commas."""
     parameters: dict[str, str] = {}
     try:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
@@ -639,7 +620,7 @@ def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
 
 
 def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
-    """Whether a flag is set, as in `?wait` and `?wait=1`. Raises HttpError 400."""
+    """Whether it is set, as in `?wait` and `?wait=1`. Raises HttpError 400."""
     value = parameters.get(name, "no").lower()
     is_set = value in ("", "1", "true", "yes")
     if not is_set and value not in ("0", "false", "no"):
@@ -648,21 +629,17 @@ def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
 
 
 class HttpParser:
-    """Cuts the bytes of one connection into request heads and bodies.
+    """Cuts the bytes of one connection into heads and bodies, which next_head() and next_body()
+    return in turn; None while bytes are missing. After an HttpError it is of no more use.
 
-    After feed(), next_head() and next_body() in turn return a head and its body; None while bytes
-    are missing. After an HttpError it is of no more use. Inside is a generator that stops where
-    bytes are missing, so what is half read is in local variables.
+    Inside is a generator that stops where bytes are missing.
     """
 
     def __init__(self) -> None:
-        # What was fed and is not consumed yet.
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # fed and not consumed yet
         self._items = self._read_items()
-        # Whether the request line has come, and the end of the head has not.
-        self._is_in_head = False
-        # The head whose body comes next.
-        self.head: RequestHead | None = None
+        self._is_in_head = False  # after the request line
+        self.head: RequestHead | None = None  # its body comes next
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
@@ -673,19 +650,19 @@ class HttpParser:
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
-        """Return what follows an upgrade's head: it belongs to the other protocol."""
+        """Return what follows an upgrade's head."""
         self._items.close()  # it and the parser refer to each other
         rest, self._buffer = self._buffer, bytearray()
         return bytes(rest)
 
     def next_head(self) -> RequestHead | None:
-        """Raises HttpError 400, 413, 414, 415, 431, 501 or 505."""
+        """Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
         assert self.head is None, "the body of the request before was not read"
         head: RequestHead | None = next(self._items)
         return head
 
     def next_body(self) -> bytes | None:
-        """Raises HttpError 400, 413 or 431."""
+        """Raises HttpError 400, 413, 431."""
         assert self.head is not None, "next_head() comes first"
         body: bytes | None = next(self._items)
         return body
@@ -706,7 +683,7 @@ class HttpParser:
         while not line:  # an empty line before the request line is skipped (RFC 9112, 2.2)
             while not self._buffer:
                 yield
-            # A TLS ClientHello, say, is refused at its first byte: an LF may never come.
+            # In a TLS ClientHello, say, an LF may never come.
             if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
                 raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
             line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
@@ -722,7 +699,7 @@ class HttpParser:
     def _read_fields(
         self, left: int, too_large: HttpError
     ) -> Generator[None, None, list[tuple[str, str]]]:
-        """Take fields and the empty line after them, in `left` bytes at most."""
+        """Take fields and the empty line after them: at most `left` bytes."""
         fields: list[tuple[str, str]] = []
         while line := (yield from self._read_line(min(left, MAX_FIELD_BYTES), too_large)):
             left -= len(line) + 2
@@ -732,10 +709,10 @@ class HttpParser:
         return fields
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
-        """Take a line without its CRLF. A bare LF is an error."""
-        scanned = 0  # no LF before here: a line that arrives byte by byte is searched once
+        """Take a line without its CRLF."""
+        scanned = 0  # a line that arrives byte by byte is searched once
         while (end := self._buffer.find(b"\n", scanned)) < 0:
-            # The CR of its end may have come before the LF.
+            # The CR may have come before the LF.
             if len(self._buffer) - self._buffer.endswith(b"\r") > limit:
                 raise too_long
             scanned = len(self._buffer)
@@ -769,7 +746,7 @@ class HttpParser:
             if size == 0:
                 break
             body += yield from self._read_bytes(size)
-            # Exactly CRLF must follow (h11 once accepted any two bytes: CVE-2025-43859).
+            # h11 once accepted any two bytes here (CVE-2025-43859).
             if (yield from self._read_bytes(2)) != b"\r\n":
                 raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_large = HttpError(431, "trailers_too_large", "trailers are too many or too long")
@@ -778,7 +755,7 @@ class HttpParser:
 
 
 def encode_fields(fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return header or trailer fields with the empty line that ends them (RFC 9112, 5)."""
+    """Return header or trailer fields with the empty line after them."""
     return "".join(f"{name}: {value}\r\n" for name, value in fields).encode("latin-1") + b"\r\n"
 
 
@@ -788,30 +765,28 @@ def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> byte
 
 
 def encode_chunk(data: bytes) -> bytes:
-    """Return one chunk of a chunked body; data must not be empty (RFC 9112, 7.1)."""
+    """RFC 9112, 7.1. data: not empty, which would be the end."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 # 6. Access ───────────────────────────────────────────────────────────────────────────────────
-# The gate: check_access decides about every request, page and upgrade, from its arguments alone.
-# Its rules, in this order:
+# The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
-#   2. Origin. A browser names the page that sends the request. It must be the server's own page,
-#      or one that --allow-origin lists. The same goes for Sec-Fetch-Site, except that a link on any
-#      site may open the page `/`. Else 403. A browser's POST must be JSON, since every web page may
-#      send a form. Else 415.
-#   3. Token. The right one gives its role. A wrong one is 401, even where none is needed. A token
-#      in a URL (`?token=`) is 401, right or wrong, since URLs end up in logs and histories.
+#   2. Origin. A browser names the page that sends the request: the server's own, or one that
+#      --allow-origin lists. The same goes for Sec-Fetch-Site, except that a link on any site may
+#      open the page `/`. Else 403. A browser's POST must be JSON: every page may send a form. Else
+#      415.
+#   3. Token. The right one gives its role. A wrong one is 401, even where none is needed. One in a
+#      URL (`?token=`) is 401, right or wrong, since URLs end up in logs and histories.
 #   4. Implicit trust. On a loopback listener or a Unix socket, a process of the server's own
 #      account may do everything, if the Host is a loopback name (else 403: DNS rebinding), and no
 #      proxy has marked the request (else 401). Not with --require-token.
 #   5. `GET /` and `GET /health` hold no data: they need only rules 1 and 2 and, on loopback, the
-#      Host rule. So does a preflight of a listed origin, which browsers send without a token. All
-#      other requests are 401.
+#      Host rule. So does a preflight of a listed origin, which has no token. All else is 401.
 #
-# With --no-auth there are no tokens. Rule 4 then asks only for a Host that an attacker's DNS
-# cannot choose.
+# With --no-auth there are no tokens; rule 4 asks only for a Host that an attacker's DNS cannot
+# choose.
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
@@ -820,7 +795,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 TOKEN_TEXT = "[A-Za-z0-9._~+/-]+=*"  # RFC 6750, 2.1: b64token
 BEARER = re.compile(f"bearer +({TOKEN_TEXT})", re.ASCII | re.IGNORECASE)
 OPAQUE_ORIGINS = ("null", "file://")  # sent by every local file and sandboxed frame
-# The usual places. An answer never names the server's own files.
+# The usual places: an answer never names the server's own files.
 USUAL_TOKEN_FILE = "~/.local/state/servercontrol/token"
 TOKEN_PLACES = (
     f"{USUAL_TOKEN_FILE} of the account that started the server, or, if that is a service, in "
@@ -829,17 +804,14 @@ TOKEN_PLACES = (
 
 
 class Role(enum.Enum):
-    """What a client may do: VIEW watches; RUN also starts, stops and types.
-
-    Compared in Server.check_role() and follow_response(). Each has a token: load_tokens().
-    """
+    """VIEW watches; RUN also starts, stops and types. Each has a token."""
 
     VIEW = "view"
     RUN = "run"
 
 
 class ListenerKind(enum.Enum):
-    """What a listening socket is bound to, as it says itself (not the options)."""
+    """What a listening socket says that it is bound to."""
 
     LOOPBACK = "loopback"
     NETWORK = "network"
@@ -848,7 +820,7 @@ class ListenerKind(enum.Enum):
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What the options say about access. own_uid, hostname (lower-case): the server's."""
+    """From the options. hostname: the server's, lower-case."""
 
     own_uid: int = -1
     require_token: bool = False
@@ -863,8 +835,8 @@ class AccessPolicy:
 class Peer:
     """Who is at the other end of a connection.
 
-    address: an IP literal, "" on a Unix socket. uid: the owner of the other end's socket, as the
-    kernel said right after accept; None if it did not say, or if either end is not loopback.
+    address: an IP literal, "" on a Unix socket. uid: the owner of its socket, as the kernel said
+    right after accept; None if it did not say, or if either end is not loopback.
     """
 
     listener: ListenerKind
@@ -878,9 +850,7 @@ class Peer:
 
 
 def parse_ip(text: str) -> IpAddress | None:
-    """Return an address without its zone, or None. ::ffff:127.0.0.1 becomes IPv4, since Python
-    before 3.13 does not take it for loopback.
-    """
+    """Drop the zone. ::ffff:127.0.0.1 becomes IPv4: to Python before 3.13 it is not loopback."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -894,7 +864,7 @@ def is_loopback(text: str) -> bool:
 
 
 def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
-    """Return the netlink request for a TCP socket with these ends: sock_diag(7)."""
+    """Ask for the TCP socket with these ends: sock_diag(7)."""
     family = 2 if peer[0].version == 4 else 10  # AF_INET, AF_INET6
     header = struct.pack("=IHHII", 72, SOCK_DIAG_BY_FAMILY, 1, 0, 0)
     kind = struct.pack("=BBBBI", family, 6, 0, 0, 0xFFFFFFFF)  # TCP, in any state
@@ -903,24 +873,24 @@ def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
 
 
 def check_owner(state: int, uid: int, inode: int) -> int:
-    """Return the uid of a client's socket. Raises ValueError if it tells nothing: a socket that its
-    process has closed may be listed with uid 0, but then it has no inode.
+    """Return the uid. Raises ValueError if it tells nothing: without an inode the socket was closed
+    by its process, and may be listed with uid 0.
     """
-    # ESTABLISHED, FIN_WAIT1, FIN_WAIT2 (linux/tcp_states.h): it may have closed its sending side.
+    # ESTABLISHED, FIN_WAIT1, FIN_WAIT2 (linux/tcp_states.h): it may have ended its sending side.
     if state not in (1, 4, 5) or inode == 0:
         raise ValueError("no connected socket")
     return uid
 
 
 def parse_diag_reply(reply: bytes) -> int:
-    """Return the uid of the socket. Raises ValueError."""
+    """Return the socket's uid. Raises ValueError."""
     if len(reply) < 88 or struct.unpack_from("=H", reply, 4) != (SOCK_DIAG_BY_FAMILY,):
         raise ValueError("no such socket")
     return check_owner(reply[17], *struct.unpack_from("=II", reply, 80))
 
 
 def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> int:
-    """The same from the text of /proc/net/tcp or tcp6 (proc(5)). Raises ValueError."""
+    """The same from /proc/net/tcp or tcp6 (proc(5)). Raises ValueError."""
     ends = ""
     for address, port in (peer, local):
         words = re.findall(b"(?s)....", address.packed)
@@ -934,13 +904,11 @@ def parse_proc_tcp(table: str, peer: Endpoint, local: Endpoint) -> int:
 
 
 def parse_host(value: str) -> tuple[str, int | None]:
-    """Return (lower-case name, or address without brackets; port or None), as in RFC 9110, 7.2.
-    Raises HttpError 400.
-    """
+    """Return (lower-case name or address, without brackets; port). Raises HttpError 400."""
     match = HOST.fullmatch(value)
     host, port = match.groups() if match else ("", None)
     name = host.lower().strip("[]")
-    # Only IPv6 addresses are in brackets (RFC 3986, 3.2.2).
+    # RFC 3986, 3.2.2: only IPv6 addresses are in brackets.
     is_wrong = host.startswith("[") and (":" not in name or parse_ip(name) is None)
     if not host or is_wrong or int(port or 0) > 65535:
         raise HttpError(400, "bad_host", "the Host field is malformed")
@@ -948,7 +916,7 @@ def parse_host(value: str) -> tuple[str, int | None]:
 
 
 def check_host_syntax(head: RequestHead) -> str | None:
-    """Rule 1. Return the Host field, or None where HTTP/1.0 has none."""
+    """Rule 1. Return the Host field. Raises HttpError 400."""
     hosts = head.values("host")
     if len(hosts) > 1 or (not hosts and not head.http_1_0):
         raise HttpError(400, "bad_host", "exactly one Host field is needed")
@@ -964,7 +932,7 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
     origins = head.values("origin")
     origin = origins[0] if len(origins) == 1 else ""
     listed = origin in policy.allow_origins
-    default = f":{DEFAULT_PORTS[scheme]}"  # may be left out
+    default = f":{DEFAULT_PORTS[scheme]}"
     own = f"{scheme}://{host.lower().removesuffix(default)}" if host else None
     if origins and not listed and origin.lower().removesuffix(default) != own:
         name = origin if re.fullmatch(r"[!-~]{1,200}", origin) else "ORIGIN"
@@ -986,7 +954,7 @@ def is_forwarded(head: RequestHead) -> bool:
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
-    """The Host rule: whether an attacker's DNS cannot point this name at this server."""
+    """The Host rule: an attacker's DNS cannot point this name at this server."""
     if host is None:
         return False
     name, _ = parse_host(host)
@@ -998,9 +966,8 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 
 
 def find_tokens(head: RequestHead) -> list[bytes]:
-    """Return the tokens in a request. A malformed one becomes b"", and so counts as wrong.
-
-    The subprotocol `bearer.T` is for browsers, which cannot add fields to an upgrade.
+    """A malformed token becomes b"", and so is wrong. The subprotocol `bearer.T` is for browsers,
+    which cannot add fields to an upgrade.
     """
     matches = map(BEARER.fullmatch, head.values("authorization"))
     offers = head.members("sec-websocket-protocol")
@@ -1010,19 +977,19 @@ def find_tokens(head: RequestHead) -> list[bytes]:
 
 
 def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
-    """Return a 401, which must name the authentication scheme (RFC 9110, 15.5.2)."""
+    """Return a 401, which must name the scheme (RFC 9110, 15.5.2)."""
     return HttpError(401, code, message, [("WWW-Authenticate", challenge)])
 
 
 def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
-    """Rule 3. Return the role of the request's token, None if it has none. Raises HttpError."""
+    """Rule 3. Return the role, None without a token. Raises HttpError 401."""
     if "token" in dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)):
         message = "a token does not belong into an address; send Authorization: Bearer TOKEN"
         raise unauthorized("token_in_query", message)
     shown = [] if policy.no_auth else find_tokens(head)
     if not shown:
         return None
-    # Each comparison takes constant time, and all are made: timing reveals nothing.
+    # Constant time, and all are compared: timing reveals nothing.
     pairs = itertools.product(shown, policy.tokens.items())
     roles = [role for one, (role, token) in pairs if secrets.compare_digest(one, token)]
     if len(shown) != 1 or len(roles) != 1:
@@ -1032,7 +999,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that the peer is a process of the server's own account."""
+    """Whether the kernel says that it is a process of the server's own account."""
     return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
@@ -1041,7 +1008,7 @@ def is_preflight(head: RequestHead) -> bool:
 
 
 def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
-    """Say why a request without a token is refused, and what helps."""
+    """Say why a token is needed, and where it is."""
     reason = "a token is needed"
     if peer.is_local and not policy.require_token:
         if is_forwarded(head):
@@ -1056,7 +1023,7 @@ def explain_refusal(policy: AccessPolicy, peer: Peer, head: RequestHead) -> str:
 
 
 def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | None:
-    """The gate: return a request's role, or None by rule 5. Raises HttpError 400, 401, 403, 415."""
+    """Return a request's role, or None by rule 5. Raises HttpError 400, 401, 403, 415."""
     host = check_host_syntax(head)
     check_origin(policy, peer.scheme, host, head)
     role = check_tokens(policy, head)
@@ -1073,7 +1040,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return Role.RUN
     if is_trusted_process(policy, peer) and not is_forwarded(head):
         return Role.RUN
-    # An upgrade on `/` is not the page: it would receive every event.
+    # An upgrade on `/` would receive every event.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
     if is_page and head.path in ("/", "/health"):
         return None
@@ -1083,22 +1050,22 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
 
 
 def find_host_key(address: str) -> str:
-    """Return what limits count a host by: IPv4 address, or IPv6 /64, which may be all its own."""
+    """Limits count by IPv4 address, or IPv6 /64, which may be one host's."""
     ip = parse_ip(address)
     return ip.packed[:8].hex() if ip and ip.version == 6 else str(ip)
 
 
 @dataclass(repr=False)
 class RateLimit:
-    """How often each source may do something: `count` times in any `seconds`."""
+    """Each source may do something `count` times in any `seconds`."""
 
     count: int
     seconds: float
-    # Source -> monotonic times of its last actions; the least recently active source first.
+    # Source -> monotonic times of its last actions. Who acted last is last.
     _times: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict)
 
     def take(self, source: str, now: float) -> float:
-        """Count once more and return 0; or return how many seconds to wait, without counting."""
+        """Count once more and return 0; or else return how many seconds to wait."""
         times = self._times.setdefault(source, deque(maxlen=self.count))
         if len(times) == self.count and now - times[0] < self.seconds:
             return times[0] + self.seconds - now
@@ -1111,8 +1078,8 @@ class RateLimit:
 
 # 7. WebSocket handshake and frames ───────────────────────────────────────────────────────────
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
-# permessage-deflate (RFC 7692), always without context takeover: each message is compressed by
-# itself. So one compression of an event serves all viewers, and no connection keeps a window.
+# permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
+# one compression of an event serves all viewers, and no connection keeps a window.
 
 UPGRADE_FIELDS = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # sent by both sides (1.3)
 
@@ -1129,7 +1096,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """RFC 6455, 7.4.1: those that this file sends; Link._receive() knows which are refusals."""
+    """RFC 6455, 7.4.1: those that this file sends."""
 
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
@@ -1140,14 +1107,14 @@ class CloseCode(enum.IntEnum):
     INTERNAL_ERROR = 1011
 
 
-# In a close frame: the registered codes that may be sent, and those of applications (7.4).
+# Registered codes that may be sent, and those of applications (7.4).
 VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
 class FrameHeader(NamedTuple):
     """The part of a frame before its payload. mask: 4 bytes, or None. size: of this header.
 
-    is_deflated: RSV1, set in the first frame of a compressed message (RFC 7692, 7.2).
+    is_deflated: RSV1, which the first frame of a compressed message has.
     """
 
     fin: bool
@@ -1159,7 +1126,7 @@ class FrameHeader(NamedTuple):
 
 
 def compute_accept(key: str) -> str:
-    """Return the Sec-WebSocket-Accept value for a key (RFC 6455, 4.2.2)."""
+    """RFC 6455, 4.2.2."""
     digest = hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()
     return base64.b64encode(digest).decode()
 
@@ -1169,13 +1136,13 @@ def is_upgrade(head: RequestHead) -> bool:
 
 
 def upgrade_required(message: str) -> HttpError:
-    """Return the answer to a client that must change its upgrade (RFC 6455, 4.4)."""
+    """Tell a client to change its upgrade (RFC 6455, 4.4)."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return HttpError(426, "upgrade_required", message, fields)
 
 
 def check_upgrade(head: RequestHead) -> str:
-    """Check a handshake and return its key (RFC 6455, 4.2.1). Raises HttpError 400, 405, 426."""
+    """Return the key of a handshake (RFC 6455, 4.2.1). Raises HttpError 400, 405, 426."""
     if head.method != "GET":
         raise HttpError(405, "not_get", "a WebSocket upgrade is a GET", [("Allow", "GET")])
     if head.http_1_0 or head.has_body or "websocket" not in head.tokens("upgrade"):
@@ -1188,13 +1155,13 @@ def check_upgrade(head: RequestHead) -> str:
     return keys[0]
 
 
-# A name, with a value, which may be quoted (RFC 6455, 9.1, with the white space of RFC 2616).
+# A name, perhaps with a value, perhaps quoted (RFC 6455, 9.1, with the white space of RFC 2616).
 EXTENSION_WORD = re.compile(
     r"""[\t ]*(T+)[\t ]*(?:=[\t ]*(?:(T+)|"((?:\\?T)+)")[\t ]*)?""".replace(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
     )
 )
-# RFC 7692, 7.1: what parameters may be; "" stands for no value.
+# RFC 7692, 7.1: the values; "" stands for none.
 DEFLATE_PARAMETERS = {
     "server_no_context_takeover": "",
     "client_no_context_takeover": "",
@@ -1207,9 +1174,9 @@ SMALL_WINDOW_BITS = 9  # for every window below 15: an event has at most two com
 
 
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the extensions that a field names, each with its parameters. Raises ValueError."""
+    """Return the extensions, each with its parameters. Raises ValueError."""
     extensions = []
-    for member in text.split(","):  # a quoted value is a token too: it has no comma or semicolon
+    for member in text.split(","):  # a quoted value is a token, too: without comma and semicolon
         if not member.strip("\t "):  # empty members are allowed
             continue
         words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
@@ -1221,7 +1188,7 @@ def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int] | None:
-    """Return the parameters of permessage-deflate, 0 for no value; None if one is wrong."""
+    """A parameter without a value is 0. Return None if one is wrong."""
     found: dict[str, int] = {}
     for name, value in parameters:
         fit = DEFLATE_PARAMETERS.get(name)
@@ -1232,8 +1199,8 @@ def parse_deflate_parameters(parameters: list[tuple[str, str]]) -> dict[str, int
 
 
 def choose_deflate(head: RequestHead) -> tuple[str, int]:
-    """Return the answer to the first offer that can be met, and the window bits to compress with;
-    ("", 0) if none can: zlib has no window of 2**8 bytes. Raises HttpError 400 (RFC 6455, 9.1).
+    """Return the answer to the first offer that can be met (zlib has no window of 8 bits), and the
+    window bits to compress with; or ("", 0). Raises HttpError 400 (RFC 6455, 9.1).
     """
     try:
         offers = parse_extensions(",".join(head.values("sec-websocket-extensions")))
@@ -1273,9 +1240,8 @@ def encode_upgrade_response(head: RequestHead, key: str, extension: str = "") ->
 
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
-    """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3). With two long
-    integers: 400 MB/s. A loop over bytes would do 20 MB/s.
-    """
+    """XOR data with the mask, which began `offset` bytes earlier (RFC 6455, 5.3)."""
+    # Two long integers do 400 MB/s, a loop over bytes 20 MB/s.
     size, start = len(data), offset % 4
     key = (mask * (size // 4 + 2))[start : start + size]
     xored = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
@@ -1285,7 +1251,7 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
 def encode_frame(
     opcode: Opcode, payload: bytes, mask: bytes | None = None, is_deflated: bool = False
 ) -> bytes:
-    """Return a message as one frame (RFC 6455, 5.2). mask: 4 random bytes if a client sends it."""
+    """Return a message as one frame (RFC 6455, 5.2). mask: a client's 4 random bytes."""
     first = 0x80 | (0x40 if is_deflated else 0) | opcode
     mask_bit = 0 if mask is None else 0x80
     length = len(payload)
@@ -1298,13 +1264,13 @@ def encode_frame(
     return header + (payload if mask is None else mask + apply_mask(payload, mask))
 
 
-DEFLATE_TAIL = b"\0\0\xff\xff"  # a flush ends with it; it is not sent (RFC 7692, 7.2.1)
-# The final empty block ends the stream only if the block before it is whole.
+DEFLATE_TAIL = b"\0\0\xff\xff"  # of a flush; it is not sent (RFC 7692, 7.2.1)
+# A final empty block, which ends the stream only if the block before it is whole.
 INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
 def deflate(payload: bytes, bits: int) -> bytes:
-    """Return the compressed payload, or b"" if compressing it does not pay."""
+    """Return the compressed payload, or b"" if that does not pay."""
     if not MIN_DEFLATE_BYTES <= len(payload) <= MAX_DEFLATE_BYTES:
         return b""
     level = 6 if len(payload) <= FINE_BYTES else 1
@@ -1321,9 +1287,8 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 
 
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
-    """Return the header that data begins with, or None when it is not whole (RFC 6455, 5.2).
-
-    deflates: permessage-deflate was negotiated. Raises WebSocketError 1002 as soon as it is wrong.
+    """Return the header at the start of data (RFC 6455, 5.2), None until it is whole. Raises
+    WebSocketError as soon as it is wrong. deflates: permessage-deflate was negotiated.
     """
     if len(data) < 2:
         return None
@@ -1350,7 +1315,7 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
 
 
 def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
-    """Return (code or None, reason) of a close frame (5.5.1, 7.4). Raises WebSocketError."""
+    """Return (code or None, reason) (5.5.1). Raises WebSocketError."""
     if not payload:
         return None, ""
     code = int.from_bytes(payload[:2], "big")
@@ -1363,20 +1328,18 @@ def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
 
 
 def encode_close_payload(code: int, reason: str = "") -> bytes:
-    """Return a close frame's payload; the reason is cut to fit, on a character."""
+    """The reason is cut to fit, on a character."""
     text = reason.encode()[: MAX_CONTROL_PAYLOAD_BYTES - 2].decode("utf-8", "ignore")
     return struct.pack("!H", code) + text.encode()
 
 
 # 8. WebSocket connection ─────────────────────────────────────────────────────────────────────
-# One connection after the handshake (RFC 6455, sections 5.4 to 8.1), for both roles, without a
-# socket: bytes go in; messages come out, and frames to send.
+# RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages come out, and frames to send.
 #
 #   OPEN -- close() or fail --> CLOSING -- peer's close --> CLOSED
 #   OPEN -- peer's close, answered --> CLOSED
 #
-# After a violation nothing more is read. Text is checked as it arrives, also inside a frame, so an
-# invalid byte ends the connection at once.
+# After a violation nothing more is read. Text is checked as it arrives, also inside a frame.
 
 
 UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
@@ -1385,7 +1348,7 @@ BAD_DATA = "text is not UTF-8, or compressed data is damaged"
 
 
 class WebSocketState(enum.Enum):
-    """OPEN: both send. CLOSING: our close frame was sent. CLOSED: both ends have closed."""
+    """CLOSING: our close frame was sent. CLOSED: both have sent one, or the peer broke a rule."""
 
     OPEN = "open"
     CLOSING = "closing"
@@ -1393,31 +1356,31 @@ class WebSocketState(enum.Enum):
 
 
 class Message(NamedTuple):
-    """A received message: TEXT has str; BINARY, PING, PONG and CLOSE have bytes."""
+    """TEXT has str; BINARY, PING, PONG and CLOSE have bytes."""
 
     opcode: Opcode
     data: str | bytes
 
 
 class DataMessage:
-    """A text or binary message whose fragments are arriving (5.4)."""
+    """A message whose fragments are arriving (5.4)."""
 
     def __init__(self, first: FrameHeader, max_bytes: int, max_fragments: int) -> None:
         self.opcode = first.opcode
         self.max_bytes = max_bytes
         self.max_fragments = max_fragments
         self.parts: list[Any] = []
-        # Bytes of the parts; bytes of the frames, as their headers say; how many frames.
+        # Bytes of the parts; of the frames, as their headers say; number of frames.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
-        # It also reads all smaller windows.
+        # -15 takes all smaller windows, too.
         self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
 
     def begin_frame(self, header: FrameHeader) -> None:
-        """Raises WebSocketError if the message is too large with the next frame."""
+        """Raises WebSocketError if this frame makes the message too large."""
         self.wire_size += header.length
         self.fragments += 1
-        # Compressing may make incompressible data a little longer.
+        # Incompressible data become a little longer.
         if self.wire_size > self.max_bytes * (2 if self.inflater else 1):
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
         if self.fragments > self.max_fragments:
@@ -1439,14 +1402,12 @@ class DataMessage:
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
 
     def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
-        """Inflate a part (RFC 7692, 7.2.2), at most one byte beyond the limit: a small frame cannot
-        fill the memory.
-        """
+        """RFC 7692, 7.2.2. No more than `left` and a byte: a small frame cannot fill the memory."""
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
         except zlib.error:
             raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA) from None
-        # If the peer sent a final block, only the bytes of 7.2.3.4 may follow it.
+        # After a final block only the bytes of 7.2.3.4 may follow.
         is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
         if is_last and not is_whole and len(data) <= left:
             raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA)
@@ -1454,7 +1415,7 @@ class DataMessage:
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
-    """Take what has arrived of a frame's payload. start: bytes of it that were taken before."""
+    """Take what has arrived of a payload. start: bytes of it that were taken before."""
     part = bytes(buffer[: header.length - start])
     del buffer[: len(part)]
     return part if header.mask is None else apply_mask(part, header.mask, start)
@@ -1463,7 +1424,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 def take_messages(
     buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
 ) -> Iterator[Message | None]:
-    """Yield messages from a buffer, None whenever more bytes are needed. Raises WebSocketError."""
+    """Yield messages, None whenever more bytes are needed. Raises WebSocketError."""
     message: DataMessage | None = None
     while True:
         header = parse_frame_header(buffer, deflates)
@@ -1496,9 +1457,8 @@ def take_messages(
 
 
 class WebSocketConnection:
-    """One end of a WebSocket connection.
+    """One end. make_mask: a client's, returns 4 unpredictable bytes (5.3); None for a server.
 
-    make_mask: a client's, returns 4 unpredictable bytes (5.3); None for a server.
     deflate_bits: the window to compress with; 0 without permessage-deflate.
     """
 
@@ -1514,36 +1474,34 @@ class WebSocketConnection:
         deflate_bits: int = 0,
     ) -> None:
         self.state = WebSocketState.OPEN
-        # How the connection ended: the peer's code and reason, or those of its violation.
+        # The peer's, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
-        # The close frame to send then, unless ours was sent before.
-        self.answer = b""
+        self.answer = b""  # the close frame to send then
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        # What was received and is not parsed yet.
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # received and not parsed yet
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
         )
 
     def encode(self, opcode: Opcode, payload: bytes) -> bytes:
-        """Return a frame, masked if this end is the client; a message may be compressed."""
+        """Return a frame; that of a message may be compressed."""
         mask = self._make_mask and self._make_mask()
         may_deflate = self.deflate_bits and opcode in (Opcode.TEXT, Opcode.BINARY)
         data = deflate(payload, self.deflate_bits) if may_deflate else b""
         return encode_frame(opcode, data or payload, mask, is_deflated=bool(data))
 
     def close(self, code: int, reason: str = "") -> bytes:
-        """Begin the closing handshake: return the close frame, b"" if it was sent before."""
+        """Return the close frame; b"" if it was sent before."""
         if self.state is not WebSocketState.OPEN:
             return b""
         self.state = WebSocketState.CLOSING
         return self.encode(Opcode.CLOSE, encode_close_payload(code, reason))
 
     def take(self, data: bytes) -> Iterator[Message]:
-        """Take bytes from the peer and yield the messages that they complete. Never raises: a
-        violation makes the state CLOSED. When the caller closes, the rest is ignored (1.4).
+        """Yield the messages that these bytes complete. A violation makes the state CLOSED; it does
+        not raise. After the caller's close() all but a close frame is ignored (1.4).
         """
         self._buffer += data
         try:
@@ -1553,7 +1511,7 @@ class WebSocketConnection:
                     return
                 if message.opcode is Opcode.CLOSE:
                     assert isinstance(message.data, bytes)
-                    # The answer echoes the code (5.5.1).
+                    # 5.5.1: the answer echoes the code.
                     self._end(*parse_close_payload(message.data), message.data[:2])
                 elif self.state is not WebSocketState.OPEN:
                     continue
@@ -1575,11 +1533,11 @@ class WebSocketConnection:
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
 # A Sample has what the kernel counts, from whichever source; two of them give rates. Time is
-# monotonic, so a change of the wall clock has no effect.
+# monotonic.
 
 
 class Sample(NamedTuple):
-    """One reading. now: monotonic s; *_ticks: since boot, any unit; sizes in bytes.
+    """One reading. *_ticks: since boot, in any unit. *_used, *_total: bytes.
 
     net: bytes (received, sent) of each interface but loopback.
     """
@@ -1599,36 +1557,34 @@ class Sample(NamedTuple):
 
 
 def parse_cpu_times(stat: str) -> tuple[int, int]:
-    """Return (busy, total) ticks of all cores from /proc/stat (proc(5))."""
+    """Return (busy, total) ticks of all cores (proc(5))."""
     numbers = [int(number) for number in stat.split("\n", 1)[0].split()[1:]]
-    total = sum(numbers[:8])  # what follows, guest time, is part of user time
+    total = sum(numbers[:8])  # guest time, which follows, is part of user time
     return total - sum(numbers[3:5]), total  # idle and iowait
 
 
 def parse_meminfo(meminfo: str) -> dict[str, int]:
-    """Return the fields of /proc/meminfo in bytes (proc(5))."""
     pairs = (line.partition(":")[::2] for line in meminfo.splitlines())
     return {name: int(value.split()[0]) * KIB for name, value in pairs if value}
 
 
 def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
-    """Return `net` of a Sample from /proc/net/dev."""
     rows = (line.replace(":", " ", 1).split() for line in net_dev.splitlines() if ":" in line)
     return {name: (int(row[0]), int(row[8])) for name, *row in rows if name != "lo"}
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
-    """Return the bytes received (way: 0) or sent (1) between two samples."""
+    """way: 0 is received, 1 is sent."""
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
-    # Each interface by itself, since one that vanishes takes its counters with it.
+    # Each by itself: an interface that vanishes takes its counters with it.
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
-    # A renamed interface is one gone and one new; the difference cancels its lifetime total.
+    # A renamed one is one gone and one new: the difference cancels its lifetime total.
     come = sum(new.get(name, 0) - old.get(name, 0) for name in old.keys() ^ new.keys())
     return more + max(0, come)
 
 
 def build_stats(before: Sample, after: Sample) -> Fields:
-    """Return the fields of `stats_update` that come from two samples."""
+    """Return fields of `stats_update`."""
     seconds = max(after.now - before.now, 1e-6)
     total = after.total_ticks - before.total_ticks
     busy = 100.0 * (after.busy_ticks - before.busy_ticks) / total if total > 0 else 0.0
@@ -1649,17 +1605,16 @@ def build_stats(before: Sample, after: Sample) -> Fields:
 
 @dataclass(repr=False)
 class AlertRule:
-    """Says when CPU usage raises an alert, and when that is over. Percent; monotonic seconds."""
+    """When CPU usage raises an alert, and when that is over. Percent; monotonic seconds."""
 
     threshold: float
     cooldown: float
-    hold: float  # how long the value must stay above the threshold before the first alert
-    # Since when it has been above; and the newest alert.
+    hold: float  # above the threshold before the first alert
     _above_since: float = math.inf
     _raised_at: float = -math.inf
 
     def update(self, cpu: float, now: float) -> str | None:
-        """Take a value; return "cpu_alert", "alert_resolved" or None."""
+        """Return "cpu_alert", "alert_resolved" or None."""
         if cpu <= self.threshold:
             was_raised = self._raised_at >= self._above_since
             self._above_since = math.inf
@@ -1675,25 +1630,24 @@ class AlertRule:
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
-# and lag are normal delivery from another cursor; and what was dropped is known: it is a `gap`.
-# A list of seqs for each kind of event serves viewers that choose.
+# and lag are normal delivery from another cursor; what was dropped is known: it is a `gap`.
 # OutputLog does the same for the output of one task, in bytes instead of events.
 
-# All broadcast events. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
+# All broadcasts. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
 EVENT_TYPES = (
     "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
 ).split()
 
 
 class Choice(NamedTuple):
-    """What a viewer wants to hear: event types, and whose output, by task id."""
+    """What a viewer wants to hear: event types, and the tasks whose output."""
 
     only: Kinds = None
     tasks: Kinds = None
 
     @property
     def kinds(self) -> Kinds:
-        """The Feed's kinds of events; equal if two choices mean the same."""
+        """The Feed's kinds; equal if two choices mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if "task_output" in kinds and self.tasks is not None:
             kinds = kinds - {"task_output"} | self.tasks
@@ -1706,37 +1660,34 @@ class Choice(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class Feed:
-    """The newest events, at most `capacity_bytes` of them, numbered from 1 on.
+    """The newest events. Each is of one or two kinds: its type and, if it is output, its task's id.
 
-    Each is of one or two kinds: its type and, if it is output, the id of its task. encode: makes
-    its wire frame. compress: the same frame for windows of so many bits, if that gains something.
+    compress: a frame for windows of so many bits; returns the same one if nothing is gained.
     """
 
     encode: Callable[[Fields], bytes]
     capacity_bytes: int
     compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame
-    # The seq of the oldest kept event, and the one that the next event will get.
-    first: int = 1
+    first: int = 1  # seq of the oldest kept event
     next: int = 1
     # seq -> event, or its frame once that was needed.
     _entries: dict[int, Any] = field(default_factory=dict)
     _bytes: int = 0
     # Window bits -> seq -> compressed frame, once needed; b"" if nothing was gained.
     _compressed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    # Kind -> seqs of its kept events, after that of the newest dropped one, which shows gaps. Older
-    # ones are deleted in bulk, when `first` is above _trim_at.
+    # Kind -> seqs of its newest dropped event, which shows gaps, and of those kept. Older ones are
+    # deleted in bulk, when `first` is above _trim_at.
     _seqs: dict[str, list[int]] = field(default_factory=dict)
     _trim_at: int = 0
-    # Up to this seq it is unknown whether tasks without a list have dropped events.
+    # Up to this seq a task without a list may have dropped events.
     _forgotten: int = 0
-    # Set by Viewers, read by Outputs: whether viewers wait, and whether tasks must pause until slow
-    # ones have caught up.
+    # Set by Viewers: some wait; tasks must pause until slow ones have caught up.
     is_dirty: bool = False
     must_pause: bool = False
 
     @property
     def middle(self) -> int:
-        """Before this seq a viewer is half the capacity behind; 0 while there is room."""
+        """A viewer before this seq is half the capacity behind; 0 while there is room."""
         return (self.first + self.next) // 2 if self._bytes >= self.capacity_bytes // 2 else 0
 
     @staticmethod
@@ -1747,7 +1698,7 @@ class Feed:
         return len(text) + 2 * EVENT_OVERHEAD_BYTES
 
     def append(self, event: Fields) -> tuple[str, ...]:
-        """Add an event, set its `seq`, drop the oldest beyond the capacity. Return its kinds."""
+        """Set the event's `seq`, drop the oldest beyond the capacity. Return its kinds."""
         seq = event["seq"] = self.next
         kind = event["type"]
         kinds = (kind, event["task_id"]) if kind == "task_output" else (kind,)
@@ -1776,10 +1727,7 @@ class Feed:
                     self._forgotten = max(self._forgotten, *self._seqs.pop(kind))
 
     def read_batch(self, cursor: int, kinds: Kinds = None, bits: int = 0) -> tuple[bytes, int]:
-        """Return (frames of these kinds from the cursor on, the cursor after them).
-
-        bits: of the compression window, or 0. The last frame begins before BATCH_BYTES.
-        """
+        """Return (frames from the cursor on, the cursor after them). bits: of the window, or 0."""
         assert cursor >= self.first
         seqs: Iterable[int] = range(cursor, self.next)
         if kinds is not None:
@@ -1811,20 +1759,20 @@ class Feed:
         return frames[seq] or entry
 
     def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
-        """Yield the seqs of each kind with one from the cursor on, and the index of that."""
+        """Yield the seqs of each kind that has one from the cursor on, and its index."""
         for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
             if seqs[-1] >= cursor:
                 yield seqs, bisect.bisect_left(seqs, cursor)
 
     def find_next(self, cursor: int, kinds: Kinds) -> int:
-        """Return the seq of the next event of these kinds, or else `next`."""
+        """Return the seq of the next such event, or else `next`."""
         if kinds is None:
             return cursor
         later = self._find_later(cursor, kinds)
         return min((seqs[index] for seqs, index in later), default=self.next)
 
     def has_dropped(self, cursor: int, kinds: Kinds) -> bool:
-        """Whether an event of these kinds from the cursor on is no longer kept."""
+        """Whether such an event from the cursor on is no longer kept."""
         if kinds is None:
             return cursor < self.first
         is_unsure = cursor <= self._forgotten and not kinds <= set(EVENT_TYPES)
@@ -1832,7 +1780,7 @@ class Feed:
 
 
 def find_character(data: bytes, start: int) -> int:
-    """Return where the first UTF-8 character from `start` on begins."""
+    """Return where the next UTF-8 character begins."""
     while start < len(data) and data[start] & 0xC0 == 0x80:
         start += 1
     return start
@@ -1840,14 +1788,13 @@ def find_character(data: bytes, start: int) -> int:
 
 @dataclass(repr=False)
 class OutputLog:
-    """The newest `capacity_bytes` of a task's output: UTF-8, with absolute offsets."""
+    """The newest of a task's output: UTF-8, with absolute offsets."""
 
     capacity_bytes: int
     # Each begins with a whole character, and never changes: readers hold it.
     _blocks: deque[bytes] = field(default_factory=deque)
-    # Offset of the first block, of the first kept byte in it, and of the end.
-    _begin: int = 0
-    start: int = 0
+    _begin: int = 0  # of the first block
+    start: int = 0  # of the first kept byte in it
     end: int = 0
 
     @property
@@ -1855,7 +1802,7 @@ class OutputLog:
         return self.end - self.start
 
     def append(self, data: bytes) -> None:
-        """Add output (whole characters) and drop the oldest beyond the capacity."""
+        """data: whole characters."""
         self.end += len(data)
         if self._blocks and len(self._blocks[-1]) + len(data) <= OUTPUT_BLOCK_BYTES:
             data = self._blocks.pop() + data
@@ -1863,7 +1810,7 @@ class OutputLog:
         self.drop_to(self.capacity_bytes)
 
     def drop_to(self, capacity_bytes: int) -> None:
-        """Drop the oldest output beyond that, cutting on a character."""
+        """Drop the oldest, cutting on a character."""
         if self.kept_bytes <= capacity_bytes:
             return
         self.start = self.end - capacity_bytes
@@ -1873,7 +1820,7 @@ class OutputLog:
             self.start = self._begin + find_character(self._blocks[0], self.start - self._begin)
 
     def read(self, offset: int = 0) -> list[bytes]:
-        """Return the pieces from the first whole character at `offset` on."""
+        """Return pieces from the first whole character at `offset` on."""
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
         for block in reversed(self._blocks):
@@ -1886,7 +1833,7 @@ class OutputLog:
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
 # JSON on the wire: events, requests, answers to probes. All text that is sent is valid UTF-8, and
-# every field of a request is checked here. Also Prometheus' text format, and the webhook's request.
+# every field of a request is checked. Also Prometheus' text format, and the webhook's request.
 
 REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -1900,10 +1847,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escape_json_text(text: bytes) -> bytes:
-    """Return UTF-8 text escaped for the inside of a JSON string (RFC 8259, 7).
-
-    The most expensive step of a flood: usually this is four times as fast as json.dumps.
-    """
+    """RFC 8259, 7. The most expensive step of a flood: this is four times as fast as json.dumps."""
     if text.translate(None, NOT_ESCAPED):
         return ENCODE_JSON(text.decode()).encode()[1:-1]
     text = text.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
@@ -1911,7 +1855,7 @@ def escape_json_text(text: bytes) -> bytes:
 
 
 def encode_event(event: Fields) -> bytes:
-    """Return an event as a WebSocket frame. Its `output`, if any, is UTF-8 in bytes."""
+    """Its `output`, if any, is UTF-8 in bytes."""
     rest = dict(event)
     output = rest.pop("output", None)
     body = encode_json(rest)
@@ -1921,7 +1865,7 @@ def encode_event(event: Fields) -> bytes:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
-    """For json.loads: refuse a repeated name: two readers could see different values."""
+    """For json.loads, since two readers could see different values. Raises ValueError."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice in an object")
@@ -1929,7 +1873,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def parse_finite(text: str) -> float:
-    """For json.loads: refuse NaN, Infinity, and numbers that become it (1e999)."""
+    """For json.loads: NaN, Infinity and 1e999 raise ValueError."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a number of JSON")
@@ -1937,7 +1881,7 @@ def parse_finite(text: str) -> float:
 
 
 def parse_json_object(text: str | bytes) -> Fields:
-    """Return a JSON object (RFC 8259). Raises CommandError `bad_json`."""
+    """Raises CommandError `bad_json`."""
     try:
         if isinstance(text, bytes):
             text = text.decode()
@@ -1961,9 +1905,9 @@ def parse_json_object(text: str | bytes) -> Fields:
 class ExecRequest:
     """What `POST /exec` asks for. timeout: seconds, 0 is none.
 
-    stdin: its text, or True if it comes later. ref: requests with the same one start one task, so a
-    client can repeat one whose answer was lost. window: how many bytes of output may be read before
-    a `?follow` reader has taken them; 0 is no limit.
+    stdin: its text, or True if it comes later. ref: requests with the same one start one task, for
+    an answer may be lost. window: bytes of output that may be read before a `?follow` reader has
+    taken them; 0 is no limit.
     """
 
     command: str
@@ -1980,12 +1924,12 @@ class ExecRequest:
 
 
 def is_plain_text(value: Any) -> bool:
-    """Whether it is text that the kernel accepts: without NUL and lone surrogates."""
+    """Whether the kernel accepts it: no NUL, no lone surrogates."""
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 def check_command(value: Any) -> str:
-    """Return the command, or raise CommandError `bad_command` or `too_large`."""
+    """Raises CommandError `bad_command`, `too_large`."""
     if not is_plain_text(value):
         raise CommandError("bad_command", "the command must be text without NUL and surrogates")
     if not value.strip():
@@ -2012,7 +1956,7 @@ SIDE: Rule = (
     f"1 to {MAX_TERMINAL_SIDE}",
 )
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
-# Field of POST /exec -> its check. Each is also a field of ExecRequest, and a word of HELP.
+# Of POST /exec. Each is also a field of ExecRequest, and a word of HELP.
 EXEC_FIELDS: dict[str, Rule] = {
     "cwd": TEXT,
     "env": (is_environment, "an object of strings without NUL"),
@@ -2034,14 +1978,14 @@ EXEC_FIELDS: dict[str, Rule] = {
 
 
 def check_field(name: str, value: Any, rule: Rule) -> Any:
-    """Return the value. Raises CommandError `bad_field`."""
+    """Raises CommandError `bad_field`."""
     if not rule[0](value):
         raise CommandError("bad_field", f"{name} must be {rule[1]}")
     return value
 
 
 def parse_exec_fields(fields: Fields) -> ExecRequest:
-    """Return what a JSON object asks for. Raises CommandError."""
+    """Raises CommandError."""
     commands = [fields[name] for name in ("cmd", "command") if name in fields]
     if len(commands) != 1:
         raise CommandError("bad_command", 'one of "cmd" and "command" is needed')
@@ -2060,7 +2004,7 @@ def parse_exec_fields(fields: Fields) -> ExecRequest:
 
 
 def check_form_body(body: bytes) -> None:
-    """Raise CommandError `form_body` for a form, and a script that lost its line ends."""
+    """Raises CommandError for a form, and for a script that lost its line ends."""
     field = re.match(rb"(?s)(?:cmd|command)=(.{0,200})", body)
     if field:
         command = shlex.quote(urllib.parse.unquote_plus(field[1].decode("latin-1")))
@@ -2072,9 +2016,8 @@ def check_form_body(body: bytes) -> None:
 
 
 def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
-    """Return what the body of `POST /exec` asks for. Raises CommandError.
-
-    It is JSON if its type says so, or if it begins with "{"; else the command, verbatim.
+    """Raises CommandError. A body is JSON if its type says so, or if it begins with "{"; else it is
+    the command, verbatim.
     """
     if media_type.startswith("multipart/"):
         message = "send the command as the body itself (curl -d) or as JSON"
@@ -2090,14 +2033,14 @@ def parse_exec_body(media_type: str, body: bytes) -> ExecRequest:
 
 
 def parse_task_id(value: Any) -> str:
-    """Return a task id. Raises CommandError `bad_field`."""
+    """Raises CommandError `bad_field`."""
     if not isinstance(value, str) or not DIGITS.fullmatch(value):
         raise CommandError("bad_field", "a task id is a decimal number")
     return value
 
 
 def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> Kinds:
-    """Return the list in a field of `watch`. Raises CommandError `bad_field`."""
+    """Take a field of `watch`. Raises CommandError `bad_field`."""
     if value is None:  # everything
         return None
     if not isinstance(value, (list, frozenset)) or len(value) > MAX_CHOSEN_TASKS:
@@ -2109,7 +2052,7 @@ def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> Kinds:
 
 
 def parse_choice(fields: Mapping[str, Any], before: Choice) -> Choice:
-    """An absent field is as before. Raises CommandError."""
+    """An absent field is as before. Raises CommandError `bad_field`."""
     return Choice(
         check_choice("only", fields.get("only", before.only), EVENT_TYPES.__contains__),
         check_choice("tasks", fields.get("tasks", before.tasks), DIGITS.fullmatch),
@@ -2130,7 +2073,7 @@ SIGNAL_NAMES = {int(one): one.name[3:] for one in signal.Signals}  # CHLD, not i
 
 
 def parse_signal(value: Any) -> int:
-    """Return a signal named like TERM or SIGTERM. Raises CommandError."""
+    """value: like TERM or SIGTERM. Raises CommandError `bad_signal`."""
     name = value.upper() if isinstance(value, str) and value.isascii() else ""
     number = signal.Signals.__members__.get("SIG" + name.removeprefix("SIG"))
     if number is None:
@@ -2139,7 +2082,7 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """Return the answer to a probe, with a long hostname cut; see parse_discovery_reply()."""
+    """A long hostname is cut."""
     reply = {"type": "SERVER_RESPONSE", **facts}
     while len(encoded := encode_json(reply)) > MAX_DISCOVERY_REPLY_BYTES:
         assert reply["hostname"]  # the other fields take 172 bytes
@@ -2148,8 +2091,8 @@ def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
 
 
 def parse_link_routes(route: str) -> list[ipaddress.IPv4Network]:
-    """Return the networks that are on-link, from /proc/net/route (proc(5)); not a default route
-    without a gateway (a tunnel): every address would be.
+    """Return the networks that are on-link (proc(5)); not a default route without a gateway (a
+    tunnel): every address would be.
     """
     networks = []
     for line in route.splitlines()[1:]:
@@ -2167,12 +2110,11 @@ def encode_labelled_sample(name: str, label: str, text: str, value: float) -> st
 
 
 class Histogram:
-    """Counts values by size, as Prometheus wants it. bounds: inclusive, ascending."""
+    """Counts values by size. bounds: inclusive, ascending."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        # Of the values up to each bound, and of those above all.
-        self._counts = [0] * (len(bounds) + 1)
+        self._counts = [0] * (len(bounds) + 1)  # the last: above all bounds
         self._sum = 0.0
 
     def add(self, value: float) -> None:
@@ -2180,7 +2122,6 @@ class Histogram:
         self._sum += value
 
     def encode(self, name: str) -> list[str]:
-        """Return the lines of its samples, whose counts are cumulative."""
         bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
         pairs = zip(itertools.accumulate(self._counts), bounds)
         lines = [encode_labelled_sample(f"{name}_bucket", "le", bound, n) for n, bound in pairs]
@@ -2191,7 +2132,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
     """Return rows of (name, value, help) in Prometheus' text format 0.0.4.
 
     A value is a number, a Histogram, None if it is not known yet or, for a "name{label}", {value of
-    the label: number}. All exporters share the names of what is of the process.
+    the label: number}. Names that begin with process_ are those of all exporters.
     """
     lines: list[str] = []
     for title, value, text in rows:
@@ -2211,7 +2152,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
 
 
 class WebhookUrl(NamedTuple):
-    """Where alerts go. Only `origin` may be logged: the rest may be secret."""
+    """Only `origin` may be logged: the rest may be secret."""
 
     origin: str
     is_tls: bool
@@ -2222,11 +2163,11 @@ class WebhookUrl(NamedTuple):
 
 
 def parse_webhook_url(url: str) -> WebhookUrl:
-    """Return the parts of an http or https URL. Raises ValueError or HttpError."""
+    """Raises ValueError or HttpError."""
     parts = urllib.parse.urlsplit(url)
     account, at, host_field = parts.netloc.rpartition("@")
     host, port = parse_host(host_field)
-    # Other characters could end a line of the request, or be parsed otherwise than they look.
+    # Other characters could end a line of the request, or mislead a parser.
     if parts.scheme not in DEFAULT_PORTS or port == 0 or not re.fullmatch(r"[!-\[\]-~]+", url):
         raise ValueError("not an http or https URL")
     fields = [
@@ -2251,12 +2192,12 @@ def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
-    """Return the status of the answer, None while it has not come. Raises ValueError."""
+    """Return the status, None while it has not come. Raises ValueError."""
     for head in re.split(rb"(?<=\n)\r?\n", data):
         match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
         if match is None and b"\n" in head:
             raise ValueError("it gave no HTTP answer")
-        if match and int(match[1]) >= 200:  # 1xx come before the answer (RFC 9110, 15.2)
+        if match and int(match[1]) >= 200:  # RFC 9110, 15.2: 1xx come before the answer
             return int(match[1])
     return None
 
