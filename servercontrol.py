@@ -190,7 +190,7 @@ MAX_FIELD_BYTES = 8 * KIB
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 32 * KIB
 MAX_BODY_BYTES = 256 * KIB
-MAX_CHUNK_EXTENSION_BYTES = 256
+MAX_CHUNK_LINE_BYTES = 16 + 256  # the size and an extension
 MAX_TRAILER_BYTES = 4 * KIB
 HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
 BODY_SECONDS = 30.0
@@ -207,7 +207,7 @@ WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # clients send commands, not data
-MAX_FRAGMENTS = 1024
+MAX_FRAGMENTS = 1024  # a proxy may split an event of MAX_EVENT_BYTES into pieces of 16 KiB
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
@@ -312,7 +312,6 @@ CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 s and 3 s
 ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
-MAX_EVENT_FRAGMENTS = 1024  # a proxy may split it into pieces of 16 KiB
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # before the first retry; doubled with each failure
@@ -499,7 +498,7 @@ FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs
 # Absolute-form (RFC 9112, 3.2.2) or origin-form (3.2.1), without "#" and control bytes.
 TARGET = re.compile(rb"(?:https?://([^/?#\0-\x20\x7f-\xff]+)|(?=/))([\x21\x22\x24-\x7e]*)", re.I)
 DIGITS = re.compile(r"[0-9]{1,18}")  # int() alone takes "1_0", " +5 " and Arabic digits
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t\x20-\x7e\x80-\xff]*)?")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]{0,255})?")
 
 
 @dataclass(frozen=True)
@@ -605,15 +604,15 @@ def parse_body_framing(head: RequestHead) -> RequestHead:
     return dataclasses.replace(head, content_length=int(lengths[0]))
 
 
-def parse_query(query: str, repeatable: str | None = None) -> dict[str, str]:
-    """Raises HttpError 400. repeatable: the name whose values are joined with commas."""
+def parse_query(query: str) -> dict[str, str]:
+    """Raises HttpError 400. The values of `task`, which may be repeated, are joined with commas."""
     parameters: dict[str, str] = {}
     try:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
         raise HttpError(400, "bad_query", "the query is not UTF-8") from None
     for name, value in pairs:
-        if name in parameters and name != repeatable:
+        if name in parameters and name != "task":
             raise HttpError(400, "bad_query", "a parameter stands twice in the query")
         parameters[name] = f"{parameters[name]},{value}" if name in parameters else value
     return parameters
@@ -657,7 +656,7 @@ class HttpParser:
 
     def next_head(self) -> RequestHead | None:
         """Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
-        assert self.head is None, "the body of the request before was not read"
+        assert self.head is None, "next_body() comes first"
         head: RequestHead | None = next(self._items)
         return head
 
@@ -734,11 +733,12 @@ class HttpParser:
     def _read_chunked_body(self) -> Generator[None, None, bytes]:
         """RFC 9112, 7.1."""
         body = bytearray()
+        bad_chunk = HttpError(400, "bad_chunk", "a chunk is malformed")
         while True:
-            bad_chunk = HttpError(400, "bad_chunk", "a chunk size is malformed")
-            line = yield from self._read_line(16 + MAX_CHUNK_EXTENSION_BYTES, bad_chunk)
-            match = CHUNK_SIZE.fullmatch(line)
-            if match is None or len(match[2] or b"") > MAX_CHUNK_EXTENSION_BYTES:
+            match = CHUNK_SIZE.fullmatch(
+                (yield from self._read_line(MAX_CHUNK_LINE_BYTES, bad_chunk))
+            )
+            if match is None:
                 raise bad_chunk
             size = int(match[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
@@ -746,9 +746,7 @@ class HttpParser:
             if size == 0:
                 break
             body += yield from self._read_bytes(size)
-            # h11 once accepted any two bytes here (CVE-2025-43859).
-            if (yield from self._read_bytes(2)) != b"\r\n":
-                raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
+            yield from self._read_line(0, bad_chunk)  # h11 took any two bytes: CVE-2025-43859
         too_large = HttpError(431, "trailers_too_large", "trailers are too many or too long")
         yield from self._read_fields(MAX_TRAILER_BYTES, too_large)  # they are not used
         return bytes(body)
@@ -1365,26 +1363,15 @@ class Message(NamedTuple):
 class DataMessage:
     """A message whose fragments are arriving (5.4)."""
 
-    def __init__(self, first: FrameHeader, max_bytes: int, max_fragments: int) -> None:
+    def __init__(self, first: FrameHeader, max_bytes: int) -> None:
         self.opcode = first.opcode
         self.max_bytes = max_bytes
-        self.max_fragments = max_fragments
         self.parts: list[Any] = []
         # Bytes of the parts; of the frames, as their headers say; number of frames.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
         # -15 takes all smaller windows, too.
         self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
-
-    def begin_frame(self, header: FrameHeader) -> None:
-        """Raises WebSocketError if this frame makes the message too large."""
-        self.wire_size += header.length
-        self.fragments += 1
-        # Incompressible data become a little longer.
-        if self.wire_size > self.max_bytes * (2 if self.inflater else 1):
-            raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
-        if self.fragments > self.max_fragments:
-            raise WebSocketError("too many fragments", CloseCode.MESSAGE_TOO_BIG)
 
     def add(self, part: bytes, is_last: bool) -> None:
         """Take a part of a frame's payload. Raises WebSocketError."""
@@ -1422,7 +1409,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 
 
 def take_messages(
-    buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
+    buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int
 ) -> Iterator[Message | None]:
     """Yield messages, None whenever more bytes are needed. Raises WebSocketError."""
     message: DataMessage | None = None
@@ -1441,8 +1428,14 @@ def take_messages(
             continue
         if (header.opcode is Opcode.CONTINUATION) == (message is None):  # 5.4
             raise WebSocketError("fragment out of sequence")
-        message = message or DataMessage(header, max_bytes, max_fragments)
-        message.begin_frame(header)
+        message = message or DataMessage(header, max_bytes)
+        message.fragments += 1
+        message.wire_size += header.length
+        # Incompressible data become a little longer.
+        if message.wire_size > max_bytes * (2 if message.inflater else 1):
+            raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
+        if message.fragments > MAX_FRAGMENTS:
+            raise WebSocketError("too many fragments", CloseCode.MESSAGE_TOO_BIG)
         taken, is_whole = 0, False
         while not is_whole:
             part = take_payload(buffer, header, taken)
@@ -1470,7 +1463,6 @@ class WebSocketConnection:
         self,
         make_mask: Callable[[], bytes] | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
-        max_fragments: int = MAX_FRAGMENTS,
         deflate_bits: int = 0,
     ) -> None:
         self.state = WebSocketState.OPEN
@@ -1482,7 +1474,7 @@ class WebSocketConnection:
         self._make_mask = make_mask
         self._buffer = bytearray()  # received and not parsed yet
         self._messages = take_messages(
-            self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
+            self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes
         )
 
     def encode(self, opcode: Opcode, payload: bytes) -> bytes:
@@ -1667,7 +1659,7 @@ class Feed:
 
     encode: Callable[[Fields], bytes]
     capacity_bytes: int
-    compress: Callable[[bytes, int], bytes] = lambda frame, bits: frame
+    compress: Callable[[bytes, int], bytes]
     first: int = 1  # seq of the oldest kept event
     next: int = 1
     # seq -> event, or its frame once that was needed.
@@ -5387,7 +5379,7 @@ class Connection(asyncio.Protocol):
         key = check_upgrade(head)
         if role is None:  # the gate never allows that
             raise HttpError(401, "unauthorized", "watching needs a role")
-        parameters = parse_query(head.query, repeatable="task")
+        parameters = parse_query(head.query)
         since = parse_since(parameters, self.server.boot_id)
         choice = parse_choice_query(parameters)
         says_hello = parse_flag(parameters, "hello")
@@ -6329,7 +6321,7 @@ class Link:
             raise UnreachableError("it does not answer like a WebSocket server", 404)
         bits = check_deflate_answer(answer.get("sec-websocket-extensions", ""))
         mask = functools.partial(os.urandom, 4)
-        self._websocket = WebSocketConnection(mask, MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS, bits)
+        self._websocket = WebSocketConnection(mask, MAX_EVENT_BYTES, bits)
         return reader
 
     async def _receive(self, data: bytes) -> None:

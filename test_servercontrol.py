@@ -827,7 +827,7 @@ class TestHttpMessages:
         ("", {}), ("wait", {"wait": ""}), ("id=1&&raw=&", {"id": "1", "raw": ""}),
         ("a=b=c", {"a": "b=c"}), ("a+b=c+d%2B%26%3d", {"a b": "c d+&="}),
         ("a=%E2%82%ac&%69d=1", {"a": "\u20ac", "id": "1"}), ("a=%zz%", {"a": "%zz%"}),
-        ("id=1&id=2", 400), ("=1&=2", 400), ("id=1&%69d=1", 400), ("a=%ff", 400), ("%ed%a0%80=a", 400),
+        ("id=1&id=2", 400), ("task=1&task=2", {"task": "1,2"}), ("=1&=2", 400), ("id=1&%69d=1", 400), ("a=%ff", 400), ("%ed%a0%80=a", 400),
     ])  # fmt: skip
     def test_query_is_parsed(self, query: str, expected: Any) -> None:
         assert status_of(sc.parse_query, query) == expected
@@ -1618,8 +1618,9 @@ class TestWebSocketConnection:
         ("3 fragments", build_text(b"a", b"b", b"c"), 1009),
         ("a ping", build_frame(PING, b"four"), None),
     ])  # fmt: skip
-    def test_limits_are_those_that_were_given(self, data: bytes, code: int | None) -> None:
-        connection = sc.WebSocketConnection(max_message_bytes=3, max_fragments=2)
+    def test_limits_hold(self, data: bytes, code: int | None, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_FRAGMENTS", 2)
+        connection = sc.WebSocketConnection(max_message_bytes=3)
         assert len(connection.receive(data)) == (code is None)
         assert connection.close_code == code
 
@@ -1761,7 +1762,7 @@ class TestStatistics:
 
 
 def make_feed(count: int, capacity: int, **fields: Any) -> sc.Feed:
-    feed = sc.Feed(lambda event: b"<%d>" % event["seq"], capacity)
+    feed = sc.Feed(lambda event: b"<%d>" % event["seq"], capacity, lambda frame, bits: frame)
     for number in range(count):
         feed.append({"type": "x", "seq": 0, **fields})
         assert feed.next == number + 2
