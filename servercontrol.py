@@ -179,7 +179,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 __version__ = "0.1.0"
 
 # 2. Constants ────────────────────────────────────────────────────────────────────────────────
-# Every limit, time-out and protocol number that is no option, with its reason.
+# Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -192,9 +192,9 @@ MAX_HEAD_BYTES = 32 * KIB
 MAX_BODY_BYTES = 256 * KIB
 MAX_CHUNK_LINE_BYTES = 16 + 256  # the size and an extension
 MAX_TRAILER_BYTES = 4 * KIB
-HEAD_SECONDS = 10.0  # for the whole head, however slowly its bytes arrive
+HEAD_SECONDS = 10.0  # in all, however slowly bytes arrive
 BODY_SECONDS = 30.0
-IDLE_SECONDS = 15.0  # between two requests of one connection
+IDLE_SECONDS = 15.0  # between two requests
 # After an early error so much input is read and dropped: a reset would destroy the answer.
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
@@ -207,11 +207,11 @@ WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # clients send commands, not data
-MAX_FRAGMENTS = 1024  # a proxy may split an event of MAX_EVENT_BYTES into pieces of 16 KiB
+MAX_FRAGMENTS = 1024  # a proxy may split the largest event into pieces of 16 KiB
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
-FINE_BYTES = 4 * KIB  # compressed best, in 0.03 ms; longer messages are compressed fastest
+FINE_BYTES = 4 * KIB  # compressed best, in 0.03 ms; longer messages fastest
 MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # Compressing events may take this share of the time, and so much at once; the rest is sent plain.
 DEFLATE_SHARE = 0.1  # 16 MB/s, and a flood hardly slows other viewers
@@ -232,14 +232,14 @@ UNSENT_BYTES = 256 * KIB  # that the kernel may hold for one connection
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 ROUND_SECONDS = 0.05  # tasks are not read while many viewers are served, for so long at most
-ROUND_STEP = 16  # viewers between two looks at the clock
-FEW_VIEWERS = 8  # so few are served in the turn that reads the output: that saves 15 us
+ROUND_STEP = 16  # viewers between looks at the clock
+FEW_VIEWERS = 8  # are served in the turn that reads the output: that saves 15 us
 FEW_PAUSE_SECONDS = 0.0005  # between such turns: in a flood one write for many events costs less
 # Tasks pause so long for viewers that fall behind (Viewers._update_pressure): one that takes 32
 # MB/s loses nothing. One that took nothing for LATELY_SECONDS has stopped reading.
 PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1
-PRESSURE_SECONDS = 0.002  # between two checks
+PRESSURE_SECONDS = 0.002  # between checks
 
 # A client's input is parsed in pieces. After INPUT_TURN_SECONDS it waits for a later turn, which
 # lets CLIENTS_PER_TURN go on. So one client's tiny frames or requests delay nobody else.
@@ -249,7 +249,7 @@ CLIENTS_PER_TURN = 2
 
 # Feed and tasks.
 KEEP_EVENTS_BYTES = 16 * MIB  # for replay
-EVENT_OVERHEAD_BYTES = 200  # what a small one costs in memory beyond its text
+EVENT_OVERHEAD_BYTES = 200  # in memory, beyond the text
 KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # of all tasks together
 # A pipe's capacity. Escaped as JSON it is below 1 MiB, the usual limit of WebSocket clients.
 READ_CHUNK_BYTES = 64 * KIB
@@ -263,7 +263,7 @@ MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
 MAX_TERMINAL_SIDE = 9999
 MAX_INPUT_BYTES = 1 * MIB  # that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds
-KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it too
+KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; as in HELP and UNIT
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for its reader
 # A task with a window keeps KEEP_TIMES --keep-output: a cut connection loses what the kernel holds
 # for its reader, up to 32 MiB (tcp_rmem).
@@ -280,7 +280,7 @@ MAX_REFUSALS = 100  # at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
 LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were too short: the event loop waits, too
 
-FRESH_SECONDS = 1.0  # /metrics samples again if the newest is older (except CPU)
+FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
 
 # Alert webhook.
 WEBHOOK_SECONDS = 10.0  # to connect, and again to get the answer
@@ -298,12 +298,12 @@ PORT_TRIES = 100  # from the wanted port on
 LISTEN_BACKLOG = 1024  # for bursts of reconnecting viewers
 ACCEPTS_PER_TURN = 16  # then those that were accepted are served
 HANDSHAKE_SECONDS = 10.0  # TLS
-TLS_GOODBYE_SECONDS = 0.5  # between two looks whether a closed connection has sent all
+TLS_GOODBYE_SECONDS = 0.5  # between looks whether a closed connection has sent all
 MAX_NEWCOMERS = 64  # connections not past the gate, which else could take all places
 NEWCOMER_GRACE_SECONDS = 3.0  # for their TLS handshakes: a core does 300 a second
 MAX_BURST = 512  # more newcomers are a flood: then none is spared
 SPARE_DESCRIPTORS = 32  # for listeners and files
-SWEEP_SECONDS = 0.5  # between two checks of deadlines
+SWEEP_SECONDS = 0.5  # between checks of deadlines
 STOP_SECONDS = KILL_GRACE_SECONDS + 4.0  # then the server ends, whoever hangs
 LOG_LINE_BYTES = 4096  # PIPE_BUF: a pipe that polls writable takes it without blocking
 
@@ -314,7 +314,7 @@ CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
-RETRY_SECONDS = 0.25  # before the first retry; doubled with each failure
+RETRY_SECONDS = 0.25  # the first; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # a server that is back is noticed within 5 s
 REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
 SILENCE_SECONDS = 4.0  # the monitor tells within 5 s that a server is silent
@@ -352,16 +352,15 @@ STATE_COLOURS = {
 }
 
 # 3. Errors ───────────────────────────────────────────────────────────────────────────────────
-# What a user, a peer or the machine causes; one place tells each type to the peer. Any other
-# exception is a bug of this file.
+# What a user, a peer or the machine causes. Any other exception is a bug.
 
 
 class ServerControlError(Exception):
-    """Base of all that are no bugs."""
+    """One place tells each type to the peer."""
 
 
 class ConfigError(ServerControlError):
-    """An option, variable or file is unfit: one line on stderr, exit status 2."""
+    """An option, variable or file cannot be used: one line on stderr, exit status 2."""
 
 
 class StartError(ServerControlError):
@@ -414,8 +413,7 @@ def explain(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-# CommandError.code -> HTTP status; else 400. A code that keeps somebody out is in REFUSALS (section
-# 16), too.
+# CommandError.code -> HTTP status; else 400. What keeps somebody out is in REFUSALS, too.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -490,8 +488,7 @@ class Config:
 
 # 5. HTTP messages ────────────────────────────────────────────────────────────────────────────
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
-# differently, a request can be smuggled past one of them. So there is no bare LF, no obs-fold, no
-# repeated Content-Length and no Transfer-Encoding but `chunked`.
+# differently, a request can be smuggled past one of them.
 
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5, with obs-text
@@ -536,7 +533,7 @@ class RequestHead:
         return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
-        """Of a list field (RFC 9110, 5.6.1)."""
+        """RFC 9110, 5.6.1."""
         members = (member.strip(" \t") for member in ",".join(self.values(name)).split(","))
         return [member for member in members if member]
 
@@ -630,12 +627,10 @@ def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
 class HttpParser:
     """Cuts the bytes of one connection into heads and bodies, which next_head() and next_body()
     return in turn; None while bytes are missing. After an HttpError it is of no more use.
-
-    Inside is a generator that stops where bytes are missing.
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()  # fed and not consumed yet
+        self._buffer = bytearray()  # not consumed yet
         self._items = self._read_items()
         self._is_in_head = False  # after the request line
         self.head: RequestHead | None = None  # its body comes next
@@ -645,23 +640,19 @@ class HttpParser:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no byte of the next request has come."""
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
-        """Return what follows an upgrade's head."""
         self._items.close()  # it and the parser refer to each other
         rest, self._buffer = self._buffer, bytearray()
         return bytes(rest)
 
     def next_head(self) -> RequestHead | None:
-        """Raises HttpError 400, 413, 414, 415, 431, 501, 505."""
         assert self.head is None, "next_body() comes first"
         head: RequestHead | None = next(self._items)
         return head
 
     def next_body(self) -> bytes | None:
-        """Raises HttpError 400, 413, 431."""
         assert self.head is not None, "next_head() comes first"
         body: bytes | None = next(self._items)
         return body
@@ -679,10 +670,10 @@ class HttpParser:
         line, left = b"", MAX_HEAD_BYTES
         too_large = HttpError(431, "head_too_large", "header fields are too many or too long")
         too_long = HttpError(414, "uri_too_long", "the request line is too long")
-        while not line:  # an empty line before the request line is skipped (RFC 9112, 2.2)
+        while not line:  # RFC 9112, 2.2: empty lines before it are skipped
             while not self._buffer:
                 yield
-            # In a TLS ClientHello, say, an LF may never come.
+            # In a TLS ClientHello, say, no LF may come.
             if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
                 raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
             line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
@@ -698,7 +689,7 @@ class HttpParser:
     def _read_fields(
         self, left: int, too_large: HttpError
     ) -> Generator[None, None, list[tuple[str, str]]]:
-        """Take fields and the empty line after them: at most `left` bytes."""
+        """Take fields and the empty line after them."""
         fields: list[tuple[str, str]] = []
         while line := (yield from self._read_line(min(left, MAX_FIELD_BYTES), too_large)):
             left -= len(line) + 2
@@ -708,7 +699,6 @@ class HttpParser:
         return fields
 
     def _read_line(self, limit: int, too_long: HttpError) -> Generator[None, None, bytes]:
-        """Take a line without its CRLF."""
         scanned = 0  # a line that arrives byte by byte is searched once
         while (end := self._buffer.find(b"\n", scanned)) < 0:
             # The CR may have come before the LF.
@@ -753,7 +743,6 @@ class HttpParser:
 
 
 def encode_fields(fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return header or trailer fields with the empty line after them."""
     return "".join(f"{name}: {value}\r\n" for name, value in fields).encode("latin-1") + b"\r\n"
 
 
@@ -772,9 +761,8 @@ def encode_chunk(data: bytes) -> bytes:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
 #   2. Origin. A browser names the page that sends the request: the server's own, or one that
-#      --allow-origin lists. The same goes for Sec-Fetch-Site, except that a link on any site may
-#      open the page `/`. Else 403. A browser's POST must be JSON: every page may send a form. Else
-#      415.
+#      --allow-origin lists. The same goes for Sec-Fetch-Site, but a link on any site may open the
+#      page `/`. Else 403. A browser's POST must be JSON (else 415): any page may send a form.
 #   3. Token. The right one gives its role. A wrong one is 401, even where none is needed. One in a
 #      URL (`?token=`) is 401, right or wrong, since URLs end up in logs and histories.
 #   4. Implicit trust. On a loopback listener or a Unix socket, a process of the server's own
@@ -831,10 +819,10 @@ class AccessPolicy:
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end of a connection.
+    """The other end of a connection. address: an IP literal, "" on a Unix socket.
 
-    address: an IP literal, "" on a Unix socket. uid: the owner of its socket, as the kernel said
-    right after accept; None if it did not say, or if either end is not loopback.
+    uid: the owner of its socket, as the kernel said right after accept; None if it did not say, or
+    if either end is not loopback.
     """
 
     listener: ListenerKind
@@ -871,8 +859,8 @@ def encode_diag_request(peer: Endpoint, local: Endpoint) -> bytes:
 
 
 def check_owner(state: int, uid: int, inode: int) -> int:
-    """Return the uid. Raises ValueError if it tells nothing: without an inode the socket was closed
-    by its process, and may be listed with uid 0.
+    """Return the uid. Raises ValueError. A socket that its process has closed may have uid 0, but
+    then it has no inode.
     """
     # ESTABLISHED, FIN_WAIT1, FIN_WAIT2 (linux/tcp_states.h): it may have ended its sending side.
     if state not in (1, 4, 5) or inode == 0:
@@ -906,7 +894,7 @@ def parse_host(value: str) -> tuple[str, int | None]:
     match = HOST.fullmatch(value)
     host, port = match.groups() if match else ("", None)
     name = host.lower().strip("[]")
-    # RFC 3986, 3.2.2: only IPv6 addresses are in brackets.
+    # RFC 3986, 3.2.2: only IPv6 is in brackets.
     is_wrong = host.startswith("[") and (":" not in name or parse_ip(name) is None)
     if not host or is_wrong or int(port or 0) > 65535:
         raise HttpError(400, "bad_host", "the Host field is malformed")
@@ -914,7 +902,7 @@ def parse_host(value: str) -> tuple[str, int | None]:
 
 
 def check_host_syntax(head: RequestHead) -> str | None:
-    """Rule 1. Return the Host field. Raises HttpError 400."""
+    """Rule 1. Raises HttpError 400."""
     hosts = head.values("host")
     if len(hosts) > 1 or (not hosts and not head.http_1_0):
         raise HttpError(400, "bad_host", "exactly one Host field is needed")
@@ -922,11 +910,11 @@ def check_host_syntax(head: RequestHead) -> str | None:
         parse_host(hosts[0])
     if head.authority and [head.authority.lower()] != [host.lower() for host in hosts]:
         raise HttpError(400, "bad_host", "the target and the Host field name different servers")
-    return hosts[0] if hosts else None
+    return head.value("host")
 
 
 def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: RequestHead) -> None:
-    """Rule 2. Raises HttpError 403 or 415."""
+    """Rule 2. Raises HttpError 403, 415."""
     origins = head.values("origin")
     origin = origins[0] if len(origins) == 1 else ""
     listed = origin in policy.allow_origins
@@ -964,8 +952,8 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 
 
 def find_tokens(head: RequestHead) -> list[bytes]:
-    """A malformed token becomes b"", and so is wrong. The subprotocol `bearer.T` is for browsers,
-    which cannot add fields to an upgrade.
+    """A malformed one becomes b"", which is wrong. Browsers cannot add fields to an upgrade: theirs
+    is in the subprotocol `bearer.T`.
     """
     matches = map(BEARER.fullmatch, head.values("authorization"))
     offers = head.members("sec-websocket-protocol")
@@ -975,13 +963,13 @@ def find_tokens(head: RequestHead) -> list[bytes]:
 
 
 def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
-    """Return a 401, which must name the scheme (RFC 9110, 15.5.2)."""
+    """It must name the scheme (RFC 9110, 15.5.2)."""
     return HttpError(401, code, message, [("WWW-Authenticate", challenge)])
 
 
 def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
     """Rule 3. Return the role, None without a token. Raises HttpError 401."""
-    if "token" in dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True)):
+    if "token" in urllib.parse.parse_qs(head.query, keep_blank_values=True):
         message = "a token does not belong into an address; send Authorization: Bearer TOKEN"
         raise unauthorized("token_in_query", message)
     shown = [] if policy.no_auth else find_tokens(head)
@@ -997,7 +985,6 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
-    """Whether the kernel says that it is a process of the server's own account."""
     return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
@@ -1059,11 +1046,11 @@ class RateLimit:
 
     count: int
     seconds: float
-    # Source -> monotonic times of its last actions. Who acted last is last.
+    # Source -> times of its last actions; who acted last is last.
     _times: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict)
 
     def take(self, source: str, now: float) -> float:
-        """Count once more and return 0; or else return how many seconds to wait."""
+        """Return how many seconds to wait; 0 if it may be now, which counts."""
         times = self._times.setdefault(source, deque(maxlen=self.count))
         if len(times) == self.count and now - times[0] < self.seconds:
             return times[0] + self.seconds - now
@@ -1134,7 +1121,7 @@ def is_upgrade(head: RequestHead) -> bool:
 
 
 def upgrade_required(message: str) -> HttpError:
-    """Tell a client to change its upgrade (RFC 6455, 4.4)."""
+    """RFC 6455, 4.4."""
     fields = [*UPGRADE_FIELDS, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return HttpError(426, "upgrade_required", message, fields)
 
@@ -1153,7 +1140,7 @@ def check_upgrade(head: RequestHead) -> str:
     return keys[0]
 
 
-# A name, perhaps with a value, perhaps quoted (RFC 6455, 9.1, with the white space of RFC 2616).
+# A name, with a value that may be quoted (RFC 6455, 9.1, with the white space of RFC 2616).
 EXTENSION_WORD = re.compile(
     r"""[\t ]*(T+)[\t ]*(?:=[\t ]*(?:(T+)|"((?:\\?T)+)")[\t ]*)?""".replace(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -1179,7 +1166,7 @@ def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
             continue
         words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
         pairs = [(one[1], (one[2] or one[3] or "").replace("\\", "")) for one in words if one]
-        if len(pairs) < len(words) or pairs[0][1]:  # the name of an extension has no value
+        if len(pairs) < len(words) or pairs[0][1]:  # an extension has no value
             raise ValueError("an extension is malformed")
         extensions.append((pairs[0][0], pairs[1:]))
     return extensions
@@ -1332,21 +1319,20 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
 
 
 # 8. WebSocket connection ─────────────────────────────────────────────────────────────────────
-# RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages come out, and frames to send.
+# RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
-#   OPEN -- close() or fail --> CLOSING -- peer's close --> CLOSED
-#   OPEN -- peer's close, answered --> CLOSED
+#   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
+#   OPEN -- peer's close, or a violation, which is answered --> CLOSED
 #
 # After a violation nothing more is read. Text is checked as it arrives, also inside a frame.
 
-
 UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 # One reason for both: which is found first may depend on how the bytes were cut.
-BAD_DATA = "text is not UTF-8, or compressed data is damaged"
+BAD_DATA = ("text is not UTF-8, or compressed data is damaged", CloseCode.INVALID_DATA)
 
 
 class WebSocketState(enum.Enum):
-    """CLOSING: our close frame was sent. CLOSED: both have sent one, or the peer broke a rule."""
+    """CLOSING: our close frame was sent. CLOSED: nothing more is read."""
 
     OPEN = "open"
     CLOSING = "closing"
@@ -1367,14 +1353,14 @@ class DataMessage:
         self.opcode = first.opcode
         self.max_bytes = max_bytes
         self.parts: list[Any] = []
-        # Bytes of the parts; of the frames, as their headers say; number of frames.
+        # Bytes of the parts; of the frames, by their headers; number of frames.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
         # -15 takes all smaller windows, too.
         self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
 
     def add(self, part: bytes, is_last: bool) -> None:
-        """Take a part of a frame's payload. Raises WebSocketError."""
+        """Raises WebSocketError."""
         left = self.max_bytes - self.size
         if self.inflater:
             part = self._inflate(self.inflater, part, left, is_last)
@@ -1384,7 +1370,7 @@ class DataMessage:
             is_end = is_last and not is_too_big
             self.parts.append(self.decoder.decode(part, is_end) if self.decoder else part)
         except UnicodeDecodeError:
-            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA) from None
+            raise WebSocketError(*BAD_DATA) from None
         if is_too_big:  # after inflating; a plain message was measured by its headers
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
 
@@ -1393,16 +1379,16 @@ class DataMessage:
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
         except zlib.error:
-            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA) from None
+            raise WebSocketError(*BAD_DATA) from None
         # After a final block only the bytes of 7.2.3.4 may follow.
         is_whole = inflater.eof and inflater.unused_data in (b"", b"\0" + INFLATE_TAIL)
         if is_last and not is_whole and len(data) <= left:
-            raise WebSocketError(BAD_DATA, CloseCode.INVALID_DATA)
+            raise WebSocketError(*BAD_DATA)
         return data
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
-    """Take what has arrived of a payload. start: bytes of it that were taken before."""
+    """start: bytes of the payload that were taken before."""
     part = bytes(buffer[: header.length - start])
     del buffer[: len(part)]
     return part if header.mask is None else apply_mask(part, header.mask, start)
@@ -1472,7 +1458,7 @@ class WebSocketConnection:
         self.answer = b""  # the close frame to send then
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
-        self._buffer = bytearray()  # received and not parsed yet
+        self._buffer = bytearray()  # not parsed yet
         self._messages = take_messages(
             self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes
         )
@@ -1524,8 +1510,7 @@ class WebSocketConnection:
 
 
 # 9. Statistics and alerts ────────────────────────────────────────────────────────────────────
-# A Sample has what the kernel counts, from whichever source; two of them give rates. Time is
-# monotonic.
+# A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
 class Sample(NamedTuple):
@@ -1639,7 +1624,7 @@ class Choice(NamedTuple):
 
     @property
     def kinds(self) -> Kinds:
-        """The Feed's kinds; equal if two choices mean the same."""
+        """Those of the Feed; equal if two choices mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if "task_output" in kinds and self.tasks is not None:
             kinds = kinds - {"task_output"} | self.tasks
@@ -1824,8 +1809,8 @@ class OutputLog:
 
 
 # 11. Messages and datagrams ──────────────────────────────────────────────────────────────────
-# JSON on the wire: events, requests, answers to probes. All text that is sent is valid UTF-8, and
-# every field of a request is checked. Also Prometheus' text format, and the webhook's request.
+# JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
+# UTF-8, and every field of a request is checked.
 
 REPLACEMENT = "\ufffd".encode()  # for invalid UTF-8
 ENCODE_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -1996,7 +1981,7 @@ def parse_exec_fields(fields: Fields) -> ExecRequest:
 
 
 def check_form_body(body: bytes) -> None:
-    """Raises CommandError for a form, and for a script that lost its line ends."""
+    """Raises CommandError for a form, and a script that lost its line ends."""
     field = re.match(rb"(?s)(?:cmd|command)=(.{0,200})", body)
     if field:
         command = shlex.quote(urllib.parse.unquote_plus(field[1].decode("latin-1")))
