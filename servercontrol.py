@@ -434,7 +434,7 @@ COMMAND_STATUS = {
 
 @dataclass(frozen=True)
 class Config:
-    """All options of `serve`, under their names on the command line."""
+    """The options of `serve`."""
 
     # `localhost` is ::1 first on most machines, and many clients try only its first address.
     host: tuple[str, ...] = ("127.0.0.1", "::1")
@@ -1097,10 +1097,7 @@ VALID_CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 
 
 class FrameHeader(NamedTuple):
-    """The part of a frame before its payload. mask: 4 bytes, or None. size: of this header.
-
-    is_deflated: RSV1, which the first frame of a compressed message has.
-    """
+    """What precedes a payload. mask: 4 bytes. size: of this header. is_deflated: RSV1."""
 
     fin: bool
     opcode: Opcode
@@ -1127,7 +1124,7 @@ def upgrade_required(message: str) -> HttpError:
 
 
 def check_upgrade(head: RequestHead) -> str:
-    """Return the key of a handshake (RFC 6455, 4.2.1). Raises HttpError 400, 405, 426."""
+    """Return the key (RFC 6455, 4.2.1). Raises HttpError 400, 405, 426."""
     if head.method != "GET":
         raise HttpError(405, "not_get", "a WebSocket upgrade is a GET", [("Allow", "GET")])
     if head.http_1_0 or head.has_body or "websocket" not in head.tokens("upgrade"):
@@ -1159,7 +1156,7 @@ SMALL_WINDOW_BITS = 9  # for every window below 15: an event has at most two com
 
 
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the extensions, each with its parameters. Raises ValueError."""
+    """Return extensions with their parameters. Raises ValueError."""
     extensions = []
     for member in text.split(","):  # a quoted value is a token, too: without comma and semicolon
         if not member.strip("\t "):  # empty members are allowed
@@ -1255,7 +1252,7 @@ INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
 def deflate(payload: bytes, bits: int) -> bytes:
-    """Return the compressed payload, or b"" if that does not pay."""
+    """Return b"" if it does not pay."""
     if not MIN_DEFLATE_BYTES <= len(payload) <= MAX_DEFLATE_BYTES:
         return b""
     level = 6 if len(payload) <= FINE_BYTES else 1
@@ -1272,9 +1269,7 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 
 
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
-    """Return the header at the start of data (RFC 6455, 5.2), None until it is whole. Raises
-    WebSocketError as soon as it is wrong. deflates: permessage-deflate was negotiated.
-    """
+    """Return None until it is whole (RFC 6455, 5.2). Raises WebSocketError as soon as it can."""
     if len(data) < 2:
         return None
     fin, opcode, length = bool(data[0] & 0x80), data[0] & 0x0F, data[1] & 0x7F
@@ -1300,7 +1295,7 @@ def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader |
 
 
 def parse_close_payload(payload: bytes) -> tuple[int | None, str]:
-    """Return (code or None, reason) (5.5.1). Raises WebSocketError."""
+    """Return (code, reason) (5.5.1). Raises WebSocketError."""
     if not payload:
         return None, ""
     code = int.from_bytes(payload[:2], "big")
@@ -1736,7 +1731,7 @@ class Feed:
         return frames[seq] or entry
 
     def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
-        """Yield the seqs of each kind that has one from the cursor on, and its index."""
+        """Yield the seqs of each kind that has a later one, and the index of that."""
         for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
             if seqs[-1] >= cursor:
                 yield seqs, bisect.bisect_left(seqs, cursor)
@@ -1819,7 +1814,7 @@ NOT_ESCAPED = bytes(code for code in range(256) if code >= 0x20 or code in b"\t\
 
 
 def encode_json(value: Any) -> bytes:
-    """Return compact JSON. Lone surrogates (undecodable file names) become "?"."""
+    """Lone surrogates (undecodable file names) become "?"."""
     return ENCODE_JSON(value).encode("utf-8", "replace")
 
 
@@ -1963,21 +1958,19 @@ def check_field(name: str, value: Any, rule: Rule) -> Any:
 
 def parse_exec_fields(fields: Fields) -> ExecRequest:
     """Raises CommandError."""
-    commands = [fields[name] for name in ("cmd", "command") if name in fields]
+    rest = dict(fields)
+    commands = [rest.pop(name) for name in ("cmd", "command") if name in rest]
     if len(commands) != 1:
         raise CommandError("bad_command", 'one of "cmd" and "command" is needed')
-    unknown = sorted(set(fields) - set(EXEC_FIELDS) - {"cmd", "command"})
+    unknown = rest.keys() - EXEC_FIELDS.keys()
     if unknown:
         known = ", ".join(["cmd", *EXEC_FIELDS])
-        raise CommandError("unknown_field", f"unknown field {unknown[0]!r}; known: {known}")
-    checked = {
-        name: check_field(name, fields[name], rule)
-        for name, rule in EXEC_FIELDS.items()
-        if name in fields
-    }
-    if not checked.get("tty") and ("cols" in checked or "rows" in checked):
+        raise CommandError("unknown_field", f"unknown field {min(unknown)!r}; known: {known}")
+    for name, value in rest.items():
+        check_field(name, value, EXEC_FIELDS[name])
+    if not rest.get("tty") and ("cols" in rest or "rows" in rest):
         raise CommandError("bad_field", "cols and rows are a terminal's: they need tty")
-    return ExecRequest(check_command(commands[0]), **checked)
+    return ExecRequest(check_command(commands[0]), **rest)
 
 
 def check_form_body(body: bytes) -> None:
@@ -2169,7 +2162,7 @@ def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
-    """Return the status, None while it has not come. Raises ValueError."""
+    """Return None while the status has not come. Raises ValueError."""
     for head in re.split(rb"(?<=\n)\r?\n", data):
         match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
         if match is None and b"\n" in head:
