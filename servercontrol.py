@@ -723,20 +723,20 @@ class HttpParser:
     def _read_chunked_body(self) -> Generator[None, None, bytes]:
         """RFC 9112, 7.1."""
         body = bytearray()
-        bad_chunk = HttpError(400, "bad_chunk", "a chunk is malformed")
+        bad_size = HttpError(400, "bad_chunk", "a chunk size is malformed")
         while True:
-            match = CHUNK_SIZE.fullmatch(
-                (yield from self._read_line(MAX_CHUNK_LINE_BYTES, bad_chunk))
-            )
+            line = yield from self._read_line(MAX_CHUNK_LINE_BYTES, bad_size)
+            match = CHUNK_SIZE.fullmatch(line)
             if match is None:
-                raise bad_chunk
+                raise bad_size
             size = int(match[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
                 raise HttpError(413, "too_large", f"a body may have {MAX_BODY_BYTES} bytes")
             if size == 0:
                 break
             body += yield from self._read_bytes(size)
-            yield from self._read_line(0, bad_chunk)  # h11 took any two bytes: CVE-2025-43859
+            if (yield from self._read_bytes(2)) != b"\r\n":  # h11 took any two: CVE-2025-43859
+                raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_large = HttpError(431, "trailers_too_large", "trailers are too many or too long")
         yield from self._read_fields(MAX_TRAILER_BYTES, too_large)  # they are not used
         return bytes(body)
@@ -1269,7 +1269,7 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 
 
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
-    """Return None until it is whole (RFC 6455, 5.2). Raises WebSocketError as soon as it can."""
+    """RFC 6455, 5.2. Return None until it is whole. Raises WebSocketError, also before that."""
     if len(data) < 2:
         return None
     fin, opcode, length = bool(data[0] & 0x80), data[0] & 0x0F, data[1] & 0x7F

@@ -93,7 +93,7 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
         assert head is not None
         extension, bits = sc.choose_deflate(head)
         writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head), extension))
-        websocket = sc.WebSocketConnection(None, 32 * sc.MIB, sys.maxsize, bits)
+        websocket = sc.WebSocketConnection(None, 32 * sc.MIB, bits)
         while websocket.state is sc.WebSocketState.OPEN and not reader.at_eof():
             for opcode, payload in websocket.receive(await reader.read(65536)):
                 echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
@@ -105,6 +105,7 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 async def run_echo(port: int) -> None:
+    sc.MAX_FRAGMENTS = sys.maxsize  # some cases have 65,536
     server = await asyncio.start_server(serve_echo, "127.0.0.1", port)
     print("ready", flush=True)
     await server.serve_forever()
