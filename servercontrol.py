@@ -963,7 +963,7 @@ def find_tokens(head: RequestHead) -> list[bytes]:
 
 
 def unauthorized(code: str, message: str, challenge: str = "Bearer") -> HttpError:
-    """It must name the scheme (RFC 9110, 15.5.2)."""
+    """A 401 must name the scheme (RFC 9110, 15.5.2)."""
     return HttpError(401, code, message, [("WWW-Authenticate", challenge)])
 
 
@@ -1581,7 +1581,7 @@ class AlertRule:
 
     threshold: float
     cooldown: float
-    hold: float  # above the threshold before the first alert
+    hold: float  # how long above the threshold before the first alert
     _above_since: float = math.inf
     _raised_at: float = -math.inf
 
