@@ -2175,18 +2175,16 @@ def parse_webhook_answer(data: bytes) -> int | None:
 # ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
 
 # 12. Log, state folder and audit log ─────────────────────────────────────────────────────────
-# Log lines on stderr; what must survive a restart (tokens, task ids); and the record of who did
-# what. No failure here may stop the server: stderr can be full, closed, or a pipe that nobody
-# reads; the folder can be read-only; the disk can be full.
+# Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
+# failure here stops the server: a full or unread stderr, a read-only folder, a full disk.
 #
-# The audit log has one JSON object per line. `prev` in each is the SHA-256 of the line before, so a
+# Each line of the audit log is a JSON object. Its `prev` is the SHA-256 of the line before, so a
 # changed or missing line shows. The file is opened and locked for each record: it can be rotated by
-# renaming, and servers of one account share it. FILE.head has the hash of the newest line: the
-# first record after a rotation names it, and a cut end shows.
+# renaming, and servers of one account share it. FILE.head has the newest line's hash: the first
+# record after a rotation names it, and a cut end shows.
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors, each once; -1 is none."""
     for fd in set(fds):
         if fd >= 0:
             os.close(fd)
@@ -2200,33 +2198,29 @@ def read_hostname() -> str:
 
 
 def format_time(timestamp: float) -> str:
-    """Return RFC 3339 with milliseconds, in UTC."""
     seconds, milliseconds = divmod(int(timestamp * 1000), 1000)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"
 
 
 def format_value(value: Any) -> str:
-    """Return a value for a text log line: quoted unless it is plain."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if re.fullmatch(r"[!#-~]*", text) else json.dumps(text)
 
 
 def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
-    """Write data if a descriptor is ready in time; return the bytes written. Raises OSError.
+    """Write at most PIPE_BUF bytes, which a ready pipe takes without blocking (pipe(7)).
 
-    A pipe that is ready takes PIPE_BUF bytes without blocking (pipe(7)), so data is not longer.
-    O_NONBLOCK would be set for all processes that share the descriptor.
+    Return how many were written. Raises OSError. O_NONBLOCK would hold for other processes, too.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     try:
         return os.write(fd, data) if poll.poll(milliseconds) else 0
-    except BlockingIOError:  # another process has set O_NONBLOCK, and there is less room
+    except BlockingIOError:  # another process has set O_NONBLOCK
         return 0
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
-    """Write at most LOG_LINE_BYTES if that needs no waiting; return whether they were written."""
     try:
         return write_some(fd, line) == len(line)
     except OSError:
@@ -2268,11 +2262,10 @@ class Log:
         self._json = log_format == "json"
         self._level = LEVELS.index(level)
         self._dropped = 0
-        # Event -> when write_limited() last wrote it (monotonic).
-        self._last: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # event -> when write_limited() wrote it
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """Write an event. Never raises."""
+        """Never raises."""
         if LEVELS.index(level) < self._level:
             return
         if self._dropped:
@@ -2285,14 +2278,12 @@ class Log:
         self._dropped = 0 if write_without_waiting(2, line) else self._dropped + 1
 
     def write_limited(self, level: str, event: str, seconds: float = 1.0, **fields: Any) -> None:
-        """Write an event, unless one was written in the last `seconds`."""
         now = time.monotonic()
         if now - self._last.get(event, -seconds) >= seconds:
             self._last[event] = now
             self.write(level, event, **fields)
 
     def write_fault(self, event: str) -> None:
-        """Write the present exception: a fault of this file."""
         message = "a fault of ServerControl itself, which goes on; please report the trace"
         self.write_limited("error", event, trace=traceback.format_exc(), message=message)
 
@@ -2306,7 +2297,7 @@ class Log:
 
 
 def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
-    """Lock a file. Raises OSError if another process holds the lock for longer."""
+    """Raises OSError if another process holds the lock for longer."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -2318,18 +2309,15 @@ def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
 
 
 def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
-    """Open a file, or make it with mode 0600. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     status = os.fstat(fd)
     if status.st_size == 0 and status.st_mode & 0o600 != 0o600:
-        with suppress(OSError):  # it is of another account
-            # The umask has removed rights of its owner.
+        with suppress(OSError):  # it is of another account; else the umask was too strict
             os.fchmod(fd, stat.S_IMODE(status.st_mode) | 0o600)
     return open(fd, "r+b", buffering=0)
 
 
 def is_at(path: str, fd: int) -> bool:
-    """Whether a path leads to an open file: it may have been renamed meanwhile."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -2338,10 +2326,7 @@ def is_at(path: str, fd: int) -> bool:
 
 @dataclass(repr=False)
 class TaskIds:
-    """Task ids that go on rising across restarts, shared by all servers of this account.
-
-    A file in the state folder has the newest one. Without it ids follow the wall clock.
-    """
+    """Counts task ids in a file that all servers of this account share; else by the clock."""
 
     _folder: str | None
     _log: Log
@@ -2362,7 +2347,7 @@ class TaskIds:
         with open_private_file(path) as file:
             lock_file(file)
             text = file.read(64).decode("ascii", "replace").strip()
-            # If that is damaged, go on from a number that no counting from 1 has reached.
+            # No counting from 1 has reached the clock.
             damaged = bool(text) and not DIGITS.fullmatch(text)
             last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
             # Fixed width: one write replaces it whole.
@@ -2375,9 +2360,8 @@ class TaskIds:
 def find_own_folder(
     environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
 ) -> str:
-    """Return our folder as the XDG specification has it, which ignores relative paths."""
     base = environ.get(variable, "")
-    if not os.path.isabs(base):
+    if not os.path.isabs(base):  # the XDG specification: such a path is ignored
         base = os.path.expanduser(usual)
     return os.path.join(base, "servercontrol")
 
@@ -2419,7 +2403,7 @@ def make_token_file(path: str) -> None:
 
 
 def check_token(source: str, token: str) -> str:
-    """Return a well-formed token. source: for the error message. Raises ConfigError."""
+    """Return the token. source: for the error message. Raises ConfigError."""
     if not token:
         raise ConfigError(f"{source}: it is empty")
     if len(token) < MIN_TOKEN_CHARACTERS or not re.fullmatch(TOKEN_TEXT, token):
@@ -2429,8 +2413,9 @@ def check_token(source: str, token: str) -> str:
 
 
 def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
-    """Raise PermissionError unless the file is of one of these accounts, and others have none of
-    these rights. owners: None if it may be any account's, and a pipe.
+    """Raise PermissionError unless a file is one of these owners', and others lack these rights.
+
+    owners: None if it may be any account's, and a pipe.
     """
     status, problem = os.fstat(fd), ""
     if owners is not None and not stat.S_ISREG(status.st_mode):
@@ -2446,10 +2431,9 @@ def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
 def load_token_file(source: str, path: str, credentials: str = "", is_client: bool = False) -> str:
     """Return the token in a file. source: for the error message. Raises ConfigError.
 
-    credentials: the folder that systemd made for this service alone ($CREDENTIALS_DIRECTORY). There
-    a file may be root's, with an access list for the service's account, which shows as the group's
-    right to read. is_client: the token gives no rights here. So the file may be any account's (root
-    may use a service's token), and a link or a pipe, as of `<(…)`.
+    credentials: systemd's folder for this service ($CREDENTIALS_DIRECTORY). A file there may be
+    root's; the service's access shows as the group's right to read. is_client: the token gives no
+    rights here, so the file may be any account's, a link, or a pipe as of `<(…)`.
     """
     is_credential = bool(credentials) and os.path.dirname(path) == credentials
     owners = {os.geteuid(), 0} if is_credential else {os.geteuid()}
@@ -2468,7 +2452,7 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
 
 
 def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None, str | None]:
-    """Return the token in the state folder, made if missing, and its path; else (None, None)."""
+    """Return the state folder's token, made if missing, and its path; else (None, None)."""
     if folder is None:
         return None, None
     path = os.path.join(folder, name)
@@ -2482,7 +2466,7 @@ def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None
 
 
 class Tokens(NamedTuple):
-    """The tokens of both roles, and the files that have them."""
+    """Of both roles, with their files."""
 
     run: str | None
     view: str | None
@@ -2497,8 +2481,8 @@ class Tokens(NamedTuple):
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens and remove them from the environment. That wins over the option, and the
-    option over the state folder. Raises ConfigError.
+    """Return the tokens: of the environment, which loses them; else of the option; else of the
+    state folder. Raises ConfigError.
     """
     found: list[tuple[str | None, str | None]] = []
     for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
@@ -2537,10 +2521,10 @@ def read_hash(path: str) -> str | None:
 
 
 def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
-    """Return the last line of a file, and whether it had a newline."""
+    """Return the last line, and whether it had a newline."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail[:-1]:
-        step = min(start, max(4 * KIB, len(tail)))  # doubled, as a line may be long
+        step = min(start, max(4 * KIB, len(tail)))
         start -= step
         tail = os.pread(file.fileno(), step, start) + tail
     is_whole = tail.endswith(b"\n")
@@ -2548,10 +2532,9 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
 
 
 def write_hash(path: str, line_hash: str) -> None:
-    """Write FILE.head, if the folder (not /var/log, say) allows that file. Raises OSError."""
     try:
         file = open_private_file(path + ".head", os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except OSError:  # a folder like /var/log
         return
     with file:
         os.pwrite(file.fileno(), line_hash.encode() + b"\n", 0)
@@ -2561,30 +2544,27 @@ def write_hash(path: str, line_hash: str) -> None:
 class AuditLog:
     """Records who did what. Never raises: it counts and logs what cannot be written.
 
-    Server writes start, stop, refused and task_kill; Tasks._tell() and complete_crashed_runs()
-    task_start and task_complete. path: a file, "-" (stderr) or "none".
+    Server writes start, stop, refused and task_kill; Tasks and complete_crashed_runs() the rest.
     """
 
-    path: str
+    path: str  # or "-" (stderr), "none"
     boot_id: str
     _log: Log
-    # The hash of the newest line that was written; device, inode and size of the file after that.
-    _hash: str = ZERO_HASH
-    _written: tuple[int, int, int] | None = None
+    _hash: str = ZERO_HASH  # of the newest line that was written
+    _written: tuple[int, int, int] | None = None  # device, inode and size of the file after that
     _lock_seconds: float = LOCK_SECONDS
     # When the last refusal would be written if each took a second (monotonic). While that is
     # MAX_REFUSALS seconds ahead, others are left out, and counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
-    # Records that could not be written.
-    errors: int = 0
+    errors: int = 0  # records that could not be written
 
     @property
     def is_file(self) -> bool:
         return self.path not in ("-", "none")
 
     def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
-        """Write a record. boot_id: of the run that it is about, if another."""
+        """boot_id: of the run that it is about, if another."""
         if self.path == "none":
             return
         record = {
@@ -2603,7 +2583,7 @@ class AuditLog:
             self._log.write_limited("error", "audit_failed", LOG_ERROR_SECONDS, error=why)
 
     def write_refusal(self, **fields: Any) -> None:
-        """Record a refusal, unless there are too many."""
+        """Unless there are too many."""
         now = time.monotonic()
         until = max(self._refusals_until, now)
         if until > now + MAX_REFUSALS - 1:
@@ -2643,7 +2623,7 @@ class AuditLog:
             else:
                 self._hash = read_hash(self.path) or self._hash
         line = encode_json({**record, "prev": self._hash})
-        # Half a line, after a crash or a full disk, is left unchanged.
+        # After a crash or a full disk half a line stays.
         data = line + b"\n" if is_whole else b"\n" + line + b"\n"
         if os.write(file.fileno(), data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2660,7 +2640,7 @@ def find_audit_log(config_value: str, folder: str | None) -> str:
 def check_chain(
     lines: Iterable[bytes], prev: str | None, head: str | None
 ) -> tuple[list[str], bool, str]:
-    """Walk the chain of records; return what is to be said, whether it holds, and its last hash.
+    """Return what is to be said about a chain of records, whether it holds, and its last hash.
 
     prev: the hash that the first record must name. head: what FILE.head says. Either may be None.
     """
@@ -2672,7 +2652,7 @@ def check_chain(
         try:
             named = str(parse_json_object(line)["prev"])
         except (CommandError, KeyError):
-            # A crash left half a line. The next record names its hash nevertheless.
+            # After a crash. The next record names its hash nevertheless.
             told.append(f"line {count} is not a whole record")
         else:
             first_prev = first_prev or named
@@ -2694,14 +2674,13 @@ def check_chain(
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
 #
-# Kill, time-out and the server's own end stop a task in the same way: a signal to every process of
-# the session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: until then no other
-# process can get its pid, the id of the session. A process that has left the session (setsid) is
-# not reached.
+# Kill, time-out and the server's own end stop a task alike: a signal to every process of the
+# session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: its pid, the id of the
+# session, may be reused from then on. A process that has left the session (setsid) is not reached.
 
 INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
-# A task's state at its end. After a crash of the server the audit log has "interrupted".
+# After a crash of the server the audit log has "interrupted".
 END_STATES = ("done", "killed", "timeout")
 # The facts of an event for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
@@ -2716,9 +2695,9 @@ TASK_EVENTS = {
 class TaskPhase(enum.Enum):
     """How near to its end a task is. Clients see Task.state instead."""
 
-    RUNNING = "running"  # until its shell ends
+    RUNNING = "running"
     STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
-    DRAINING = "draining"  # the shell has ended in that time; others of its session still run
+    DRAINING = "draining"  # the shell has ended meanwhile; others of its session still run
     KILLING = "killing"  # KILL was sent to all, and the shell has not ended yet
     ENDED = "ended"
 
@@ -2729,7 +2708,7 @@ def set_terminal_size(fd: int, cols: int, rows: int) -> None:
 
 @dataclass(eq=False, repr=False)
 class TaskInput:
-    """A task's input, by pipe or terminal, which waits here until the task reads it."""
+    """A task's input, which waits here until the task reads it."""
 
     fd: int  # -1: closed
     _is_terminal: bool
@@ -2764,7 +2743,7 @@ class TaskInput:
         except BlockingIOError:
             loop.add_writer(self.fd, self._drain)
             return
-        except OSError:  # no process reads it any more
+        except OSError:  # nobody reads it any more
             self._is_ending = True
         loop.remove_writer(self.fd)
         if self._is_ending:
@@ -2779,32 +2758,30 @@ class Task:
     request: ExecRequest
     by: str  # who started it: address and role
     output: OutputLog
-    # How many bytes may be read beyond what its `?follow` readers have taken (0: any number).
-    window: int = 0
+    window: int = 0  # of bytes beyond what its `?follow` readers have taken; 0: any number
     readers: dict[object, int] = field(default_factory=dict)  # the offset of each
     taken: float = 0  # that of the slowest
     pid: int = 0  # of the shell; also the id of its session and first process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
-    # Wall clock in ms; monotonic seconds, for the duration.
+    # Wall clock in ms; monotonic seconds.
     started_timestamp: int = 0
     ended_timestamp: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     exit_code: int | None = None
     signal_name: str | None = None
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8_DECODER("replace"))
-    replaced: int = 0  # how often invalid UTF-8 in the output was replaced by U+FFFD
-    fd: int = -1  # our end of the pipe or terminal with its output; -1 is closed
+    replaced: int = 0  # how often invalid UTF-8 became U+FFFD
+    fd: int = -1  # our end of its output; -1 is closed
     input: TaskInput | None = None
     size: tuple[int, int] | tuple[None, None] = (None, None)  # columns, rows of its terminal
-    typist: object = None  # the WebSocket client that typed last: see answer_task_input()
+    typist: object = None  # who typed last: see answer_task_input()
     verdict: str = "done"  # which of END_STATES it will have
     killed_by: str | None = None
     # "timeout"; "kill", "hang-up" and "poll" while it is stopped; "read" while it is not read.
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     completed: asyncio.Future[None] = field(default_factory=asyncio.Future)
-    # Set and cleared whenever there is more output, and at the end.
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # of output, and of the end
 
     @property
     def state(self) -> str:
@@ -2837,7 +2814,7 @@ class Task:
         """How many bytes may be read now."""
         if not self.window:
             return READ_CHUNK_BYTES
-        # Less than half a usual piece counts as 0; else pieces would get smaller and smaller.
+        # At least half a usual piece, or 0: else pieces would get smaller and smaller.
         room = min(READ_CHUNK_BYTES, self.window + self.taken - self.output.end)
         return int(room) if 2 * room >= min(READ_CHUNK_BYTES, self.window) else 0
 
@@ -2846,7 +2823,7 @@ class Task:
         self.news.clear()
 
     def set_timer(self, name: str, seconds: float, call: Callable[..., None], *more: Any) -> None:
-        """Call call(task, *more) later, unless the task has ended by then."""
+        """Call call(task, *more), unless the task has ended by then."""
         self.cancel_timer(name)
         loop = asyncio.get_running_loop()
         self.timers[name] = loop.call_later(seconds, call, self, *more)
@@ -2872,11 +2849,11 @@ def is_zombie(pid: int) -> bool:
 
 
 def find_session(session: int) -> list[int]:
-    """Return the processes of a session, zombies included; none if that cannot be found out."""
+    """Zombies included; none if that cannot be found out."""
     members = []
     for pid in list_pids():
-        with suppress(OSError):  # it has ended meanwhile
-            if os.getsid(pid) == session:  # three times as fast as reading /proc/PID/stat
+        with suppress(OSError):  # it has ended
+            if os.getsid(pid) == session:  # three times as fast as /proc/PID/stat
                 members.append(pid)
     return members
 
@@ -2888,7 +2865,7 @@ def is_session_gone(session: int) -> bool:
 
 
 def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> mark of the crashed runs that used this audit log."""
+    """Return boot id -> mark of crashed runs with this audit log."""
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -2923,7 +2900,7 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
 
 
 def find_survivors(task_id: str, session: int) -> list[int]:
-    """Return the processes of a session if it is this task's; else [], since pids are reused."""
+    """Return the processes of a session if it is this task's: pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
     for pid in find_session(session):
         with suppress(OSError):  # it has ended, or is of another account
@@ -2934,7 +2911,7 @@ def find_survivors(task_id: str, session: int) -> list[int]:
 
 
 def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
-    """Write `interrupted` for tasks that a crash of the server left open."""
+    """Write down tasks that a crash of the server left open."""
     try:
         crashed = find_crashed_runs(folder, audit.path)
         if not crashed:
@@ -2960,12 +2937,8 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
-    """Lock a file while this run of the server lives; return its path.
-
-    A crash leaves it unlocked: the next start completes that run's tasks in the audit log.
-    """
+    """Lock a file while this run of the server lives, for find_crashed_runs(); return its path."""
     path = os.path.join(folder, f"run-{boot_id}")
-    # Without the mark a crash leaves its tasks open.
     with suppress(OSError), open_private_file(path) as file:
         lock_file(file)
         os.dup(file.fileno())  # holds the lock until the process ends
@@ -2975,10 +2948,8 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
 
 def signal_session(session: int, number: int) -> None:
     """Send a signal to every process of a session, also in other process groups."""
-    # The shell's group first, by one system call, which no fork can outrun. It fails for processes
-    # that have ended, or belong to another account (sudo).
-    with suppress(OSError):
-        os.killpg(session, number)
+    with suppress(OSError):  # they have ended, or are another account's (sudo)
+        os.killpg(session, number)  # the shell's group first, at once: no fork can outrun that
     for pid in find_session(session):
         with suppress(OSError):
             if os.getpgid(pid) != session:
@@ -2986,9 +2957,9 @@ def signal_session(session: int, number: int) -> None:
 
 
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return the server's and the child's ends of [output, input], or of output alone.
+    """Return our ends of [output, input], or of [output], and the child's: a terminal has one.
 
-    Of a terminal the child has one end for both. Raises OSError.
+    Raises OSError.
     """
     opened: list[int] = []
     try:
@@ -2998,7 +2969,7 @@ def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
             attributes[0] |= INPUT_IS_UTF8  # backspace deletes whole characters
             termios.tcsetattr(opened[1], termios.TCSANOW, attributes)
             set_terminal_size(opened[0], request.cols, request.rows)
-            opened.append(os.dup(opened[0]))  # a descriptor for reading, one for typing
+            opened.append(os.dup(opened[0]))  # for typing
         elif request.stdin not in (None, False):
             opened += reversed(os.pipe())
     except (OSError, termios.error) as error:
@@ -3020,7 +2991,7 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
 
 
 def raise_descriptor_limit() -> tuple[int, int]:
-    """Raise the limit of descriptors to its maximum; return what it was."""
+    """Return what it was."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS has a lower maximum, which it hides
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -3044,7 +3015,7 @@ class Spawner:
             task.cwd = os.path.join(task.cwd, request.cwd)
         # The child makes its terminal the one that controls its session.
         prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
-        # Else a shell takes it for an option. (Not every shell knows `sh -c -- -x`.)
+        # Else a shell takes it for an option; not every one knows `sh -c -- -x`.
         space = " " if request.command.startswith(("-", "+")) else ""
         ours, childs = open_streams(request)
         self._lower_descriptor_limit(childs[0])
@@ -3065,13 +3036,13 @@ class Spawner:
         finally:
             raise_descriptor_limit()
             close_fds(childs)
-        process.returncode = 0  # so Popen never waits for this pid, which may be reused then
+        process.returncode = 0  # so Popen never waits for this pid, which may be reused
         task.fd, task.pid = ours[0], process.pid
         for fd in ours:
             os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
-        # Where it could not be lowered. (Not on macOS; and the child may have ended.)
+        # If _lower_descriptor_limit() could not. AttributeError: macOS. OSError: the child's end.
         with suppress(AttributeError, OSError, ValueError):
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
@@ -3085,9 +3056,7 @@ class Spawner:
         return {**environment, **{name.encode(): text.encode() for name, text in asked.items()}}
 
     def _lower_descriptor_limit(self, newest_fd: int) -> None:
-        """Set the limit that the child shall inherit, since select() fails above 1024; unless that
-        leaves no room for what Popen itself opens.
-        """
+        """Set the child's limit, as select() fails above 1024; unless Popen itself needs more."""
         # Fails on macOS, and if no descriptor is free, as Popen will say.
         with suppress(OSError, ValueError), contextlib.ExitStack() as spare:
             for _ in range(4):  # as many as Popen opens
@@ -3098,7 +3067,7 @@ class Spawner:
 
 
 def read_available(fd: int, size: int) -> bytes | None:
-    """Return what can be read now: None if nothing, b"" at the end."""
+    """Return None if there is nothing now, b"" at the end."""
     try:
         return os.read(fd, size)
     except BlockingIOError:
@@ -3114,16 +3083,16 @@ class Outputs:
     _publish: Publish
     _feed: Feed
     _running: Mapping[str, Task]
-    _finished: Collection[Task]  # in the order in which they ended
+    _finished: Collection[Task]  # the oldest end first
     kept_bytes: int = 0
     total_bytes: int = 0  # ever read
     # perf_counter: the end of this turn's time for reading (0: no turn); the last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    _queue: dict[Task, None] = field(default_factory=dict)  # tasks that wait to be read
+    _queue: dict[Task, None] = field(default_factory=dict)  # an ordered set
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
-        if lifts_window:  # its readers took nothing for WINDOW_SECONDS; a task outlives its clients
+        if lifts_window:  # its readers took nothing for WINDOW_SECONDS
             task.taken = math.inf
         task.cancel_timer("read")  # also one that has fired
         asyncio.get_running_loop().add_reader(task.fd, self._read, task)
@@ -3132,7 +3101,7 @@ class Outputs:
         """Read what the shell has left, but not what others write later."""
         left = 0
         if task.fd >= 0 and task.request.tty:
-            left = TERMINAL_BUFFER_BYTES  # some may be on its way; only read() waits for it
+            left = TERMINAL_BUFFER_BYTES  # only read() waits for what is on its way
         elif task.fd >= 0:
             (left,) = struct.unpack("i", fcntl.ioctl(task.fd, termios.FIONREAD, b"\0" * 4))
         while left > 0:
@@ -3145,7 +3114,6 @@ class Outputs:
             task.fd = -1
 
     def _read(self, task: Task) -> None:
-        """There is output: read it now, or in the next turn of the event loop."""
         self._queue[task] = None
         if self._turn_end:
             self._read_queue()
@@ -3153,7 +3121,6 @@ class Outputs:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
-        """Begin a turn if tasks wait, and plan the next one."""
         self._turn_end = 0.0
         if self._queue:
             self._turn_end = time.perf_counter() + READ_TURN_SECONDS
@@ -3161,7 +3128,7 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read the waiting tasks in order, until the turn ends. Others wait for the next one.
+        """Read waiting tasks in order, until the turn ends; others wait for the next one.
 
         Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
         """
@@ -3173,7 +3140,7 @@ class Outputs:
             task = next(iter(self._queue))
             del self._queue[task]
             room = task.room
-            if task.fd < 0:  # it has ended meanwhile
+            if task.fd < 0:  # it has ended
                 pass
             elif self._feed.must_pause:
                 self._pause(task, PRESSURE_SECONDS)
@@ -3205,8 +3172,7 @@ class Outputs:
         return chunk or b""
 
     def _take(self, task: Task, chunk: bytes, final: bool = False) -> None:
-        """Publish and keep a chunk. A character that was cut waits for its other half."""
-        cut = task.decoder.getstate()[0]
+        cut = task.decoder.getstate()[0]  # half a character, which waits for the rest
         if not chunk.isascii() or final or cut:
             text = task.decoder.decode(chunk, final)
             own = (cut + chunk).count(REPLACEMENT)
@@ -3236,7 +3202,7 @@ class Outputs:
             self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Drop, slowly, what a background child writes after its task's end."""
+        """Slowly: nobody needs it."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3246,10 +3212,10 @@ class Outputs:
 
 
 def reap_shell(task: Task) -> tuple[float, int]:
-    """Reap the shell, set exit code and signal; return (CPU seconds, largest RSS in KiB)."""
+    """Reap the shell, set exit code and signal; return CPU seconds, largest RSS in KiB."""
     try:
         _, status, usage = os.wait4(task.pid, 0)
-    except ChildProcessError:  # something else has reaped it; its exit code is lost
+    except ChildProcessError:  # something else has reaped it
         task.exit_code = 255
         return 0.0, 0
     code = os.waitstatus_to_exitcode(status)
@@ -3271,10 +3237,10 @@ class Tasks:
     _log: Log
     _audit: AuditLog
     _spawner: Spawner
-    # By id: all kept tasks, oldest first, and the running ones among them.
+    # By id, oldest first: all kept tasks, and the running ones among them.
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
-    _finished: deque[Task] = field(default_factory=deque)  # in the order in which they ended
+    _finished: deque[Task] = field(default_factory=deque)  # the oldest end first
     _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> id of its task, kept or not
     is_stopping: bool = False  # the whole server is
 
@@ -3305,7 +3271,7 @@ class Tasks:
         task = Task(self._ids.take(), request, by, OutputLog(keep_output))
         if request.tty:
             task.size = request.cols, request.rows
-        # So the windows of all tasks, and the rest of each pipe, fit into the kept output.
+        # So all windows, and what each pipe holds, fit into the kept output.
         fair = min(config.keep_output, KEEP_ALL_OUTPUT_BYTES // config.max_tasks)
         task.window = min(request.window, max(fair // 4, fair - READ_CHUNK_BYTES))
         try:
@@ -3328,9 +3294,8 @@ class Tasks:
         return task
 
     def _tell(self, kind: str, facts: Fields) -> int:
-        """Write an event of TASK_EVENTS into the audit log, publish it; return its timestamp."""
         both, more = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
-        # First the log: so what a viewer has seen is there, also if the server is killed now.
+        # First the log: it has what a viewer has seen, also if the server is killed now.
         self._audit.write(kind, **both)
         return int(self._publish(kind, **both, **more)["timestamp"])
 
@@ -3366,7 +3331,7 @@ class Tasks:
     # Stopping
 
     def stop(self, task: Task, number: int = signal.SIGTERM, by: str | None = None) -> None:
-        """Signal the whole session, and KILL it after the grace time. by: None is its time limit.
+        """Signal the whole session; KILL it after the grace time. by: None is the time limit.
 
         Raises CommandError `task_ended`, before any signal.
         """
@@ -3409,11 +3374,11 @@ class Tasks:
     # Ending
 
     def reap(self) -> None:
-        """Find shells that have ended. One SIGCHLD may stand for many."""
+        """One SIGCHLD may stand for many shells that have ended."""
         for task in list(self.running.values()):
             if task.phase is not TaskPhase.DRAINING:  # those have a timer
                 self._advance(task)
-        if os.getpid() == 1:  # only in a container the server inherits orphans
+        if os.getpid() == 1:  # in a container the server inherits orphans
             for pid in {*list_pids()} - {task.pid for task in self.running.values()}:
                 with suppress(OSError):  # not a child of this process
                     os.waitpid(pid, os.WNOHANG)
@@ -3422,7 +3387,7 @@ class Tasks:
         """End a task whose shell has ended. If it is being stopped, first wait until its whole
         session has ended, or KILL was sent.
         """
-        with suppress(ChildProcessError):  # something else has reaped it
+        with suppress(ChildProcessError):  # see reap_shell()
             if not os.waitid(os.P_PID, task.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return
         if task.phase is TaskPhase.KILLING:
@@ -3464,13 +3429,13 @@ class Tasks:
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
-# - A round serves all that wait. With many viewers it takes several turns; tasks are not read
-#   meanwhile, for ROUND_SECONDS at most: the pipes gather what they write, so the next reads give
-#   fewer, larger events. What is published meanwhile is for the next round.
+# - A round serves all that wait. With many viewers it takes several turns. Tasks are not read
+#   meanwhile, for ROUND_SECONDS at most: their output gathers in the pipes, so the next events are
+#   fewer and larger. What is published meanwhile is for the next round.
 # - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
 # - While a transport has nothing to write, bytes go to the socket directly. While it has, its
-#   viewer is stalled, and is passed over: it costs one batch and an integer, however slow it is,
-#   and delays others by PATIENCE_SECONDS at most.
+#   viewer is stalled, and passed over: it costs one batch and an integer, however slow it is, and
+#   delays others by PATIENCE_SECONDS at most.
 
 
 def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
@@ -3481,17 +3446,17 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 
 
 class Compressor:
-    """Compresses events, for a limited share of the time."""
+    """Compresses events, for DEFLATE_SHARE of the time."""
 
     _earned_at = 0.0  # perf_counter: when the time that was used is earned again
 
     def compress(self, frame: bytes, bits: int) -> bytes:
-        """Return the frame for viewers with such a window; plain when no time is left."""
+        """Return the frame as it is when no time is left."""
         now = time.perf_counter()
         if now <= self._earned_at:
             return frame
         frame = deflate_frame(frame, bits)
-        # At most DEFLATE_SECONDS are saved up while nothing is compressed.
+        # At most DEFLATE_SECONDS are saved up.
         start = max(self._earned_at, now - DEFLATE_SECONDS / DEFLATE_SHARE)
         self._earned_at = start + (time.perf_counter() - now) / DEFLATE_SHARE
         return frame
@@ -3505,7 +3470,7 @@ class ViewerState(enum.Enum):
     LEFT = "left"  # our close frame was sent, or the client has gone
 
 
-READY = ViewerState.READY  # a round compares each viewer with it: this saves a look-up
+READY = ViewerState.READY  # saves each viewer of a round a look-up
 
 
 @dataclass(eq=False, repr=False)
@@ -3519,13 +3484,13 @@ class Viewer:
     by: str
     choice: Choice
     audience: Audience = field(init=False)  # once it has joined
-    # A factory: CPython is slower where the class has such an attribute, too.
+    # A factory, since CPython is slower where the class has the attribute, too.
     state: ViewerState = field(default_factory=lambda: READY)
     cursor: int = 0  # the seq from which on it needs events
-    pong_due: bytes | None = None  # answers the newest ping, when it is no longer stalled
+    pong_due: bytes | None = None  # answers the newest ping after a stall
     written_bytes: int = 0
-    largest_reply: int = 0  # bytes of the largest message to this client alone
-    # Monotonic times: the last byte from the peer; the end of its last stall; our last ping.
+    largest_reply: int = 0  # bytes
+    # Monotonic: the last byte from the peer; the end of its last stall; our last ping.
     heard_at: float = field(default_factory=time.monotonic)
     taken_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
@@ -3536,7 +3501,7 @@ class Viewer:
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Send a message to this client alone; or close it, if it asks but does not read."""
+        """Close it instead, if it asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -3545,9 +3510,8 @@ class Viewer:
         self.write(frame)
 
     def send_pong(self, payload: bytes) -> None:
-        """While it is stalled, only the newest ping is answered (RFC 6455, 5.5.3)."""
         if self.state is ViewerState.STALLED:
-            self.pong_due = payload
+            self.pong_due = payload  # only the newest is answered (RFC 6455, 5.5.3)
         elif self.is_open:
             self.write(self.websocket.encode(Opcode.PONG, payload))
 
@@ -3556,7 +3520,7 @@ class Viewer:
         self.state = ViewerState.LEFT
 
     def ping(self, now: float) -> bool:
-        """Return False, without a ping, when the last one was not answered."""
+        """Return False if the last one was not answered."""
         if self.state is ViewerState.STALLED:  # WRITE_STALL_SECONDS applies instead
             self.heard_at = now
         elif self.heard_at < self.pinged_at:
@@ -3578,7 +3542,7 @@ class Audience:
 
     kinds: frozenset[str] | None  # of the Feed; None is all
     bits: int  # of the compression window; 0 is none
-    viewers: dict[Viewer, None] = field(default_factory=dict)  # a set with an order
+    viewers: dict[Viewer, None] = field(default_factory=dict)  # an ordered set
 
 
 class Viewers:
@@ -3589,16 +3553,16 @@ class Viewers:
         self.feed = Feed(encode_event, KEEP_EVENTS_BYTES, Compressor().compress)
         self.all: set[Viewer] = set()
         self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
-        # For /metrics: events by type, gaps sent, bytes written to viewers that have left.
+        # For /metrics; _left_bytes were written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
         # The rest of this round (the last is served first); the next one, and its kinds of events.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
-        # (audience, cursor) -> frames and the cursor after them, during a flush.
+        # Where a viewer is -> frames and the cursor after them, during a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
-        self._hurried_at = 0.0  # when publish() last served few viewers at once
+        self._hurried_at = 0.0  # when publish() last flushed
         self._stalled: set[Viewer] = set()
         # Viewers that are behind -> seconds that tasks may still wait for each.
         self._patience: dict[Viewer, float] = {}
@@ -3625,7 +3589,7 @@ class Viewers:
         return event
 
     def join(self, viewer: Viewer, since: int | None) -> None:
-        """Add a viewer, from now on or from the event after `since`."""
+        """since: the last event that it has seen; None: it starts from now."""
         self.all.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
@@ -3641,7 +3605,7 @@ class Viewers:
             self.all.remove(viewer)
             self._leave_audience(viewer)
             self._left_bytes += viewer.written_bytes
-        viewer.state = ViewerState.LEFT  # it may still be in the round, which skips it now
+        viewer.state = ViewerState.LEFT  # a round that it is in skips it
         self._stalled.discard(viewer)
         self._queue.pop(viewer, None)
 
@@ -3657,7 +3621,7 @@ class Viewers:
             del self._audiences[audience.kinds, audience.bits]
 
     def choose(self, viewer: Viewer, choice: Choice) -> int:
-        """Change what a viewer hears from the next event on; return the seq of the one before."""
+        """Return the seq of the last event under its old choice."""
         viewer.cursor = self.find_seen(viewer) + 1
         self._leave_audience(viewer)
         viewer.choice = choice
@@ -3666,7 +3630,7 @@ class Viewers:
         return viewer.cursor - 1
 
     def find_seen(self, viewer: Viewer) -> int:
-        """Return the seq up to which a viewer has been sent all that it chose."""
+        """Return the seq up to which it has been sent all that it chose."""
         return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
@@ -3675,7 +3639,7 @@ class Viewers:
             self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """Its transport has written everything."""
+        """When its transport has written everything."""
         if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
         viewer.state = READY
@@ -3724,7 +3688,7 @@ class Viewers:
             self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Serve viewers of a round for FLUSH_TURN_SECONDS; the next turn serves the others."""
+        """Serve a round for FLUSH_TURN_SECONDS; the next turn goes on."""
         self.feed.is_dirty = False
         if not self._round:  # begin one
             for audience in self._audiences.values() if self._news else ():
@@ -3744,7 +3708,7 @@ class Viewers:
             self._schedule()
 
     def _serve_step(self, step: list[Viewer]) -> None:
-        # Usually a viewer is where the one before it was, and its socket takes everything.
+        # Usually each viewer is where the last one was, and its socket takes everything.
         newest, audience, cursor = self.feed.next, None, 0
         for viewer in reversed(step):
             if viewer.state is not READY or viewer.cursor == newest:
@@ -3755,7 +3719,7 @@ class Viewers:
             viewer.cursor = after
             try:
                 sent = viewer.send(data) if size else 0
-            except OSError:  # it is full, or broken: the transport finds out
+            except OSError:  # full, or broken: the transport finds out
                 sent = 0
             viewer.written_bytes += size
             if sent < size:
@@ -3768,7 +3732,7 @@ class Viewers:
             self.flush()
 
     def _prepare_batch(self, viewer: Viewer) -> tuple[bytes, int]:
-        """Return a viewer's next batch; if it has missed events, send it a `gap` first."""
+        """If it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
             if self.feed.has_dropped(viewer.cursor, audience.kinds):
@@ -3785,8 +3749,8 @@ class Viewers:
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: statistics, alerts, answers to probes, word to systemd. A failure
-# in one round is logged, and the next round follows.
+# What happens without a request: statistics, alerts, answers to probes, word to systemd. Each goes
+# on after a failure.
 
 
 def read_proc_file(path: str) -> str:
@@ -3795,9 +3759,9 @@ def read_proc_file(path: str) -> str:
 
 
 def read_basics() -> Fields:
-    """Return the fields of a Sample that Python itself knows; the uptime counts suspension."""
+    """Return the fields of a Sample that Python itself knows."""
     disk = os.statvfs("/")
-    if hasattr(time, "CLOCK_BOOTTIME"):
+    if hasattr(time, "CLOCK_BOOTTIME"):  # counts suspension, too
         uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     else:  # macOS
         uptime = time.time() - psutil.boot_time()
@@ -3846,7 +3810,7 @@ def read_psutil_sample() -> Sample:
 
 
 def choose_source() -> Callable[[], Sample]:
-    """Return what reads a Sample: with psutil if installed. Raises StartError."""
+    """Return what reads a Sample. Raises StartError."""
     if psutil is not None:
         return read_psutil_sample
     if not os.path.exists("/proc/stat"):
@@ -3855,7 +3819,7 @@ def choose_source() -> Callable[[], Sample]:
 
 
 def read_own_usage() -> list[tuple[str, Any, str]]:
-    """Return the rows of /metrics about this process."""
+    """Return rows for /metrics."""
     resident = fds = None
     with suppress(OSError):  # macOS has no /proc; or no descriptor is free
         pages = int(read_proc_file("/proc/self/statm").split()[1])
@@ -3871,10 +3835,10 @@ def read_own_usage() -> list[tuple[str, Any, str]]:
 
 @dataclass(eq=False, repr=False)
 class Webhook:
-    """Posts alerts, one after the other, each up to three times. facts: sent with each of them.
+    """Posts alerts, one after the other, each up to three times, and `facts` with each.
 
-    In a daemon thread: neither the event loop nor the end of the process waits for a name look-up
-    or a receiver that hangs.
+    In a daemon thread: neither the event loop nor the server's end waits for a name look-up or a
+    receiver that hangs.
     """
 
     url: WebhookUrl
@@ -3909,25 +3873,25 @@ class Webhook:
             self._alerts.task_done()
 
     def _deliver(self, body: bytes) -> str:
-        """Post an alert, with retries. Return "", or why the last try failed."""
+        """Return "", or why the last try failed."""
         for pause in (0.0, *WEBHOOK_PAUSES):
             time.sleep(pause)
             try:
                 self._post(body)
                 return ""
-            except (OSError, ValueError) as error:  # ValueError: also for a malformed name
+            except (OSError, ValueError) as error:  # ValueError: a malformed name, too
                 reason = explain(error)
         return reason
 
     def _post(self, body: bytes) -> None:
-        """Raises OSError, ValueError, unless it is answered with 2xx; the rest is not read."""
+        """Raises OSError or ValueError unless the answer is 2xx."""
         url, context = self.url, self._context
         with socket.create_connection((url.host, url.port), WEBHOOK_SECONDS) as plain:
             end = time.monotonic() + WEBHOOK_SECONDS
             with context.wrap_socket(plain, server_hostname=url.host) if context else plain as peer:
                 peer.sendall(encode_webhook_request(url, body))
                 answer, more, status = b"", b"more", None
-                # The limits hold for slow answers, too, and for any number of 1xx before them.
+                # The limits hold for slow answers, and for any number of 1xx, too.
                 while more and status is None and len(answer) < MAX_REQUEST_LINE_BYTES:
                     peer.settimeout(max(0.01, end - time.monotonic()))
                     more = peer.recv(KIB)
@@ -3935,12 +3899,11 @@ class Webhook:
                     status = parse_webhook_answer(answer)
         if status is None:
             raise ValueError("it gave no HTTP answer")
-        if not 200 <= status <= 299:  # a redirect, which would become a GET, is not followed
+        if not 200 <= status <= 299:  # a redirect would become a GET
             raise ValueError(f"it answered {status}")
 
 
 def describe_failure(error: BaseException) -> Fields:
-    """Return fields for the log: what the machine refuses, or a trace."""
     if isinstance(error, OSError):
         return {"error": str(error)}
     trace = traceback.format_exception(type(error), error, error.__traceback__)
@@ -3954,30 +3917,29 @@ class Sampler:
     config: Config
     publish: Publish
     log: Log
-    running: Mapping[str, Task]  # which an alert names
-    notify: Callable[[Fields], None]  # gets each alert's events, too
+    running: Mapping[str, Task]
+    notify: Callable[[Fields], None]  # gets each alert's events
 
     def __post_init__(self) -> None:
         config = self.config
         self._read_sample = choose_source()
-        # The newest sample; and that of the newest tick, which the next rates start from.
+        # The newest sample, and that of the newest tick, from which the next rates are.
         self.sample = self._ticked = self._read_sample()
-        # Bytes since boot. They do not go back if an interface is removed, as the kernel's do.
+        # Bytes since boot. Unlike the kernel's they do not fall when an interface goes.
         self.net_recv, self.net_sent = (
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # Of the alert that is not resolved yet: its newest event, and when it began (monotonic).
+        # The open alert's newest event, and when it began (monotonic).
         self.alert: Fields | None = None
         self._alert_since = 0.0
-        # The newest alerts, oldest first. Their field `resolved` is the event that ended them.
+        # The oldest first; `resolved` is the event that ended it.
         self.alerts: deque[Fields] = deque(maxlen=50)
-        # The newest `stats_update`.
-        self.newest: asyncio.Future[Fields] = asyncio.Future()
+        self.newest: asyncio.Future[Fields] = asyncio.Future()  # `stats_update`
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
-        """Tick for ever. A tick that is late by less than an interval delays no later one."""
+        """A tick that is late by less than an interval delays no later one."""
         interval = self.config.interval
         due = time.monotonic() + min(interval, 1.0)
         while True:
@@ -3985,7 +3947,7 @@ class Sampler:
             due = max(due + interval, time.monotonic())
             try:
                 self.tick()
-            except Exception as error:  # most likely no descriptor is free
+            except Exception as error:  # no descriptor is free, say
                 self.log.write_limited("error", "sampler_failed", **describe_failure(error))
 
     def _take_sample(self) -> Sample:
@@ -3996,13 +3958,12 @@ class Sampler:
         return sample
 
     def refresh(self) -> None:
-        """Take a sample between two ticks, if the newest one is old."""
         if time.monotonic() - self.sample.now > FRESH_SECONDS:
             with suppress(Exception):  # tick() will log it; the old sample stays
                 self._take_sample()
 
     def tick(self) -> None:
-        """Publish a sample."""
+        """Publish a new sample."""
         before, sample = self._ticked, self._take_sample()
         self._ticked = sample
         stats = build_stats(before, sample)
@@ -4045,30 +4006,26 @@ def read_link_networks() -> list[ipaddress.IPv4Network]:
 
 @dataclass(eq=False, repr=False)
 class Discovery:
-    """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError.
-
-    places: the IPv4 addresses where HTTP listens, [] if that is every one. Replies come from these,
-    since a prober takes their source for the server's address.
-
-    loopback_only: the server does not listen on the network. make_facts: returns a reply's fields.
-    """
+    """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError."""
 
     port: int
+    # The IPv4 addresses where HTTP listens, [] if that is every one. Replies come from these, since
+    # a prober takes their source for the server's address.
     places: Sequence[str]
     loopback_only: bool
-    make_facts: Callable[[], Fields]
+    make_facts: Callable[[], Fields]  # returns a reply's fields
 
     def __post_init__(self) -> None:
         self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
-        self._networks_until = 0.0  # when to read the networks that are on-link again
-        # By address. A socket that is bound to one address receives no broadcasts, hence the last.
+        self._networks_until = 0.0  # when to read them again
+        # A socket that is bound to one address receives no broadcasts, hence the last one.
         self._sockets: dict[str, socket.socket] = {}
         try:
             last = "127.255.255.255" if self.loopback_only else "0.0.0.0"
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: all receive broadcasts, one a unicast.
+                # All servers on a host receive broadcasts, one of them a unicast.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4099,7 +4056,7 @@ class Discovery:
         return not each.take(source, now) and not all_together.take("", now)
 
     def _choose(self, source: str) -> str:
-        """Return the address to answer a broadcast from, by the kernel's routes."""
+        """Return the address to answer from, by the kernel's routes."""
         here = ""
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             udp.connect((source, 9))  # sends nothing
@@ -4113,31 +4070,29 @@ class Discovery:
 
 
 class SystemdNotifier:
-    """Tells systemd, if that started the server, that it is ready, stops, and lives (sd_notify(3)).
+    """Tells systemd that the server is ready, stops, and lives (sd_notify(3)).
 
-    Takes systemd's variables out of the environment, so that no task can send in its name.
+    Takes systemd's variables out of the environment: no task can send in the server's name.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
         address, microseconds, pid = (environ.pop(name, "") for name in names)
-        # An abstract name begins with NUL (unix(7)), for which systemd writes @.
-        self._address = re.sub("^@", "\0", address)
-        # Opened at the start: a server without free descriptors is still alive.
+        self._address = re.sub("^@", "\0", address)  # an abstract name (unix(7))
+        # Opened now: a server without free descriptors is still alive.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         is_for_us = pid in ("", str(os.getpid())) and DIGITS.fullmatch(microseconds)
-        # Seconds between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
+        # Between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
         self._seconds = int(microseconds) / 2e6 if is_for_us else 0.0
 
     def tell(self, *lines: str) -> None:
-        """Send NAME=VALUE lines. It does not matter if that fails."""
+        """Send NAME=VALUE lines; it does not matter if that fails."""
         data = "\n".join(lines).encode("utf-8", "replace")
         with suppress(OSError, ValueError):
             if self._socket is not None:
                 self._socket.sendto(data, socket.MSG_DONTWAIT, self._address)
 
     def beat(self) -> None:
-        """Report regularly that the event loop is not hung."""
         if self._seconds:
             self.tell("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
