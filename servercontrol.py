@@ -2147,8 +2147,8 @@ def parse_webhook_url(url: str) -> WebhookUrl:
         ("Connection", "close"),
     ]
     if at:  # RFC 7617
-        user, _, password = map(urllib.parse.unquote_to_bytes, account.partition(":"))
-        code = base64.b64encode(user + b":" + password).decode()
+        user, _, password = account.partition(":")
+        code = base64.b64encode(urllib.parse.unquote_to_bytes(f"{user}:{password}")).decode()
         fields.append(("Authorization", f"Basic {code}"))
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     port = port or DEFAULT_PORTS[parts.scheme]
@@ -2346,15 +2346,13 @@ class TaskIds:
     def _count_in_file(self, path: str) -> int:
         with open_private_file(path) as file:
             lock_file(file)
-            text = file.read(64).decode("ascii", "replace").strip()
-            # No counting from 1 has reached the clock.
-            damaged = bool(text) and not DIGITS.fullmatch(text)
-            last = max(self._last, int(time.time() * 1000) if damaged else int(text or 0))
-            # Fixed width: one write replaces it whole.
-            os.pwrite(file.fileno(), b"%18d\n" % (last + 1), 0)
-            if damaged:
-                file.truncate(19)
-            return last + 1
+            text = file.read(64).decode("ascii", "replace").strip() or "0"
+            # If it is damaged: no counting from 1 has reached the clock.
+            newest = int(text) if DIGITS.fullmatch(text) else int(time.time() * 1000)
+            last = max(self._last, newest) + 1
+            os.pwrite(file.fileno(), b"%18d\n" % last, 0)  # of fixed width: replaces it whole
+            file.truncate(19)
+            return last
 
 
 def find_own_folder(
@@ -2678,7 +2676,7 @@ def check_chain(
 # session, and KILL after KILL_GRACE_SECONDS. Only then is the shell reaped: its pid, the id of the
 # session, may be reused from then on. A process that has left the session (setsid) is not reached.
 
-INPUT_IS_UTF8 = 0o040000 if sys.platform == "linux" else 0x4000  # IUTF8 of termios(3)
+INPUT_IS_UTF8 = 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
 # After a crash of the server the audit log has "interrupted".
 END_STATES = ("done", "killed", "timeout")
@@ -3864,24 +3862,19 @@ class Webhook:
     def _run(self) -> None:
         while True:
             event = self._alerts.get()
-            reason = self._deliver(encode_json({**event, "server": self.facts}))
+            body = encode_json({**event, "server": self.facts})
             fields = {"alert": event["type"], "seq": event["seq"], "url": self.url.origin}
-            if reason:
-                self.log.write("error", "webhook_failed", **fields, reason=reason)
+            for pause in (0.0, *WEBHOOK_PAUSES):
+                time.sleep(pause)
+                try:
+                    self._post(body)
+                    self.log.write("debug", "webhook_sent", **fields)
+                    break
+                except (OSError, ValueError) as error:  # ValueError: a malformed name, too
+                    reason = explain(error)
             else:
-                self.log.write("debug", "webhook_sent", **fields)
+                self.log.write("error", "webhook_failed", **fields, reason=reason)
             self._alerts.task_done()
-
-    def _deliver(self, body: bytes) -> str:
-        """Return "", or why the last try failed."""
-        for pause in (0.0, *WEBHOOK_PAUSES):
-            time.sleep(pause)
-            try:
-                self._post(body)
-                return ""
-            except (OSError, ValueError) as error:  # ValueError: a malformed name, too
-                reason = explain(error)
-        return reason
 
     def _post(self, body: bytes) -> None:
         """Raises OSError or ValueError unless the answer is 2xx."""
@@ -3906,8 +3899,7 @@ class Webhook:
 def describe_failure(error: BaseException) -> Fields:
     if isinstance(error, OSError):
         return {"error": str(error)}
-    trace = traceback.format_exception(type(error), error, error.__traceback__)
-    return {"trace": "".join(trace)}
+    return {"trace": "".join(traceback.TracebackException.from_exception(error).format())}
 
 
 @dataclass(eq=False, repr=False)
