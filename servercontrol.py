@@ -2227,7 +2227,7 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
         return False
 
 
-# What a log line means, and what to do next, where its fields do not say it.
+# What a log line means, and what helps.
 LOG_HINTS = {
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
@@ -2388,7 +2388,7 @@ def open_state_folder(environ: Mapping[str, str], config: Config, log: Log) -> s
 
 def make_token_file(path: str) -> None:
     """Write a new token, whole or not at all: servers that start together use the same."""
-    # Random, since in containers that share the folder each server has pid 1.
+    # Random: in containers that share the folder each server has pid 1.
     temporary = f"{path}.{secrets.token_hex(8)}"
     with open_private_file(temporary, os.O_EXCL) as file:
         file.write(secrets.token_urlsafe(32).encode() + b"\n")
@@ -2427,7 +2427,7 @@ def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
 
 
 def load_token_file(source: str, path: str, credentials: str = "", is_client: bool = False) -> str:
-    """Return the token in a file. source: for the error message. Raises ConfigError.
+    """Return the token in a file. Raises ConfigError.
 
     credentials: systemd's folder for this service ($CREDENTIALS_DIRECTORY). A file there may be
     root's; the service's access shows as the group's right to read. is_client: the token gives no
@@ -2540,10 +2540,7 @@ def write_hash(path: str, line_hash: str) -> None:
 
 @dataclass(eq=False, repr=False)
 class AuditLog:
-    """Records who did what. Never raises: it counts and logs what cannot be written.
-
-    Server writes start, stop, refused and task_kill; Tasks and complete_crashed_runs() the rest.
-    """
+    """Records who did what. Never raises: it counts and logs what cannot be written."""
 
     path: str  # or "-" (stderr), "none"
     boot_id: str
@@ -2551,8 +2548,7 @@ class AuditLog:
     _hash: str = ZERO_HASH  # of the newest line that was written
     _written: tuple[int, int, int] | None = None  # device, inode and size of the file after that
     _lock_seconds: float = LOCK_SECONDS
-    # When the last refusal would be written if each took a second (monotonic). While that is
-    # MAX_REFUSALS seconds ahead, others are left out, and counted.
+    # Monotonic. Each refusal adds a second; MAX_REFUSALS ahead of now, others are only counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
     errors: int = 0  # records that could not be written
@@ -2561,15 +2557,15 @@ class AuditLog:
     def is_file(self) -> bool:
         return self.path not in ("-", "none")
 
-    def write(self, event: str, boot_id: str | None = None, **fields: Any) -> None:
-        """boot_id: of the run that it is about, if another."""
+    def write(self, event: str, **fields: Any) -> None:
+        """fields: also another run's `boot_id`, if it is about that."""
         if self.path == "none":
             return
         record = {
             "time": format_time(time.time()),
             "event": event,
             "host": read_hostname(),
-            "boot_id": boot_id or self.boot_id,
+            "boot_id": self.boot_id,
             **fields,
         }
         write = self._write_to_stderr if self.path == "-" else self._append
@@ -2613,7 +2609,7 @@ class AuditLog:
     def _continue(self, file: FileIO, record: Fields) -> None:
         status, is_whole = os.fstat(file.fileno()), True
         place = status.st_dev, status.st_ino
-        # If the file is as we left it, our hash stays: a last line that was changed will be found.
+        # While the file is as we left it, our hash stays: a changed last line will be found.
         if (*place, status.st_size) != self._written:
             if status.st_size:
                 last, is_whole = read_last_line(file, status.st_size)
@@ -2640,7 +2636,7 @@ def check_chain(
 ) -> tuple[list[str], bool, str]:
     """Return what is to be said about a chain of records, whether it holds, and its last hash.
 
-    prev: the hash that the first record must name. head: what FILE.head says. Either may be None.
+    prev: which the first record must name. head: of FILE.head. Either may be None.
     """
     count, first_prev, told, is_broken = 0, "", [], False
     seen_head = head is None or head == prev
@@ -2680,7 +2676,7 @@ INPUT_IS_UTF8 = 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
 # After a crash of the server the audit log has "interrupted".
 END_STATES = ("done", "killed", "timeout")
-# The facts of an event for the audit log and viewers, and those for viewers alone.
+# An event's facts for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
     "task_start": ("task_id command cwd pid by", "tty cols rows name"),
     "task_complete": (
@@ -2694,9 +2690,9 @@ class TaskPhase(enum.Enum):
     """How near to its end a task is. Clients see Task.state instead."""
 
     RUNNING = "running"
-    STOPPING = "stopping"  # a signal was sent; KILL follows after the grace time
+    STOPPING = "stopping"  # a signal was sent; KILL will follow
     DRAINING = "draining"  # the shell has ended meanwhile; others of its session still run
-    KILLING = "killing"  # KILL was sent to all, and the shell has not ended yet
+    KILLING = "killing"  # KILL was sent to all
     ENDED = "ended"
 
 
@@ -2759,7 +2755,7 @@ class Task:
     window: int = 0  # of bytes beyond what its `?follow` readers have taken; 0: any number
     readers: dict[object, int] = field(default_factory=dict)  # the offset of each
     taken: float = 0  # that of the slowest
-    pid: int = 0  # of the shell; also the id of its session and first process group
+    pid: int = 0  # of the shell, its session and its process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
     # Wall clock in ms; monotonic seconds.
@@ -2821,7 +2817,6 @@ class Task:
         self.news.clear()
 
     def set_timer(self, name: str, seconds: float, call: Callable[..., None], *more: Any) -> None:
-        """Call call(task, *more), unless the task has ended by then."""
         self.cancel_timer(name)
         loop = asyncio.get_running_loop()
         self.timers[name] = loop.call_later(seconds, call, self, *more)
@@ -2869,11 +2864,8 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
-        with open(path, "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # this run is alive
+        with suppress(OSError), open(path, "r+b") as file:  # BlockingIOError: this run is alive
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.read(4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
     return crashed
@@ -2926,7 +2918,7 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
         pids += alive
         how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
         how["reason"] = "the server ended without stopping this task"
-        audit.write("task_complete", boot_id, task_id=task_id, **how, pids=alive)
+        audit.write("task_complete", boot_id=boot_id, task_id=task_id, **how, pids=alive)
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
@@ -2945,7 +2937,6 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
 
 
 def signal_session(session: int, number: int) -> None:
-    """Send a signal to every process of a session, also in other process groups."""
     with suppress(OSError):  # they have ended, or are another account's (sudo)
         os.killpg(session, number)  # the shell's group first, at once: no fork can outrun that
     for pid in find_session(session):
@@ -3011,7 +3002,7 @@ class Spawner:
             task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
         if request.cwd:
             task.cwd = os.path.join(task.cwd, request.cwd)
-        # The child makes its terminal the one that controls its session.
+        # Its terminal shall control its session.
         prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
         # Else a shell takes it for an option; not every one knows `sh -c -- -x`.
         space = " " if request.command.startswith(("-", "+")) else ""
@@ -3084,7 +3075,7 @@ class Outputs:
     _finished: Collection[Task]  # the oldest end first
     kept_bytes: int = 0
     total_bytes: int = 0  # ever read
-    # perf_counter: the end of this turn's time for reading (0: no turn); the last read.
+    # perf_counter: the end of this turn (0: none); the last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
     _queue: dict[Task, None] = field(default_factory=dict)  # an ordered set
@@ -3235,11 +3226,11 @@ class Tasks:
     _log: Log
     _audit: AuditLog
     _spawner: Spawner
-    # By id, oldest first: all kept tasks, and the running ones among them.
+    # By id, oldest first; running ones are in both.
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
     _finished: deque[Task] = field(default_factory=deque)  # the oldest end first
-    _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> id of its task, kept or not
+    _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> task id
     is_stopping: bool = False  # the whole server is
 
     def __post_init__(self) -> None:
@@ -3306,7 +3297,7 @@ class Tasks:
         task.typist = typist
 
     def resize(self, task: Task, cols: Any, rows: Any) -> None:
-        """Set a terminal's size; the kernel sends SIGWINCH. Raises CommandError."""
+        """The kernel sends SIGWINCH. Raises CommandError."""
         check_field("cols", cols, SIDE)
         check_field("rows", rows, SIDE)
         fd = self._find_input(task).fd
@@ -3399,7 +3390,7 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         self.outputs.finish(task)
-        # No timer may be left when the shell is reaped, since its pid may be used again then.
+        # Before the shell is reaped: then its pid may be reused.
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
@@ -3833,10 +3824,8 @@ def read_own_usage() -> list[tuple[str, Any, str]]:
 
 @dataclass(eq=False, repr=False)
 class Webhook:
-    """Posts alerts, one after the other, each up to three times, and `facts` with each.
-
-    In a daemon thread: neither the event loop nor the server's end waits for a name look-up or a
-    receiver that hangs.
+    """Posts alerts in turn, each up to three times, in a daemon thread: neither the event loop nor
+    the server's end waits for a name look-up or a receiver that hangs.
     """
 
     url: WebhookUrl
@@ -3884,7 +3873,7 @@ class Webhook:
             with context.wrap_socket(plain, server_hostname=url.host) if context else plain as peer:
                 peer.sendall(encode_webhook_request(url, body))
                 answer, more, status = b"", b"more", None
-                # The limits hold for slow answers, and for any number of 1xx, too.
+                # Limits also for slow answers, and for any number of 1xx.
                 while more and status is None and len(answer) < MAX_REQUEST_LINE_BYTES:
                     peer.settimeout(max(0.01, end - time.monotonic()))
                     more = peer.recv(KIB)
@@ -4008,7 +3997,8 @@ class Discovery:
     make_facts: Callable[[], Fields]  # returns a reply's fields
 
     def __post_init__(self) -> None:
-        self._limits = RateLimit(MAX_REPLIES_PER_SOURCE, 1), RateLimit(MAX_REPLIES_PER_SECOND, 1)
+        self._each = RateLimit(MAX_REPLIES_PER_SOURCE, 1)
+        self._all = RateLimit(MAX_REPLIES_PER_SECOND, 1)
         self._networks_until = 0.0  # when to read them again
         # A socket that is bound to one address receives no broadcasts, hence the last one.
         self._sockets: dict[str, socket.socket] = {}
@@ -4044,8 +4034,7 @@ class Discovery:
             address = parse_ip(source)
             if self.loopback_only or not any(address in network for network in self._networks):
                 return False
-        each, all_together = self._limits
-        return not each.take(source, now) and not all_together.take("", now)
+        return not self._each.take(source, now) and not self._all.take("", now)
 
     def _choose(self, source: str) -> str:
         """Return the address to answer from, by the kernel's routes."""
