@@ -2359,7 +2359,7 @@ def find_own_folder(
     environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
 ) -> str:
     base = environ.get(variable, "")
-    if not os.path.isabs(base):  # the XDG specification: such a path is ignored
+    if not os.path.isabs(base):  # the XDG specification ignores it
         base = os.path.expanduser(usual)
     return os.path.join(base, "servercontrol")
 
@@ -2393,9 +2393,8 @@ def make_token_file(path: str) -> None:
     with open_private_file(temporary, os.O_EXCL) as file:
         file.write(secrets.token_urlsafe(32).encode() + b"\n")
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass  # another server was faster
+        with suppress(FileExistsError):  # another server was faster
+            os.link(temporary, path)
     finally:
         os.unlink(temporary)
 
@@ -2411,7 +2410,7 @@ def check_token(source: str, token: str) -> str:
 
 
 def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
-    """Raise PermissionError unless a file is one of these owners', and others lack these rights.
+    """Raise PermissionError unless a file is an owner's, and others lack these rights.
 
     owners: None if it may be any account's, and a pipe.
     """
@@ -2464,7 +2463,7 @@ def load_kept_token(folder: str | None, name: str, log: Log) -> tuple[str | None
 
 
 class Tokens(NamedTuple):
-    """Of both roles, with their files."""
+    """The tokens of both roles, and their files."""
 
     run: str | None
     view: str | None
@@ -2479,8 +2478,9 @@ class Tokens(NamedTuple):
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens: of the environment, which loses them; else of the option; else of the
-    state folder. Raises ConfigError.
+    """Return the tokens of the environment, which loses them; else of options; else of the folder.
+
+    Raises ConfigError.
     """
     found: list[tuple[str | None, str | None]] = []
     for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
@@ -2525,8 +2525,7 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
         step = min(start, max(4 * KIB, len(tail)))
         start -= step
         tail = os.pread(file.fileno(), step, start) + tail
-    is_whole = tail.endswith(b"\n")
-    return (tail[:-1] if is_whole else tail).rpartition(b"\n")[2], is_whole
+    return tail.removesuffix(b"\n").rpartition(b"\n")[2], tail.endswith(b"\n")
 
 
 def write_hash(path: str, line_hash: str) -> None:
@@ -2558,7 +2557,7 @@ class AuditLog:
         return self.path not in ("-", "none")
 
     def write(self, event: str, **fields: Any) -> None:
-        """fields: also another run's `boot_id`, if it is about that."""
+        """fields: a record about another run names its `boot_id`."""
         if self.path == "none":
             return
         record = {
@@ -2577,7 +2576,7 @@ class AuditLog:
             self._log.write_limited("error", "audit_failed", LOG_ERROR_SECONDS, error=why)
 
     def write_refusal(self, **fields: Any) -> None:
-        """Unless there are too many."""
+        """Record a refusal, unless there are too many."""
         now = time.monotonic()
         until = max(self._refusals_until, now)
         if until > now + MAX_REFUSALS - 1:
@@ -2634,7 +2633,7 @@ def find_audit_log(config_value: str, folder: str | None) -> str:
 def check_chain(
     lines: Iterable[bytes], prev: str | None, head: str | None
 ) -> tuple[list[str], bool, str]:
-    """Return what is to be said about a chain of records, whether it holds, and its last hash.
+    """Return what to say about a chain of records, whether it holds, and its last hash.
 
     prev: which the first record must name. head: of FILE.head. Either may be None.
     """
@@ -2673,9 +2672,8 @@ def check_chain(
 # session, may be reused from then on. A process that has left the session (setsid) is not reached.
 
 INPUT_IS_UTF8 = 0x4000  # IUTF8 of termios(3)
-SERVER_STOP = "server stop"  # `killed_by` of tasks that were running when the server stopped
-# After a crash of the server the audit log has "interrupted".
-END_STATES = ("done", "killed", "timeout")
+SERVER_STOP = "server stop"  # `killed_by` of tasks that the server's stop ended
+END_STATES = ("done", "killed", "timeout")  # "interrupted" in the audit log after a crash
 # An event's facts for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
     "task_start": ("task_id command cwd pid by", "tty cols rows name"),
@@ -2758,8 +2756,7 @@ class Task:
     pid: int = 0  # of the shell, its session and its process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
-    # Wall clock in ms; monotonic seconds.
-    started_timestamp: int = 0
+    started_timestamp: int = 0  # in ms
     ended_timestamp: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     exit_code: int | None = None
@@ -2872,7 +2869,7 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
 
 
 def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return task id -> (boot id, pid) of the tasks that these runs did not complete."""
+    """Return task id -> (boot id, pid) of tasks that these runs left open."""
     open_tasks: dict[str, tuple[str, int]] = {}
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # faster than parsing each line
     with open(path, "rb") as file:
@@ -2922,8 +2919,8 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
-    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
-    log.write("warning", "crash_completed", **counts, message=message)
+    runs, tasks = len(crashed), len(open_tasks)
+    log.write("warning", "crash_completed", runs=runs, tasks=tasks, message=message)
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
@@ -2946,10 +2943,7 @@ def signal_session(session: int, number: int) -> None:
 
 
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return our ends of [output, input], or of [output], and the child's: a terminal has one.
-
-    Raises OSError.
-    """
+    """Return our ends of output and input (if any), and the child's. Raises OSError."""
     opened: list[int] = []
     try:
         opened += os.openpty() if request.tty else os.pipe()
@@ -2980,7 +2974,7 @@ def spawn_error(error: OSError, cwd: str | None) -> CommandError:
 
 
 def raise_descriptor_limit() -> tuple[int, int]:
-    """Return what it was."""
+    """Return what the limit was."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS has a lower maximum, which it hides
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -3078,7 +3072,7 @@ class Outputs:
     # perf_counter: the end of this turn (0: none); the last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    _queue: dict[Task, None] = field(default_factory=dict)  # an ordered set
+    _queue: dict[Task, None] = field(default_factory=dict)
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS
@@ -3191,7 +3185,7 @@ class Outputs:
             self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Slowly: nobody needs it."""
+        """Drop, slowly, what a background child writes later."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3338,7 +3332,7 @@ class Tasks:
         if task.request.tty and number == signal.SIGTERM:
             self._hang_up(task)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
-            signal_session(task.pid, signal.SIGCONT)  # a stopped process gets the signal then
+            signal_session(task.pid, signal.SIGCONT)  # a stopped process gets it then
 
     def _hang_up(self, task: Task, delay: float = 0.1) -> None:
         """Send HUP until the task ends: bash overlooks one just before its prompt."""
@@ -3437,7 +3431,7 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 class Compressor:
     """Compresses events, for DEFLATE_SHARE of the time."""
 
-    _earned_at = 0.0  # perf_counter: when the time that was used is earned again
+    _earned_at = 0.0  # perf_counter: when the used time is earned again
 
     def compress(self, frame: bytes, bits: int) -> bytes:
         """Return the frame as it is when no time is left."""
@@ -3490,7 +3484,7 @@ class Viewer:
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
     def send_json(self, message: Mapping[str, Any]) -> None:
-        """Close it instead, if it asks but does not read."""
+        """Send a message; or close a client that asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
             return
@@ -3738,8 +3732,7 @@ class Viewers:
 
 
 # 15. Background loops ────────────────────────────────────────────────────────────────────────
-# What happens without a request: statistics, alerts, answers to probes, word to systemd. Each goes
-# on after a failure.
+# What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
 def read_proc_file(path: str) -> str:
@@ -3904,15 +3897,14 @@ class Sampler:
     def __post_init__(self) -> None:
         config = self.config
         self._read_sample = choose_source()
-        # The newest sample, and that of the newest tick, from which the next rates are.
+        # The newest; and that of the newest tick, for the next rates.
         self.sample = self._ticked = self._read_sample()
         # Bytes since boot. Unlike the kernel's they do not fall when an interface goes.
         self.net_recv, self.net_sent = (
             sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
         )
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        # The open alert's newest event, and when it began (monotonic).
-        self.alert: Fields | None = None
+        self.alert: Fields | None = None  # the open one's newest event
         self._alert_since = 0.0
         # The oldest first; `resolved` is the event that ended it.
         self.alerts: deque[Fields] = deque(maxlen=50)
@@ -4000,7 +3992,7 @@ class Discovery:
         self._each = RateLimit(MAX_REPLIES_PER_SOURCE, 1)
         self._all = RateLimit(MAX_REPLIES_PER_SECOND, 1)
         self._networks_until = 0.0  # when to read them again
-        # A socket that is bound to one address receives no broadcasts, hence the last one.
+        # One that is bound to an address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
             last = "127.255.255.255" if self.loopback_only else "0.0.0.0"
@@ -4053,7 +4045,7 @@ class Discovery:
 class SystemdNotifier:
     """Tells systemd that the server is ready, stops, and lives (sd_notify(3)).
 
-    Takes systemd's variables out of the environment: no task can send in the server's name.
+    Takes systemd's variables out of the environment, so that no task sends, too.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
