@@ -2162,12 +2162,12 @@ def encode_webhook_request(url: WebhookUrl, body: bytes) -> bytes:
 
 
 def parse_webhook_answer(data: bytes) -> int | None:
-    """Return None while the status has not come. Raises ValueError."""
+    """Return the status of the answer, None while it has not come, 0 if it is not HTTP."""
     for head in re.split(rb"(?<=\n)\r?\n", data):
         match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b.*\n", head)
         if match is None and b"\n" in head:
-            raise ValueError("it gave no HTTP answer")
-        if match and int(match[1]) >= 200:  # RFC 9110, 15.2: 1xx come before the answer
+            return 0
+        if match and int(match[1]) >= 200:  # 1xx come before the answer (RFC 9110, 15.2)
             return int(match[1])
     return None
 
@@ -2221,10 +2221,9 @@ def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
 
 
 def write_without_waiting(fd: int, line: bytes) -> bool:
-    try:
+    with suppress(OSError):
         return write_some(fd, line) == len(line)
-    except OSError:
-        return False
+    return False
 
 
 # What a log line means, and what helps.
@@ -2245,7 +2244,7 @@ LOG_HINTS = {
 }
 
 
-def shorten_texts(fields: Mapping[str, Any]) -> Fields:
+def shorten_texts(fields: Fields) -> Fields:
     """Cut long texts in the middle: a trace tells most at its end."""
     return {
         name: value[:80] + " ... " + value[-165:]
@@ -2318,10 +2317,9 @@ def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
 
 
 def is_at(path: str, fd: int) -> bool:
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 @dataclass(repr=False)
@@ -2510,12 +2508,10 @@ def hash_line(line: bytes) -> str:
 
 
 def read_hash(path: str) -> str | None:
-    try:
-        with open(path + ".head", encoding="ascii", errors="replace") as file:
-            text = file.read(65).strip()
-    except OSError:
-        return None
-    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+    with suppress(OSError), open(path + ".head", encoding="ascii", errors="replace") as file:
+        text = file.read(65).strip()
+        return text if re.fullmatch("[0-9a-f]{64}", text) else None
+    return None
 
 
 def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
@@ -2637,7 +2633,7 @@ def check_chain(
 
     prev: which the first record must name. head: of FILE.head. Either may be None.
     """
-    count, first_prev, told, is_broken = 0, "", [], False
+    count, first_prev, told, holds = 0, "", [], True
     seen_head = head is None or head == prev
     last_hash = prev or ZERO_HASH
     for count, line in enumerate(lines, 1):
@@ -2650,16 +2646,16 @@ def check_chain(
         else:
             first_prev = first_prev or named
             if named != last_hash and not (count == 1 and prev is None):
-                is_broken = True
+                holds = False
                 told.append(f"line {count} does not follow: lines before were changed or removed")
         last_hash = hash_line(line)
         seen_head = seen_head or last_hash == head
     if not seen_head:
-        is_broken = True
+        holds = False
         told.append(f"line {count} is not the last that was written: changed, or lines are missing")
-    verdict = "the chain is BROKEN" if is_broken else "the chain holds"
+    verdict = "the chain holds" if holds else "the chain is BROKEN"
     start = "" if first_prev in ("", ZERO_HASH) else "; it goes on from an older file"
-    return [*told, f"{count} lines; {verdict}{start}"], not is_broken, last_hash
+    return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
 # 13. Tasks ───────────────────────────────────────────────────────────────────────────────────
@@ -2815,8 +2811,7 @@ class Task:
 
     def set_timer(self, name: str, seconds: float, call: Callable[..., None], *more: Any) -> None:
         self.cancel_timer(name)
-        loop = asyncio.get_running_loop()
-        self.timers[name] = loop.call_later(seconds, call, self, *more)
+        self.timers[name] = asyncio.get_running_loop().call_later(seconds, call, self, *more)
 
     def cancel_timer(self, name: str) -> None:
         if name in self.timers:
@@ -2824,10 +2819,9 @@ class Task:
 
 
 def list_pids() -> list[int]:
-    try:
+    with suppress(OSError):  # no descriptor is free, or no /proc
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:  # no descriptor is free, or no /proc
-        return []
+    return []
 
 
 def is_zombie(pid: int) -> bool:
@@ -2890,9 +2884,9 @@ def find_survivors(task_id: str, session: int) -> list[int]:
     """Return the processes of a session if it is this task's: pids are reused."""
     mark, alive, is_ours = f"SERVERCONTROL_TASK_ID={task_id}".encode("ascii"), [], False
     for pid in find_session(session):
-        with suppress(OSError):  # it has ended, or is of another account
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                is_ours = is_ours or mark in file.read().split(b"\0")
+        # OSError: it has ended, or is of another account.
+        with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            is_ours |= mark in file.read().split(b"\0")
             alive.append(pid)
     return alive if is_ours else []
 
@@ -3111,10 +3105,7 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read waiting tasks in order, until the turn ends; others wait for the next one.
-
-        Nothing is read during a round of viewers (section 14), for ROUND_SECONDS at most.
-        """
+        """Read waiting tasks in order, until the turn ends; but not during a round of viewers."""
         now = time.perf_counter()
         if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
             return
@@ -3185,7 +3176,6 @@ class Outputs:
             self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
-        """Drop, slowly, what a background child writes later."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3413,9 +3403,8 @@ class Tasks:
 # viewer everything from its cursor on, in one write.
 #
 # - A round serves all that wait. With many viewers it takes several turns. Tasks are not read
-#   meanwhile, for ROUND_SECONDS at most: their output gathers in the pipes, so the next events are
-#   fewer and larger. What is published meanwhile is for the next round.
-# - Up to FEW_VIEWERS are served at once, in the turn in which the output was read.
+#   meanwhile: their output gathers in the pipes, so the next events are fewer and larger. What is
+#   published meanwhile is for the next round.
 # - While a transport has nothing to write, bytes go to the socket directly. While it has, its
 #   viewer is stalled, and passed over: it costs one batch and an integer, however slow it is, and
 #   delays others by PATIENCE_SECONDS at most.
@@ -3483,7 +3472,7 @@ class Viewer:
         """Nothing may be sent after a close frame (RFC 6455, 5.5.1)."""
         return self.websocket.state is WebSocketState.OPEN and not self.transport.is_closing()
 
-    def send_json(self, message: Mapping[str, Any]) -> None:
+    def send_json(self, message: Fields) -> None:
         """Send a message; or close a client that asks but does not read."""
         if count_waiting_bytes(self.transport) > MAX_PERSONAL_BYTES + self.largest_reply:
             self.close(CloseCode.POLICY_VIOLATION, "replies are not read")
@@ -3523,7 +3512,7 @@ class Viewer:
 class Audience:
     """Viewers that hear the same events; at the same cursor they share each batch."""
 
-    kinds: frozenset[str] | None  # of the Feed; None is all
+    kinds: Kinds
     bits: int  # of the compression window; 0 is none
     viewers: dict[Viewer, None] = field(default_factory=dict)  # an ordered set
 
@@ -3535,7 +3524,7 @@ class Viewers:
         self._loop = loop
         self.feed = Feed(encode_event, KEEP_EVENTS_BYTES, Compressor().compress)
         self.all: set[Viewer] = set()
-        self._audiences: dict[tuple[frozenset[str] | None, int], Audience] = {}
+        self._audiences: dict[tuple[Kinds, int], Audience] = {}
         # For /metrics; _left_bytes were written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
@@ -3822,7 +3811,7 @@ class Webhook:
     """
 
     url: WebhookUrl
-    facts: Mapping[str, Any]
+    facts: Fields
     log: Log
 
     def __post_init__(self) -> None:
@@ -3872,7 +3861,7 @@ class Webhook:
                     more = peer.recv(KIB)
                     answer += more or b"\n"
                     status = parse_webhook_answer(answer)
-        if status is None:
+        if not status:
             raise ValueError("it gave no HTTP answer")
         if not 200 <= status <= 299:  # a redirect would become a GET
             raise ValueError(f"it answered {status}")
@@ -3900,9 +3889,8 @@ class Sampler:
         # The newest; and that of the newest tick, for the next rates.
         self.sample = self._ticked = self._read_sample()
         # Bytes since boot. Unlike the kernel's they do not fall when an interface goes.
-        self.net_recv, self.net_sent = (
-            sum(net[way] for net in self.sample.net.values()) for way in (0, 1)
-        )
+        nets = self.sample.net.values()
+        self.net_recv, self.net_sent = (sum(net[way] for net in nets) for way in (0, 1))
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
         self.alert: Fields | None = None  # the open one's newest event
         self._alert_since = 0.0
@@ -3982,8 +3970,8 @@ class Discovery:
     """Answers probes, on a UDP socket for each of `places` and one more. Raises OSError."""
 
     port: int
-    # The IPv4 addresses where HTTP listens, [] if that is every one. Replies come from these, since
-    # a prober takes their source for the server's address.
+    # IPv4 addresses where HTTP listens; [] is every one. Replies come from these, since a prober
+    # takes their source for the server's address.
     places: Sequence[str]
     loopback_only: bool
     make_facts: Callable[[], Fields]  # returns a reply's fields
@@ -3991,7 +3979,7 @@ class Discovery:
     def __post_init__(self) -> None:
         self._each = RateLimit(MAX_REPLIES_PER_SOURCE, 1)
         self._all = RateLimit(MAX_REPLIES_PER_SECOND, 1)
-        self._networks_until = 0.0  # when to read them again
+        self._networks_until = 0.0  # when to read what is on-link again
         # One that is bound to an address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
