@@ -2199,7 +2199,7 @@ def read_hostname() -> str:
 
 def format_time(timestamp: float) -> str:
     seconds, milliseconds = divmod(int(timestamp * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{milliseconds:03d}Z", time.gmtime(seconds))
 
 
 def format_value(value: Any) -> str:
@@ -2226,7 +2226,6 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
     return False
 
 
-# What a log line means, and what helps.
 LOG_HINTS = {
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
@@ -3214,7 +3213,7 @@ class Tasks:
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
     _finished: deque[Task] = field(default_factory=deque)  # the oldest end first
-    _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> task id
+    _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> task id, kept or not
     is_stopping: bool = False  # the whole server is
 
     def __post_init__(self) -> None:
@@ -3911,12 +3910,10 @@ class Sampler:
             except Exception as error:  # no descriptor is free, say
                 self.log.write_limited("error", "sampler_failed", **describe_failure(error))
 
-    def _take_sample(self) -> Sample:
-        sample = self._read_sample()
-        self.net_recv += count_traffic(self.sample, sample, 0)
-        self.net_sent += count_traffic(self.sample, sample, 1)
-        self.sample = sample
-        return sample
+    def _take_sample(self) -> None:
+        before, self.sample = self.sample, self._read_sample()
+        self.net_recv += count_traffic(before, self.sample, 0)
+        self.net_sent += count_traffic(before, self.sample, 1)
 
     def refresh(self) -> None:
         if time.monotonic() - self.sample.now > FRESH_SECONDS:
@@ -3925,9 +3922,9 @@ class Sampler:
 
     def tick(self) -> None:
         """Publish a new sample."""
-        before, sample = self._ticked, self._take_sample()
-        self._ticked = sample
-        stats = build_stats(before, sample)
+        self._take_sample()
+        stats = build_stats(self._ticked, self.sample)
+        self._ticked = self.sample
         cpus = os.cpu_count() or 1
         event = self.publish("stats_update", **stats, hostname=read_hostname(), cpus=cpus)
         columns = ("timestamp", "cpu", "ram_used", "net_recv", "net_sent")
@@ -3935,9 +3932,10 @@ class Sampler:
         if self.newest.done():
             self.newest = asyncio.Future()
         self.newest.set_result(event)
-        self._check_alert(stats["cpu"], sample.now)
+        self._check_alert(stats["cpu"])
 
-    def _check_alert(self, cpu: float, now: float) -> None:
+    def _check_alert(self, cpu: float) -> None:
+        now = self.sample.now
         change = self._rule.update(cpu, now)
         facts = {"cpu": cpu, "hostname": read_hostname()}
         if change == "cpu_alert":
