@@ -2919,7 +2919,7 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """Lock a file while this run of the server lives, for find_crashed_runs(); return its path."""
     path = os.path.join(folder, f"run-{boot_id}")
-    with suppress(OSError), open_private_file(path) as file:
+    with suppress(OSError), open_private_file(path) as file:  # else a crash leaves tasks open
         lock_file(file)
         os.dup(file.fileno())  # holds the lock until the process ends
         file.write(os.fsencode(audit_path))
@@ -3018,7 +3018,7 @@ class Spawner:
             os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
-        # If _lower_descriptor_limit() could not. AttributeError: macOS. OSError: the child's end.
+        # Where it could not be lowered. AttributeError: macOS. OSError: the child has ended.
         with suppress(AttributeError, OSError, ValueError):
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
@@ -3267,7 +3267,7 @@ class Tasks:
 
     def _tell(self, kind: str, facts: Fields) -> int:
         both, more = ({name: facts[name] for name in row.split()} for row in TASK_EVENTS[kind])
-        # First the log: it has what a viewer has seen, also if the server is killed now.
+        # First the log: it has what viewers have seen, also after a crash.
         self._audit.write(kind, **both)
         return int(self._publish(kind, **both, **more)["timestamp"])
 
@@ -3373,7 +3373,7 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         self.outputs.finish(task)
-        # Before the shell is reaped: then its pid may be reused.
+        # None may fire once the shell is reaped, since its pid may be reused.
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
@@ -3461,7 +3461,7 @@ class Viewer:
     pong_due: bytes | None = None  # answers the newest ping after a stall
     written_bytes: int = 0
     largest_reply: int = 0  # bytes
-    # Monotonic: the last byte from the peer; the end of its last stall; our last ping.
+    # Monotonic: its last byte; the end of its last stall; our last ping.
     heard_at: float = field(default_factory=time.monotonic)
     taken_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
@@ -3527,7 +3527,7 @@ class Viewers:
         # For /metrics; _left_bytes were written to viewers that have left.
         self.published = dict.fromkeys(EVENT_TYPES, 0)
         self.gaps = self._left_bytes = 0
-        # The rest of this round (the last is served first); the next one, and its kinds of events.
+        # The rest of this round, in reverse; the next one, and its kinds of events.
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
@@ -3535,7 +3535,7 @@ class Viewers:
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
         self._hurried_at = 0.0  # when publish() last flushed
         self._stalled: set[Viewer] = set()
-        # Viewers that are behind -> seconds that tasks may still wait for each.
+        # Viewers behind -> seconds that tasks may still wait for each.
         self._patience: dict[Viewer, float] = {}
         self._looked_at = 0.0  # when that was last counted down
 
@@ -3560,7 +3560,7 @@ class Viewers:
         return event
 
     def join(self, viewer: Viewer, since: int | None) -> None:
-        """since: the last event that it has seen; None: it starts from now."""
+        """since: the last event that it has seen; None: from now on."""
         self.all.add(viewer)
         self._enter_audience(viewer)
         viewer.cursor = self.feed.next if since is None else since + 1
@@ -4031,7 +4031,7 @@ class Discovery:
 class SystemdNotifier:
     """Tells systemd that the server is ready, stops, and lives (sd_notify(3)).
 
-    Takes systemd's variables out of the environment, so that no task sends, too.
+    Takes systemd's variables out of the environment, so that no task can.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
