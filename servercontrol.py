@@ -4058,9 +4058,8 @@ class SystemdNotifier:
 
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
-# Connections: accept, ask the kernel who is there, read a request, pass the gate, find the route,
-# answer; or become a Viewer. Each kind of error becomes an answer in one place:
-# make_error_response, handle_message.
+# A connection: accept, ask the kernel whose it is, then requests (gate, route, answer) or a Viewer.
+# Errors become answers in two places: make_error_response and handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 PLAIN_TEXT = "text/plain; charset=utf-8"
@@ -4068,7 +4067,7 @@ SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (li
 
 
 def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """Return the uid of the socket whose own end is `peer`: 0.2 ms. Raises OSError, ValueError."""
+    """Return the uid of the socket whose own end is `peer`, in 0.2 ms."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
         netlink.sendto(encode_diag_request(peer, local), (0, 0))
@@ -4082,7 +4081,7 @@ def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
 
 
 def choose_owner_query() -> OwnerQuery:
-    """Return the one that works here: netlink is tried on this process's own socket."""
+    """Return the first that works for a socket of this process."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
@@ -4094,10 +4093,7 @@ def choose_owner_query() -> OwnerQuery:
 
 
 def read_trusted_uid() -> int:
-    """Return the server's uid, or -1 if other accounts have the same.
-
-    In a user namespace that maps only some accounts, one uid stands for all others.
-    """
+    """Return the server's uid; -1 if a user namespace shows it for all accounts it does not map."""
     uid = os.geteuid()
     try:
         overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
@@ -4108,13 +4104,12 @@ def read_trusted_uid() -> int:
 
 
 def tune_socket(connection: socket.socket) -> None:
-    """Raises OSError if the peer has gone."""
     connection.setblocking(False)
     if connection.family != socket.AF_UNIX:
-        # Otherwise the second of two writes waits 40 ms for the ACK of the first.
+        # Else the second of two writes waits 40 ms for the ACK of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sys.platform == "linux":
-            # Otherwise the kernel buffers megabytes for each client that does not read.
+            # Else the kernel buffers megabytes for a client that does not read.
             connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
@@ -4134,9 +4129,7 @@ def identify_peer(
     scheme: str,
     query_owner: OwnerQuery,
 ) -> tuple[Peer, str]:
-    """Return who is at the other end, and a name for logs. For right after accept: a socket that is
-    closed has no owner.
-    """
+    """Return the peer, and its name for logs. Right after accept: a closed socket has no owner."""
     uid = None
     if listener is ListenerKind.UNIX:
         with suppress(OSError, AttributeError):  # the latter on macOS
@@ -4144,13 +4137,12 @@ def identify_peer(
             uid = int(struct.unpack("=iII", credentials)[1])  # unix(7)
         return Peer(listener, uid=uid, scheme=scheme), "unix"
     local = connection.getsockname()
-    # Mapped addresses are in the kernel's IPv4 tables; parse_ip() returns them as IPv4.
+    # parse_ip() makes mapped addresses IPv4, as they are in the kernel's tables.
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
         with suppress(OSError, ValueError, AttributeError):
             owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
-            # A client that has reset its connection has freed its port, but its request can still
-            # be read: then the owner may be another process, which has that port now.
+            # After a reset another process may have the port, but the request can still be read.
             if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
                 uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -4163,8 +4155,7 @@ class TlsFiles:
     def __init__(self, cert: str, key: str, log: Log) -> None:
         self._paths = cert, key or cert
         self._log = log
-        # How the files were when they were read, and at the last check.
-        self._read = self._seen = self._look()
+        self._read = self._seen = self._look()  # when they were read; at the last check
         self.context = self._load()
 
     def _look(self) -> list[tuple[int, int, int]] | None:
@@ -4175,17 +4166,15 @@ class TlsFiles:
             return None
 
     def _load(self) -> ssl.SSLContext:
-        """Raises OSError or ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(["http/1.1"])
-        # So OpenSSL does not ask for a password on the terminal.
-        context.load_cert_chain(*self._paths, password="")
+        context.load_cert_chain(*self._paths, password="")  # else OpenSSL asks on the terminal
         return context
 
     def refresh(self) -> None:
-        """Read the files again if they have changed and are still for a moment."""
+        """Read the files again if they have changed, but not since the last check."""
         before, self._seen = self._seen, self._look()
         if self._seen != before or self._seen == self._read:
             return
@@ -4208,8 +4197,7 @@ class Request:
     role: Role | None
     by: str  # the client, for events and logs
     body: bytes = b""
-    # For when the answer is written, or the client has gone.
-    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed at its end
 
 
 @dataclass(repr=False)
@@ -4243,10 +4231,9 @@ def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: 
 async def follow_output(
     task: Task, offset: int, trailers: dict[str, str], move: Callable[[int], None]
 ) -> AsyncIterator[bytes]:
-    """Yield a task's output until it is complete.
+    """Yield a task's output to its end; call move() with the offset that the kernel has taken.
 
-    move: called with the offset that the kernel has taken for the client. A client that falls
-    behind the kept output notices that the body is cut off; it would not notice a hole.
+    If the client falls behind the kept output, the body is cut off: a hole would not be noticed.
     """
     while task.output.start <= offset:
         # A few at a time, since what waits for the client needs memory.
@@ -4267,9 +4254,7 @@ async def follow_output(
 
 @dataclass(frozen=True)
 class Route:
-    """Who may use a path (None: everybody), its parameters, and what answers it: with a Response,
-    or a value for JSON.
-    """
+    """role: who may use the path; None: all. answer: returns a Response, or a value for JSON."""
 
     method: str
     role: Role | None
@@ -4392,9 +4377,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
-    """Return what the body asks for, or with `again` what that task was asked for: with its input
-    and environment, which no client can see.
-    """
+    """Parse the body; with `again`, repeat that task's request, whose input no client can see."""
     ref = request.parameters.get("ref") or None
     check_field("ref", ref or "none", NAME)
     if "again" not in request.parameters:
@@ -4647,8 +4630,8 @@ def answer_task_kill(server: Server, viewer: Viewer, message: Fields) -> None:
 def answer_task_input(server: Server, viewer: Viewer, message: Fields) -> None:
     """Type `data`. `automatic`: a terminal's own answer to a program's question.
 
-    Every client that shows the task answers, and the program wants one answer: that of the client
-    that typed last; if there is none, of the one that has the `ref` of the task.
+    Each client that shows the task answers, but the program wants one answer: of the client that
+    typed last; if there is none, of the one that has the task's `ref`.
     """
     task = server.tasks.get(message.get("task_id"))
     data = message.get("data")
@@ -4668,7 +4651,6 @@ def answer_task_resize(server: Server, viewer: Viewer, message: Fields) -> None:
     server.tasks.resize(task, message.get("cols"), message.get("rows"))
 
 
-# Message -> the role that it needs, and its function.
 COMMANDS: dict[str, tuple[Role, Command]] = {
     "ping": (Role.VIEW, answer_ping),
     "hello": (Role.VIEW, answer_hello),
@@ -4720,8 +4702,7 @@ def parse_since(parameters: Mapping[str, str], boot_id: str) -> int | None:
     return int(since) if parameters.get("boot", boot_id) == boot_id else sys.maxsize
 
 
-# Codes of errors that keep somebody from what others may do. /metrics has each from the start,
-# since Prometheus sees a counter rise only from a value that it has seen.
+# Errors that keep somebody out. /metrics has each from 0 on: else Prometheus misses the first.
 REFUSALS = (
     "unauthorized wrong_token token_in_query too_many_tokens bad_host bad_origin json_only "
     "forbidden exec_disabled"
@@ -4729,7 +4710,7 @@ REFUSALS = (
 
 
 class Phase(enum.Enum):
-    """What a connection is doing, which decides what its deadline means."""
+    """What a connection is doing, and so what its deadline means."""
 
     OPENING = "opening"  # no transport yet; the TLS handshake has a deadline of its own
     IDLE = "idle"
@@ -4744,16 +4725,15 @@ class Phase(enum.Enum):
 class End(enum.Enum):
     """How a connection ends."""
 
-    WRITTEN = "written"  # after what is still to be written
-    NOW = "now"  # what the kernel has taken it may still deliver
-    RESET = "reset"  # the kernel is to forget what the peer does not take, too
+    WRITTEN = "written"  # when everything is written
+    NOW = "now"  # but the kernel may deliver what it has taken
+    RESET = "reset"  # and the kernel drops what the peer does not take
 
 
 class Deadlines(dict[float, "dict[Connection, float]"]):
-    """When the present phase of each connection must be over (monotonic).
+    """Seconds of a phase -> when those that take so long must be over (monotonic).
 
-    Deadlines of one length fall due in the order in which they were set: of each length, only the
-    first are looked at.
+    They are due in the order in which they were set, so only the first of each are looked at.
     """
 
     def set(self, connection: Connection, seconds: float | None) -> None:
@@ -4808,8 +4788,8 @@ class Inbox(asyncio.StreamReader):
         return data
 
     async def rest(self) -> None:
-        """Let others have their turn, once this client has had its share. For after each piece of
-        work. Waiting for anything but its bytes counts as work; that only costs it a turn.
+        """After a piece of work: wait for a later turn if this client has had its share. Waiting
+        for anything but its bytes counts as work; that only costs it a turn.
         """
         if time.perf_counter() > self._until:
             await self._turns.wait()
@@ -4817,7 +4797,7 @@ class Inbox(asyncio.StreamReader):
 
 
 def encode_answer(server: Server, head: RequestHead, response: Response, keep_alive: bool) -> bytes:
-    """Return the head of an answer, and `body`, if any. head: of the request."""
+    """Return an answer without its pieces. head: of the request."""
     fields = [
         ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
         ("Cache-Control", "no-store"),
@@ -4862,8 +4842,8 @@ def encode_last_answer(server: Server, error: Exception, head: RequestHead | Non
 
 
 async def linger(connection: Connection) -> None:
-    """Drop what still comes, while the client reads the answer: closing with unread input would
-    reset the connection and destroy it (RFC 9112, 9.6).
+    """Drop what still comes, while the client reads the answer: to close with unread input would
+    be a reset, which destroys it (RFC 9112, 9.6).
     """
     connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
     try:
@@ -4878,7 +4858,7 @@ async def linger(connection: Connection) -> None:
 
 @dataclass(eq=False, repr=False)
 class Exchanges:
-    """The HTTP requests of one connection and their answers, one after the other."""
+    """The HTTP requests of one connection, one after the other."""
 
     _connection: Connection
     _server: Server
@@ -5071,16 +5051,15 @@ class Connection(asyncio.Protocol):
         self.peer, self.address = identify_peer(
             connection, listener, address, scheme, server.query_owner
         )
-        # By which newcomers are counted: the account, or the address if that is unknown.
-        self.source = self.peer.uid, find_host_key(self.peer.address)
+        self.source = self.peer.uid, find_host_key(self.peer.address)  # newcomers are counted by it
         tune_socket(connection)
         self.transport: asyncio.Transport
         self.role: Role | None = None  # of the newest request, once it has passed the gate
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
         self.deadline_seconds: float | None = None  # set by Deadlines
-        self.has_sent_all = False  # whether the client has ended its side of the connection
-        self._drained: asyncio.Future[None] | None = None  # waits until all is written
+        self.has_sent_all = False  # the client has ended its side
+        self._drained: asyncio.Future[None] | None = None  # done when all is written
         self.opened_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
@@ -5100,7 +5079,7 @@ class Connection(asyncio.Protocol):
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 self.transport.write(encode_last_answer(self.server, error))
                 return
-            # Exchanges are not kept: they would be much of an idle viewer's memory.
+            # Not kept: it would be much of an idle viewer's memory.
             backlog = await Exchanges(self, self.server, self.transport).serve()
             if self.viewer is not None:
                 await serve_websocket(self, self.viewer, backlog)
@@ -5112,7 +5091,7 @@ class Connection(asyncio.Protocol):
             self.end(End.WRITTEN)
 
     async def _open(self, is_extra: bool) -> None:
-        """Make the transport: with TLS that is the handshake. Raises ConnectionError."""
+        """Make the transport, with TLS by a handshake. Raises ConnectionError."""
         tls = self.server.tls
         options: dict[str, Any] = {}
         if tls and self.peer.scheme == "https":
@@ -5156,15 +5135,15 @@ class Connection(asyncio.Protocol):
             if self.viewer is not None:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
-            # It is closed already if the client closed first; a second close() of a TLS transport
-            # would break get_write_buffer_size().
+            # If the client closed first, it is. A second close() of a TLS transport would break
+            # get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
                 self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
-            # Without a reset, what the peer does not take would stay in the kernel for minutes, and
-            # a peer that still writes would hang.
+            # Without a reset, the kernel would keep what waits for minutes, and a peer that still
+            # writes would hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
                 with suppress(OSError):  # it is closed already
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
@@ -5184,8 +5163,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """With TLS, the handshake is over."""
         self.transport = cast("asyncio.Transport", transport)
-        # So pause_writing() comes when anything must wait, resume_writing() when all is written.
-        # With TLS 1, since asyncio would pause for 0 bytes too.
+        # pause_writing() comes when anything must wait, resume_writing() when all is written. With
+        # TLS, asyncio would pause for 0 bytes too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.inbox.set_transport(transport)
         self.opened_at = time.monotonic()
@@ -5196,7 +5175,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.server.stalled.add(self)
-        # How much the kernel had taken at the last sweep, and when that last grew.
+        # What the kernel had taken at the last sweep, and when that last grew.
         self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
         if self.viewer is not None:
             self.server.viewers.stall(self.viewer)
@@ -5219,7 +5198,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.has_sent_all = True
         self.inbox.feed_eof()
-        if self.phase is Phase.WAITING:  # for a task; the client has most likely gone
+        if self.phase is Phase.WAITING:  # the client has most likely gone
             self.task.cancel()
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
@@ -5237,7 +5216,7 @@ class Connection(asyncio.Protocol):
 
     def check_progress(self, now: float) -> None:
         """End a connection whose peer takes nothing for too long."""
-        # Meanwhile only a viewer's replies are added, and written_bytes counts those.
+        # Meanwhile only a viewer's replies are added; written_bytes counts those.
         written = self.viewer.written_bytes if self.viewer else 0
         taken = written - count_waiting_bytes(self.transport)
         if taken > self._taken_bytes:
@@ -5298,9 +5277,9 @@ class Connection(asyncio.Protocol):
 class Newcomers(dict[Connection, None]):
     """The connections that have not passed the gate yet, oldest first.
 
-    Above the limit, the source with the most of them loses its oldest one. When many clients
-    reconnect at once, each has NEWCOMER_GRACE_SECONDS first, unless there are more than MAX_BURST
-    of them, or half of `--max-clients` are connected.
+    Above the limit, the source with the most of them loses its oldest. For many clients that
+    reconnect at once each has NEWCOMER_GRACE_SECONDS first, unless there are more than MAX_BURST,
+    or half of `--max-clients` are connected.
     """
 
     def __init__(self, server: Server) -> None:
@@ -5323,7 +5302,7 @@ class Newcomers(dict[Connection, None]):
 
 
 def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
-    """Return the places of each host, none twice. Raises OSError, UnicodeError."""
+    """Return the places of each host, none twice."""
     found: list[list[Place]] = []
     for host in hosts:
         rows = socket.getaddrinfo(
@@ -5337,10 +5316,10 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
 def bind_host(
     places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
 ) -> None:
-    """Listen on all addresses of one host, on one port; add the sockets to `bound`. Raises OSError.
+    """Listen on all addresses of one host; add the sockets to `bound`. Raises OSError.
 
-    An address that this machine lacks is left out if there is another: `localhost` is ::1 too, also
-    where there is no IPv6. `::` takes IPv4 too, unless v6_only.
+    An address that the machine lacks is left out if there is another: `localhost` is ::1 even
+    without IPv6. `::` takes IPv4 too, unless v6_only.
     """
     left = len(places)
     for family, (host, _, *more) in places:
@@ -5375,7 +5354,7 @@ def adopt_socket(fd: int) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a listening socket (0600), in place of one that a crash left. Raises OSError."""
+    """Listen on a socket with mode 0600, in place of one that a crash left. Raises OSError."""
     is_left = False
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -5395,9 +5374,9 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return what systemd has opened (sd_listen_fds(3)): sockets by `http`, `ws` and `unix`.
+    """Return what systemd has opened (sd_listen_fds(3)), by `http`, `ws` and `unix`.
 
-    They are the descriptors from 3 on, if LISTEN_PID is this process. Raises ConfigError.
+    Raises ConfigError.
     """
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
@@ -5428,8 +5407,8 @@ def find_kind(listener: socket.socket) -> ListenerKind:
 class Listeners:
     """The bound sockets: an HTTP and a WebSocket port, possibly the same; Unix sockets.
 
-    passed: by take_passed_sockets(). A TCP socket of it stands for both ports if the other has
-    none, since both speak both protocols; nothing is bound beside it.
+    passed: by systemd. A TCP socket of it stands for both ports if the other has none, since both
+    speak both protocols; nothing is bound beside it.
     """
 
     def __init__(
@@ -5457,7 +5436,7 @@ class Listeners:
         for one, _ in self.kinds:
             one.setblocking(False)
         self.is_loopback = ListenerKind.NETWORK not in dict(self.kinds).values()
-        # A socket's name for each port, and the real ports; discovery is None when it is off.
+        # A socket's name for each port, and the real ports; discovery: None when it is off.
         http, ws = bound["http"] or bound["ws"], bound["ws"] or bound["http"]
         self._names = {"http": http[0].getsockname(), "ws": ws[0].getsockname()}
         self.ports: dict[str, int | None] = {name: at[1] for name, at in self._names.items()}
@@ -5469,10 +5448,10 @@ class Listeners:
     def _bind(self, name: str, hosts: Sequence[str], port: int) -> list[socket.socket]:
         """Bind the first port from `port` on that is free at all hosts."""
         places = resolve_hosts(hosts)
-        if hosts == Config.host:  # as one host: ::1 is left out where the machine lacks it
+        if hosts == Config.host:  # as one host: the machine may lack ::1
             places = [[*itertools.chain(*places)]]
         v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in places  # then `::` leaves IPv4 to it
-        # The kernel chooses a port that is free at the first address alone.
+        # A port that the kernel chooses is free at the first address only.
         for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
             bound: list[socket.socket] = []
             try:
@@ -5491,7 +5470,7 @@ class Listeners:
         raise busy
 
     def url(self, name: str, is_typed: bool = False) -> str:
-        """Return the URL of "http" or "ws". is_typed: by a person, who cannot use 0.0.0.0."""
+        """name: "http" or "ws". is_typed: by a person, who cannot use 0.0.0.0."""
         host = self._names[name][0]
         if is_typed and host in ("0.0.0.0", "::"):
             host = read_hostname()
@@ -5499,7 +5478,7 @@ class Listeners:
         return f"{name}{self._scheme_end}://{host}:{self.ports[name]}"
 
     def find_places(self) -> list[str]:
-        """Return the IPv4 addresses where HTTP listens; [] if that is every one."""
+        """Return the IPv4 addresses that are listened on; [] for all."""
         tcp = [one for one, kind in self.kinds if kind is not ListenerKind.UNIX]
         found = [parse_ip(one.getsockname()[0]) for one in tcp]
         if any(address is None or address.is_unspecified for address in found):
@@ -5522,7 +5501,7 @@ def limit_clients(config: Config, log: Log) -> int:
     """Return how many connections there may be: each needs a descriptor."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    # A task has up to three: output, input, and after its end the pipe of what it left.
+    # A task has up to three: output, input, the pipe of what it left.
     room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
     max_clients = max(4, min(config.max_clients, room))
     if max_clients < config.max_clients:
@@ -5542,7 +5521,7 @@ class Server:
     listeners: Listeners
     tls: TlsFiles | None
     spawner: Spawner
-    boot_id: str  # names this run: a seq means something only together with it
+    boot_id: str  # names this run, to which a seq belongs
     folder: str | None  # the state folder
     page: Page
 
@@ -5581,8 +5560,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.stalled: set[Connection] = set()  # whose transport has something to write
         self.deadlines = Deadlines()
-        # Chosen once; else each "no such socket" would mean reading long tables.
-        self.query_owner = choose_owner_query()
+        self.query_owner = choose_owner_query()  # once: else "no such socket" means long tables
         self.max_clients = limit_clients(config, log)
         self.newcomers = Newcomers(self)
         self._discovery: Discovery | None = None
@@ -5592,7 +5570,7 @@ class Server:
     def start(self) -> None:
         """Begin all work; then log `listening`."""
         self.loop.set_exception_handler(self._log_loop_error)
-        # Not with the loop's own method, since uvloop reserves SIGCHLD for itself.
+        # Not the loop's own method: uvloop reserves SIGCHLD for itself.
         signal.signal(signal.SIGCHLD, lambda *_: self.loop.call_soon_threadsafe(self.tasks.reap))
         places = {
             "http": self.listeners.url("http"),
@@ -5618,7 +5596,7 @@ class Server:
         self.log.write_limited("error", "loop_error", message=message, **fields)
 
     def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
-        """Accept waiting connections, and ask the kernel at once whose they are."""
+        """Accept waiting connections."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = listener.accept()
@@ -5631,8 +5609,8 @@ class Server:
                 return
             try:
                 Connection(self, connection, kind, address)
-            except OSError:
-                connection.close()  # the peer has reset it
+            except OSError:  # the peer has reset it
+                connection.close()
 
     def _watch(self, listener: socket.socket, kind: ListenerKind) -> None:
         if not self.tasks.is_stopping:
@@ -5689,7 +5667,7 @@ class Server:
             self.audit.write_refusal(**fields)
 
     async def _sweep(self) -> None:
-        """Look at connections whose deadline has passed, or that do not take what they get."""
+        """Look at connections that are due, or do not take what they get."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
@@ -5704,7 +5682,7 @@ class Server:
                     self.log.write_fault("sweep_failed")
 
     def check_role(self, needed: Role | None, role: Role | None) -> None:
-        """Raises CommandError if the role or --no-exec forbids this."""
+        """Raises CommandError."""
         if needed is Role.RUN and role is not Role.RUN:
             raise CommandError("forbidden", "this needs the role run")
         if needed is Role.RUN and self.config.no_exec:
@@ -5725,7 +5703,7 @@ class Server:
     # Stopping
 
     async def stop(self, reason: str) -> None:
-        """End everything in order: listeners, tasks, viewers, connections."""
+        """End listeners, tasks, viewers, connections, in this order."""
         for listener, _ in self.listeners.kinds:
             self.loop.remove_reader(listener)
         self.listeners.close()
