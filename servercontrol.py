@@ -4059,15 +4059,12 @@ class SystemdNotifier:
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
 # A connection: accept, ask the kernel whose it is, then requests (gate, route, answer) or a Viewer.
-# Errors become answers in two places: make_error_response and handle_message.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 PLAIN_TEXT = "text/plain; charset=utf-8"
-SERVER_STATES = (1, 8)  # ESTABLISHED, CLOSE_WAIT: the client's end is there (linux/tcp_states.h)
 
 
 def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """Return the uid of the socket whose own end is `peer`, in 0.2 ms."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
         netlink.sendto(encode_diag_request(peer, local), (0, 0))
@@ -4075,13 +4072,13 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
 
 
 def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """The same without netlink: 33 ms among 16,000 sockets."""
+    """Without netlink: 33 ms among 16,000 sockets, not 0.2 ms."""
     path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
 def choose_owner_query() -> OwnerQuery:
-    """Return the first that works for a socket of this process."""
+    """Return netlink's if it works for a socket of this process."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
@@ -4103,16 +4100,6 @@ def read_trusted_uid() -> int:
     return -1 if uid == overflow_uid and not maps_all else uid
 
 
-def tune_socket(connection: socket.socket) -> None:
-    connection.setblocking(False)
-    if connection.family != socket.AF_UNIX:
-        # Else the second of two writes waits 40 ms for the ACK of the first.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if sys.platform == "linux":
-            # Else the kernel buffers megabytes for a client that does not read.
-            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-
-
 def enable_keepalive(connection: socket.socket) -> None:
     """Let the kernel notice within 20 s that the other host is dead (tcp(7))."""
     with suppress(OSError):  # it is closed already, or a Unix socket
@@ -4123,11 +4110,7 @@ def enable_keepalive(connection: socket.socket) -> None:
 
 
 def identify_peer(
-    connection: socket.socket,
-    listener: ListenerKind,
-    address: Any,
-    scheme: str,
-    query_owner: OwnerQuery,
+    server: Server, connection: socket.socket, listener: ListenerKind, address: Any
 ) -> tuple[Peer, str]:
     """Return the peer, and its name for logs. Right after accept: a closed socket has no owner."""
     uid = None
@@ -4135,17 +4118,19 @@ def identify_peer(
         with suppress(OSError, AttributeError):  # the latter on macOS
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             uid = int(struct.unpack("=iII", credentials)[1])  # unix(7)
-        return Peer(listener, uid=uid, scheme=scheme), "unix"
+        return Peer(listener, uid=uid), "unix"
     local = connection.getsockname()
-    # parse_ip() makes mapped addresses IPv4, as they are in the kernel's tables.
+    # parse_ip() makes mapped addresses IPv4, as the kernel's tables do.
     peer_ip, local_ip = parse_ip(address[0]), parse_ip(local[0])
     if peer_ip and local_ip and peer_ip.is_loopback and local_ip.is_loopback:
         with suppress(OSError, ValueError, AttributeError):
-            owner = query_owner((peer_ip, address[1]), (local_ip, local[1]))
+            owner = server.query_owner((peer_ip, address[1]), (local_ip, local[1]))
             # After a reset another process may have the port, but the request can still be read.
-            if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in SERVER_STATES:
+            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            if state in (1, 8):  # ESTABLISHED, CLOSE_WAIT (linux/tcp_states.h)
                 uid = owner
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    scheme = "https" if server.tls else "http"
     return Peer(listener, address[0], uid, scheme), f"{host}:{address[1]}"
 
 
@@ -4159,11 +4144,9 @@ class TlsFiles:
         self.context = self._load()
 
     def _look(self) -> list[tuple[int, int, int]] | None:
-        try:
-            status = map(os.stat, self._paths)
-            return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in status]
-        except OSError:
-            return None
+        with suppress(OSError):
+            return [(one.st_ino, one.st_mtime_ns, one.st_size) for one in map(os.stat, self._paths)]
+        return None
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4218,7 +4201,7 @@ async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: bool) -> Response:
-    """Return output as text, or as a field of JSON; a long one piece by piece."""
+    """Return output as text, or in JSON; a long one piece by piece."""
     if is_raw:
         return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
     start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
@@ -4236,11 +4219,9 @@ async def follow_output(
     If the client falls behind the kept output, the body is cut off: a hole would not be noticed.
     """
     while task.output.start <= offset:
-        # A few at a time, since what waits for the client needs memory.
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
-        move(offset)
-        for piece in pieces[:16]:
+        for piece in pieces[:16]:  # what waits for the client needs memory
             yield piece
             offset += len(piece)
             move(offset)
@@ -4252,8 +4233,7 @@ async def follow_output(
     raise ConnectionAbortedError("the client reads too slowly")
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """role: who may use the path; None: all. answer: returns a Response, or a value for JSON."""
 
     method: str
@@ -4319,14 +4299,8 @@ def find_url(head: RequestHead, scheme: str) -> str:
     return f"{scheme}://{head.value('host') or 'HOST:PORT'}"
 
 
-def accepts_gzip(head: RequestHead) -> bool:
-    """Whether Accept-Encoding names gzip and does not weigh it 0 (RFC 9110, 12.5.3)."""
-    members = (member.replace(" ", "") for member in head.tokens("accept-encoding"))
-    return any(re.fullmatch(r"(x-)?gzip(;q=(?!0(\.0*)?$).*)?", member) for member in members)
-
-
 async def answer_page(server: Server, request: Request) -> Response:
-    """`GET /`: the dashboard, or for `curl` and `?text` HELP. Holds no data."""
+    """The dashboard, or HELP for `curl` and `?text`. Holds no data."""
     head, page = request.head, server.page
     fields = [("Referrer-Policy", "no-referrer")]
     is_browser = any(one.startswith("text/html") for one in head.tokens("accept"))
@@ -4337,7 +4311,9 @@ async def answer_page(server: Server, request: Request) -> Response:
         return Response(200, text.encode("utf-8"), PLAIN_TEXT, fields)
     fields.append(("Content-Security-Policy", page.policy(head.value("host"))))
     body = page.body
-    if zlib is not None and accepts_gzip(head):
+    codings = (one.replace(" ", "") for one in head.tokens("accept-encoding"))
+    # gzip is named, and its weight is not 0 (RFC 9110, 12.5.3).
+    if zlib and any(re.fullmatch(r"(x-)?gzip(;q=(?!0(\.0*)?$).*)?", one) for one in codings):
         body = page.compressed
         fields.append(("Content-Encoding", "gzip"))
     return Response(200, body, "text/html; charset=utf-8", fields)
@@ -4366,12 +4342,14 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         ("X-Accel-Buffering", "no"),  # for nginx, which would wait for more
     ]
     trailers = {"X-Dropped-Bytes": str(start - offset)}
-    move: Callable[[int], None] = lambda offset: None  # noqa: E731
-    if task.window and request.role is Role.RUN:  # who may only watch does not delay a task
-        reader = object()
-        move = functools.partial(server.tasks.outputs.move_reader, task, reader)
-        move(offset)
-        request.ends.callback(task.readers.pop, reader)
+    reader = object()
+
+    def move(offset: int) -> None:
+        if task.window and request.role is Role.RUN:  # who may only watch does not delay a task
+            server.tasks.outputs.move_reader(task, reader, offset)
+
+    move(start)
+    request.ends.callback(task.readers.pop, reader, None)
     pieces = follow_output(task, start, trailers, move)
     return Response(200, b"", PLAIN_TEXT, fields, pieces, trailers)
 
@@ -4390,7 +4368,7 @@ def find_exec_request(server: Server, request: Request) -> ExecRequest:
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
 
-# Flags of /exec, each of which needs one of these.
+# Flags of /exec, and what each needs one of.
 EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wait",)}
 
 
@@ -4532,6 +4510,22 @@ def describe_server(server: Server, role: Role | None) -> Fields:
     }
 
 
+def describe_for_probe(server: Server) -> Fields:
+    """What a probe is told."""
+    config, ports = server.config, server.listeners.ports
+    return {
+        "hostname": read_hostname(),
+        "port": ports["http"],
+        "ws_port": ports["ws"],
+        "discovery_port": ports["discovery"],
+        "version": __version__,
+        "tls": config.has_tls,
+        "auth": not config.no_auth,
+        "exec": not config.no_exec,
+        "id": server.boot_id,
+    }
+
+
 async def answer_info(server: Server, request: Request) -> Any:
     """What `hello` says, and more about the server."""
     return {
@@ -4545,15 +4539,15 @@ async def answer_info(server: Server, request: Request) -> Any:
     }
 
 
-def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
-    """Return rows for encode_metrics()."""
+async def answer_metrics(server: Server, request: Request) -> Response:
+    """For Prometheus."""
     sampler, tasks, viewers = server.sampler, server.tasks, server.viewers
     sampler.refresh()
     sample, newest, events = sampler.sample, sampler.newest, viewers.published
     usage = round(newest.result()["cpu"] / 100, 3) if newest.done() else None
     used, size = {"/": sample.disk_used}, {"/": sample.disk_total}
     started = sum(tasks.completed.values()) + len(tasks.running)
-    return [
+    rows = [
         ("build_info{version}", {__version__: 1}, "Always 1; the version is the label."),
         ("cpu_usage_ratio", usage, "CPU usage of all cores in the newest interval."),
         ("memory_used_bytes", sample.ram_used, "Memory that is not available to programs."),
@@ -4579,11 +4573,7 @@ def collect_metrics(server: Server) -> list[tuple[str, Any, str]]:
         ("alerts_total", events["cpu_alert"], "CPU alerts raised."),
         *read_own_usage(),
     ]
-
-
-async def answer_metrics(server: Server, request: Request) -> Response:
-    text = encode_metrics(collect_metrics(server))
-    return Response(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    return Response(200, encode_metrics(rows), "text/plain; version=0.0.4; charset=utf-8")
 
 
 WEBSOCKET_PATHS = ("/", "/ws")
@@ -4661,19 +4651,6 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
 }
 
 
-def find_command(message: Fields) -> tuple[Role, Command]:
-    """Raises CommandError."""
-    kind = message.get("type")
-    if not isinstance(kind, str):
-        raise CommandError("bad_message", 'the field "type" is missing')
-    if kind not in COMMANDS:
-        raise CommandError("unknown_type", f"unknown type; known: {', '.join(COMMANDS)}")
-    return COMMANDS[kind]
-
-
-# Finding the way
-
-
 def find_route(head: RequestHead, scheme: str) -> Route:
     """Raises HttpError 404, 405 or 426."""
     route = ROUTES.get(head.path)
@@ -4712,7 +4689,7 @@ REFUSALS = (
 class Phase(enum.Enum):
     """What a connection is doing, and so what its deadline means."""
 
-    OPENING = "opening"  # no transport yet; the TLS handshake has a deadline of its own
+    OPENING = "opening"  # no transport yet; asyncio limits the TLS handshake
     IDLE = "idle"
     READING = "reading"
     EXPIRED = "expired"  # reading took too long: the answer is 408
@@ -4726,31 +4703,8 @@ class End(enum.Enum):
     """How a connection ends."""
 
     WRITTEN = "written"  # when everything is written
-    NOW = "now"  # but the kernel may deliver what it has taken
-    RESET = "reset"  # and the kernel drops what the peer does not take
-
-
-class Deadlines(dict[float, "dict[Connection, float]"]):
-    """Seconds of a phase -> when those that take so long must be over (monotonic).
-
-    They are due in the order in which they were set, so only the first of each are looked at.
-    """
-
-    def set(self, connection: Connection, seconds: float | None) -> None:
-        if connection.deadline_seconds is not None:
-            del self[connection.deadline_seconds][connection]
-        connection.deadline_seconds = seconds
-        if seconds is not None:
-            self.setdefault(seconds, {})[connection] = time.monotonic() + seconds
-
-    def take_due(self, now: float) -> list[Connection]:
-        """Remove and return those whose time is up."""
-        due: list[Connection] = []
-        for times in self.values():
-            due += itertools.takewhile(lambda one: times[one] <= now, times)  # noqa: B023
-        for connection in due:
-            self.set(connection, None)
-        return due
+    NOW = "now"  # the server stops; the kernel may deliver what it has taken
+    RESET = "reset"  # the peer does not keep up; the kernel drops what that does not take
 
 
 class Turns(deque["asyncio.Future[None]"]):
@@ -4772,15 +4726,14 @@ class Turns(deque["asyncio.Future[None]"]):
 
 
 class Inbox(asyncio.StreamReader):
-    """What one client sends, in small pieces; after each it can be stopped."""
+    """What one client sends, in small pieces."""
 
     def __init__(self, turns: Turns) -> None:
-        super().__init__(limit=READ_CHUNK_BYTES, loop=asyncio.get_running_loop())
+        super().__init__(limit=READ_CHUNK_BYTES)
         self._turns = turns
         self._until = time.perf_counter() + INPUT_TURN_SECONDS  # the end of its share
 
     async def read_piece(self) -> bytes:
-        """Return b"" at the end."""
         await self.rest()
         before = time.perf_counter()
         data = await self.read(INPUT_PIECE_BYTES)
@@ -4788,9 +4741,7 @@ class Inbox(asyncio.StreamReader):
         return data
 
     async def rest(self) -> None:
-        """After a piece of work: wait for a later turn if this client has had its share. Waiting
-        for anything but its bytes counts as work; that only costs it a turn.
-        """
+        """After a piece of work: wait for a later turn if this client has had its share."""
         if time.perf_counter() > self._until:
             await self._turns.wait()
             self._until = time.perf_counter() + INPUT_TURN_SECONDS
@@ -4836,15 +4787,12 @@ def make_error_response(server: Server, error: Exception) -> Response:
 
 
 def encode_last_answer(server: Server, error: Exception, head: RequestHead | None = None) -> bytes:
-    """Return the answer to an error after which the connection ends."""
     head = head or RequestHead("GET", "/", False)
     return encode_answer(server, head, make_error_response(server, error), keep_alive=False)
 
 
 async def linger(connection: Connection) -> None:
-    """Drop what still comes, while the client reads the answer: to close with unread input would
-    be a reset, which destroys it (RFC 9112, 9.6).
-    """
+    """Drop what still comes: closing with unread input would destroy the answer (RFC 9112, 9.6)."""
     connection.begin_phase(Phase.CLOSING, LINGER_SECONDS)
     try:
         if connection.transport.can_write_eof():
@@ -4866,7 +4814,7 @@ class Exchanges:
     _parser: HttpParser = field(default_factory=HttpParser)
 
     async def serve(self) -> bytes:
-        """Answer requests in order (RFC 9112, 9.3.2); return what follows an upgrade."""
+        """Answer requests in order (RFC 9112, 9.3.2). Return what follows an upgrade."""
         try:
             while await self._serve_request():
                 await self._connection.inbox.rest()
@@ -4879,7 +4827,7 @@ class Exchanges:
         return self._parser.take_rest()
 
     async def _serve_request(self) -> bool:
-        """Answer one request. Whether another may follow."""
+        """Whether another may follow."""
         connection = self._connection
         if connection.phase is not Phase.READING:  # not the first request
             connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
@@ -4901,7 +4849,7 @@ class Exchanges:
         return await self._answer(request)
 
     async def _receive(self, parse: Callable[[], Any]) -> Any:
-        """Read until parse() finds something. Raises HttpError, and ConnectionError at the end."""
+        """Read until parse() finds something. At the end: ConnectionError."""
         while True:
             found = parse()
             if found is not None:
@@ -4921,7 +4869,7 @@ class Exchanges:
             self._parser.feed(data)
 
     def _admit(self, head: RequestHead) -> Request | None:
-        """Let a request pass the gate and find its route; None: it was an upgrade."""
+        """Pass the gate, find the route. None: it was an upgrade."""
         connection, server = self._connection, self._server
         connection.role = None
         role = connection.role = server.check_access(connection.peer, head)
@@ -4946,7 +4894,6 @@ class Exchanges:
         return Request(head, route, parameters, role, connection.name_client())
 
     async def _answer(self, request: Request) -> bool:
-        """Whether another request may follow."""
         connection = self._connection
         if request.parameters.keys().isdisjoint(("wait", "follow")):
             connection.begin_phase(Phase.ANSWERING)
@@ -4965,7 +4912,7 @@ class Exchanges:
             return await self._write_response(request.head, response)
 
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
-        """Write an answer, at the client's pace. Whether another request may follow."""
+        """At the client's pace. Whether another request may follow."""
         pieces = response.pieces
         # In HTTP/1.0 such a body ends with the connection.
         is_last = self._server.tasks.is_stopping or (pieces is not None and head.http_1_0)
@@ -4993,7 +4940,12 @@ def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
     fields: Fields = {}
     try:
         fields = parse_json_object(message.data)
-        needed, command = find_command(fields)
+        kind = fields.get("type")
+        if not isinstance(kind, str):
+            raise CommandError("bad_message", 'the field "type" is missing')
+        if kind not in COMMANDS:
+            raise CommandError("unknown_type", f"unknown type; known: {', '.join(COMMANDS)}")
+        needed, command = COMMANDS[kind]
         server.check_role(needed, viewer.role)
         reply = command(server, viewer, fields)
     except CommandError as error:
@@ -5010,7 +4962,7 @@ def handle_message(server: Server, viewer: Viewer, message: Message) -> None:
 
 
 async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -> None:
-    """Take messages, `data` first, until the connection is closed by either side."""
+    """Take messages, `data` first, until either side closes."""
     websocket, is_done = viewer.websocket, False
     while True:
         if data:
@@ -5035,11 +4987,11 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
 
 
 class Connection(asyncio.Protocol):
-    """One TCP or Unix connection: HTTP requests, and possibly a WebSocket after them."""
+    """A TCP or Unix connection: HTTP requests, then possibly a WebSocket."""
 
     __slots__ = (
         "server inbox transport peer address source role phase viewer task opened_at "
-        "has_sent_all deadline_seconds _socket _drained _taken_bytes _progress_at"
+        "has_sent_all phase_seconds _socket _drained _taken_bytes _progress_at"
     ).split()
 
     def __init__(
@@ -5047,24 +4999,27 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.server = server
         self._socket = connection
-        scheme = "https" if server.tls and listener is not ListenerKind.UNIX else "http"
-        self.peer, self.address = identify_peer(
-            connection, listener, address, scheme, server.query_owner
-        )
+        self.peer, self.address = identify_peer(server, connection, listener, address)
         self.source = self.peer.uid, find_host_key(self.peer.address)  # newcomers are counted by it
-        tune_socket(connection)
+        connection.setblocking(False)
+        if listener is not ListenerKind.UNIX:
+            # Else the second of two writes waits 40 ms for the ACK of the first.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if sys.platform == "linux":
+                # Else the kernel buffers megabytes for a client that does not read.
+                connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.transport: asyncio.Transport
-        self.role: Role | None = None  # of the newest request, once it has passed the gate
+        self.role: Role | None = None  # of the newest request, after the gate
         self.phase = Phase.OPENING
         self.viewer: Viewer | None = None
-        self.deadline_seconds: float | None = None  # set by Deadlines
+        self.phase_seconds = math.inf  # how long the phase may take
         self.has_sent_all = False  # the client has ended its side
         self._drained: asyncio.Future[None] | None = None  # done when all is written
         self.opened_at = time.monotonic()
         server.connections.add(self)
         if not is_trusted_process(server.policy, self.peer):
             server.newcomers[self] = None
-            server.newcomers.make_room(self.opened_at)
+            server.make_room(self.opened_at)
         is_extra = len(server.connections) > server.max_clients
         self.inbox = Inbox(server.turns)
         self.task = server.loop.create_task(self._run(is_extra))
@@ -5081,7 +5036,7 @@ class Connection(asyncio.Protocol):
                 return
             # Not kept: it would be much of an idle viewer's memory.
             backlog = await Exchanges(self, self.server, self.transport).serve()
-            if self.viewer is not None:
+            if self.viewer:
                 await serve_websocket(self, self.viewer, backlog)
         except (asyncio.CancelledError, ConnectionError):
             pass  # the peer has gone, or its deadline has passed
@@ -5122,9 +5077,8 @@ class Connection(asyncio.Protocol):
     def end(self, how: End) -> None:
         """Close the connection; connection_lost() follows. No other place closes the transport.
 
-        WRITTEN is for the end of _run(), NOW for a server that stops, RESET for a peer that does
-        not keep up. During a TLS handshake there is no transport: closing the socket makes the
-        handshake fail, and then _run() calls again.
+        During a TLS handshake there is none: closing the socket makes the handshake fail, and then
+        _run() calls again.
         """
         if self.phase is Phase.OPENING:
             with suppress(OSError):  # the peer may have reset it
@@ -5132,18 +5086,16 @@ class Connection(asyncio.Protocol):
             if how is End.WRITTEN:  # there was no handshake: no transport says that it is gone
                 self.connection_lost(None)
         elif how is End.WRITTEN:
-            if self.viewer is not None:
+            if self.viewer:
                 self.server.viewers.leave(self.viewer)
             self.phase = Phase.CLOSING
-            # If the client closed first, it is. A second close() of a TLS transport would break
-            # get_write_buffer_size().
+            # A second close() of a TLS transport would break get_write_buffer_size().
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
                 self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
-            # Without a reset, the kernel would keep what waits for minutes, and a peer that still
-            # writes would hang.
+            # Else the kernel keeps what waits for minutes, and a peer that still writes hangs.
             if how is End.RESET and count_waiting_bytes(self.transport):
                 with suppress(OSError):  # it is closed already
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
@@ -5161,13 +5113,12 @@ class Connection(asyncio.Protocol):
     # What the event loop says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """With TLS, the handshake is over."""
         self.transport = cast("asyncio.Transport", transport)
         # pause_writing() comes when anything must wait, resume_writing() when all is written. With
-        # TLS, asyncio would pause for 0 bytes too.
+        # TLS and 0, asyncio would pause for nothing, too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.inbox.set_transport(transport)
-        self.opened_at = time.monotonic()
+        self.opened_at = time.monotonic()  # with TLS, after the handshake
         self.begin_phase(Phase.READING, HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
@@ -5177,11 +5128,11 @@ class Connection(asyncio.Protocol):
         self.server.stalled.add(self)
         # What the kernel had taken at the last sweep, and when that last grew.
         self._taken_bytes, self._progress_at = -sys.maxsize, time.monotonic()
-        if self.viewer is not None:
+        if self.viewer:
             self.server.viewers.stall(self.viewer)
 
     async def drain(self) -> None:
-        """Wait until the transport has written everything. Raises ConnectionError."""
+        """Wait until all is written. Raises ConnectionError."""
         if self.transport.is_closing():
             raise ConnectionAbortedError
         if self in self.server.stalled:
@@ -5190,9 +5141,9 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.server.stalled.discard(self)
-        if self._drained is not None and not self._drained.done():
+        if self._drained and not self._drained.done():
             self._drained.set_result(None)
-        if self.viewer is not None:
+        if self.viewer:
             self.server.viewers.resume(self.viewer)
 
     def eof_received(self) -> bool:
@@ -5203,19 +5154,18 @@ class Connection(asyncio.Protocol):
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and end its work."""
+        """Forget it, and end its work."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
-        self.server.deadlines.set(self, None)
-        if self.viewer is not None:
+        self.server.deadlines.get(self.phase_seconds, {}).pop(self, None)
+        if self.viewer:
             self.server.viewers.leave(self.viewer)
         self.task.cancel()
 
     # Deadlines
 
     def check_progress(self, now: float) -> None:
-        """End a connection whose peer takes nothing for too long."""
         # Meanwhile only a viewer's replies are added; written_bytes counts those.
         written = self.viewer.written_bytes if self.viewer else 0
         taken = written - count_waiting_bytes(self.transport)
@@ -5225,9 +5175,10 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """Its deadline has passed: ping a viewer, answer 408, or end the connection."""
-        if self.viewer is not None and self.viewer.is_open and self.viewer.ping(now):
-            self.server.deadlines.set(self, PING_SECONDS)
+        """Ping a viewer, answer 408, or end the connection."""
+        self.begin_phase(self.phase)
+        if self.viewer and self.viewer.is_open and self.viewer.ping(now):
+            self.begin_phase(self.phase, PING_SECONDS)
         elif self.phase in (Phase.IDLE, Phase.READING):
             if self.phase is Phase.READING:
                 self.phase = Phase.EXPIRED
@@ -5235,9 +5186,11 @@ class Connection(asyncio.Protocol):
         else:
             self.end(End.RESET)
 
-    def begin_phase(self, phase: Phase, seconds: float | None = None) -> None:
-        self.phase = phase
-        self.server.deadlines.set(self, seconds)
+    def begin_phase(self, phase: Phase, seconds: float = math.inf) -> None:
+        deadlines = self.server.deadlines
+        deadlines.get(self.phase_seconds, {}).pop(self, None)
+        self.phase, self.phase_seconds = phase, seconds
+        deadlines.setdefault(seconds, {})[self] = time.monotonic() + seconds
 
     def name_client(self) -> str:
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
@@ -5274,33 +5227,6 @@ class Connection(asyncio.Protocol):
         self.server.viewers.join(self.viewer, since)
 
 
-class Newcomers(dict[Connection, None]):
-    """The connections that have not passed the gate yet, oldest first.
-
-    Above the limit, the source with the most of them loses its oldest. For many clients that
-    reconnect at once each has NEWCOMER_GRACE_SECONDS first, unless there are more than MAX_BURST,
-    or half of `--max-clients` are connected.
-    """
-
-    def __init__(self, server: Server) -> None:
-        super().__init__()
-        self._connections = server.connections
-        self._half = server.max_clients // 2
-
-    def make_room(self, now: float) -> None:
-        """End those that are too many. The sweep asks again after their grace."""
-        while len(self) > min(MAX_NEWCOMERS, self._half):
-            counts = Counter(one.source for one in self)
-            loser = max(self, key=lambda one: counts[one.source])
-            is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
-            if is_spared and len(self._connections) <= self._half and len(self) <= MAX_BURST:
-                return
-            # Not in connection_lost(), which comes later: many may be accepted in one turn.
-            del self[loser]
-            self._connections.discard(loser)
-            loser.end(End.RESET)
-
-
 def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
     """Return the places of each host, none twice."""
     found: list[list[Place]] = []
@@ -5316,10 +5242,9 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
 def bind_host(
     places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
 ) -> None:
-    """Listen on all addresses of one host; add the sockets to `bound`. Raises OSError.
+    """Listen on the addresses of one host, save those (but not all) that the machine lacks.
 
-    An address that the machine lacks is left out if there is another: `localhost` is ::1 even
-    without IPv6. `::` takes IPv4 too, unless v6_only.
+    `localhost` is ::1 even without IPv6. `::` takes IPv4 too, unless v6_only. bound: is filled.
     """
     left = len(places)
     for family, (host, _, *more) in places:
@@ -5355,29 +5280,20 @@ def adopt_socket(fd: int) -> socket.socket:
 
 def bind_unix(path: str) -> socket.socket:
     """Listen on a socket with mode 0600, in place of one that a crash left. Raises OSError."""
-    is_left = False
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any other file
-        is_left = is_refused and stat.S_ISSOCK(os.lstat(path).st_mode)
-    if is_left:
+    if is_refused and stat.S_ISSOCK(os.lstat(path).st_mode):
         os.unlink(path)
     mask = os.umask(0o177)
     try:
         return socket.create_server(path, family=socket.AF_UNIX, backlog=LISTEN_BACKLOG)
-    except OSError as error:
-        if error.errno is None:  # Python's own message: the path is too long
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
-        raise
     finally:
         os.umask(mask)
 
 
 def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return what systemd has opened (sd_listen_fds(3)), by `http`, `ws` and `unix`.
-
-    Raises ConfigError.
-    """
+    """Return systemd's sockets (sd_listen_fds(3)) by `http`, `ws`, `unix`. Raises ConfigError."""
     variables = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     pid, count, names, _ = (environ.pop(name, "") for name in variables)
     passed: dict[str, list[socket.socket]] = {}
@@ -5397,26 +5313,16 @@ def take_passed_sockets(environ: MutableMapping[str, str]) -> dict[str, list[soc
     return passed
 
 
-def find_kind(listener: socket.socket) -> ListenerKind:
-    if listener.family == socket.AF_UNIX:
-        return ListenerKind.UNIX
-    is_near = is_loopback(listener.getsockname()[0])
-    return ListenerKind.LOOPBACK if is_near else ListenerKind.NETWORK
-
-
 class Listeners:
     """The bound sockets: an HTTP and a WebSocket port, possibly the same; Unix sockets.
 
-    passed: by systemd. A TCP socket of it stands for both ports if the other has none, since both
-    speak both protocols; nothing is bound beside it.
+    passed: by systemd. If a TCP socket is among them, none is bound: each speaks both protocols.
     """
 
-    def __init__(
-        self, config: Config, log: Log, passed: Mapping[str, list[socket.socket]] | None = None
-    ) -> None:
+    def __init__(self, config: Config, log: Log, passed: Mapping[str, list[socket.socket]]) -> None:
         self._log = log
-        self._scheme_end = "s" if config.has_tls else ""
-        bound = self._bound = {"http": [], "ws": [], "unix": [], **(passed or {})}
+        self._scheme_end = "s" * config.has_tls
+        bound = self._bound = {"http": [], "ws": [], "unix": [], **passed}
         self._unix_file: tuple[str, os.stat_result] | None = None  # of our own socket
         place = " ".join(config.host)
         try:
@@ -5432,15 +5338,19 @@ class Listeners:
             self.close()
             reason = explain(error).partition(" (while")[0]  # create_server() adds the address
             raise StartError(f"cannot listen on {place}: {reason}") from None
-        self.kinds = [(one, find_kind(one)) for one in itertools.chain(*bound.values())]
-        for one, _ in self.kinds:
+        self.kinds: dict[socket.socket, ListenerKind] = {}
+        for one in itertools.chain(*bound.values()):
             one.setblocking(False)
-        self.is_loopback = ListenerKind.NETWORK not in dict(self.kinds).values()
-        # A socket's name for each port, and the real ports; discovery: None when it is off.
+            kind = ListenerKind.UNIX
+            if one.family != socket.AF_UNIX:
+                is_near = is_loopback(one.getsockname()[0])
+                kind = ListenerKind.LOOPBACK if is_near else ListenerKind.NETWORK
+            self.kinds[one] = kind
+        self.is_loopback = ListenerKind.NETWORK not in self.kinds.values()
         http, ws = bound["http"] or bound["ws"], bound["ws"] or bound["http"]
         self._names = {"http": http[0].getsockname(), "ws": ws[0].getsockname()}
         self.ports: dict[str, int | None] = {name: at[1] for name, at in self._names.items()}
-        self.ports["discovery"] = None
+        self.ports["discovery"] = None  # off
         self.unix_path: str | None = None
         if bound["unix"]:
             self.unix_path = os.fsdecode(bound["unix"][0].getsockname()).replace("\0", "@", 1)
@@ -5470,7 +5380,7 @@ class Listeners:
         raise busy
 
     def url(self, name: str, is_typed: bool = False) -> str:
-        """name: "http" or "ws". is_typed: by a person, who cannot use 0.0.0.0."""
+        """is_typed: by a person, who cannot use 0.0.0.0."""
         host = self._names[name][0]
         if is_typed and host in ("0.0.0.0", "::"):
             host = read_hostname()
@@ -5479,34 +5389,21 @@ class Listeners:
 
     def find_places(self) -> list[str]:
         """Return the IPv4 addresses that are listened on; [] for all."""
-        tcp = [one for one, kind in self.kinds if kind is not ListenerKind.UNIX]
-        found = [parse_ip(one.getsockname()[0]) for one in tcp]
-        if any(address is None or address.is_unspecified for address in found):
+        tcp = [one for one in self.kinds if one.family != socket.AF_UNIX]
+        hosts = dict.fromkeys(one.getsockname()[0] for one in tcp)
+        if "0.0.0.0" in hosts or "::" in hosts:
             return []
-        places = list(dict.fromkeys(str(one) for one in found if one and one.version == 4))
-        return places or ["127.0.0.1"] * self.is_loopback  # on ::1 alone
+        return [one for one in hosts if ":" not in one] or ["127.0.0.1"] * self.is_loopback
 
     def close(self) -> None:
-        """Stop listening, and remove the Unix socket if it is still ours."""
+        """Also remove the Unix socket, if it is still ours."""
         for one in itertools.chain(*self._bound.values()):
             one.close()
-        if self._unix_file is not None:
+        if self._unix_file:
             path, ours = self._unix_file
             with suppress(OSError):  # it has been removed already
                 if os.path.samestat(os.stat(path), ours):
                     os.unlink(path)
-
-
-def limit_clients(config: Config, log: Log) -> int:
-    """Return how many connections there may be: each needs a descriptor."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    # A task has up to three: output, input, the pipe of what it left.
-    room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
-    max_clients = max(4, min(config.max_clients, room))
-    if max_clients < config.max_clients:
-        log.write("warning", "few_descriptors", limit=soft, max_clients=max_clients)
-    return max_clients
 
 
 @dataclass(eq=False, repr=False)
@@ -5546,23 +5443,29 @@ class Server:
         self.tasks = Tasks(
             config, self.ids, self.viewers.publish, self.viewers.feed, log, self.audit, self.spawner
         )
-        self.webhook: Webhook | None = None
-        if config.alert_webhook:
-            facts = {
-                "hostname": read_hostname(),
-                "version": __version__,
-                "boot_id": self.boot_id,
-                "http": self.listeners.url("http", is_typed=True),
-            }
-            self.webhook = Webhook(parse_webhook_url(config.alert_webhook), facts, log)
+        facts = {
+            "hostname": read_hostname(),
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "http": self.listeners.url("http", is_typed=True),
+        }
+        hook = config.alert_webhook
+        self.webhook = Webhook(parse_webhook_url(hook), facts, log) if hook else None
         notify = self.webhook.send if self.webhook else lambda event: None
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
         self.stalled: set[Connection] = set()  # whose transport has something to write
-        self.deadlines = Deadlines()
+        # Seconds of a phase -> when it must be over (monotonic), soonest first.
+        self.deadlines: dict[float, dict[Connection, float]] = {}
         self.query_owner = choose_owner_query()  # once: else "no such socket" means long tables
-        self.max_clients = limit_clients(config, log)
-        self.newcomers = Newcomers(self)
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+        # A task has up to three descriptors: output, input, the pipe of what it left.
+        room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
+        self.max_clients = max(4, min(config.max_clients, room))
+        if self.max_clients < config.max_clients:
+            log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
+        self.newcomers: dict[Connection, None] = {}  # not past the gate yet, oldest first
         self._discovery: Discovery | None = None
 
     # Starting
@@ -5580,14 +5483,14 @@ class Server:
         }
         facts: Fields = {"pid": os.getpid(), "version": __version__}
         files = {"token_file": self.tokens.run_file, "view_token_file": self.tokens.view_file}
-        if self.folder is not None and self.audit.is_file:
+        if self.folder and self.audit.is_file:
             complete_crashed_runs(self.folder, self.audit, self.log)
             self._mark = mark_run(self.folder, self.boot_id, self.audit.path)
         self.audit.write("start", **places, **facts)
-        for listener, kind in self.listeners.kinds:
-            self._watch(listener, kind)
-        for work in (self.sampler.run(), self._sweep()):
-            self.loop.create_task(work)
+        for listener in self.listeners.kinds:
+            self._watch(listener)
+        self.loop.create_task(self.sampler.run())
+        self.loop.create_task(self._sweep())
         self.log.write("info", "listening", **places, **facts, **files)
 
     def _log_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -5595,8 +5498,7 @@ class Server:
         fields = describe_failure(error) if error else {}
         self.log.write_limited("error", "loop_error", message=message, **fields)
 
-    def _accept(self, listener: socket.socket, kind: ListenerKind) -> None:
-        """Accept waiting connections."""
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = listener.accept()
@@ -5605,21 +5507,21 @@ class Server:
             except OSError as error:  # most likely no descriptor is free
                 self.log.write_limited("error", "accept_failed", error=explain(error))
                 self.loop.remove_reader(listener)
-                self.loop.call_later(1.0, self._watch, listener, kind)
+                self.loop.call_later(1.0, self._watch, listener)
                 return
             try:
-                Connection(self, connection, kind, address)
+                Connection(self, connection, self.listeners.kinds[listener], address)
             except OSError:  # the peer has reset it
                 connection.close()
 
-    def _watch(self, listener: socket.socket, kind: ListenerKind) -> None:
+    def _watch(self, listener: socket.socket) -> None:
         if not self.tasks.is_stopping:
-            self.loop.add_reader(listener, self._accept, listener, kind)
+            self.loop.add_reader(listener, self._accept, listener)
 
     def _start_discovery(self) -> str | None:
         """Return its URL; None without the port."""
         port, is_local = self.config.discovery_port, self.listeners.is_loopback
-        places, facts = self.listeners.find_places(), self._describe_for_probe
+        places, facts = self.listeners.find_places(), functools.partial(describe_for_probe, self)
         try:
             self._discovery = Discovery(port, places, is_local, facts)
         except OSError as error:
@@ -5627,20 +5529,6 @@ class Server:
             return None
         self.listeners.ports["discovery"] = self._discovery.port
         return f"udp://{places[0] if is_local else '0.0.0.0'}:{self._discovery.port}"
-
-    def _describe_for_probe(self) -> Fields:
-        ports = self.listeners.ports
-        return {
-            "hostname": read_hostname(),
-            "port": ports["http"],
-            "ws_port": ports["ws"],
-            "discovery_port": ports["discovery"],
-            "version": __version__,
-            "tls": self.config.has_tls,
-            "auth": not self.config.no_auth,
-            "exec": not self.config.no_exec,
-            "id": self.boot_id,
-        }
 
     # Running
 
@@ -5667,19 +5555,40 @@ class Server:
             self.audit.write_refusal(**fields)
 
     async def _sweep(self) -> None:
-        """Look at connections that are due, or do not take what they get."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
-            if self.tls is not None:
+            if self.tls:
                 self.tls.refresh()
-            due = [one.expire for one in self.deadlines.take_due(now)]
+            due = [  # only the first of each length are looked at
+                one.expire
+                for ends in self.deadlines.values()
+                for one in itertools.takewhile(lambda one: ends[one] <= now, ends)  # noqa: B023
+            ]
             late = [one.check_progress for one in self.stalled]
-            for look in [*due, *late, self.newcomers.make_room]:
+            for look in [*due, *late, self.make_room]:
                 try:
                     look(now)
                 except Exception:
                     self.log.write_fault("sweep_failed")
+
+    def make_room(self, now: float) -> None:
+        """End newcomers above the limit: of the source with the most, the oldest.
+
+        For many clients that reconnect at once each has NEWCOMER_GRACE_SECONDS first, unless there
+        are more than MAX_BURST, or half of `--max-clients` are connected. So the sweep asks again.
+        """
+        newcomers, half = self.newcomers, self.max_clients // 2
+        while len(newcomers) > min(MAX_NEWCOMERS, half):
+            counts = Counter(one.source for one in newcomers)
+            loser = max(newcomers, key=lambda one: counts[one.source])
+            is_spared = now < loser.opened_at + NEWCOMER_GRACE_SECONDS
+            if is_spared and len(self.connections) <= half and len(newcomers) <= MAX_BURST:
+                return
+            # Not in connection_lost(), which comes later: many may be accepted in one turn.
+            del newcomers[loser]
+            self.connections.discard(loser)
+            loser.end(End.RESET)
 
     def check_role(self, needed: Role | None, role: Role | None) -> None:
         """Raises CommandError."""
@@ -5689,7 +5598,6 @@ class Server:
             raise CommandError("exec_disabled", "this server was started with --no-exec")
 
     def stop_task(self, task: Task, signal_name: Any, by: str) -> None:
-        """Stop a task for a client. Raises CommandError."""
         number = parse_signal(signal_name)
         self.tasks.stop(task, number, by)
         fields = {"task_id": task.task_id, "signal": SIGNAL_NAMES[number], "by": by}
@@ -5704,7 +5612,7 @@ class Server:
 
     async def stop(self, reason: str) -> None:
         """End listeners, tasks, viewers, connections, in this order."""
-        for listener, _ in self.listeners.kinds:
+        for listener in self.listeners.kinds:
             self.loop.remove_reader(listener)
         self.listeners.close()
         if self._discovery:
@@ -5720,7 +5628,7 @@ class Server:
             os.unlink(self._mark)
         self.viewers.flush_all()
         for connection in list(self.connections):
-            if connection.viewer is not None:
+            if connection.viewer:
                 connection.viewer.close(CloseCode.GOING_AWAY, "the server stops")
             elif connection.phase is Phase.OPENING:
                 connection.end(End.NOW)
