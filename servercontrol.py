@@ -10949,15 +10949,14 @@ class Page:
 
 
 # 19. Command line ────────────────────────────────────────────────────────────────────────────
-# Makes a Config from options and environment, builds the objects in their order, handles signals,
-# returns the exit status, and prints what people read.
+# From options and environment to a Config, to the objects in their order, to the exit status.
 
 SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def parse_size(text: str) -> int:
-    """For argparse: a number of bytes, also as 512K, 8M, 1GiB."""
+    """Return bytes, of 512K, 8M, 1GiB and the like."""
     match = SIZE.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
@@ -10965,7 +10964,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_number(low: float, high: float, whole: str = "") -> Callable[[str], Any]:
-    """For argparse: a number in a range. whole: the name of one that has only digits."""
+    """Return a check for argparse. whole: what to call a number that has only digits."""
 
     def parse(text: str) -> float:
         try:
@@ -10994,14 +10993,14 @@ def parse_host_option(text: str) -> str:
 
 
 def parse_origin(text: str) -> str:
-    """For argparse: an origin as browsers send it, `scheme://host[:port]` (RFC 6454, 6.2)."""
+    """For argparse: `scheme://host[:port]` (RFC 6454, 6.2)."""
     if text not in OPAQUE_ORIGINS and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
     return text
 
 
 def parse_webhook_option(text: str) -> str:
-    """For argparse. Errors do not show the URL, which may be secret."""
+    """For argparse. Errors do not show the URL, since it may be secret."""
     try:
         is_tls = parse_webhook_url(text).is_tls
     except (ValueError, HttpError):
@@ -11013,8 +11012,8 @@ def parse_webhook_option(text: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: which words were meant, most likely."""
-    import difflib  # here, since it takes 5 ms, and only mistakes need it
+    """Return the end of an error message: what was probably meant."""
+    import difflib  # takes 5 ms, and only mistakes need it
 
     if DIGITS.fullmatch(word):
         return f"; did you mean --port {word}?"
@@ -11025,7 +11024,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Its errors are one line that names the option, without the usage."""
+    """Its errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -11039,8 +11038,8 @@ class OneLineParser(argparse.ArgumentParser):
         write_output(self.format_help().encode())
 
 
-# Group -> option -> (help; function that checks the value, or the allowed values; placeholder;
-# default, if Config has none). One that has only help is a flag; a tuple may be repeated.
+# Group -> option -> (help; check of the value, or the allowed values; placeholder; default, if not
+# that of Config). One that has only help is a flag. With a tuple as default it may be repeated.
 OPTIONS: Options = {
     "where to listen": {
         "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
@@ -11102,7 +11101,7 @@ SERVERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Command -> (usage, what it does, the end of its --help, its options).
+# Command -> (usage, what it does, end of its --help, options).
 SYNTAX: dict[str, tuple[str, str, str, Options]] = {
     "serve": (
         "[COMMAND] [options]",
@@ -11276,7 +11275,7 @@ def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
 
 
 def build_parser(command: str) -> OneLineParser:
-    """Return the parser of a command. Its result has no attributes for absent options."""
+    """Its result has no attributes for absent options."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -11296,13 +11295,12 @@ def build_parser(command: str) -> OneLineParser:
 
 
 def parse_given(command: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values that are given; repeated ones are a tuple. Raises ConfigError."""
+    """Without defaults; repeated options as a tuple."""
     given = vars(build_parser(command).parse_args(argv))
     return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
 
 
 def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Return all values, with defaults. Raises ConfigError."""
     groups = SYNTAX[command][3].values()
     defaults = dict(find_default(*row) for group in groups for row in group.items())
     return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
@@ -11311,7 +11309,7 @@ def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
 # Environment twin -> field of Config.
 TWINS = {f"SERVERCONTROL_{one.name.upper()}": one for one in dataclasses.fields(Config)}
 del TWINS["SERVERCONTROL_NO_AUTH"]  # must be typed, so that nobody inherits it unseen
-# Variables without an option; any other SERVERCONTROL_* is logged as unknown_variable.
+# Without an option. Any other SERVERCONTROL_* is logged as unknown_variable.
 OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
 
 
@@ -11334,7 +11332,7 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
 
 
 def find_program(name: str, environ: Mapping[str, str]) -> str | None:
-    """Return the path of a program as a shell finds it (to import shutil would take 3 ms)."""
+    # As a shell finds it. To import shutil would take 3 ms.
     folders = [""] if os.sep in name else os.get_exec_path(environ)
     paths = [os.path.join(folder, name) for folder in folders]
     return next((one for one in paths if os.path.isfile(one) and os.access(one, os.X_OK)), None)
@@ -11372,7 +11370,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def explain_tls_files(cert: str, key: str) -> str:
-    """Return why OpenSSL does not accept files that it can read."""
+    # Why OpenSSL does not accept files that it can read.
     with open(cert, "rb") as cert_file, open(key or cert, "rb") as key_file:
         if b"BEGIN CERTIFICATE" not in cert_file.read():
             return "there is no certificate in it (PEM)"
@@ -11382,10 +11380,10 @@ def explain_tls_files(cert: str, key: str) -> str:
 
 
 def load_tls(config: Config, log: Log) -> TlsFiles | None:
-    """Return the TLS context, None without TLS. Raises ConfigError."""
+    """Raises ConfigError."""
     if not config.has_tls:
         return None
-    # asyncio's buffer per connection has 256 KiB, far more than a TLS record needs.
+    # asyncio would have 256 KiB per connection; a TLS record has 16.
     if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
         asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
     try:
@@ -11393,7 +11391,7 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
     except (OSError, ValueError) as error:
         names = f"{config.tls_cert} {config.tls_key}".strip()
         reason = explain(error)
-        if getattr(error, "library", "") == "SSL":  # OpenSSL found no PEM, or not all of it
+        if getattr(error, "library", "") == "SSL":
             reason = explain_tls_files(config.tls_cert, config.tls_key)
         raise ConfigError(f"--tls-cert: {names}: {reason}") from None
 
@@ -11403,7 +11401,7 @@ def needs_token(config: Config, listeners: Listeners) -> bool:
 
 
 def check_exposure(config: Config, listeners: Listeners, tokens: Tokens, log: Log) -> None:
-    """Warn of open doors. Raises ConfigError if nobody could get in."""
+    """Warn of open doors; raise ConfigError if nobody could get in."""
     if needs_token(config, listeners) and tokens.run is None:
         raise ConfigError("--token-file: a token is needed, and there is no folder to keep one in")
     if config.no_auth:
@@ -11439,8 +11437,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
 
 
 def reset_signals() -> bool:
-    """Make sure that children start with default signals; return whether SIGHUP was not ignored."""
-    # They inherit blocked and ignored signals; one with a handler gets its default (signal(7)).
+    """Let children start with default signals; return whether SIGHUP was not ignored."""
+    # They inherit blocked and ignored signals. One with a handler gets its default (signal(7)).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     ignored = {n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
     # subprocess itself restores SIGPIPE and SIGXFSZ in a child.
@@ -11452,7 +11450,7 @@ def reset_signals() -> bool:
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null where 0, 1 or 2 is closed: a socket would get the number, and the log."""
+    """Where 0, 1 or 2 is closed, a socket would get the number, and then the log."""
     fd = -1
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
@@ -11513,7 +11511,7 @@ async def serve(config: Config, log: Log) -> None:
 
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Walk the chain, print what is found, return the exit status."""
+    """Return the exit status."""
     files = parse_arguments("verify-audit", argv).file
     path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_own_folder(environ))
     if not files and path in ("-", "none"):
@@ -11539,7 +11537,7 @@ def find_hosts_file(environ: Mapping[str, str]) -> str:
 
 
 def read_hosts(environ: Mapping[str, str]) -> list[Target]:
-    """Return the listed servers, [] without a list. Raises ConfigError."""
+    """Return the listed servers. Raises ConfigError."""
     path = find_hosts_file(environ)
     if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # no home folder
         return []
@@ -11562,7 +11560,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
             hint = f"write lines `name url [token-file]` to {find_hosts_file(environ)}"
             raise ConfigError(f"--all: no server is listed; {hint} (discover --hosts prints some)")
         return listed
-    # For named servers (by default this machine's) that are not listed with a token.
+    # For servers that are not listed with a token.
     token = environ.get("SERVERCONTROL_TOKEN") or None
     if given.token_file:
         token = load_token_file("--token-file", given.token_file, is_client=True)
@@ -11572,7 +11570,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
     targets = {}
     for name in given.server or ["localhost"]:
         target = named.get(name) or parse_target(name, name)
-        # One that is named by its URL may be listed with a token.
+        # A server that is named by its URL may be listed with a token.
         files = [one.token_file for one in (target, *listed) if one.url == target.url]
         token_file = next(filter(None, files), "")
         targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
@@ -11580,7 +11578,7 @@ def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> lis
 
 
 async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -> Result:
-    """Do a client's work; `take` gets each signal that would end it."""
+    """`take` gets each signal that would end the work."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             asyncio.get_running_loop().add_signal_handler(number, take, number)
@@ -11591,7 +11589,7 @@ async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -
 
 
 def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run a command elsewhere, return the exit status."""
+    """Return the exit status."""
     place = argv.index("--") if "--" in argv else len(argv)
     words = argv[place + 1 :]
     if not words and not {"-h", "--help"} & set(argv):
@@ -11622,7 +11620,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 async def watch_once(monitor: Monitor) -> None:
-    """Run a monitor until it knows of every server, for at most ONCE_SECONDS."""
+    """Run until every server is known, for at most ONCE_SECONDS."""
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
     while time.monotonic() < end and any(
@@ -11635,7 +11633,7 @@ async def watch_once(monitor: Monitor) -> None:
 
 
 async def watch(monitor: Monitor, screen: Screen | None) -> None:
-    """Run a monitor until a signal or a key ends it. Raises OutputError."""
+    """Run until a signal or a key."""
     watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
     if screen is not None:
         screen.leave = watching.cancel
@@ -11664,12 +11662,12 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
 
 
 def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Watch servers, return the exit status."""
+    """Return the exit status."""
     given = parse_arguments("monitor", argv)
     if not given.server and not given.token_file and read_hosts(environ):
         given.all = True
     targets = choose_targets(given, environ)
-    if given.log in ("", "-"):  # perhaps an unset variable; going on without a log would be wrong
+    if given.log in ("", "-"):  # perhaps an unset variable
         raise ConfigError("--log: name a file")
     is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
     lines, log = EventWriter(given.json), MonitorLog(given.log or os.devnull)
@@ -11689,7 +11687,7 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
-    """Return lines for the servers that are not listed yet; say what to do next on stderr."""
+    """Return lines for those that are not listed yet; say on stderr what to do next."""
     listed, folder = read_hosts(environ), os.path.dirname(find_hosts_file(environ))
     urls = {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
@@ -11701,14 +11699,14 @@ def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
     for name, one in name_hosts(new, {target.name for target in listed}).items():
         token_file = f"{name}.token" if is_token_needed(one) else ""
         if token_file and os.path.lexists(os.path.join(folder, token_file)):
-            # Another server's token must not be sent to one that merely answers with its name.
+            # A server that merely answers with another's name must not get its token.
             token_file = f"# {token_file} is there already: is it of this server?"
         lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
     return "".join(lines)
 
 
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Ask who is there, print it, return the exit status."""
+    """Return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
     given = parse_arguments("discover", [f"--discovery-port={twin}", *argv] if twin else argv)
     formats: dict[str, Callable[[Sequence[Fields]], str]] = {
@@ -11825,7 +11823,7 @@ SystemCallErrorNumber=EPERM
 # the access of others to files that commands make
 UMask=0077
 {monitor}"""
-# Only for --no-exec, since these lines would break everyday commands.
+# With commands, these lines would break everyday ones.
 UNIT_MONITOR = """\
 # Nothing is run (--no-exec), so that this costs nothing as well:
 MemoryDenyWriteExecute=yes
@@ -11852,7 +11850,7 @@ WorkingDirectory=-~
 """
 
 
-# Options that name a file to read, which is a credential for systemd.
+# Options that name a file to read, a credential for systemd.
 CREDENTIALS = ("token_file", "view_token_file", "tls_cert", "tls_key")
 EMPTIED_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # at boot, or earlier
 HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # in UNIT_SANDBOX
@@ -11860,7 +11858,7 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 
 
 def quote_unit_word(text: str) -> str:
-    """Return a word as systemd reads it (systemd.syntax(7), QUOTING; specifiers too)."""
+    """systemd.syntax(7), QUOTING; specifiers too."""
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
         return text
     escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%")
@@ -11875,7 +11873,7 @@ def quote_command_word(text: str) -> str:
 
 
 def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
-    """Return the options as words of ExecStart=, and the lines for files that are handed over."""
+    """Return words of ExecStart=, and the lines for files that are handed over."""
     words: list[str] = []
     lines = ""
     for name, value in parse_given("serve", argv).items():
@@ -11884,7 +11882,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
         if is_path and value not in ("", "-", "none"):
             value = os.path.abspath(value)  # a service starts in `/`
         if name in CREDENTIALS and hands_over and value:
-            # systemd gives the account a copy, which it can read (systemd 247; %d needs 250).
+            # The account gets a copy that it can read (systemd 247; %d needs 250).
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
             credential = option.strip("-").replace("-file", "")
@@ -11901,15 +11899,14 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a link's target, is in a folder that the sandbox hides."""
     return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
-    """Whether an account may read (right: 4) or run (1) a file, groups left aside."""
+    """right: 4 to read, 1 to run. Groups are left aside."""
     rights = [(os.stat(path), right)]
     for place in (path, os.path.realpath(path)):  # the folders of a link, and of its target
-        while place != os.path.dirname(place):  # until "/" (or "//", which POSIX allows)
+        while place != os.path.dirname(place):  # until "/", or POSIX' "//"
             place = os.path.dirname(place)
             rights.append((os.stat(place), 1))
     return uid == 0 or all(
@@ -11918,9 +11915,9 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
 
 
 def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
-    """Return the interpreter for the unit, and why it is that one."""
+    """Return the interpreter, and why it is that one."""
     python = os.path.abspath(sys.executable)
-    # ExecStart= may not begin with these characters, however they are quoted.
+    # ExecStart= may not begin with these, however they are quoted.
     is_fit = python.isprintable() and not re.search(r"[$\"'\\]", python)
     is_seen = os.path.isfile(python) and not (is_sandboxed and is_hidden(python))
     if is_fit and is_seen and is_permitted(python, uid, 1):
@@ -11940,7 +11937,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         return text + (UNIT_OWN_STATE if has_home else UNIT_STATE) + (ambient if uid else "")
     bind = ""
     if is_hidden(script):
-        # A colon would separate source and target, and BindReadOnlyPaths= has no escapes.
+        # A colon would separate source and target; there are no escapes.
         if ":" in script or not script.isprintable():
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
@@ -11952,18 +11949,17 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
 
 
 def is_missing(path: str) -> bool:
-    """Whether there is no such file. False if that cannot be seen."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
-    except PermissionError:
+    except PermissionError:  # it may be there
         return False
     except OSError:
         return True
 
 
 def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
-    """Return what will not work, or is not safe, because of where files are."""
-    is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
+    """Return what will not work, or is not safe."""
+    is_bound = is_sandboxed and is_hidden(script)  # its folders' rights do not matter then
     is_readable = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
     is_changeable = any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found)
@@ -11985,7 +11981,7 @@ def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> li
 
 
 def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Print the unit, and warnings on stderr."""
+    """Return the exit status."""
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
@@ -12027,7 +12023,7 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+    """Return the exit status."""
     open_standard_descriptors()
     argv = sys.argv[1:] if argv is None else argv
     try:
