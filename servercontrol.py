@@ -11039,7 +11039,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 # Group -> option -> (help; check of the value, or the allowed values; placeholder; default, if not
-# that of Config). One that has only help is a flag. With a tuple as default it may be repeated.
+# that of Config). One that has only help is a flag. One whose default is several may be repeated.
 OPTIONS: Options = {
     "where to listen": {
         "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
@@ -11095,7 +11095,7 @@ keeps its token in ~/.local/state/servercontrol/token, as a service in
 /var/lib/servercontrol/token. A token goes to its own server and nowhere else.
 """
 SERVERS: dict[str, tuple[Any, ...]] = {
-    "server": ("(default: localhost; monitor: all that are listed)", str, "SERVER", ()),
+    "server": ("(default: localhost; monitor: all that are listed)", str, "SERVER"),
     "--all": ("every listed server",),
     "--token-file": ("token of the servers that are named, if not listed with one", str, "FILE"),
 }
@@ -11142,9 +11142,9 @@ Exit status: 0 if a server answered, else 1.
 """,
         {
             "": {
-                "--at": ("ask this host or broadcast address too", str, "ADDRESS", ()),
+                "--at": ("ask this host or broadcast address too", str, "ADDRESS", []),
                 "--timeout": ("how long to wait", parse_number(0.1, 60), "SECONDS", 2.0),
-                "--discovery-port": ("UDP port", parse_port, "N"),
+                "--discovery-port": ("UDP port", parse_port, "N", Config.discovery_port),
             },
             "instead of a table": {
                 "--json": ("a list of objects",),
@@ -11206,7 +11206,7 @@ Exit status: 0; of --once 1 if a server is not up.
         {
             "": {
                 **SERVERS,
-                "--log": ("append every task, JSON lines", str, "FILE", None),
+                "--log": ("append every task, JSON lines", str, "FILE"),
                 "--cpu-alert": ("else what each server was told", parse_percent, "PERCENT", None),
                 "--json": ("events as JSON lines",),
                 "--once": ("one look, as a table or JSON",),
@@ -11237,45 +11237,41 @@ lines is for. Afterwards:
 
 With --user the token is in ~/.local/state/servercontrol of that account.
 """,
-        {"": {"--user": ("run as this account, without a sandbox", str, "NAME", None)}},
+        {"": {"--user": ("run as this account, without a sandbox", str, "NAME")}},
     ),
     "verify-audit": (
         "verify-audit [FILE...]",
         "Say whether the chain of hashes in an audit log holds, and where it breaks.",
         "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-        {"": {"file": ("oldest first (default: the log of this account)", str, "FILE", ())}},
+        {"": {"file": ("oldest first (default: the log of this account)", str, "FILE")}},
     ),
 }
 
 
-def find_default(option: str, row: Sequence[Any]) -> tuple[str, Any]:
-    """Return the attribute of an option, and its default."""
-    name = option.lstrip("-").replace("-", "_")
-    return name, row[3] if len(row) > 3 else getattr(Config, name, False)
-
-
-def describe_option(option: str, row: Sequence[Any]) -> dict[str, Any]:
+def describe_option(option: str, row: Sequence[Any]) -> Fields:
     """Return the arguments of argparse's add_argument()."""
     text, check, metavar = (*row, None, None)[:3]
-    default = find_default(option, row)[1]
     if check is None:
         return {"action": "store_true", "help": text}
     if not option.startswith("-"):
         return {"nargs": "*", "metavar": metavar, "help": text}
+    told: Fields = (
+        {"choices": check} if isinstance(check, tuple) else {"type": check, "metavar": metavar}
+    )
+    default: Any = getattr(Config, option[2:].replace("-", "_"), None)
+    if len(row) > 3:
+        told["default"] = default = row[3]
     shown = f"{default:g}" if isinstance(default, float) else default
     if check is parse_size:
         shown = f"{default // MIB}MiB"
-    kind: dict[str, Any] = (
-        {"choices": check} if isinstance(check, tuple) else {"type": check, "metavar": metavar}
-    )
-    if isinstance(default, tuple):
-        kind["action"] = "append"
+    if isinstance(default, (tuple, list)):
+        told["action"] = "append"
         text, shown = f"{text}; repeatable", " ".join(default) or "none"
-    return {**kind, "help": text if shown in ("", None) else f"{text} (default: {shown})"}
+    return {**told, "help": text if shown in ("", None) else f"{text} (default: {shown})"}
 
 
 def build_parser(command: str) -> OneLineParser:
-    """Its result has no attributes for absent options."""
+    """The result of that of `serve` has no attributes for absent options."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -11283,7 +11279,7 @@ def build_parser(command: str) -> OneLineParser:
         epilog=epilog,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS if command == "serve" else None,
     )
     if command == "serve":
         parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
@@ -11294,16 +11290,10 @@ def build_parser(command: str) -> OneLineParser:
     return parser
 
 
-def parse_given(command: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Without defaults; repeated options as a tuple."""
-    given = vars(build_parser(command).parse_args(argv))
+def parse_given(argv: Sequence[str]) -> Fields:
+    """Return fields of Config, without defaults."""
+    given = vars(build_parser("serve").parse_args(argv))
     return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
-
-
-def parse_arguments(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    groups = SYNTAX[command][3].values()
-    defaults = dict(find_default(*row) for group in groups for row in group.items())
-    return argparse.Namespace(**{**defaults, **parse_given(command, argv)})
 
 
 # Environment twin -> field of Config.
@@ -11331,24 +11321,19 @@ def read_environment(environ: Mapping[str, str]) -> list[str]:
     return arguments
 
 
-def find_program(name: str, environ: Mapping[str, str]) -> str | None:
-    # As a shell finds it. To import shutil would take 3 ms.
-    folders = [""] if os.sep in name else os.get_exec_path(environ)
-    paths = [os.path.join(folder, name) for folder in folders]
-    return next((one for one in paths if os.path.isfile(one) and os.access(one, os.X_OK)), None)
-
-
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Return the options of `serve`. Raises ConfigError."""
+    import shutil  # takes 3 ms, and only `serve` and `unit` need it
+
     if argv and argv[0] == "serve":
         argv = argv[1:]
     elif argv and not argv[0].startswith("-"):
         start = "; did you mean serve?" if argv[0] in ("start", "run") else ""
         hint = start or suggest(argv[0], [*SYNTAX, "help"])
         raise ConfigError(f"{argv[0]!r} is no command{hint} (see --help)")
-    given = parse_given("serve", argv)
+    given = parse_given(argv)
     try:
-        twins = parse_given("serve", read_environment(environ))
+        twins = parse_given(read_environment(environ))
     except ConfigError as error:
         raise ConfigError(f"{error} (in the environment)") from None
     config = Config(**{**twins, **given})
@@ -11360,7 +11345,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("--tls-cert: this Python was built without OpenSSL")
     if config.tls_key and not config.tls_cert:
         raise ConfigError("--tls-key: there is no --tls-cert to go with it")
-    if not config.no_exec and find_program(config.shell, environ) is None:
+    path = environ.get("PATH", os.defpath)
+    if not config.no_exec and shutil.which(config.shell, path=path) is None:
         raise ConfigError(f"--shell: {config.shell!r} is no program that can be run")
     tokens = {"SERVERCONTROL_TOKEN", "SERVERCONTROL_VIEW_TOKEN"} & environ.keys()
     asks = tokens or config.token_file or config.view_token_file or config.require_token
@@ -11512,11 +11498,11 @@ async def serve(config: Config, log: Log) -> None:
 
 def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Return the exit status."""
-    files = parse_arguments("verify-audit", argv).file
+    files = build_parser("verify-audit").parse_args(argv).file
     path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_own_folder(environ))
     if not files and path in ("-", "none"):
         raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
-    files = files or (path,)
+    files = files or [path]
     prev, is_whole = None, True
     for file in files:
         head = read_hash(file) if file == files[-1] else None
@@ -11595,7 +11581,7 @@ def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not words and not {"-h", "--help"} & set(argv):
         problem = "no command behind" if "--" in argv else "the command stands behind"
         raise ConfigError(f"exec: {problem} --, as in: exec web1 -- date")
-    given = parse_arguments("exec", argv[:place])
+    given = build_parser("exec").parse_args(argv[:place])
     targets = choose_targets(given, environ)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
@@ -11663,7 +11649,7 @@ def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
 
 def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Return the exit status."""
-    given = parse_arguments("monitor", argv)
+    given = build_parser("monitor").parse_args(argv)
     if not given.server and not given.token_file and read_hosts(environ):
         given.all = True
     targets = choose_targets(given, environ)
@@ -11708,7 +11694,8 @@ def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
 def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Return the exit status."""
     twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
-    given = parse_arguments("discover", [f"--discovery-port={twin}", *argv] if twin else argv)
+    options = [f"--discovery-port={twin}"] if twin else []
+    given = build_parser("discover").parse_args([*options, *argv])
     formats: dict[str, Callable[[Sequence[Fields]], str]] = {
         "json": to_json,
         "prometheus": format_prometheus,
@@ -11876,7 +11863,7 @@ def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[st
     """Return words of ExecStart=, and the lines for files that are handed over."""
     words: list[str] = []
     lines = ""
-    for name, value in parse_given("serve", argv).items():
+    for name, value in parse_given(argv).items():
         option = "--" + name.replace("_", "-")
         is_path = name in (*CREDENTIALS, "unix", "audit_log") or name == "shell" and "/" in value
         if is_path and value not in ("", "-", "none"):
@@ -11986,11 +11973,10 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
     config = parse_config(["serve", *rest], {})  # without the environment of the caller
-    name = getattr(given, "user", None)
     try:
-        account = None if name is None else pwd.getpwnam(name)
+        account = None if given.user is None else pwd.getpwnam(given.user)
     except (KeyError, ValueError):
-        raise ConfigError(f"--user: there is no account {name!r} on this machine") from None
+        raise ConfigError(f"--user: there is no account {given.user!r} on this machine") from None
     script = os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
