@@ -11496,13 +11496,14 @@ async def serve(config: Config, log: Log) -> None:
     await server.stop(stopped.result())
 
 
-def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def verify_audit(argv: Sequence[str]) -> int:
     """Return the exit status."""
     files = build_parser("verify-audit").parse_args(argv).file
-    path = find_audit_log(environ.get("SERVERCONTROL_AUDIT_LOG", ""), find_own_folder(environ))
-    if not files and path in ("-", "none"):
-        raise StartError(f"SERVERCONTROL_AUDIT_LOG is {path}: name a file")
-    files = files or [path]
+    if not files:
+        own, named = find_own_folder(os.environ), os.environ.get("SERVERCONTROL_AUDIT_LOG", "")
+        files = [find_audit_log(named, own)]
+        if files[0] in ("-", "none"):
+            raise StartError(f"SERVERCONTROL_AUDIT_LOG is {files[0]}: name a file")
     prev, is_whole = None, True
     for file in files:
         head = read_hash(file) if file == files[-1] else None
@@ -11517,15 +11518,15 @@ def verify_audit(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0 if is_whole else 1
 
 
-def find_hosts_file(environ: Mapping[str, str]) -> str:
-    folder = find_own_folder(environ, "XDG_CONFIG_HOME", "~/.config")
-    return environ.get("SERVERCONTROL_HOSTS") or os.path.join(folder, "hosts")
+def find_hosts_file() -> str:
+    folder = find_own_folder(os.environ, "XDG_CONFIG_HOME", "~/.config")
+    return os.environ.get("SERVERCONTROL_HOSTS") or os.path.join(folder, "hosts")
 
 
-def read_hosts(environ: Mapping[str, str]) -> list[Target]:
+def read_hosts() -> list[Target]:
     """Return the listed servers. Raises ConfigError."""
-    path = find_hosts_file(environ)
-    if not os.path.isabs(path) and not environ.get("SERVERCONTROL_HOSTS"):  # no home folder
+    path = find_hosts_file()
+    if not os.path.isabs(path) and not os.environ.get("SERVERCONTROL_HOSTS"):  # no home folder
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -11536,18 +11537,18 @@ def read_hosts(environ: Mapping[str, str]) -> list[Target]:
         raise ConfigError(f"{path}: {explain(error)}") from None
 
 
-def choose_targets(given: argparse.Namespace, environ: Mapping[str, str]) -> list[Target]:
+def choose_targets(given: argparse.Namespace) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError."""
-    listed = read_hosts(environ)
+    listed = read_hosts()
     if given.all:
         if given.server or given.token_file:
             raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
         if not listed:
-            hint = f"write lines `name url [token-file]` to {find_hosts_file(environ)}"
+            hint = f"write lines `name url [token-file]` to {find_hosts_file()}"
             raise ConfigError(f"--all: no server is listed; {hint} (discover --hosts prints some)")
         return listed
     # For servers that are not listed with a token.
-    token = environ.get("SERVERCONTROL_TOKEN") or None
+    token = os.environ.get("SERVERCONTROL_TOKEN") or None
     if given.token_file:
         token = load_token_file("--token-file", given.token_file, is_client=True)
     elif token is not None:
@@ -11574,15 +11575,14 @@ async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -
         signal.set_wakeup_fd(-1)  # Python complains of a signal while the loop is closed
 
 
-def exec_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def exec_command(argv: Sequence[str]) -> int:
     """Return the exit status."""
     place = argv.index("--") if "--" in argv else len(argv)
     words = argv[place + 1 :]
     if not words and not {"-h", "--help"} & set(argv):
-        problem = "no command behind" if "--" in argv else "the command stands behind"
-        raise ConfigError(f"exec: {problem} --, as in: exec web1 -- date")
+        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- date")
     given = build_parser("exec").parse_args(argv[:place])
-    targets = choose_targets(given, environ)
+    targets = choose_targets(given)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
     command = words[0] if len(words) == 1 else shlex.join(words)
@@ -11627,35 +11627,15 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
         await with_signals(lambda _: watching.cancel(), watching)
 
 
-def format_once(everybody: Sequence[Watched], as_json: bool) -> str:
-    """Return what `monitor --once` prints."""
-    if not as_json:
-        lines = [line for _, line in format_table(everybody, width=200)]
-        return "\n".join([*lines, format_totals(everybody, width=200), ""])
-    described = [
-        {
-            "server": one.target.name,
-            "url": one.target.url,
-            "state": one.state.value,
-            "reason": one.reason,
-            "stats": one.stats,
-            "tasks": list(one.tasks.values()),
-            "alert": one.alert,
-        }
-        for one in everybody
-    ]
-    return to_json(described)
-
-
-def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def monitor_command(argv: Sequence[str]) -> int:
     """Return the exit status."""
     given = build_parser("monitor").parse_args(argv)
-    if not given.server and not given.token_file and read_hosts(environ):
+    if not given.server and not given.token_file and read_hosts():
         given.all = True
-    targets = choose_targets(given, environ)
+    targets = choose_targets(given)
     if given.log in ("", "-"):  # perhaps an unset variable
         raise ConfigError("--log: name a file")
-    is_live = os.isatty(1) and environ.get("TERM") != "dumb" and not (given.json or given.once)
+    is_live = os.isatty(1) and os.environ.get("TERM") != "dumb" and not (given.json or given.once)
     lines, log = EventWriter(given.json), MonitorLog(given.log or os.devnull)
 
     def emit(watched: Watched, event: Fields) -> None:
@@ -11668,13 +11648,29 @@ def monitor_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     lines.output.finish()
     if not given.once:
         return 0
-    write_output(format_once(everybody, given.json).encode("utf-8", "replace"))
+    rows = [line for _, line in format_table(everybody, width=200)]
+    shown = "\n".join([*rows, format_totals(everybody, width=200), ""])
+    if given.json:
+        described = [
+            {
+                "server": one.target.name,
+                "url": one.target.url,
+                "state": one.state.value,
+                "reason": one.reason,
+                "stats": one.stats,
+                "tasks": list(one.tasks.values()),
+                "alert": one.alert,
+            }
+            for one in everybody
+        ]
+        shown = to_json(described)
+    write_output(shown.encode("utf-8", "replace"))
     return 0 if all(watched.state is ServerState.UP for watched in everybody) else 1
 
 
-def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
+def list_new(found: Sequence[Fields]) -> str:
     """Return lines for those that are not listed yet; say on stderr what to do next."""
-    listed, folder = read_hosts(environ), os.path.dirname(find_hosts_file(environ))
+    listed, folder = read_hosts(), os.path.dirname(find_hosts_file())
     urls = {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
@@ -11691,16 +11687,16 @@ def list_new(found: Sequence[Fields], environ: Mapping[str, str]) -> str:
     return "".join(lines)
 
 
-def discover_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def discover_command(argv: Sequence[str]) -> int:
     """Return the exit status."""
-    twin = environ.get("SERVERCONTROL_DISCOVERY_PORT")
+    twin = os.environ.get("SERVERCONTROL_DISCOVERY_PORT")
     options = [f"--discovery-port={twin}"] if twin else []
     given = build_parser("discover").parse_args([*options, *argv])
     formats: dict[str, Callable[[Sequence[Fields]], str]] = {
         "json": to_json,
         "prometheus": format_prometheus,
         "ansible": format_ansible,
-        "hosts": lambda found: list_new(found, environ),
+        "hosts": list_new,
     }
     chosen = [name for name in formats if getattr(given, name)]
     if len(chosen) > 1:
@@ -11844,45 +11840,53 @@ HIDDEN_FOLDERS = ("/home/", "/root/", "/run/user/", *EMPTIED_FOLDERS)  # in UNIT
 SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/servercontrol/")
 
 
-def quote_unit_word(text: str) -> str:
-    """systemd.syntax(7), QUOTING; specifiers too."""
+def quote_word(text: str) -> str:
+    """For ExecStart= (systemd.syntax(7), QUOTING; systemd.unit(5), %; systemd.service(5), $)."""
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
         return text
-    escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%")
+    escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%").replace("$", "$$")
     pairs = ((c, c.encode("utf-8", "surrogateescape")) for c in escaped)
     shown = (c if c.isprintable() else "".join(f"\\x{one:02x}" for one in raw) for c, raw in pairs)
     return f'"{"".join(shown)}"'
 
 
-def quote_command_word(text: str) -> str:
-    """Return a word of ExecStart=, where $ begins a variable (systemd.service(5))."""
-    return quote_unit_word(text).replace("$", "$$")
+def is_missing(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        return not isinstance(error, PermissionError)  # then it may be there
 
 
-def format_serve_options(argv: Sequence[str], hands_over: bool) -> tuple[list[str], str]:
-    """Return words of ExecStart=, and the lines for files that are handed over."""
+def format_serve_options(
+    argv: Sequence[str], is_sandboxed: bool, hands_over: bool
+) -> tuple[list[str], str, list[str]]:
+    """Return words of ExecStart=, lines for files that are handed over, and what will not work."""
     words: list[str] = []
+    doubts: list[str] = []
     lines = ""
     for name, value in parse_given(argv).items():
         option = "--" + name.replace("_", "-")
-        is_path = name in (*CREDENTIALS, "unix", "audit_log") or name == "shell" and "/" in value
-        if is_path and value not in ("", "-", "none"):
+        is_read = name in CREDENTIALS and value
+        is_written = name in ("unix", "audit_log") and value not in ("", "-", "none")
+        if is_read or is_written or name == "shell" and "/" in value:
             value = os.path.abspath(value)  # a service starts in `/`
-        if name in CREDENTIALS and hands_over and value:
+        if is_read and is_missing(value):
+            doubts.append(f"{option}: there is no file {value}")
+        if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
+            doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
+        if is_read and hands_over:
             # The account gets a copy that it can read (systemd 247; %d needs 250).
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
             credential = option.strip("-").replace("-file", "")
             lines += f"LoadCredential={credential}:{value.replace('%', '%%')}\n"
             words.append(f"{option}=${{CREDENTIALS_DIRECTORY}}/{credential}")
-        elif value is True:
-            words.append(option)
         else:
             items = value if isinstance(value, tuple) else (value,)
-            words += [quote_command_word(f"{option}={item}") for item in items]
+            words += [option if one is True else quote_word(f"{option}={one}") for one in items]
     if lines:
         lines = "# Read by systemd as root, at each start: restart after a change.\n" + lines
-    return words, lines
+    return words, lines, doubts
 
 
 def is_hidden(path: str) -> bool:
@@ -11891,13 +11895,12 @@ def is_hidden(path: str) -> bool:
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
     """right: 4 to read, 1 to run. Groups are left aside."""
-    rights = [(os.stat(path), right)]
-    for place in (path, os.path.realpath(path)):  # the folders of a link, and of its target
-        while place != os.path.dirname(place):  # until "/", or POSIX' "//"
-            place = os.path.dirname(place)
-            rights.append((os.stat(place), 1))
+    from pathlib import Path  # takes 5 ms
+
+    folders = [*Path(path).parents, *Path(path).resolve().parents]  # of a link, and its target
+    needs = [(os.stat(path), right), *((folder.stat(), 1) for folder in folders)]
     return uid == 0 or all(
-        status.st_mode & (right << 6 if status.st_uid == uid else right) for status, right in rights
+        status.st_mode & (need << 6 if status.st_uid == uid else need) for status, need in needs
     )
 
 
@@ -11924,50 +11927,33 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         return text + (UNIT_OWN_STATE if has_home else UNIT_STATE) + (ambient if uid else "")
     bind = ""
     if is_hidden(script):
-        # A colon would separate source and target; there are no escapes.
-        if ":" in script or not script.isprintable():
+        # A colon would separate source and target, and here $ begins no variable.
+        if re.search("[:$]", script) or not script.isprintable():
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
-        bind += f"BindReadOnlyPaths={quote_unit_word(script)}\n"
+        bind += f"BindReadOnlyPaths={quote_word(script)}\n"
     monitor = UNIT_MONITOR if config.no_exec else UNIT_NO_MONITOR
     who = UNIT_DYNAMIC_USER if account is None else f"User={account.pw_name}\n"
     sandbox = UNIT_SANDBOX.format(bind=bind, capabilities=capability, monitor=monitor)
     return who + UNIT_STATE + sandbox + ambient
 
 
-def is_missing(path: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except PermissionError:  # it may be there
-        return False
-    except OSError:
-        return True
-
-
-def find_doubts(config: Config, is_sandboxed: bool, uid: int, script: str) -> list[str]:
-    """Return what will not work, or is not safe."""
+def find_doubts(is_sandboxed: bool, uid: int, script: str) -> list[str]:
+    """Return what will not work, or is not safe, because of where the script lies."""
     is_bound = is_sandboxed and is_hidden(script)  # its folders' rights do not matter then
     is_readable = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
-    is_changeable = any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found)
-    read = {f"--{name.replace('_', '-')}": getattr(config, name) for name in CREDENTIALS}
-    written = {"--unix": config.unix, "--audit-log": config.audit_log} if is_sandboxed else {}
-    is_emptied = script.startswith(EMPTIED_FOLDERS)
-    doubts = {
-        f"{script} is gone when that folder is emptied; /usr/local/bin is not": is_emptied,
-        f"the service's account cannot read {script}; in /usr/local/bin it can": not is_readable,
-        f"not only root can change {script}, and so what this service does": is_changeable,
-    }
-    for option, path in read.items():
-        doubts[f"{option}: there is no file {path}"] = path and is_missing(path)
-    for option, path in written.items():
-        is_outside = not os.path.abspath(path).startswith(SANDBOX_FOLDERS)
-        doubt = f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone"
-        doubts[doubt] = is_outside and path not in ("", "-", "none")
-    return [doubt for doubt, is_so in doubts.items() if is_so]
+    doubts = []
+    if script.startswith(EMPTIED_FOLDERS):
+        doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
+    if not is_readable:
+        doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
+    if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
+        doubts.append(f"not only root can change {script}, and so what this service does")
+    return doubts
 
 
-def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def unit_command(argv: Sequence[str]) -> int:
     """Return the exit status."""
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
@@ -11981,25 +11967,25 @@ def unit_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
     python, reason = choose_python(is_sandboxed, uid)
-    words, credentials = format_serve_options(rest, is_sandboxed or uid != 0)
+    words, credentials, doubts = format_serve_options(rest, is_sandboxed, is_sandboxed or uid != 0)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
         reason=reason,
-        command=" ".join([quote_command_word(python), "-I", quote_command_word(script), *words]),
+        command=" ".join([*map(quote_word, (python, "-I", script)), *words]),
         credentials=credentials,
         account=format_account(config, account, script),
     )
     write_output(unit.encode())
-    for doubt in find_doubts(config, is_sandboxed, uid, script):
+    for doubt in [*find_doubts(is_sandboxed, uid, script), *doubts]:
         write_note(f"warning: {doubt}")
     if os.isatty(2):
         write_without_waiting(2, SYNTAX["unit"][1].encode())
     return 0
 
 
-# Command, except `serve` -> function of the arguments and the environment.
-COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
+# Each but `serve`.
+COMMAND_LINES: dict[str, Callable[[Sequence[str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
     "monitor": monitor_command,
@@ -12008,16 +11994,17 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Return the exit status."""
     open_standard_descriptors()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] or ["serve"]
+    if argv[0] == "help":
+        argv = [argv[1] if argv[1:] and argv[1] in SYNTAX else "serve", "--help"]
+    take = COMMAND_LINES.get(argv[0])
     try:
-        if argv and argv[0] == "help":
-            argv = [argv[1] if argv[1:2] and argv[1] in SYNTAX else "serve", "--help"]
-        if argv and argv[0] in COMMAND_LINES:
+        if take is not None:
             raise_descriptor_limit()  # for connections to a thousand servers
-            return COMMAND_LINES[argv[0]](argv[1:], os.environ)
+            return take(argv[1:])
         config = parse_config(argv, os.environ)
         log = Log(config.log_format, config.log_level)
         has_uvloop = uvloop is not None and config.loop != "asyncio"
@@ -12034,7 +12021,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_all(2, bytearray(told))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:  # asyncio restores Python's own handler
-        return 128 + signal.SIGINT if argv and argv[0] in COMMAND_LINES else 1
+        return 128 + signal.SIGINT if take else 1
     return 0
 
 

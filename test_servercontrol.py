@@ -6406,7 +6406,7 @@ def hash_text(line: bytes) -> str:
 def verify(*files: Path) -> tuple[int, str]:
     """Return the exit status of verify-audit and what it prints."""
     with mock.patch.object(sc, "write_output") as write:
-        status = sc.verify_audit([str(file) for file in files], {})
+        status = sc.verify_audit([str(file) for file in files])
     return status, b"".join(call.args[0] for call in write.mock_calls).decode()
 
 
@@ -7350,7 +7350,7 @@ def print_unit(*options: str, script: Path = SCRIPT) -> tuple[str, str]:
     notes: list[str] = []
     streams = {"write_output": out.append, "write_note": notes.append}
     with mock.patch.multiple(sc, __file__=str(script), **streams):
-        assert sc.unit_command(options, {}) == 0
+        assert sc.unit_command(options) == 0
     return b"".join(out).decode(), "".join(f"{note}\n" for note in notes)
 
 
@@ -7375,14 +7375,22 @@ class TestUnit:
         ("line separator", "\u2028", '"\\xe2\\x80\\xa8"'),
     ])  # fmt: skip
     def test_word_is_quoted(self, text: str, quoted: str) -> None:
-        assert sc.quote_command_word(text) == quoted
+        assert sc.quote_word(text) == quoted
 
     def test_what_cannot_stand_there_is_refused(self, tmp_path: Path) -> None:
         """systemd would join the next line, cut a space off, or mount elsewhere."""
         for path in ("/etc/token\\", "/etc/token ", "/etc/to\nken"):
             with pytest.raises(sc.ConfigError, match="--token-file: .* cannot stand in a unit"):
                 print_unit(f"--token-file={path}")
-        for name in ("a:b.py", "a\tb.py", "a\nb.py", "a\xa0b.py", "a\u200bb.py", "a\udcffb.py"):
+        for name in (
+            "a:b.py",
+            "a$b.py",
+            "a\tb.py",
+            "a\nb.py",
+            "a\xa0b.py",
+            "a\u200bb.py",
+            "a\udcffb.py",
+        ):
             script = tmp_path / name  # in /tmp, which the sandbox hides
             shutil.copy(SCRIPT, script)
             with pytest.raises(sc.ConfigError, match="put it into /usr/local/bin"):
@@ -7478,7 +7486,7 @@ class TestUnit:
         for option in ("--token-file", "--view-token-file"):
             for path, user in itertools.product(paths, ((), ("--user=root",))):
                 told = print_unit(f"{option}={path}", *user)[1]
-                assert f"{option}: there is no file {path}\n" in told
+                assert f"{option}: there is no file {os.path.abspath(path)}\n" in told
             assert "there is no file" not in print_unit(f"{option}={there}")[1]
         told = print_unit(f"--tls-cert={there}", "--tls-key=/nonexistent/key")[1]
         assert "--tls-key: there is no file /nonexistent/key" in told and "--tls-cert:" not in told
@@ -7886,6 +7894,11 @@ def write_hosts(folder: Path, *lines: str) -> str:
     return str(path)
 
 
+def listing(hosts: str) -> contextlib.AbstractContextManager[Any]:
+    """Make this process take its servers from that list."""
+    return mock.patch.dict(os.environ, SERVERCONTROL_HOSTS=hosts)
+
+
 def write_token(folder: Path, name: str, token: str) -> str:
     path = folder / name
     path.write_text(token + "\n")
@@ -8141,8 +8154,8 @@ class TestTargets:
                 assert found["hostname"].isprintable() and found["version"].isprintable()
                 assert re.fullmatch(r"https?://10\.0\.0\.1:\d+", found["url"]), found
                 assert sc.format_found(sc.merge_replies([found])).count("\n") == 2
-                hosts = {"SERVERCONTROL_HOSTS": "/nonexistent"}
-                assert sc.list_new(sc.merge_replies([found]), hosts).isascii()
+                with listing("/nonexistent"):
+                    assert sc.list_new(sc.merge_replies([found])).isascii()
         assert taken > 300
         assert sc.parse_discovery_reply(b'{"a":' + b"[" * 2000, "10.0.0.1") is None
 
@@ -8170,8 +8183,8 @@ class TestTargets:
         hosts = json.loads(sc.format_ansible(found))["all"]["children"]["servercontrol"]["hosts"]
         assert "{" not in "".join(hosts)
         (tmp_path / "id.token").touch()
-        env = {"SERVERCONTROL_HOSTS": write_hosts(tmp_path, "a-b http://10.9.9.9:80")}
-        lines = sc.parse_hosts(sc.list_new(found, env), "")
+        with listing(write_hosts(tmp_path, "a-b http://10.9.9.9:80")):
+            lines = sc.parse_hosts(sc.list_new(found), "")
         files = {name: target.token_file for name, target in lines.items()}
         assert list(files.items())[1:] == [
             *[("a-b-10.0.0.1-80", "a-b-10.0.0.1-80.token"), ("web1", "web1.token")],
@@ -8194,7 +8207,8 @@ class TestTargets:
         hosts = write_hosts(tmp_path, "localhost http://10.0.0.9:80")
         for names, url in ([], "http://localhost:8080"), (["localhost"], "http://10.0.0.9:80"):
             given = argparse.Namespace(all=False, server=names, token_file="")
-            (target,) = sc.choose_targets(given, {"SERVERCONTROL_HOSTS": hosts})
+            with listing(hosts):
+                (target,) = sc.choose_targets(given)
             assert target.url == url
 
     def test_shows_a_server_once_with_all_its_addresses(self) -> None:
@@ -8424,7 +8438,7 @@ class TestExec:
     @pytest.mark.parametrize("arguments, told", [
         (["exec", "web1", "uptime"], "exec: the command stands behind --, as in: exec web1 "),
         (["exec", "--all", "uname", "-r"], "exec: the command stands behind --, as in: exec "),
-        (["exec", "web1", "--"], "exec: no command behind --, as in: exec web1 -- date"),
+        (["exec", "web1", "--"], "exec: the command stands behind --, as in: exec web1 -- date"),
         (["exec", "web1,web2", "--", "x"], "'web1,web2' is no server: say host"),
         (["exec", "--all", "--", "true"], "--all: no server is listed; write lines"),
         (["exec", "a", "b", "--tty", "--", "true"], "--tty: a terminal is of one server"),
@@ -9201,16 +9215,18 @@ class TestDiscover:
             url = f"http://{place}:80"
             facts = {"hostname": f"web{n}", "address": place, "port": 80, "auth": n != 4}
             found.append({**facts, "tls": False, "url": url, "urls": [url]})
-        env = {"SERVERCONTROL_HOSTS": str(tmp_path / "list" / "hosts")}
+        hosts = str(tmp_path / "list" / "hosts")
         rest = "web3 http://127.0.0.1:80\nweb4 http://10.0.0.4:80\n"
         new = "web1 http://10.0.0.1:80 web1.token\nweb2 http://10.0.0.2:80 web2.token\n"
-        assert sc.list_new(found, env) == new + rest
+        with listing(hosts):
+            assert sc.list_new(found) == new + rest
         assert "next: copy each server's" in capfd.readouterr().err
         (tmp_path / "list").mkdir()
         write_token(tmp_path / "list", "web2.token", SERVER_RUN_TOKEN)
         write_hosts(tmp_path / "list", "one http://10.0.0.1:80 web1.token")
         line = "web2 http://10.0.0.2:80 # web2.token is there already: is it of this server?\n"
-        assert sc.list_new(found, env) == line + rest
+        with listing(hosts):
+            assert sc.list_new(found) == line + rest
         assert "left out, being listed: 1" in capfd.readouterr().err
 
     @staticmethod
