@@ -74,7 +74,6 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
 # 1. Imports and version ──────────────────────────────────────────────────────────────────────
-# The standard library; optional are psutil (statistics, section 15) and uvloop (section 19).
 import signal
 import sys
 
@@ -10994,7 +10993,7 @@ def parse_host_option(text: str) -> str:
 
 def parse_origin(text: str) -> str:
     """For argparse: `scheme://host[:port]` (RFC 6454, 6.2)."""
-    if text not in OPAQUE_ORIGINS and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+    if not re.fullmatch(r"null|file://|[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
     return text
 
@@ -11227,8 +11226,7 @@ service that starts with the machine. To install it:
         """\
 All options of `serve` may be given too: the service is started with them.
 Without --user commands run in a sandbox, under an account that can change no
-files of this machine but the service's own. The unit says what each of its
-lines is for. Afterwards:
+files of this machine but the service's own. Afterwards:
 
   journalctl -u servercontrol              its log
   sudo cat /var/lib/servercontrol/token    its token
@@ -11255,9 +11253,7 @@ def describe_option(option: str, row: Sequence[Any]) -> Fields:
         return {"action": "store_true", "help": text}
     if not option.startswith("-"):
         return {"nargs": "*", "metavar": metavar, "help": text}
-    told: Fields = (
-        {"choices": check} if isinstance(check, tuple) else {"type": check, "metavar": metavar}
-    )
+    told = {"choices" if isinstance(check, tuple) else "type": check, "metavar": metavar}
     default: Any = getattr(Config, option[2:].replace("-", "_"), None)
     if len(row) > 3:
         told["default"] = default = row[3]
@@ -11306,10 +11302,9 @@ OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "
 def read_environment(environ: Mapping[str, str]) -> list[str]:
     """Return the environment twins as options. Raises ConfigError."""
     arguments: list[str] = []
-    for twin, one in TWINS.items():
-        if twin not in environ:
-            continue
-        option, value = "--" + one.name.replace("_", "-"), environ[twin]
+    for twin in sorted(TWINS.keys() & environ.keys()):
+        one, value = TWINS[twin], environ[twin]
+        option = "--" + one.name.replace("_", "-")
         if isinstance(one.default, bool):
             if value.lower() not in FLAG_ON + FLAG_OFF:
                 raise ConfigError(f"{twin}: {value!r} is neither 1 nor 0")
@@ -11328,8 +11323,8 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if argv and argv[0] == "serve":
         argv = argv[1:]
     elif argv and not argv[0].startswith("-"):
-        start = "; did you mean serve?" if argv[0] in ("start", "run") else ""
-        hint = start or suggest(argv[0], [*SYNTAX, "help"])
+        meant = "serve" if argv[0] in ("start", "run") else argv[0]
+        hint = suggest(meant, [*SYNTAX, "help"])
         raise ConfigError(f"{argv[0]!r} is no command{hint} (see --help)")
     given = parse_given(argv)
     try:
@@ -11369,9 +11364,8 @@ def load_tls(config: Config, log: Log) -> TlsFiles | None:
     """Raises ConfigError."""
     if not config.has_tls:
         return None
-    # asyncio would have 256 KiB per connection; a TLS record has 16.
-    if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):  # Python 3.11 and newer
-        asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
+    # Python 3.11 and newer would have 256 KiB per connection; a TLS record has 16.
+    asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
     try:
         return TlsFiles(config.tls_cert, config.tls_key, log)
     except (OSError, ValueError) as error:
@@ -11410,7 +11404,7 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
     elif needs_token(config, listeners):
         who, page = "whoever has the token", f"#token={tokens.run}"
         option = f"-H 'Authorization: Bearer {tokens.run}' "
-    lines = {
+    facts = {
         "page": f"{http}/{page}",
         "run": f"curl {option}-d 'date' -N '{http}/exec?follow'",
         "watch": f"{ws}/",
@@ -11418,8 +11412,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
         "token": tokens.run_file or "",
         "stop": "Ctrl-C",
     }
-    shown = [f"  {name:8} {text}" for name, text in lines.items() if text]
-    print("\n".join([f"ServerControl {__version__}", *shown]), flush=True)
+    lines = [f"  {name:8} {text}" for name, text in facts.items() if text]
+    print(f"ServerControl {__version__}", *lines, sep="\n", flush=True)
 
 
 def reset_signals() -> bool:
@@ -11433,14 +11427,6 @@ def reset_signals() -> bool:
     # If SIGCHLD is ignored, the kernel reaps the children, and their exit codes are lost.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return signal.SIGHUP not in ignored
-
-
-def open_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed, a socket would get the number, and then the log."""
-    fd = -1
-    while fd < 3:
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
 
 
 def watch_signals(server: Server, hears_hangup: bool) -> asyncio.Future[str]:
@@ -11518,34 +11504,30 @@ def verify_audit(argv: Sequence[str]) -> int:
     return 0 if is_whole else 1
 
 
-def find_hosts_file() -> str:
+def read_hosts() -> tuple[str, list[Target]]:
+    """Return the path of the list, and its servers. Raises ConfigError."""
+    named = os.environ.get("SERVERCONTROL_HOSTS", "")
     folder = find_own_folder(os.environ, "XDG_CONFIG_HOME", "~/.config")
-    return os.environ.get("SERVERCONTROL_HOSTS") or os.path.join(folder, "hosts")
-
-
-def read_hosts() -> list[Target]:
-    """Return the listed servers. Raises ConfigError."""
-    path = find_hosts_file()
-    if not os.path.isabs(path) and not os.environ.get("SERVERCONTROL_HOSTS"):  # no home folder
-        return []
+    path = named or os.path.join(folder, "hosts")
+    listed: list[Target] = []
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return list(parse_hosts(file.read(), path).values())
-    except FileNotFoundError:
-        return []
+        if named or os.path.isabs(path):  # else there is no home folder
+            with suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
+                listed = list(parse_hosts(file.read(), path).values())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from None
+    return path, listed
 
 
 def choose_targets(given: argparse.Namespace) -> list[Target]:
     """Return the servers that a command is for. Raises ConfigError."""
-    listed = read_hosts()
+    path, listed = read_hosts()
     if given.all:
         if given.server or given.token_file:
             raise ConfigError("--all: takes the listed servers with their own tokens, nothing else")
         if not listed:
-            hint = f"write lines `name url [token-file]` to {find_hosts_file()}"
-            raise ConfigError(f"--all: no server is listed; {hint} (discover --hosts prints some)")
+            hint = f"write lines `name url [token-file]` to {path} (discover --hosts prints some)"
+            raise ConfigError(f"--all: no server is listed; {hint}")
         return listed
     # For servers that are not listed with a token.
     token = os.environ.get("SERVERCONTROL_TOKEN") or None
@@ -11585,18 +11567,16 @@ def exec_command(argv: Sequence[str]) -> int:
     targets = choose_targets(given)
     if given.tty and len(targets) > 1:
         raise ConfigError("--tty: a terminal is of one server")
-    command = words[0] if len(words) == 1 else shlex.join(words)
+    places = min(len(targets), given.parallel)
+    window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // places)
+    fields: Fields = {"timeout": given.timeout, "stdin": given.stdin, "window": window}
     try:
-        fields: Fields = {"cmd": check_command(command), "timeout": given.timeout}
+        fields["cmd"] = check_command(words[0] if len(words) == 1 else shlex.join(words))
     except CommandError as error:
         raise ConfigError(f"exec: {error.message}") from None
     if given.tty:
         cols, rows = read_terminal_size(0)
         fields.update(tty=True, cols=cols, rows=rows)
-    if given.stdin:
-        fields["stdin"] = True
-    places = min(len(targets), given.parallel)
-    fields["window"] = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // places)
 
     async def run() -> int:
         execution = Execution(Report(targets, fields, given.fold), places, given.all)
@@ -11610,7 +11590,7 @@ async def watch_once(monitor: Monitor) -> None:
     watching = asyncio.ensure_future(monitor.run())
     end = time.monotonic() + ONCE_SECONDS
     while time.monotonic() < end and any(
-        one.state is ServerState.CONNECTING or (one.state is ServerState.UP and not one.stats)
+        one.state in (ServerState.CONNECTING, ServerState.UP) and not one.stats
         for one in monitor.all
     ):
         await asyncio.sleep(0.02)
@@ -11630,7 +11610,7 @@ async def watch(monitor: Monitor, screen: Screen | None) -> None:
 def monitor_command(argv: Sequence[str]) -> int:
     """Return the exit status."""
     given = build_parser("monitor").parse_args(argv)
-    if not given.server and not given.token_file and read_hosts():
+    if not given.server and not given.token_file and read_hosts()[1]:
         given.all = True
     targets = choose_targets(given)
     if given.log in ("", "-"):  # perhaps an unset variable
@@ -11670,8 +11650,8 @@ def monitor_command(argv: Sequence[str]) -> int:
 
 def list_new(found: Sequence[Fields]) -> str:
     """Return lines for those that are not listed yet; say on stderr what to do next."""
-    listed, folder = read_hosts(), os.path.dirname(find_hosts_file())
-    urls = {target.url for target in listed}
+    path, listed = read_hosts()
+    folder, urls = os.path.dirname(path), {target.url for target in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
@@ -11692,7 +11672,7 @@ def discover_command(argv: Sequence[str]) -> int:
     twin = os.environ.get("SERVERCONTROL_DISCOVERY_PORT")
     options = [f"--discovery-port={twin}"] if twin else []
     given = build_parser("discover").parse_args([*options, *argv])
-    formats: dict[str, Callable[[Sequence[Fields]], str]] = {
+    formats = {
         "json": to_json,
         "prometheus": format_prometheus,
         "ansible": format_ansible,
@@ -11719,8 +11699,7 @@ def discover_command(argv: Sequence[str]) -> int:
 
 
 UNIT = """\
-# Printed by `servercontrol.py unit`, for /etc/systemd/system/servercontrol.service. To change it:
-# systemctl edit servercontrol
+# Printed by `servercontrol.py unit`. To change it: systemctl edit servercontrol
 [Unit]
 Description=ServerControl: runs commands on this server and shows them live
 {order}
@@ -11735,8 +11714,8 @@ Restart=on-failure
 RestartSec=2
 # 2 is a bad option or token file, which no restart mends.
 RestartPreventExitStatus=2
-# The server ends its tasks itself, within 8 s; then what they have left behind is killed, also
-# after a crash. What shall outlive the service is started by systemd-run.
+# The server ends its tasks within 8 s; then all that they left behind is killed, also after a
+# crash. Start by systemd-run what shall outlive the service.
 KillMode=mixed
 TimeoutStopSec=10
 # A command that takes all the memory is killed alone.
@@ -11805,17 +11784,13 @@ SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 # the access of others to files that commands make
 UMask=0077
-{monitor}"""
-# With commands, these lines would break everyday ones.
+"""
+# JITs (Node, Java) would not run with these lines; ps and top would see no other account.
 UNIT_MONITOR = """\
 # Nothing is run (--no-exec), so that this costs nothing as well:
 MemoryDenyWriteExecute=yes
 ProtectProc=invisible
 SystemCallFilter=~@privileged @resources
-"""
-UNIT_NO_MONITOR = """\
-# Not here: MemoryDenyWriteExecute=yes (Node, Java, other JITs), ProtectProc=invisible (ps and top
-# see no other account), IPAddressDeny=any (the network).
 """
 UNIT_ORDER = """\
 # An address beyond loopback must be there before it can be listened on.
@@ -11827,7 +11802,7 @@ UNIT_OWN_STATE = """\
 """
 UNIT_ACCOUNT = """\
 # Its commands may do what the account may. A sandbox would break them (sudo, package managers,
-# mount, containers) and protect nothing. Without --user, or with --no-exec, there is one.
+# mount, containers) and protect nothing.
 User={user}
 WorkingDirectory=-~
 """
@@ -11841,13 +11816,13 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 
 
 def quote_word(text: str) -> str:
-    """For ExecStart= (systemd.syntax(7), QUOTING; systemd.unit(5), %; systemd.service(5), $)."""
+    """For ExecStart= (systemd.syntax(7), QUOTING; also % and $). Raises ConfigError."""
+    if not text.isprintable():
+        raise ConfigError(f"{text!r} cannot stand in a unit")
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
         return text
     escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%").replace("$", "$$")
-    pairs = ((c, c.encode("utf-8", "surrogateescape")) for c in escaped)
-    shown = (c if c.isprintable() else "".join(f"\\x{one:02x}" for one in raw) for c, raw in pairs)
-    return f'"{"".join(shown)}"'
+    return f'"{escaped}"'
 
 
 def is_missing(path: str) -> bool:
@@ -11858,7 +11833,7 @@ def is_missing(path: str) -> bool:
 
 
 def format_serve_options(
-    argv: Sequence[str], is_sandboxed: bool, hands_over: bool
+    argv: Sequence[str], is_sandboxed: bool, uid: int
 ) -> tuple[list[str], str, list[str]]:
     """Return words of ExecStart=, lines for files that are handed over, and what will not work."""
     words: list[str] = []
@@ -11874,7 +11849,7 @@ def format_serve_options(
             doubts.append(f"{option}: there is no file {value}")
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
-        if is_read and hands_over:
+        if is_read and (is_sandboxed or uid):
             # The account gets a copy that it can read (systemd 247; %d needs 250).
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
@@ -11928,29 +11903,13 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
     bind = ""
     if is_hidden(script):
         # A colon would separate source and target, and here $ begins no variable.
-        if re.search("[:$]", script) or not script.isprintable():
+        if re.search("[:$]", script):
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
         bind += f"BindReadOnlyPaths={quote_word(script)}\n"
-    monitor = UNIT_MONITOR if config.no_exec else UNIT_NO_MONITOR
     who = UNIT_DYNAMIC_USER if account is None else f"User={account.pw_name}\n"
-    sandbox = UNIT_SANDBOX.format(bind=bind, capabilities=capability, monitor=monitor)
-    return who + UNIT_STATE + sandbox + ambient
-
-
-def find_doubts(is_sandboxed: bool, uid: int, script: str) -> list[str]:
-    """Return what will not work, or is not safe, because of where the script lies."""
-    is_bound = is_sandboxed and is_hidden(script)  # its folders' rights do not matter then
-    is_readable = os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)
-    found = [os.stat(path) for path in (script, os.path.dirname(script))]
-    doubts = []
-    if script.startswith(EMPTIED_FOLDERS):
-        doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
-    if not is_readable:
-        doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
-    if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
-        doubts.append(f"not only root can change {script}, and so what this service does")
-    return doubts
+    sandbox = UNIT_SANDBOX.format(bind=bind, capabilities=capability)
+    return who + UNIT_STATE + sandbox + (UNIT_MONITOR if config.no_exec else "") + ambient
 
 
 def unit_command(argv: Sequence[str]) -> int:
@@ -11967,7 +11926,7 @@ def unit_command(argv: Sequence[str]) -> int:
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
     python, reason = choose_python(is_sandboxed, uid)
-    words, credentials, doubts = format_serve_options(rest, is_sandboxed, is_sandboxed or uid != 0)
+    words, credentials, doubts = format_serve_options(rest, is_sandboxed, uid)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
@@ -11977,7 +11936,15 @@ def unit_command(argv: Sequence[str]) -> int:
         account=format_account(config, account, script),
     )
     write_output(unit.encode())
-    for doubt in [*find_doubts(is_sandboxed, uid, script), *doubts]:
+    if script.startswith(EMPTIED_FOLDERS):
+        doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
+    is_bound = is_sandboxed and is_hidden(script)  # its folders' rights do not matter then
+    if not (os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)):
+        doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
+    found = [os.stat(path) for path in (script, os.path.dirname(script))]
+    if any(one.st_uid not in (0, uid) or one.st_mode & 0o022 for one in found):
+        doubts.append(f"not only root can change {script}, and so what this service does")
+    for doubt in doubts:
         write_note(f"warning: {doubt}")
     if os.isatty(2):
         write_without_waiting(2, SYNTAX["unit"][1].encode())
@@ -11996,7 +11963,10 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main() -> int:
     """Return the exit status."""
-    open_standard_descriptors()
+    fd = -1
+    while fd < 3:  # where 0, 1 or 2 is closed, a socket would get the number, and then the log
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
     argv = sys.argv[1:] or ["serve"]
     if argv[0] == "help":
         argv = [argv[1] if argv[1:] and argv[1] in SYNTAX else "serve", "--help"]
