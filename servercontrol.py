@@ -10950,13 +10950,12 @@ class Page:
 # 19. Command line ────────────────────────────────────────────────────────────────────────────
 # From options and environment to a Config, to the objects in their order, to the exit status.
 
-SIZE = re.compile(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?")
 FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def parse_size(text: str) -> int:
     """Return bytes, of 512K, 8M, 1GiB and the like."""
-    match = SIZE.fullmatch(text)
+    match = re.fullmatch(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
     return int(match[1]) * int(1024 ** " kmg".index(match[2].lower() or " "))
@@ -11797,9 +11796,6 @@ UNIT_ORDER = """\
 After=network-online.target
 Wants=network-online.target
 """
-UNIT_OWN_STATE = """\
-# The tokens and the audit log are in its home, in .local/state/servercontrol, as without systemd.
-"""
 UNIT_ACCOUNT = """\
 # Its commands may do what the account may. A sandbox would break them (sudo, package managers,
 # mount, containers) and protect nothing.
@@ -11825,13 +11821,6 @@ def quote_word(text: str) -> str:
     return f'"{escaped}"'
 
 
-def is_missing(path: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError as error:
-        return not isinstance(error, PermissionError)  # then it may be there
-
-
 def format_serve_options(
     argv: Sequence[str], is_sandboxed: bool, uid: int
 ) -> tuple[list[str], str, list[str]]:
@@ -11845,8 +11834,8 @@ def format_serve_options(
         is_written = name in ("unix", "audit_log") and value not in ("", "-", "none")
         if is_read or is_written or name == "shell" and "/" in value:
             value = os.path.abspath(value)  # a service starts in `/`
-        if is_read and is_missing(value):
-            doubts.append(f"{option}: there is no file {value}")
+        if is_read and not os.path.isfile(value):
+            doubts.append(f"{option}: no file can be seen at {value}")
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
         if is_read and (is_sandboxed or uid):
@@ -11899,7 +11888,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         home, uid = account.pw_dir, account.pw_uid
         has_home = os.path.isdir(home) and os.stat(home).st_uid == uid
         text = UNIT_ACCOUNT.format(user=account.pw_name)
-        return text + (UNIT_OWN_STATE if has_home else UNIT_STATE) + (ambient if uid else "")
+        return text + ("" if has_home else UNIT_STATE) + (ambient if uid else "")
     bind = ""
     if is_hidden(script):
         # A colon would separate source and target, and here $ begins no variable.
