@@ -172,7 +172,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
     Fields = dict[str, Any]  # of a JSON object, by name
     Kinds = frozenset[str] | None  # of events, or task ids; None is all
     Publish = Callable[..., Fields]  # Viewers.publish
-    Options = dict[str, dict[str, tuple[Any, ...]]]  # the rows of section 19
+    Options = dict[str, tuple[Any, ...]]  # the rows of section 19
     Command = Callable[["Server", "Viewer", Fields], "Fields | None"]
 
 __version__ = "0.1.0"
@@ -11036,49 +11036,45 @@ class OneLineParser(argparse.ArgumentParser):
         write_output(self.format_help().encode())
 
 
-# Group -> option -> (help; check of the value, or the allowed values; placeholder; default, if not
-# that of Config). One that has only help is a flag. One whose default is several may be repeated.
+# Option -> (help; check of the value, or the allowed values; placeholder; default, if not that of
+# Config). One that has only help is a flag. One whose default is several may be repeated. What has
+# nothing is the title of a group.
 OPTIONS: Options = {
-    "where to listen": {
-        "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
-        "--port": ("HTTP port; 0 is any", parse_port, "N"),
-        "--ws-port": ("WebSocket port; both ports speak both protocols", parse_port, "N"),
-        "--discovery-port": ("UDP port for discovery", parse_port, "N"),
-        "--no-discovery": ("answer no discovery probes",),
-        "--unix": ("listen on this Unix socket too, for this account", str, "PATH"),
-        "--tls-cert": ("https and wss with this certificate chain (PEM)", str, "FILE"),
-        "--tls-key": ("its private key, if that is not in the same file", str, "FILE"),
-    },
-    "who may connect": {
-        "--token-file": ("has the token of the role run (default: made and kept)", str, "FILE"),
-        "--view-token-file": ("has the token of the role view, which only watches", str, "FILE"),
-        "--require-token": ("ask for it on loopback too",),
-        "--no-auth": ("let everybody in who can connect: they own this account!",),
-        "--no-exec": ("monitor only: nothing can be run or killed",),
-        "--allow-origin": ("let pages of https://example.org in", parse_origin, "ORIGIN"),
-        "--allow-host": ("serve requests for this Host name too", str, "HOST"),
-    },
-    "statistics and alerts": {
-        "--interval": ("between two stats_update", parse_number(0.05, 3600), "SECONDS"),
-        "--cpu-alert": ("alert above this CPU usage", parse_percent, "PERCENT"),
-        "--alert-cooldown": ("at most one alert in this time", parse_number(0, 1e9), "SECONDS"),
-        "--alert-for": ("usage must stay above for so long", parse_number(0, 1e9), "SECONDS"),
-        "--alert-webhook": ("gets each alert as a POST of JSON", parse_webhook_option, "URL"),
-    },
-    "tasks": {
-        "--shell": ("runs commands as PATH -c COMMAND", str, "PATH"),
-        "--max-tasks": ("running at once", parse_count, "N"),
-        "--keep-output": ("output kept per task", parse_size, "SIZE"),
-        "--keep-tasks": ("finished tasks kept", parse_count, "N"),
-    },
-    "running": {
-        "--audit-log": ("who did what; none, - for stderr (default: state folder)", str, "FILE"),
-        "--max-clients": ("open connections at once", parse_count, "N"),
-        "--compress": ("WebSocket messages; auto: beyond this machine", ("auto", "on", "off")),
-        "--loop": ("event loop; auto: uvloop if installed", ("auto", "asyncio", "uvloop")),
-        "--log-format": ("of the log on stderr", ("text", "json")),
-        "--log-level": ("what is logged", LEVELS),
-    },
+    "where to listen": (),
+    "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
+    "--port": ("HTTP port; 0 is any", parse_port, "N"),
+    "--ws-port": ("WebSocket port; both ports speak both protocols", parse_port, "N"),
+    "--discovery-port": ("UDP port for discovery", parse_port, "N"),
+    "--no-discovery": ("answer no discovery probes",),
+    "--unix": ("listen on this Unix socket too, for this account", str, "PATH"),
+    "--tls-cert": ("https and wss with this certificate chain (PEM)", str, "FILE"),
+    "--tls-key": ("its private key, if that is not in the same file", str, "FILE"),
+    "who may connect": (),
+    "--token-file": ("has the token of the role run (default: made and kept)", str, "FILE"),
+    "--view-token-file": ("has the token of the role view, which only watches", str, "FILE"),
+    "--require-token": ("ask for it on loopback too",),
+    "--no-auth": ("let everybody in who can connect: they own this account!",),
+    "--no-exec": ("monitor only: nothing can be run or killed",),
+    "--allow-origin": ("let pages of https://example.org in", parse_origin, "ORIGIN"),
+    "--allow-host": ("serve requests for this Host name too", str, "HOST"),
+    "statistics and alerts": (),
+    "--interval": ("between two stats_update", parse_number(0.05, 3600), "SECONDS"),
+    "--cpu-alert": ("alert above this CPU usage", parse_percent, "PERCENT"),
+    "--alert-cooldown": ("at most one alert in this time", parse_number(0, 1e9), "SECONDS"),
+    "--alert-for": ("usage must stay above for so long", parse_number(0, 1e9), "SECONDS"),
+    "--alert-webhook": ("gets each alert as a POST of JSON", parse_webhook_option, "URL"),
+    "tasks": (),
+    "--shell": ("runs commands as PATH -c COMMAND", str, "PATH"),
+    "--max-tasks": ("running at once", parse_count, "N"),
+    "--keep-output": ("output kept per task", parse_size, "SIZE"),
+    "--keep-tasks": ("finished tasks kept", parse_count, "N"),
+    "running": (),
+    "--audit-log": ("who did what; none, - for stderr (default: state folder)", str, "FILE"),
+    "--max-clients": ("open connections at once", parse_count, "N"),
+    "--compress": ("WebSocket messages; auto: beyond this machine", ("auto", "on", "off")),
+    "--loop": ("event loop; auto: uvloop if installed", ("auto", "asyncio", "uvloop")),
+    "--log-format": ("of the log on stderr", ("text", "json")),
+    "--log-level": ("what is logged", LEVELS),
 }
 SERVERS_HELP = """\
 A server is host, host:port, a URL, the path of a Unix socket, or a name in the
@@ -11092,7 +11088,7 @@ path. For servers without one, --token-file or SERVERCONTROL_TOKEN. The server
 keeps its token in ~/.local/state/servercontrol/token, as a service in
 /var/lib/servercontrol/token. A token goes to its own server and nowhere else.
 """
-SERVERS: dict[str, tuple[Any, ...]] = {
+SERVERS: Options = {
     "server": ("(default: localhost; monitor: all that are listed)", str, "SERVER"),
     "--all": ("every listed server",),
     "--token-file": ("token of the servers that are named, if not listed with one", str, "FILE"),
@@ -11139,17 +11135,14 @@ Exit status: 0 if a server answered, else 1.
   discover --ansible > servers.yml                    for ansible -i servers.yml
 """,
         {
-            "": {
-                "--at": ("ask this host or broadcast address too", str, "ADDRESS", []),
-                "--timeout": ("how long to wait", parse_number(0.1, 60), "SECONDS", 2.0),
-                "--discovery-port": ("UDP port", parse_port, "N", Config.discovery_port),
-            },
-            "instead of a table": {
-                "--json": ("a list of objects",),
-                "--prometheus": ("a list for Prometheus' file_sd_configs",),
-                "--ansible": ("an inventory for Ansible",),
-                "--hosts": ("lines for the list of servers, of those that are new",),
-            },
+            "--at": ("ask this host or broadcast address too", str, "ADDRESS", []),
+            "--timeout": ("how long to wait", parse_number(0.1, 60), "SECONDS", 2.0),
+            "--discovery-port": ("UDP port", parse_port, "N", Config.discovery_port),
+            "instead of a table": (),
+            "--json": ("a list of objects",),
+            "--prometheus": ("a list for Prometheus' file_sd_configs",),
+            "--ansible": ("an inventory for Ansible",),
+            "--hosts": ("lines for the list of servers, of those that are new",),
         },
     ),
     "exec": (
@@ -11173,14 +11166,12 @@ terminal; the server's page shows it and can stop it.
 Output is text: send binary files by base64.
 """,
         {
-            "": {
-                **SERVERS,
-                "--tty": ("in a terminal, with your keyboard",),
-                "--stdin": ("send your standard input to the command",),
-                "--timeout": ("then it is stopped; 0 is never", parse_timeout, "SECONDS", 0.0),
-                "--fold": ("show equal outputs once, at the end",),
-                "--parallel": ("servers at a time", parse_count, "N", 100),
-            }
+            **SERVERS,
+            "--tty": ("in a terminal, with your keyboard",),
+            "--stdin": ("send your standard input to the command",),
+            "--timeout": ("then it is stopped; 0 is never", parse_timeout, "SECONDS", 0.0),
+            "--fold": ("show equal outputs once, at the end",),
+            "--parallel": ("servers at a time", parse_count, "N", 100),
         },
     ),
     "monitor": (
@@ -11202,13 +11193,11 @@ Keys: q quits; c, n, s sort by CPU, name, state; arrows and PgUp, PgDn scroll.
 Exit status: 0; of --once 1 if a server is not up.
 """,
         {
-            "": {
-                **SERVERS,
-                "--log": ("append every task, JSON lines", str, "FILE"),
-                "--cpu-alert": ("else what each server was told", parse_percent, "PERCENT", None),
-                "--json": ("events as JSON lines",),
-                "--once": ("one look, as a table or JSON",),
-            }
+            **SERVERS,
+            "--log": ("append every task, JSON lines", str, "FILE"),
+            "--cpu-alert": ("else what each server was told", parse_percent, "PERCENT", None),
+            "--json": ("events as JSON lines",),
+            "--once": ("one look, as a table or JSON",),
         },
     ),
     "unit": (
@@ -11234,13 +11223,13 @@ files of this machine but the service's own. Afterwards:
 
 With --user the token is in ~/.local/state/servercontrol of that account.
 """,
-        {"": {"--user": ("run as this account, without a sandbox", str, "NAME")}},
+        {"--user": ("run as this account, without a sandbox", str, "NAME")},
     ),
     "verify-audit": (
         "verify-audit [FILE...]",
         "Say whether the chain of hashes in an audit log holds, and where it breaks.",
         "Exit status: 0 when it holds, 1 when it does not or cannot be read.",
-        {"": {"file": ("oldest first (default: the log of this account)", str, "FILE")}},
+        {"file": ("oldest first (default: the log of this account)", str, "FILE")},
     ),
 }
 
@@ -11278,10 +11267,12 @@ def build_parser(command: str) -> OneLineParser:
     )
     if command == "serve":
         parser.add_argument("--version", action="version", version=f"servercontrol {__version__}")
-    for title, rows in options.items():
-        group = parser.add_argument_group(title) if title else parser
-        for option, row in rows.items():
+    group: Any = parser
+    for option, row in options.items():
+        if row:
             group.add_argument(option, **describe_option(option, row))
+        else:
+            group = parser.add_argument_group(option)
     return parser
 
 
@@ -11584,24 +11575,19 @@ def exec_command(argv: Sequence[str]) -> int:
     return asyncio.run(run())
 
 
-async def watch_once(monitor: Monitor) -> None:
-    """Run until every server is known, for at most ONCE_SECONDS."""
-    watching = asyncio.ensure_future(monitor.run())
-    end = time.monotonic() + ONCE_SECONDS
-    while time.monotonic() < end and any(
-        one.state in (ServerState.CONNECTING, ServerState.UP) and not one.stats
-        for one in monitor.all
-    ):
-        await asyncio.sleep(0.02)
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
-
-
-async def watch(monitor: Monitor, screen: Screen | None) -> None:
-    """Run until a signal or a key."""
+async def watch(monitor: Monitor, screen: Screen | None, once: bool) -> None:
+    """Run until a signal or a key. once: until all servers are known, at most ONCE_SECONDS."""
     watching = asyncio.gather(monitor.run(), *([screen.run()] if screen else []))
     if screen is not None:
         screen.leave = watching.cancel
+    if once:
+        unknown = ServerState.CONNECTING, ServerState.UP
+        end = time.monotonic() + ONCE_SECONDS
+        while time.monotonic() < end and any(
+            one.state in unknown and not one.stats for one in monitor.all
+        ):
+            await asyncio.sleep(0.02)
+        watching.cancel()
     with suppress(asyncio.CancelledError):
         await with_signals(lambda _: watching.cancel(), watching)
 
@@ -11623,7 +11609,7 @@ def monitor_command(argv: Sequence[str]) -> int:
 
     everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
     monitor, screen = Monitor(everybody, log), Screen(everybody, log) if is_live else None
-    asyncio.run(watch_once(monitor) if given.once else watch(monitor, screen))
+    asyncio.run(watch(monitor, screen, given.once))
     lines.output.finish()
     if not given.once:
         return 0
