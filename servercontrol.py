@@ -11961,9 +11961,7 @@ def main() -> int:
     except ServerControlError as error:
         if isinstance(error, OutputError) and error.is_closed:
             return 128 + signal.SIGPIPE
-        with suppress(OSError):
-            told = f"servercontrol.py: {error}\n".encode("utf-8", "backslashreplace")
-            write_all(2, bytearray(told))
+        write_note(str(error))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:  # asyncio restores Python's own handler
         return 128 + signal.SIGINT if take else 1

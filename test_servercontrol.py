@@ -8460,7 +8460,7 @@ class TestExec:
     def test_names_a_bad_option(self, arguments: list[str], told: str) -> None:
         finished = run_client(*arguments)
         assert (finished.returncode, finished.stdout) == (2, b"")
-        assert finished.stderr.decode().startswith(f"servercontrol.py: {told}")
+        assert finished.stderr.decode().startswith(f"servercontrol: {told}")
         assert finished.stderr.count(b"\n") == 1
 
     def test_list_may_have_comments_and_a_broken_token(self, place: str, tmp_path: Path) -> None:
@@ -8493,7 +8493,7 @@ class TestExec:
 
     def test_names_a_bad_list(self, tmp_path: Path) -> None:
         hosts = write_hosts(tmp_path, "a b:1\n\na b:1")
-        told = f"servercontrol.py: {hosts}: line 3: 'a' stands in line 1 "
+        told = f"servercontrol: {hosts}: line 3: 'a' stands in line 1 "
         check_command(2, told, "exec", "a", "--", "x", SERVERCONTROL_HOSTS=hosts)
 
     def test_sends_input(self, place: str, both: Any, tmp_path: Path) -> None:
@@ -8517,7 +8517,7 @@ class TestExec:
             assert finished.returncode in INTERRUPTED
             told = b"its input is not complete (bad file descriptor); stopping it"
             assert told in finished.stderr
-            told = "servercontrol.py: standard input: Bad file descriptor\n"
+            told = "servercontrol: standard input: Bad file descriptor\n"
             check_command(1, told, "exec", *both, "--stdin", "--", "cat", stdin=unreadable)
         closed = f"exec '{sys.executable}' '{SCRIPT}' exec {place} --stdin -- wc -c <&-"
         assert subprocess.run(closed, shell=True, stdout=-1, timeout=60).stdout == b"0\n"
@@ -8576,7 +8576,7 @@ class TestExec:
     )
     def test_says_that_the_disk_is_full(self, place: str, words: tuple[str, ...]) -> None:
         words = tuple(place if word == "PLACE" else word for word in words)
-        told = "servercontrol.py: standard output: No space left"
+        told = "servercontrol: standard output: No space left"
         with open("/dev/full", "wb") as full:
             check_command(1, told, *words, streams={"stdout": full})
 
@@ -9258,7 +9258,7 @@ class TestDiscover:
             assert len(sc.probe_network(["127.0.0.1"], port, 0.5)) == 20
 
     def test_names_a_bad_variable(self) -> None:
-        told = "servercontrol.py: --discovery-port: 'x' is not a port"
+        told = "servercontrol: --discovery-port: 'x' is not a port"
         check_command(2, told, "discover", SERVERCONTROL_DISCOVERY_PORT="x")
 
     def test_says_that_nobody_is_there(self) -> None:
