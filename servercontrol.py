@@ -10954,7 +10954,7 @@ FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def parse_size(text: str) -> int:
-    """Return bytes, of 512K, 8M, 1GiB and the like."""
+    """Return the bytes of 512K, 8M, 1GiB and the like."""
     match = re.fullmatch(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
@@ -10965,10 +10965,9 @@ def parse_number(low: float, high: float, whole: str = "") -> Callable[[str], An
     """Return a check for argparse. whole: what to call a number that has only digits."""
 
     def parse(text: str) -> float:
-        try:
+        value = math.nan
+        with suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
         if not low <= value <= high or whole and not DIGITS.fullmatch(text):
             what = whole or f"a number, {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
@@ -11255,7 +11254,7 @@ def describe_option(option: str, row: Sequence[Any]) -> Fields:
 
 
 def build_parser(command: str) -> OneLineParser:
-    """The result of that of `serve` has no attributes for absent options."""
+    """For `serve`, its result has no attributes for absent options."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -11689,7 +11688,7 @@ UNIT = """\
 Description=ServerControl: runs commands on this server and shows them live
 {order}
 [Service]
-# {reason}.
+# The Python that printed this, or the system's where the service's account cannot run that one.
 # -I: nothing is imported from the folder of the file, a home, or PYTHON* variables.
 ExecStart={command}
 Type=notify
@@ -11770,7 +11769,7 @@ SystemCallErrorNumber=EPERM
 # the access of others to files that commands make
 UMask=0077
 """
-# JITs (Node, Java) would not run with these lines; ps and top would see no other account.
+# With commands: no JIT (Node, Java) would run, and ps would see no other account.
 UNIT_MONITOR = """\
 # Nothing is run (--no-exec), so that this costs nothing as well:
 MemoryDenyWriteExecute=yes
@@ -11854,15 +11853,12 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
     )
 
 
-def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
-    """Return the interpreter, and why it is that one."""
+def choose_python(is_sandboxed: bool, uid: int) -> str:
     python = os.path.abspath(sys.executable)
     # ExecStart= may not begin with these, however they are quoted.
     is_fit = python.isprintable() and not re.search(r"[$\"'\\]", python)
     is_seen = os.path.isfile(python) and not (is_sandboxed and is_hidden(python))
-    if is_fit and is_seen and is_permitted(python, uid, 1):
-        return python, "The Python that printed this"
-    return "/usr/bin/python3", "The system's: the service's account cannot run what printed this"
+    return python if is_fit and is_seen and is_permitted(python, uid, 1) else "/usr/bin/python3"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
@@ -11900,12 +11896,11 @@ def unit_command(argv: Sequence[str]) -> int:
     script = os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
-    python, reason = choose_python(is_sandboxed, uid)
+    python = choose_python(is_sandboxed, uid)
     words, credentials, doubts = format_serve_options(rest, is_sandboxed, uid)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
-        reason=reason,
         command=" ".join([*map(quote_word, (python, "-I", script)), *words]),
         credentials=credentials,
         account=format_account(config, account, script),
@@ -11926,7 +11921,7 @@ def unit_command(argv: Sequence[str]) -> int:
     return 0
 
 
-# Each but `serve`.
+# All but `serve`.
 COMMAND_LINES: dict[str, Callable[[Sequence[str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
@@ -11954,10 +11949,8 @@ def main() -> int:
         log = Log(config.log_format, config.log_level)
         has_uvloop = uvloop is not None and config.loop != "asyncio"
         loop = uvloop.new_event_loop() if has_uvloop else asyncio.new_event_loop()
-        try:
+        with contextlib.closing(loop):
             loop.run_until_complete(serve(config, log))
-        finally:
-            loop.close()
     except ServerControlError as error:
         if isinstance(error, OutputError) and error.is_closed:
             return 128 + signal.SIGPIPE
