@@ -5634,14 +5634,12 @@ class Server:
 
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
-# `exec` uses only HTTP: it reads the output from `?follow`, and after a break continues where that
-# ended; a Control sends everything else. `monitor` has a Link to each server: one WebSocket
-# connection, which after a break continues with `since`. So nothing is lost or doubled, or the gap
-# is named. Whatever asks a server something raises UnreachableError.
+# `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
+# a Link to each server: one WebSocket. After a break both continue where they ended, so nothing is
+# lost or doubled, or the gap is named. Whatever asks a server something raises UnreachableError.
 #
-# A token is sent only to a server that is listed with it, or that is named together with
-# --token-file or SERVERCONTROL_TOKEN; never to one that has merely answered a probe. Text from
-# others is shown without control characters.
+# A token goes only to a server that is listed with it, or named with --token-file or
+# SERVERCONTROL_TOKEN; never to one that merely answered a probe. Text of others is cleaned.
 
 
 Result = TypeVar("Result")
@@ -5650,10 +5648,9 @@ StreamPair = tuple[Reader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerAddress:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
-
-    token_file: has the token to send; without one, `token` is sent. line: where it is listed.
+    token_file: goes before `token`. line: where it is listed.
     """
 
     name: str
@@ -5667,20 +5664,19 @@ class Target:
     line: str = ""
 
     def read_token(self) -> str | None:
-        """Return the token to send, or None. Raises UnreachableError 401 if it cannot be read."""
-        # For each request, so a corrected file is used at once.
+        """Return the token, or None; from a file as it is now. Raises UnreachableError 401."""
         if not self.token_file:
             return self.token
         try:
             return load_token_file("its token", self.token_file, is_client=True)
         except ConfigError as error:
-            is_there = os.path.lexists(self.token_file)
-            hint = "" if is_there else f"; copy the server's {USUAL_TOKEN_FILE} there"
-            raise UnreachableError(f"{error}{hint}", 401) from None
+            message = str(error)
+            if not os.path.lexists(self.token_file):
+                message += f"; copy the server's {USUAL_TOKEN_FILE} there"
+            raise UnreachableError(message, 401) from None
 
     @property
     def url(self) -> str:
-        """The URL to show, without a slash at its end."""
         if self.unix:
             return f"unix:{self.unix}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -5688,7 +5684,7 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """The value of the Host field (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
+        """For the Host field (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
         return "localhost" if self.unix else re.sub("%[^]]*", "", self.url.split("/")[2])
 
 
@@ -5700,25 +5696,25 @@ SERVER_NAME = re.compile(
 )
 
 
-def parse_target(name: str, text: str) -> Target:
-    """Return the server that a host, URL or socket's path names. Raises ConfigError."""
+def parse_server(name: str, text: str) -> ServerAddress:
+    """Raises ConfigError."""
     path = re.sub("^unix:(//)?", "", text)
     if path and text.startswith(("/", "./", "../", "unix:")):
-        return Target(name, "", 0, unix=path)
+        return ServerAddress(name, "", 0, unix=path)
     match = SERVER_NAME.fullmatch(f"[{text}]" if ":" in text and parse_ip(text) else text)
     scheme, secure, host, digits, path = match.groups("") if match else [""] * 5
     port = int(digits or (443 if secure else 80 if scheme else Config.port))
     if not host or not 0 < port < 65536 or (path and not scheme):
         known = "host, host:port, a URL, a socket's path, or a listed name"
         raise ConfigError(f"{text!r} is no server: say {known}")
-    # %25 stands before an IPv6 zone (RFC 6874, 2).
+    # RFC 6874, 2: %25 stands before a zone.
     host, percent, zone = host.strip("[]").replace("%25", "%").partition("%")
-    return Target(name, host.lower() + percent + zone, port, bool(secure), path.rstrip("/"))
+    return ServerAddress(name, host.lower() + percent + zone, port, bool(secure), path.rstrip("/"))
 
 
-def parse_hosts(text: str, source: str) -> dict[str, Target]:
-    """Return name -> server from lines `name url [token-file]` of a file. Raises ConfigError."""
-    listed: dict[str, Target] = {}
+def parse_hosts(text: str, source: str) -> dict[str, ServerAddress]:
+    """Return name -> server from lines `name url [token-file]`. Raises ConfigError."""
+    listed: dict[str, ServerAddress] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = re.split(r"(?:^|\s)#", line)[0].split(None, 2)
         if not words:
@@ -5729,32 +5725,37 @@ def parse_hosts(text: str, source: str) -> dict[str, Target]:
                 raise ConfigError(f"{name!r} stands in {listed[name].line} already")
             if not url or not "".join(words).isprintable():
                 raise ConfigError(f"{name!r} needs: name url [token-file]")
-            target = parse_target(name, url)
+            server = parse_server(name, url)
         except ConfigError as error:
             raise ConfigError(f"{source}: line {number}: {error}") from None
         path = os.path.join(os.path.dirname(source), os.path.expanduser(token_file.strip()))
         place = f"line {number} of {source}"
-        listed[name] = dataclasses.replace(target, token_file=token_file and path, line=place)
+        listed[name] = dataclasses.replace(server, token_file=token_file and path, line=place)
     return listed
 
 
 def clean_text(text: Any, width: int = 200) -> str:
-    """Return text from a server or prober, made safe for a terminal: one line, printable only."""
+    """Make foreign text safe for a terminal: one line, only printable."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text))
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def encode_request(
-    target: Target, method: str, path: str, body: bytes, version: str, upgrade: Mapping[str, str]
+    server: ServerAddress,
+    method: str,
+    path: str,
+    body: bytes,
+    version: str,
+    upgrade: Mapping[str, str],
 ) -> bytes:
-    """Return a request with the server's token. Raises UnreachableError if that cannot be read."""
-    fields, token = {"Host": target.authority, **upgrade}, target.read_token()
+    """Return a request, with the token."""
+    fields, token = {"Host": server.authority, **upgrade}, server.read_token()
     if token is not None:
         fields["Authorization"] = f"Bearer {token}"
     if method == "POST":  # /exec knows JSON by its first byte
         fields["Content-Type"] = "application/octet-stream"
         fields["Content-Length"] = str(len(body))
-    line = f"{method} {target.path}{path} HTTP/{version}\r\n".encode("latin-1")
+    line = f"{method} {server.path}{path} HTTP/{version}\r\n".encode("latin-1")
     return line + encode_fields(fields.items()) + body
 
 
@@ -5762,25 +5763,25 @@ def foreign_error() -> UnreachableError:
     return UnreachableError("it does not answer like ServerControl", 404)
 
 
-def refused_error(target: Target, status: int, body: bytes) -> UnreachableError:
-    """Return the error for an answer other than 200: the reason, and what to do."""
+def refused_error(server: ServerAddress, status: int, body: bytes) -> UnreachableError:
+    """Return the reason from an answer, or what to do about a token."""
     try:
         message = clean_text(parse_json_object(body)["message"])
     except (CommandError, KeyError):
         message = str(foreign_error())
-    if status == 401 and target.token_file:
-        message += f" (the one in {target.token_file})"
-    elif status == 401 and target.token is None:
+    if status == 401 and server.token_file:
+        message += f" (the one in {server.token_file})"
+    elif status == 401 and server.token is None:
         remedy = "name a file with it by --token-file, or set SERVERCONTROL_TOKEN"
-        if target.line:
-            remedy = f"put it into a file, and the file's name at the end of {target.line}"
+        if server.line:
+            remedy = f"put it into a file, and the file's name at the end of {server.line}"
         message = f"it needs a token: {remedy}. The token is in {TOKEN_PLACES}"
     return UnreachableError(f"{status}: {message}", status)
 
 
 @functools.cache
 def make_client_tls() -> ssl.SSLContext:
-    """Return the client's TLS context. OpenSSL reads the file that SSL_CERT_FILE names."""
+    """OpenSSL reads the file that SSL_CERT_FILE names."""
     if ssl is None:
         raise UnreachableError("this Python was built without OpenSSL")
     context = ssl.create_default_context()
@@ -5789,7 +5790,7 @@ def make_client_tls() -> ssl.SSLContext:
 
 
 def explain_failure(error: Exception) -> str:
-    """Return why a connection failed, in words that help."""
+    """Return why a connection failed, for users."""
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
         own, hint = os.environ.get("SSL_CERT_FILE", ""), "see SSL_CERT_FILE"
         if own and not os.path.isfile(own):  # OpenSSL does not complain about that
@@ -5797,22 +5798,22 @@ def explain_failure(error: Exception) -> str:
         return f"its certificate is not trusted: {error.verify_message} ({hint})"
     if ssl is not None and isinstance(error, ssl.SSLError):
         return "TLS failed (is it http?)"
-    if isinstance(error, (socket.gaierror, UnicodeError)):  # UnicodeError: the name is malformed
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # UnicodeError: a malformed name
         return "no such host"
     number = getattr(error, "errno", None)
     return os.strerror(number).lower() if number else str(error) or "disconnected"
 
 
 async def sleep_about(seconds: float) -> None:
-    """Sleep for about so long, so that after a switch was restarted not all come at once."""
+    """So after a network failure not all clients come at once."""
     await asyncio.sleep(seconds * (0.75 + secrets.randbelow(500) / 1000))
 
 
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
-    """Return a result. Raises UnreachableError if the network fails or is too slow."""
+    """Raises UnreachableError if the network fails or is too slow."""
     # Before Python 3.12 wait_for() may lose a cancellation, and then a client does not end.
     future = asyncio.ensure_future(something)
-    # So asyncio logs no exception that comes too late.
+    # Else asyncio logs an exception that comes too late.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
     try:
         await asyncio.wait({future}, timeout=seconds)
@@ -5826,10 +5827,11 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return what socket.getaddrinfo() does. Raises OSError, UnicodeError."""
-    # In a thread of its own: asyncio has few, and at the end it would wait for a slow answer.
+    """Raises OSError, UnicodeError. In its own thread: asyncio has few, and waits for them at the
+    end.
+    """
     found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
-    found.set_running_or_notify_cancel()  # so it cannot be cancelled before the thread sets it
+    found.set_running_or_notify_cancel()  # so it cannot be cancelled before it is set
 
     def ask() -> None:
         try:
@@ -5845,11 +5847,11 @@ async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
 
 
 async def connect_socket(host: str, port: int) -> socket.socket:
-    """Return a connection to the first address that accepts one. Raises the first OSError."""
+    """Connect to the first address that accepts. Raises the first OSError."""
     failure = None
     for family, kind, protocol, _, address in await look_up(host, port):
         try:
-            with contextlib.ExitStack() as stack:  # closes what is not connected
+            with contextlib.ExitStack() as stack:
                 connection = stack.enter_context(socket.socket(family, kind, protocol))
                 connection.setblocking(False)
                 await asyncio.get_running_loop().sock_connect(connection, address)
@@ -5861,26 +5863,26 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     raise failure
 
 
-async def open_target(target: Target) -> StreamPair:
-    """Return a connection to a server."""
-    if target.unix:
-        return await asyncio.open_unix_connection(target.unix, limit=CLIENT_BUFFER_BYTES)
+async def connect_server(server: ServerAddress) -> StreamPair:
+    """Raises OSError, UnicodeError, UnreachableError."""
+    if server.unix:
+        return await asyncio.open_unix_connection(server.unix, limit=CLIENT_BUFFER_BYTES)
     tls: dict[str, Any] = {}
-    if target.tls:
-        tls = {"ssl": make_client_tls(), "server_hostname": target.host}
-    connection = await connect_socket(target.host, target.port)
+    if server.tls:
+        tls = {"ssl": make_client_tls(), "server_hostname": server.host}
+    connection = await connect_socket(server.host, server.port)
     enable_keepalive(connection)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
     return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
 
 
-async def read_response_head(reader: Reader, target: Target) -> tuple[int, dict[str, str]]:
-    """Return (status, lower-case name -> value) of the next answer."""
+async def read_response_head(reader: Reader, server: ServerAddress) -> tuple[int, dict[str, str]]:
+    """Return the next answer's status, and lower-case name -> value."""
     try:
         head = await wait_within(ANSWER_SECONDS, reader.readuntil(b"\r\n\r\n"))
     except (EOFError, asyncio.LimitOverrunError):
-        hint = "" if target.tls else " (is it https?)"
+        hint = "" if server.tls else " (is it https?)"
         raise UnreachableError(f"disconnected before it answered{hint}") from None
     status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
     if status is None:
@@ -5890,7 +5892,7 @@ async def read_response_head(reader: Reader, target: Target) -> tuple[int, dict[
 
 
 async def read_response_body(reader: Reader, fields: Mapping[str, str]) -> bytes:
-    """Return the body of an answer. Without a length it ends with the connection, or is cut."""
+    """Without Content-Length a body ends with the connection, or is cut."""
     length = fields.get("content-length", str(MAX_ANSWER_BYTES))
     if not DIGITS.fullmatch(length) or int(length) > MAX_ANSWER_BYTES:
         raise foreign_error()
@@ -5903,28 +5905,26 @@ async def read_response_body(reader: Reader, fields: Mapping[str, str]) -> bytes
 
 
 async def open_stream(
-    target: Target, path: str, body: bytes = b"", upgrade: Mapping[str, str] = {}
+    server: ServerAddress, path: str, body: bytes = b"", upgrade: Mapping[str, str] = {}
 ) -> tuple[dict[str, str], StreamPair]:
-    """Send a GET, or a POST if there is a body; return the answer's fields, and the connection."""
-    method = "POST" if body else "GET"
+    """GET, or POST a body; return the answer's fields, and the connection."""
     # An answer to HTTP/1.0 is not chunked.
     version, wanted = ("1.1", 101) if upgrade else ("1.0", 200)
-    request = encode_request(target, method, path, body, version, upgrade)
-    reader, writer = await wait_within(CONNECT_SECONDS, open_target(target))
+    request = encode_request(server, "POST" if body else "GET", path, body, version, upgrade)
+    reader, writer = await wait_within(CONNECT_SECONDS, connect_server(server))
     try:
         writer.write(request)
-        status, fields = await read_response_head(reader, target)
+        status, fields = await read_response_head(reader, server)
         if status != wanted:
-            raise refused_error(target, status, await read_response_body(reader, fields))
+            raise refused_error(server, status, await read_response_body(reader, fields))
     except BaseException:
         writer.transport.abort()
         raise
     return fields, (reader, writer)
 
 
-async def fetch(target: Target, path: str) -> bytes:
-    """Return the body of a 200 answer to a GET."""
-    fields, (reader, writer) = await open_stream(target, path)
+async def fetch(server: ServerAddress, path: str) -> bytes:
+    fields, (reader, writer) = await open_stream(server, path)
     try:
         return await read_response_body(reader, fields)
     finally:
@@ -5932,38 +5932,38 @@ async def fetch(target: Target, path: str) -> bytes:
 
 
 class Control:
-    """A kept connection for short requests, sent without waiting for answers (RFC 9112, 9.3.2)."""
+    """A kept connection for short requests, pipelined (RFC 9112, 9.3.2)."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        # Held to send a request, and to read its answer: in the order of the requests.
+    def __init__(self, server: ServerAddress) -> None:
+        self._server = server
+        # Answers are read in the order of the requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> Fields:
         """Return the JSON object of a 200 answer."""
-        request = encode_request(self._target, method, path, body, "1.1", {})
+        request = encode_request(self._server, method, path, body, "1.1", {})
         async with self._sending:
             if self._streams and not self._unanswered and await self._has_unasked(self._streams[0]):
                 self.close()
             if self._streams is None:
-                self._streams = await wait_within(CONNECT_SECONDS, open_target(self._target))
+                self._streams = await wait_within(CONNECT_SECONDS, connect_server(self._server))
             streams = reader, writer = self._streams
             writer.write(request)
             self._unanswered += 1
         try:
             async with self._reading:
-                status, answered = await read_response_head(reader, self._target)
+                status, answered = await read_response_head(reader, self._server)
                 data = await read_response_body(reader, answered)
-        except BaseException:  # also if this is cancelled: its answer is not for the next request
+        except BaseException:  # if cancelled: its answer is not for the next request
             if self._streams is streams:
                 self.close()
             raise
         finally:
             self._unanswered -= 1
         if status != 200:
-            raise refused_error(self._target, status, data)
+            raise refused_error(self._server, status, data)
         try:
             return parse_json_object(data)
         except CommandError:
@@ -5971,7 +5971,7 @@ class Control:
 
     @staticmethod
     async def _has_unasked(reader: Reader) -> bool:
-        """Whether it has ended, or says what is no answer, as a proxy's 408 before it closes."""
+        """Whether it has ended, or sent what is no answer (a proxy's 408 before it closes)."""
         peek = asyncio.ensure_future(reader.read(1))
         await asyncio.wait({peek}, timeout=0)
         is_waiting = peek.cancel()
@@ -5979,13 +5979,12 @@ class Control:
         return not is_waiting
 
     def close(self) -> None:
-        """Close the connection; the next request opens another."""
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
 
 
-# What parsing an answer, and using its fields, raises if they are not as the protocol says.
+# What parsing an answer and using its fields may raise.
 NOT_AS_AGREED = (
     *(CommandError, ValueError, TypeError, LookupError),
     *(AttributeError, ArithmeticError, RecursionError),
@@ -5993,7 +5992,7 @@ NOT_AS_AGREED = (
 
 
 def check_seq(value: Any) -> int:
-    """Return an event's seq. Raises ValueError beyond any server's: all others would seem old."""
+    """Raises ValueError, also if all events would seem old after it."""
     if type(value) is not int or not 0 <= value < 10**18:
         raise ValueError("seq")
     return value
@@ -6006,24 +6005,19 @@ class Link:
     Each connection begins with `hello`. The first one tells where to begin; after a restart of the
     server, a `gap` and all that it still has come. take: gets each `hello`, each `gap` (with the
     server's list of `tasks`) and every event of EVENT_TYPES; from Link itself `lost` (reason,
-    status) at the end of a connection, and `restarted`. If it raises UnreachableError, the event
-    comes again.
+    status) and `restarted`. If it raises UnreachableError, the event comes again.
     """
 
-    target: Target
+    server: ServerAddress
     take: Callable[[Fields], None]
-    # The run of the server that is followed, and the seq of its newest event that was taken.
-    boot_id: str = ""
-    seq: int = 0
-    # When bytes last came (monotonic seconds).
-    heard_at: float = field(default_factory=time.monotonic)
-    # The connection, and whether the newest one has said `hello`.
+    boot_id: str = ""  # the run of the server that is followed
+    seq: int = 0  # of its newest event that was taken
+    heard_at: float = field(default_factory=time.monotonic)  # when bytes last came
     _writer: asyncio.StreamWriter | None = None
     _websocket: WebSocketConnection = field(default_factory=WebSocketConnection)
     _has_hello: bool = False
 
     async def run(self) -> None:
-        """Take events for ever."""
         delay = RETRY_SECONDS / 2
         while True:
             reason, status = await self._follow()
@@ -6032,7 +6026,7 @@ class Link:
             await sleep_about(REFUSED_RETRY_SECONDS if status in REFUSED else delay)
 
     def check_silence(self, now: float) -> bool:
-        """Ping a silent server; return whether it is silent for too long, and hang up then."""
+        """Ping a silent server; hang up, and return True, if it is silent for too long."""
         is_silent = now - self.heard_at > SILENCE_SECONDS
         if is_silent and self._writer is not None:
             self._writer.transport.abort()
@@ -6041,14 +6035,14 @@ class Link:
         return is_silent
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
-        """Send a frame, unless the server reads nothing, or is gone: asyncio would complain."""
+        """Send a frame if the server reads. If it is gone, asyncio would complain."""
         if self._writer is None or self._writer.transport.is_closing():
             return
         if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:
             self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> tuple[str, int]:
-        """Connect, and take events until the connection ends; return why, and the status."""
+        """Take events of one connection; return why it ended, and the status."""
         self._has_hello = False
         try:
             reader = await self._upgrade()
@@ -6073,9 +6067,9 @@ class Link:
             path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
         upgrade = {"Sec-WebSocket-Key": key, "Sec-WebSocket-Version": WEBSOCKET_VERSION}
         upgrade.update(UPGRADE_FIELDS)
-        stream = open_stream(self.target, path, upgrade=upgrade)
-        seconds = SILENCE_SECONDS * 1.2  # so that the return of a server is noticed in time
-        answer, (reader, self._writer) = await wait_within(seconds, stream)
+        stream = open_stream(self.server, path, upgrade=upgrade)
+        # So that the return of a server is noticed within 5 s.
+        answer, (reader, self._writer) = await wait_within(SILENCE_SECONDS * 1.2, stream)
         self.heard_at = time.monotonic()
         is_accepted = answer.get("sec-websocket-accept") == compute_accept(key)
         if not is_accepted or answer.get("sec-websocket-extensions"):  # none was offered
@@ -6084,7 +6078,7 @@ class Link:
         return reader
 
     async def _receive(self, data: bytes) -> None:
-        if data:  # empty if this end has closed the connection
+        if data:
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         pings: list[Any] = [one.data for one in messages if one.opcode is Opcode.PING]
@@ -6096,7 +6090,7 @@ class Link:
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
-            # What is invalid would be so again: this counts as a refusal.
+            # A refusal, since it would be invalid again.
             is_invalid = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
             raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_invalid else 0)
         if not data:
@@ -6116,17 +6110,17 @@ class Link:
             self.take(event)
         elif not self._has_hello:
             raise UnreachableError("it says no hello, as an older ServerControl does", 404)
-        elif newest is not None:  # as in an older server's pong
+        elif newest is not None:  # None in an older server's pong
             seq = check_seq(newest)
             if kind == "gap":
-                self.take({**event, "tasks": json.loads(await fetch(self.target, "/tasks"))})
+                self.take({**event, "tasks": json.loads(await fetch(self.server, "/tasks"))})
             elif kind in EVENT_TYPES and seq > self.seq:
                 self.take(event)
             self.seq = max(self.seq, seq)
 
 
 class Stage(enum.Enum):
-    """How far a RemoteTask has come. If contact is lost: words for the summary, and for a note."""
+    """How far a RemoteTask is; if contact is lost then: words for the summary, and for a note."""
 
     NEW = "not started", ""
     ASKED = "lost after the start", "; whether the command was started is not known"
@@ -6136,50 +6130,42 @@ class Stage(enum.Enum):
 
 @dataclass(eq=False, repr=False)
 class RemoteTask:
-    """A command on a server, to its exit code: `curl …/exec?follow` that continues after a break.
+    """A command on a server: `curl …/exec?follow` that continues after a break.
 
     fields: the body of `POST /exec`. With a `window` the server waits for this reader, so nothing
-    is lost unless it is gone for a minute. drain: waits until what `write` took is written.
+    is lost unless it is gone for a minute. drain: waits until all is written.
     """
 
-    target: Target
+    server: ServerAddress
     fields: Mapping[str, Any]
     write: Callable[[bytes], None]
     drain: Callable[[], Awaitable[None]]
     tell: Callable[[str], None]
-    # The run of the server that has the task, "" before it is known.
-    boot_id: str = ""
+    boot_id: str = ""  # the run of the server that has the task
     stage: Stage = Stage.NEW
-    # Whether this client stops it, and whether the server has not been told so yet.
-    is_stopping: bool = False
-    is_stop_owed: bool = False
-    # The task's id, "" before the start; its exit code, 256 for none, and how it has ended.
+    is_stopping: bool = False  # by this client
+    is_stop_owed: bool = False  # the server must still be told
     task_id: str = ""
-    result: tuple[int, str] = (256, "not ended")
-    # Why there is no exit code, or not all of the output.
-    failure: UnreachableError | None = None
-    # The connection with its output, and when the server was last heard (monotonic seconds).
-    stream: StreamPair | None = None
-    good_at: float = field(default_factory=time.monotonic)
-    # Bytes of output that came or are lost; whether some are lost; whether they end inside a line.
-    position: int = 0
+    result: tuple[int, str] = (256, "not ended")  # exit code, 256 for none; how it ended
+    failure: UnreachableError | None = None  # why there is no exit code, or output is missing
+    stream: StreamPair | None = None  # its output
+    good_at: float = field(default_factory=time.monotonic)  # when the server was last heard
+    position: int = 0  # bytes of output that came or are lost
     has_lost: bool = False
-    is_in_line: bool = False
-    # Called whenever there is a connection (again).
-    connected: Callable[[], None] = lambda: None
+    is_in_line: bool = False  # the output so far ends inside a line
+    connected: Callable[[], None] = lambda: None  # called for each connection
 
     def __post_init__(self) -> None:
         # A repeated request has the same `ref`, so it starts nothing twice.
         self.fields = {**self.fields, "ref": secrets.token_urlsafe(12)}
-        self.control = Control(self.target)
+        self.control = Control(self.server)
 
     @property
     def is_running(self) -> bool:
-        """Whether it may have been started, and is not known to have ended."""
         return self.stage in (Stage.ASKED, Stage.RUNNING) and self.failure is None
 
     async def learn(self) -> Fields:
-        """Return what the server says of itself. Raises UnreachableError, also at another run."""
+        """GET /info. Raises UnreachableError, also after a restart."""
         info = await self.control.ask("GET", "/info")
         boot_id = info.get("boot_id")
         if not boot_id or not isinstance(boot_id, str):
@@ -6190,13 +6176,13 @@ class RemoteTask:
         return info
 
     async def start(self) -> None:
-        """Start the command. Raises UnreachableError, also when it is stopped before that."""
+        """Raises UnreachableError, also if it was stopped before."""
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (0.2, 1.0, 3.0, None):
             before, self.stage = self.stage, Stage.ASKED
             try:
-                if before is Stage.ASKED:  # another run of the server may have started it, too
+                if before is Stage.ASKED:  # another run would start it again
                     await self.learn()
                 await self._open("/exec?follow", encode_json(self.fields))
                 return
@@ -6208,8 +6194,7 @@ class RemoteTask:
             await asyncio.sleep(delay)
 
     async def _open(self, path: str, body: bytes = b"") -> None:
-        """Let the output come."""
-        fields, stream = await open_stream(self.target, path, body)
+        fields, stream = await open_stream(self.server, path, body)
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             stream[1].transport.abort()
@@ -6221,14 +6206,14 @@ class RemoteTask:
             self.position += lost
             self.has_lost = True
             self.tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
-            if self.is_in_line:  # what comes is of another line
+            if self.is_in_line:
                 self.write(b"\n")
         self.connected()
         if self.is_stop_owed:
             await self.stop()
 
     async def follow(self) -> int:
-        """Write the output as it comes; return the exit code. Raises what `drain` raises, too."""
+        """Write the output; return the exit code. Raises also what `drain` raises."""
         trouble, delay = "", RETRY_SECONDS
         while self.stage is not Stage.ENDED:
             try:
@@ -6254,7 +6239,7 @@ class RemoteTask:
         return self.result[0]
 
     async def _expect(self, answer: Awaitable[Result]) -> Result:
-        """Return an answer about the task. Raises UnreachableError, also if it is forgotten."""
+        """Raise another UnreachableError if the server has forgotten the task."""
         try:
             return await answer
         except UnreachableError as error:
@@ -6271,7 +6256,7 @@ class RemoteTask:
         return task
 
     async def _read_stream(self) -> None:
-        """Write what comes until the stream ends, or stands still although there is more."""
+        """Write until the stream ends, or stands still although there is more."""
         assert self.stream is not None
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
@@ -6282,7 +6267,7 @@ class RemoteTask:
                 self.good_at = time.monotonic()
                 has_more = task["state"] != "running" or task["output_bytes"] > self.position
                 if has_more and stood_at == self.position:
-                    return  # a proxy forgot it; or stdout pauses, and asking again shows we live
+                    return  # a proxy forgot it, or stdout pauses: asking again shows we live
                 stood_at = self.position if has_more else -1
             taking.result()
         finally:
@@ -6292,9 +6277,9 @@ class RemoteTask:
             await asyncio.gather(taking, return_exceptions=True)
 
     async def _take_output(self, reader: Reader) -> None:
-        with suppress(OSError):  # how much is missing, follow() finds out
+        with suppress(OSError):  # follow() finds out what is missing
             while True:
-                await self.drain()  # so what we cannot write we do not read, and the task waits
+                await self.drain()  # so the task waits for us
                 data = await reader.read(READ_CHUNK_BYTES)
                 if not data:
                     return
@@ -6304,7 +6289,7 @@ class RemoteTask:
                 self.write(data)
 
     async def _end(self, task: Mapping[str, Any]) -> None:
-        await self.drain()  # what is told stands behind the output
+        await self.drain()  # notes stand behind the output
         exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
             raise foreign_error()
@@ -6318,11 +6303,10 @@ class RemoteTask:
         if task.get("replaced") and not self.fields.get("tty"):
             self.tell("part of the output is no UTF-8 and was replaced: send that by base64")
         if self.has_lost:
-            told = f"its output is not complete ({self.result[1]})"
-            raise UnreachableError(told, ENDED_STATUS)
+            raise UnreachableError(f"its output is not complete ({self.result[1]})", ENDED_STATUS)
 
     async def stop(self) -> None:
-        """Interrupt the command, now or with the next connection; what ignores that is killed."""
+        """Interrupt the command, now or with the next connection."""
         self.is_stopping = self.is_stop_owed = True
         if not self.task_id:
             return
@@ -6332,11 +6316,11 @@ class RemoteTask:
         except UnreachableError as error:
             self.is_stop_owed = not error.status
             again = ", trying again" if self.is_stop_owed else ""
-            if error.status != 409:  # it has ended already
+            if error.status != 409:  # it has ended
                 self.tell(f"could not be stopped ({error}){again}")
 
     async def feed(self, data: bytes) -> None:
-        """Send input, b"" for its end; wait while the task is not reading it."""
+        """Send input, b"" for its end, as soon as the task takes it."""
         path = f"/stdin?id={self.task_id}" + ("" if data else "&eof")
         while True:
             try:
@@ -6351,7 +6335,7 @@ class RemoteTask:
 
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
-    """Return (columns, rows) of a terminal; 80 x 24 where it does not say."""
+    """80 x 24 where it does not say."""
     cols = rows = 0
     with suppress(OSError):
         cols, rows = os.get_terminal_size(fd)
@@ -6359,7 +6343,7 @@ def read_terminal_size(fd: int) -> tuple[int, int]:
 
 
 async def read_input() -> AsyncIterator[bytes]:
-    """Yield standard input as it comes, at last b"". Raises OSError."""
+    """Yield standard input, at last b"". Raises OSError."""
     loop = asyncio.get_running_loop()
     is_ready = asyncio.Event()
     data = b"?"
@@ -6377,19 +6361,17 @@ async def read_input() -> AsyncIterator[bytes]:
 
 @dataclass(eq=False, repr=False)
 class Keyboard:
-    """The local terminal in raw mode: its keys and size go to a task's terminal. Ctrl-] leaves."""
+    """The terminal here in raw mode: keys and size go to a task's. Ctrl-] leaves."""
 
     task: RemoteTask
     leave: Callable[[], None]
     interrupt: Callable[[], None]
-    # Keys that wait for a connection, and the requests that are under way.
-    waiting: bytes = b""
-    sending: set[asyncio.Future[None]] = field(default_factory=set)
-    # Whether the user was told that the task does not read its input.
-    is_full: bool = False
+    waiting: bytes = b""  # keys, until there is a connection
+    sending: set[asyncio.Future[None]] = field(default_factory=set)  # asyncio's are weak
+    is_full: bool = False  # the user was told that the task does not read
 
     async def run(self) -> None:
-        """Take keys until the user leaves, or this is cancelled."""
+        """Return when the user leaves."""
         loop, before = asyncio.get_running_loop(), termios.tcgetattr(0)
         tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead stays
         self.task.connected = self._resize
@@ -6398,7 +6380,7 @@ class Keyboard:
             async for data in read_input():
                 if b"\x1d" in data:  # Ctrl-]
                     break
-                if b"\x03" in data and not self.task.task_id:  # Ctrl-C, and no task to send it to
+                if b"\x03" in data and not self.task.task_id:  # Ctrl-C before the start
                     self.interrupt()
                 else:
                     self.waiting += data
@@ -6407,7 +6389,7 @@ class Keyboard:
             pass  # the terminal is gone
         finally:
             loop.remove_signal_handler(signal.SIGWINCH)
-            with suppress(termios.error):  # it is gone
+            with suppress(termios.error):
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
         self.leave()
 
@@ -6423,13 +6405,13 @@ class Keyboard:
             self.waiting = self.waiting[READ_CHUNK_BYTES:]
 
     def _send(self, path: str, data: bytes = b"") -> None:
-        """Send without waiting for the answer, since on a slow network the next key would wait."""
+        """Do not wait for an answer: on a slow network the next key would."""
 
         async def send() -> None:
             try:
                 await self.task.control.ask("POST", path, data)
             except UnreachableError as error:
-                if error.status == 429 and not self.is_full:  # of a long paste every piece is
+                if error.status == 429 and not self.is_full:
                     self.is_full = True
                     self.task.tell("what was typed is not all taken: the task does not read it")
 
@@ -6439,14 +6421,14 @@ class Keyboard:
 
 
 def write_all(fd: int, data: bytearray, seconds: float = math.inf) -> None:
-    """Write everything and remove it from the data, for at most this long. Raises OSError."""
+    """Write the data, and remove what is written, for at most this long. Raises OSError."""
     end = time.monotonic() + seconds
     while data and time.monotonic() < end:
         del data[: write_some(fd, data[: select.PIPE_BUF], 20)]
 
 
 def write_output(data: bytes) -> None:
-    """Write to our standard output. Raises OutputError."""
+    """Write to stdout. Raises OutputError."""
     try:
         write_all(1, bytearray(data))
     except OSError as error:
@@ -6460,20 +6442,18 @@ def encode_note(text: str) -> bytes:
 
 
 def write_note(text: str) -> None:
-    """Write a line for the user to stderr, unless that is closed."""
     with suppress(OSError):
         write_all(2, bytearray(encode_note(text)))
 
 
 class Output:
-    """Writes everything to a descriptor, in order, without blocking the event loop."""
+    """Writes to a descriptor without blocking the event loop."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # What is not written yet; if there is anything, the event loop writes on, and sets this.
         self.waiting = bytearray()
+        # While anything waits: set by the event loop when all is written.
         self._is_written: asyncio.Event | None = None
-        # Why nothing more can be written.
         self.error: OutputError | None = None
 
     def put(self, data: bytes) -> None:
@@ -6482,14 +6462,13 @@ class Output:
             self._flush()
 
     async def drain(self) -> None:
-        """Wait until everything is written. Raises OutputError."""
+        """Raises OutputError."""
         if self._is_written is not None:
             await self._is_written.wait()
         if self.error is not None:
             raise self.error
 
     def finish(self) -> None:
-        """Block until everything is written, for at most FINISH_SECONDS."""
         with suppress(OSError):
             write_all(self._fd, self.waiting, FINISH_SECONDS)
 
@@ -6512,7 +6491,7 @@ class Output:
 
 
 def wants_colours() -> bool:
-    """Whether stdout may be coloured (no-color.org)."""
+    """See no-color.org."""
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -6521,33 +6500,32 @@ def list_some(names: Sequence[str]) -> str:
 
 
 class Report:
-    """The commands of an `exec`, and what they write. fold: show equal outputs once, at the end."""
+    """The commands of an `exec`, and their output. fold: show what is equal once, at the end."""
 
-    def __init__(self, targets: Sequence[Target], fields: Mapping[str, Any], fold: bool) -> None:
+    def __init__(
+        self, servers: Sequence[ServerAddress], fields: Mapping[str, Any], fold: bool
+    ) -> None:
         self.output, self.notes = Output(1), Output(2)
         self._is_coloured = wants_colours()
-        # How wide the names before the lines are, 0 for none.
-        self._width = max(len(target.name) for target in targets) if len(targets) > 1 else 0
-        # Server -> its output, kept for --fold; its line that has no end yet.
+        # By a server's name: output for --fold; the line that has no end yet.
         self._kept: dict[str, list[bytes]] = {}
         self._begun: dict[str, bytes] = {}
-        self.tasks = [self._make_task(target, fields, fold) for target in targets]
-
-    def _make_task(self, target: Target, fields: Mapping[str, Any], fold: bool) -> RemoteTask:
-        name = target.name
-        write: Callable[[bytes], None] = self.output.put
-        if fold:
-            write = self._kept.setdefault(name, []).append
-        elif self._width:
-            colour = COLOURS[len(self._begun) % len(COLOURS)] if self._is_coloured else ""
-            prefix = f"{colour}{name:{self._width}} |{PLAIN if colour else ''} "
-            self._begun[name] = b""
-            write = functools.partial(self._write_lines, name, prefix.encode("utf-8", "replace"))
-        tell = functools.partial(self.note, name)
-        return RemoteTask(target, fields, write, self.output.drain, tell)
+        self.tasks: list[RemoteTask] = []
+        width = max(len(server.name) for server in servers)
+        for server in servers:
+            name = server.name
+            write: Callable[[bytes], None] = self.output.put
+            if fold:
+                write = self._kept.setdefault(name, []).append
+            elif len(servers) > 1:
+                colour = COLOURS[len(self._begun) % len(COLOURS)] if self._is_coloured else ""
+                prefix = f"{colour}{name:{width}} |{PLAIN if colour else ''} "
+                self._begun[name] = b""
+                write = functools.partial(self._write_lines, name, prefix.encode(errors="replace"))
+            tell = functools.partial(self.note, name)
+            self.tasks.append(RemoteTask(server, fields, write, self.output.drain, tell))
 
     def _write_lines(self, name: str, prefix: bytes, data: bytes) -> None:
-        """Write the lines that are whole, each after the server's name."""
         *lines, rest = (self._begun[name] + data).split(b"\n")
         if len(rest) > MAX_LINE_BYTES:
             lines, rest = [*lines, rest], b""
@@ -6558,20 +6536,20 @@ class Report:
         self.notes.put(encode_note(": ".join(words)))
 
     def end(self, task: RemoteTask) -> None:
-        if self._begun.get(task.target.name):
+        if self._begun.get(task.server.name):
             task.write(b"\n")
 
     def conclude(self) -> int:
-        """Show what is kept, what still runs, and a summary; return the highest exit code."""
+        """Show the rest and a summary; return the highest exit code."""
         self._show_kept()
         groups: dict[tuple[int, str], list[str]] = {}
         for task in self.tasks:
             self.end(task)
             if task.is_running:
-                url = f"{task.target.url}/logs?id={task.task_id}"
+                url = f"{task.server.url}/logs?id={task.task_id}"
                 left = f"task {task.task_id} is left running: {url}"
                 task.tell(left if task.task_id else "its command may have been started")
-            groups.setdefault(task.result, []).append(task.target.name)
+            groups.setdefault(task.result, []).append(task.server.name)
         parts = [
             f"{len(names)} {what}" + (f" ({list_some(names)})" if code else "")
             for (code, what), names in sorted(groups.items())
@@ -6583,7 +6561,7 @@ class Report:
     def _show_kept(self) -> None:
         groups: dict[tuple[str, bytes], list[str]] = {}
         for task in self.tasks:
-            name, result = task.target.name, str(task.failure or task.result[1])
+            name, result = task.server.name, str(task.failure or task.result[1])
             output = b"".join(self._kept.get(name, ()))
             if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
@@ -6599,7 +6577,7 @@ class Report:
 class Execution:
     """One command on `parallel` servers at a time. once: a server with two names runs it once."""
 
-    # What to do about the reasons for which a server is not reached.
+    # Reason -> what to do.
     HINTS = {
         "connection refused": "; is it running there, on that port, with --host?",
         "no such host": "; is it a name of the list?",
@@ -6611,14 +6589,11 @@ class Execution:
         self._places = asyncio.Semaphore(parallel)
         self._has_keyboard = bool(fields.get("tty")) and os.isatty(0)
         self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
-        # All input, if several servers get it.
-        self._input: list[bytes] | None = None
-        # boot_id -> the name that runs the command on this server.
-        self._claims: dict[str, str] = {}
+        self._input: list[bytes] | None = None  # all of it, if several servers get it
+        self._claims: dict[str, str] = {}  # boot_id -> the name that runs the command
         # Set when this client leaves, whatever the commands do.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        # What the first Ctrl-C has begun.
-        self._stopping: asyncio.Future[None] | None = None
+        self._stopping: asyncio.Future[None] | None = None  # by the first Ctrl-C
 
     async def run(self) -> int:
         """Return the exit status. Raises OutputError if stdout fails, after stopping what runs."""
@@ -6642,7 +6617,7 @@ class Execution:
         finally:
             typing.cancel()
             everything.cancel()
-            # Afterwards the terminal is as before.
+            # This restores the terminal.
             await asyncio.gather(typing, everything, return_exceptions=True)
             self._report.output.finish()
             self._report.notes.finish()
@@ -6656,12 +6631,12 @@ class Execution:
         await asyncio.gather(*(self._run_one(task) for task in self._tasks))
         status = self._report.conclude()
         await self._report.output.drain()
-        with suppress(OutputError):  # stderr is closed: nothing can be shown
+        with suppress(OutputError):  # stderr is closed
             await self._report.notes.drain()
         return status
 
     async def _run_one(self, task: RemoteTask) -> None:
-        name, feeding = task.target.name, None
+        name, feeding = task.server.name, None
         async with self._places:
             try:
                 if not task.is_stopping:
@@ -6674,7 +6649,7 @@ class Execution:
                 task.failure, task.result = error, (UNREACHABLE_STATUS, task.stage.value[0])
                 if error.status == SAME_STATUS:
                     task.result = 256, "listed twice"
-                where = "" if name == task.target.url else f" ({task.target.url})"
+                where = "" if name == task.server.url else f" ({task.server.url})"
                 known: str = task.stage.value[1]
                 hint = known.format(task.task_id) or self.HINTS.get(str(error), "")
                 if task.stage is not Stage.NEW or self._report.output.error is None:
@@ -6686,7 +6661,7 @@ class Execution:
         self._report.end(task)
 
     def _claim(self, name: str, info: Mapping[str, Any]) -> None:
-        """Raise UnreachableError if another name has the command run on this server already."""
+        """Raise UnreachableError if another name of this server runs the command."""
         if self._once and info.get("role") == "run":
             other = self._claims.setdefault(info["boot_id"], name)
             if other != name:
@@ -6704,17 +6679,17 @@ class Execution:
             await task.stop()
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
-        """Ctrl-C: stop the commands. A second one leaves them, as does any other signal."""
+        """Ctrl-C stops the commands; a second one, or another signal, leaves them."""
         running = [task for task in self._tasks if task.is_running]
         if number != signal.SIGINT or self._stopping is not None or not running:
             self._leave(128 + number)
             return
-        names = [f"task {task.task_id or '?'} on {task.target.name}" for task in running]
+        names = [f"task {task.task_id or '?'} on {task.server.name}" for task in running]
         self._report.note(f"stopping {list_some(names)} (Ctrl-C again: leave it running)")
         self._stopping = asyncio.ensure_future(self._stop_all())
 
     async def _stop_all(self) -> None:
-        """Start nothing more; stop what runs, and what is starting as soon as it has an id."""
+        """Start nothing more; stop what runs, and what is starting once it has an id."""
         tasks = [one for one in self._tasks if one.stage is not Stage.ENDED and not one.failure]
         await asyncio.gather(*(task.stop() for task in tasks))
         while any(task.is_running and not task.task_id for task in tasks):
@@ -6728,16 +6703,16 @@ class Execution:
 class ServerState(enum.Enum):
     """The state of a server for the monitor. Only Watched.change() sets it."""
 
-    CONNECTING = "connecting"  # at the start of the monitor
+    CONNECTING = "connecting"  # at the start
     UP = "up"
     SILENT = "silent"  # was up, and has sent nothing for SILENCE_SECONDS
     REFUSED = "refused"
-    UNREACHABLE = "unreachable"  # was never up, or only before it refused
+    UNREACHABLE = "unreachable"  # was never up, or not since it refused
 
 
-# State -> from which states it is entered; one that is not here, from any.
+# A state that is entered only from these; the others, from any.
 STATES_BEFORE = {
-    ServerState.SILENT: (ServerState.UP,),  # 5 s: most broken connections are back before
+    ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
 }
 
@@ -6751,21 +6726,17 @@ class MonitorLog:
     """
 
     path: str
-    # Returns the `position` records.
-    locate: Callable[[], list[Fields]] = list
-    # The locked file, -1 for none; its size after the last write; whether it ends inside a record.
-    _fd: int = -1
-    _size: int = 0
-    _is_cut: bool = False
-    # Records that are not written yet, and why not; "" if all is well.
+    locate: Callable[[], list[Fields]] = list  # returns the `position` records
+    _fd: int = -1  # the locked file, or -1
+    _size: int = 0  # of the file, after the last write
+    _is_cut: bool = False  # the file ends inside a record
     _waiting: bytearray = field(default_factory=bytearray)
-    problem: str = ""
+    problem: str = ""  # why records wait; "" if all is well
     _complained_at: float = -LOG_ERROR_SECONDS
-    # The size at which the next `position` records are due.
-    _due_bytes: int = 0
+    _due_bytes: int = 0  # the size at which `position` records are due
 
     def read(self) -> tuple[list[bytes], bool]:
-        """Open the file; return its newest lines, and whether that is all. Raises ConfigError."""
+        """Return the file's newest lines, and whether these are all. Raises ConfigError."""
         try:
             lines = self._open(LOG_TAIL_BYTES).split(b"\n")
         except OSError as error:
@@ -6774,7 +6745,7 @@ class MonitorLog:
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
-        """Open and lock the file, and return its end. Raises OSError."""
+        """Open and lock the file; return its end. Raises OSError."""
         close_fds([self._fd])
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
@@ -6783,18 +6754,17 @@ class MonitorLog:
             if stat.S_ISREG(status.st_mode):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    # Two would write everything twice.
+                except BlockingIOError as error:  # two would write everything twice
                     raise OSError(error.errno, "another monitor writes it") from None
                 tail = os.pread(file.fileno(), tail_bytes, max(0, status.st_size - tail_bytes))
-            # The lock stays with the copy.
+            # The copy keeps the lock.
             self._fd, self._size = os.dup(file.fileno()), status.st_size
         self._is_cut = tail[-1:] not in (b"", b"\n")
         return tail
 
     def add(self, record: Fields) -> None:
         """Take a record, which flush() writes."""
-        if len(self._waiting) > BATCH_BYTES and not self.problem:  # one event may make thousands
+        if len(self._waiting) > BATCH_BYTES and not self.problem:
             self.flush()
         self._waiting += encode_json(record) + b"\n"
         if len(self._waiting) > MAX_WAITING_BYTES:
@@ -6805,7 +6775,7 @@ class MonitorLog:
             self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
-        """Write what waits, to a new file if this one was rotated; say why not once a minute."""
+        """Write what waits, after a rotation to a new file; say why not once a minute."""
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
@@ -6814,7 +6784,7 @@ class MonitorLog:
             if self._size >= self._due_bytes:
                 positions = b"".join(encode_json(record) + b"\n" for record in self.locate())
                 self._waiting += positions
-                # Again after at least as many other bytes, so that they are not most of the file.
+                # After at least as many other bytes, so they are never most of the file.
                 size = len(positions)
                 self._due_bytes = self._size + size + max(LOG_STEP_BYTES, size)
             if self._waiting:
@@ -6838,44 +6808,38 @@ class MonitorLog:
 
 @dataclass(eq=False, repr=False)
 class Watched:
-    """One server of a monitor: what is known of it, and what becomes of the events of its Link.
+    """One server of a monitor, and what becomes of the events of its Link.
 
-    cpu_alert: a threshold of the monitor's own; None: the server's alerts count. emit: gets news.
+    cpu_alert: the monitor's own threshold; None: the server's alerts count. emit: gets news.
     """
 
-    # What is remembered of a task, and its type.
+    # What is remembered of a task.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
-    target: Target
+    server: ServerAddress
     cpu_alert: float | None
     log: MonitorLog
     emit: Callable[[Watched, Fields], None]
     state: ServerState = ServerState.CONNECTING
-    # Why it is not up, and when it was last heard of while it was (monotonic seconds).
-    reason: str = ""
-    _silent_at: float = 0.0
-    # The newest `stats_update`, if any; the newest alert, and when it was raised (server's ms).
-    stats: Fields = field(default_factory=dict)
-    alert: str = ""
-    alert_at: int = 0
-    # The server's newest event at the last `hello`, which told the alerts up to there.
-    _hello_seq: int = 0
-    # Running tasks by id, their size in bytes, and the ids of tasks whose end is recorded.
-    tasks: dict[str, Fields] = field(default_factory=dict)
-    open_bytes: int = 0
-    ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    reason: str = ""  # why it is not up
+    _silent_at: float = 0.0  # when it was last heard while it was up
+    stats: Fields = field(default_factory=dict)  # the newest `stats_update`
+    alert: str = ""  # the newest, as it is shown
+    alert_at: int = 0  # when the newest was raised (server's ms)
+    _hello_seq: int = 0  # `hello` told the alerts up to there
+    tasks: dict[str, Fields] = field(default_factory=dict)  # those that run, by id
+    open_bytes: int = 0  # their size
+    ended: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of recorded ends
 
     def __post_init__(self) -> None:
-        self.link = Link(self.target, self.take)
+        self.link = Link(self.server, self.take)
         self._rule = self.cpu_alert is not None and AlertRule(self.cpu_alert, 60, 0)
 
     def make_record(self, event: str, **fields: Any) -> Fields:
-        """Return a record, with the place in the server's events up to which it was read."""
-        record = {"time": format_time(time.time()), "event": event, "server": self.target.name}
+        record = {"time": format_time(time.time()), "event": event, "server": self.server.name}
         return {**record, "boot_id": self.link.boot_id, "seq": self.link.seq, **fields}
 
     def locate(self, count: int) -> Fields:
-        """Return a `position` record. count: of ended tasks to name."""
         ended = list(self.ended)[-count:]
         return self.make_record("position", tasks=list(self.tasks.values()), ended=ended)
 
@@ -6888,7 +6852,7 @@ class Watched:
         self.record("gap", **{"from": first, "to": last, "reason": reason})
 
     def learn(self, record: Fields) -> None:
-        """Take a record of an older run of the monitor. Raises one of NOT_AS_AGREED."""
+        """Take a record of an earlier monitor. Raises one of NOT_AS_AGREED."""
         event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
         if event == "position" or boot_id != self.link.boot_id:
             self.tasks.clear()
@@ -6919,7 +6883,7 @@ class Watched:
                 self.open_bytes -= len(encode_json(task)) + EVENT_OVERHEAD_BYTES
 
     def take(self, event: Fields) -> None:
-        """Take an event of the Link; tell it, unless its handler returns True: it is no news."""
+        """Take an event; tell it, unless its handler returns True: no news."""
         take = self.TAKES.get(event["type"])
         is_old = take is not None and take(self, event)
         self.log.flush()
@@ -6927,7 +6891,7 @@ class Watched:
             self.emit(self, event)
 
     def change(self, state: ServerState, **fields: Any) -> None:
-        """Enter a state, if it may come after the present one; record that and tell it."""
+        """Enter a state if it may come after the present one; record and tell that."""
         if self.state is state or self.state not in STATES_BEFORE.get(state, ServerState):
             return
         what = state.value
@@ -6963,11 +6927,10 @@ class Watched:
         return self.reason == before
 
     def _take_restarted(self, event: Fields) -> None:
-        """Record that the rest of the old run is unknown, and whether there was another since."""
         self.record_gap(self.link.seq + 1, None, "restarted")
         for task_id in list(self.tasks):
             self._record_end("task_lost", task_id=task_id, reason="the server was restarted")
-        self.ended.clear()  # a server without its old state folder begins again with id 1
+        self.ended.clear()  # with a new state folder ids begin with 1 again
 
     def _take_gap(self, event: Fields) -> None:
         tasks = event.pop("tasks")
@@ -6981,7 +6944,7 @@ class Watched:
             self._record_end("task_lost", task_id=task_id, reason="the server remembers it no more")
 
     def _take_start(self, task: Fields) -> None:
-        """Take the start of a task, or a task in a list of those that run."""
+        """task: an event, or an item of a list."""
         task = {"started": task.get("timestamp"), **task}
         start, task_id = {name: task[name] for name in self.TASK}, parse_task_id(task["task_id"])
         if not all(isinstance(start[name], kind) for name, kind in self.TASK.items()):
@@ -7016,7 +6979,6 @@ class Watched:
             self.take({"type": change, **alert})
 
     def _take_alert(self, event: Fields) -> bool:
-        """Take an alert: the monitor's own if it has a rule, else the server's."""
         is_ours, raised = event.get("by") == "monitor", event["timestamp"]
         if is_ours != bool(self._rule):
             return True
@@ -7043,15 +7005,15 @@ class Watched:
 
 
 class Monitor:
-    """Watches many servers at once, and goes on where its log ends."""
+    """Watches servers, and goes on where its log ends."""
 
     def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
-        """Raises ConfigError if the log cannot be used."""
+        """Raises ConfigError."""
         self.all, self._log = everybody, log
         count = MAX_TOLD_ENDED // len(everybody)
         log.locate = lambda: [watched.locate(count) for watched in everybody]
         lines, is_whole = log.read()
-        named = {watched.target.name: watched for watched in everybody}
+        named = {watched.server.name: watched for watched in everybody}
         located = set(named) if is_whole else set()
         for line in lines:
             with suppress(*NOT_AS_AGREED):  # half a line, or not of these servers
@@ -7065,7 +7027,7 @@ class Monitor:
         log.flush()
 
     async def run(self) -> None:
-        """Watch for ever."""
+        """Watch until this is cancelled."""
         try:
             await asyncio.gather(self._look(), *[watched.link.run() for watched in self.all])
         finally:
@@ -7080,7 +7042,7 @@ class Monitor:
             await asyncio.sleep(SILENCE_SECONDS / 8)
             now = time.monotonic()
             for watched in self.all:
-                if now - before > SILENCE_SECONDS / 2:  # the monitor itself was stopped by Ctrl-Z
+                if now - before > SILENCE_SECONDS / 2:  # Ctrl-Z had stopped the monitor
                     watched.link.heard_at = now
                 if watched.link.check_silence(now):
                     reason = watched.reason or f"nothing was heard for {SILENCE_SECONDS:g} s"
@@ -7089,7 +7051,7 @@ class Monitor:
 
 
 class EventWriter:
-    """Writes events as lines. It drops lines rather than wait, and says how many."""
+    """Writes events as lines. Drops some rather than wait, and says how many."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -7097,7 +7059,7 @@ class EventWriter:
         self._dropped = 0
 
     def write(self, name: str | None, event: Fields) -> None:
-        """Write an event of a server, None for none. Raises OutputError."""
+        """name: of the server, or None. Raises OutputError."""
         if len(self.output.waiting) > MAX_EVENT_BYTES:
             self._dropped += 1
             return
@@ -7105,7 +7067,7 @@ class EventWriter:
             dropped, self._dropped = self._dropped, 0
             now_ms = int(time.time() * 1000)
             self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
-        if self._as_json:  # in ASCII, so that text from a server cannot control a terminal
+        if self._as_json:  # in ASCII, so it cannot control a terminal
             line = json.dumps({**event, "server": name})
         else:
             when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
@@ -7118,7 +7080,7 @@ class EventWriter:
 
 
 def count_cells(text: str) -> int:
-    """Return how wide a terminal shows text: East Asian characters take two cells."""
+    """East Asian characters take two cells."""
     joined = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]  # inside a Hangul syllable
     return len(joined) + sum(unicodedata.east_asian_width(c) in "WF" for c in joined)
@@ -7132,11 +7094,11 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# The monitor's columns after the server's name: what list_cells() returns, and the titles.
+# After the server's name.
 COLUMNS = "{:<10} {:>6} {:>6} {:>6} {:>5} {}"
 TITLES = ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"]
 
-# Key -> (what it sorts by, for people; the order, before that of the names).
+# Key -> (what it sorts by; the order, before that of the names).
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
     "c": ("CPU", lambda one: -one.stats.get("cpu", -1)),
     "n": ("name", lambda one: 0),
@@ -7154,7 +7116,7 @@ def list_cells(one: Watched) -> list[str]:
 
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
-    """Return one line about all servers; what does not fit whole is left out."""
+    """Return a line about all servers; parts that do not fit whole are left out."""
     counts = Counter(one.state.value for one in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     tasks = sum(len(one.tasks) for one in everybody)
@@ -7166,7 +7128,7 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
         cpu, used, total = (sum(one.stats[name] for one in up) for name in names)
         memory = f"memory {used / KIB:.1f} of {total / KIB:.1f} GiB"
         top = max(up, key=lambda one: one.stats["cpu"])
-        most = f"most CPU: {top.target.name}, {top.stats['cpu']:.1f} %"
+        most = f"most CPU: {top.server.name}, {top.stats['cpu']:.1f} %"
         parts += [f"CPU {cpu / len(up):.1f} %, {memory}", most]
     while len(parts) > 1 and count_cells(" · ".join(parts)) > width:
         parts.pop()
@@ -7176,57 +7138,52 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    """Return (state, line) of the titles, whose state is "", and of the servers that are shown."""
-    name_width = min(24, max(6, *(count_cells(one.target.name) for one in everybody)))
+    """Return (state, line) of the titles, whose state is "", and of each server shown."""
+    name_width = min(24, max(6, *(count_cells(one.server.name) for one in everybody)))
     rows = [("", "SERVER", TITLES)]
-    rows += [(one.state.value, one.target.name, list_cells(one)) for one in everybody[shown]]
-    lines = []
-    for state, name, cells in rows:
-        line = f"{fit_text(name, name_width)} {COLUMNS.format(*cells)}"
-        lines.append((state, clean_text(line, width)))
-    return lines
+    rows += [(one.state.value, one.server.name, list_cells(one)) for one in everybody[shown]]
+    return [
+        (state, clean_text(f"{fit_text(name, name_width)} {COLUMNS.format(*cells)}", width))
+        for state, name, cells in rows
+    ]
 
 
 @dataclass(eq=False, repr=False)
 class Screen:
-    """The monitor on a terminal: composed 5 times a second, drawn when it has changed."""
+    """The monitor on a terminal: composed 5 times a second, drawn after a change."""
 
-    # Key -> rows to scroll: arrows, Page Up and Down, Home, End, and those of `less` and `vi`.
+    # Key -> rows to scroll; also keys of `less` and `vi`.
     KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
     KEYS.update(dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize))
     KEYS.update(dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize))
-    # One key of several that were read at once: an escape sequence, or a character.
+    # An escape sequence, or a character.
     KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
     everybody: Sequence[Watched]
     log: MonitorLog
-    # Ends the monitor.
-    leave: Callable[[], object] = lambda: None
+    leave: Callable[[], object] = lambda: None  # ends the monitor
     _sort: str = "s"
-    # The first row shown, and how many there are.
-    _top: int = 0
-    _shown: int = 0
-    # The newest picture, with the terminal's size.
-    _drawn: tuple[int, int, str] = (0, 0, "")
-    # The terminal's attributes before, [] if stdin is none.
-    _before: list[Any] = field(default_factory=list)
+    _top: int = 0  # the first row shown
+    _shown: int = 0  # how many there are
+    _drawn: str = ""  # the newest picture
+    _before: list[Any] = field(default_factory=list)  # the terminal's; [] without a keyboard
     _is_coloured: bool = field(default_factory=wants_colours)
     _output: Output = field(default_factory=lambda: Output(1))
 
     async def run(self) -> None:
-        """Draw for ever."""
+        """Draw until this is cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTSTP, self._suspend)
         self._open()
         try:
             while True:
                 cols, rows = read_terminal_size(1)
                 text = self._compose(max(cols, 20), max(rows, 4))
-                if self._drawn != (cols, rows, text):
-                    self._drawn = cols, rows, text
+                if self._drawn != text:
+                    self._drawn = text
                     self._output.put(text.encode("utf-8", "replace"))
                     await self._output.drain()
                 await asyncio.sleep(0.2)
-        except OutputError:  # the terminal is gone
+        except OutputError:
             self.leave()
         finally:
             self._close()
@@ -7243,17 +7200,17 @@ class Screen:
             if self._before:
                 asyncio.get_running_loop().remove_reader(0)
                 termios.tcsetattr(0, termios.TCSANOW, self._before)
-            for action in (termios.TCOOFF, termios.TCOON):  # if somebody has typed Ctrl-S
+            for action in (termios.TCOOFF, termios.TCOON):  # after Ctrl-S
                 termios.tcflow(1, action)
         self._output.put(b"\x1b[?7h\x1b[?25h\x1b[?1049l")
         self._output.finish()
 
     def _suspend(self) -> None:
-        """Ctrl-Z: leave the terminal as it was, and come back to it."""
+        """Ctrl-Z."""
         self._close()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
-        self._drawn = 0, 0, ""
+        self._drawn = ""
 
     def _read(self) -> None:
         data = read_available(0, 64)
@@ -7275,7 +7232,7 @@ class Screen:
         title, order = SORTS[self._sort]
         self._shown = rows - 3
         self._scroll(0)
-        everybody = sorted(self.everybody, key=lambda one: (order(one), one.target.name))
+        everybody = sorted(self.everybody, key=lambda one: (order(one), one.server.name))
         last_row = min(self._top + self._shown, len(everybody))
         lines = [clean_text(format_totals(self.everybody, cols), cols)]
         for state, line in format_table(everybody, cols, slice(self._top, last_row)):
@@ -7294,7 +7251,7 @@ def to_json(value: Any) -> str:
 
 
 def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
-    """Return a server's reply with its `address` and `url`, None for another. Anybody can reply."""
+    """Return a server, or None: anybody can reply."""
     try:
         facts = parse_json_object(data)
     except CommandError:
@@ -7317,14 +7274,14 @@ def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
     for address in addresses:
-        with suppress(OSError):  # it cannot be reached
+        with suppress(OSError):  # unreachable
             udp.sendto(DISCOVERY_PROBE, (address, port))
 
 
 def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
-    """Return the servers in order, each once, with all its addresses: replies have the same id."""
+    """Return the servers in order, each with all its addresses: replies have the same id."""
     servers: dict[Any, list[Fields]] = {}
-    # Loopback is last, since it means nothing to other machines.
+    # Loopback last, which means nothing to other machines.
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
     merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
@@ -7332,12 +7289,12 @@ def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
 
 
 def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[Fields]:
-    """Ask who is there, and return what answered within `seconds`, each server once."""
+    """Return what answers within `seconds`, each server once."""
     found: dict[tuple[str, int, str], Fields] = {}
-    # Replies by address, so that one with thousands of them does not displace others.
+    # By address: so one that makes up thousands of servers displaces nobody.
     counts: Counter[str] = Counter()
     start = time.monotonic()
-    # A datagram may be lost, so three are sent in the first half of the time.
+    # Three, since a datagram may be lost.
     rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -7348,24 +7305,24 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[F
                 send_probes(udp, addresses, port)
             try:
                 data, source = udp.recvfrom(2 * KIB)
-            except OSError:  # nothing has come, or an ICMP error
+            except OSError:  # nothing, or an ICMP error
                 continue
             one = parse_discovery_reply(data, source[0])
             counts[source[0]] += 1
             if one is not None and counts[source[0]] <= MAX_REPLIES_OF_ONE:
-                # The first reply counts: a later one may be forged.
+                # A later reply may be forged.
                 found.setdefault((one["address"], one["port"], one["id"]), one)
     return merge_replies(found.values())
 
 
 def name_hosts(found: Sequence[Fields], taken: Collection[str] = ()) -> dict[str, Fields]:
-    """Return name -> server. No name is in `taken`."""
+    """Return name -> server; no name is in `taken`."""
     named: dict[str, Fields] = {}
     for one in found:
         # Anybody can answer a probe, and Ansible would evaluate "{{ }}".
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
         if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
-            name = one["address"]  # else `exec localhost` would mean that server, not this one
+            name = one["address"]  # else `exec localhost` would mean that server
         number, wanted = 0, name
         while name in named or name in taken:
             number += 1
@@ -7383,7 +7340,7 @@ def format_prometheus(found: Sequence[Fields]) -> str:
 
 
 def format_ansible(found: Sequence[Fields]) -> str:
-    """Return an inventory for Ansible: one host per address, in the group `servercontrol`."""
+    """Return an inventory with one host per address."""
     hosts: dict[str, Fields] = {}
     seen = set()
     for name, one in name_hosts(found).items():
@@ -7396,12 +7353,12 @@ def format_ansible(found: Sequence[Fields]) -> str:
 
 
 def is_token_needed(one: Fields) -> bool:
-    """Whether a token is needed there. By default the same account on loopback needs none."""
+    """By default the same account on loopback needs none."""
     return bool(one["auth"]) and not is_loopback(one["address"])
 
 
 def format_found(found: Sequence[Fields]) -> str:
-    """Return a table for people."""
+    """Return a table."""
     rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
         token = "yes" if is_token_needed(one) else "not by its own account"
@@ -11475,12 +11432,12 @@ def verify_audit(argv: Sequence[str]) -> int:
     return 0 if is_whole else 1
 
 
-def read_hosts() -> tuple[str, list[Target]]:
+def read_hosts() -> tuple[str, list[ServerAddress]]:
     """Return the path of the list, and its servers. Raises ConfigError."""
     named = os.environ.get("SERVERCONTROL_HOSTS", "")
     folder = find_own_folder(os.environ, "XDG_CONFIG_HOME", "~/.config")
     path = named or os.path.join(folder, "hosts")
-    listed: list[Target] = []
+    listed: list[ServerAddress] = []
     try:
         if named or os.path.isabs(path):  # else there is no home folder
             with suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
@@ -11490,7 +11447,7 @@ def read_hosts() -> tuple[str, list[Target]]:
     return path, listed
 
 
-def choose_targets(given: argparse.Namespace) -> list[Target]:
+def choose_servers(given: argparse.Namespace) -> list[ServerAddress]:
     """Return the servers that a command is for. Raises ConfigError."""
     path, listed = read_hosts()
     if given.all:
@@ -11506,15 +11463,15 @@ def choose_targets(given: argparse.Namespace) -> list[Target]:
         token = load_token_file("--token-file", given.token_file, is_client=True)
     elif token is not None:
         check_token("SERVERCONTROL_TOKEN", token)
-    named = {target.name: target for target in listed if given.server}
-    targets = {}
+    named = {server.name: server for server in listed if given.server}
+    servers = {}
     for name in given.server or ["localhost"]:
-        target = named.get(name) or parse_target(name, name)
+        server = named.get(name) or parse_server(name, name)
         # A server that is named by its URL may be listed with a token.
-        files = [one.token_file for one in (target, *listed) if one.url == target.url]
+        files = [one.token_file for one in (server, *listed) if one.url == server.url]
         token_file = next(filter(None, files), "")
-        targets[name] = dataclasses.replace(target, token=token, token_file=token_file)
-    return list(targets.values())
+        servers[name] = dataclasses.replace(server, token=token, token_file=token_file)
+    return list(servers.values())
 
 
 async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -> Result:
@@ -11535,10 +11492,10 @@ def exec_command(argv: Sequence[str]) -> int:
     if not words and not {"-h", "--help"} & set(argv):
         raise ConfigError("exec: the command stands behind --, as in: exec web1 -- date")
     given = build_parser("exec").parse_args(argv[:place])
-    targets = choose_targets(given)
-    if given.tty and len(targets) > 1:
+    servers = choose_servers(given)
+    if given.tty and len(servers) > 1:
         raise ConfigError("--tty: a terminal is of one server")
-    places = min(len(targets), given.parallel)
+    places = min(len(servers), given.parallel)
     window = min(EXEC_WINDOW_BYTES, EXEC_WINDOWS_BYTES // places)
     fields: Fields = {"timeout": given.timeout, "stdin": given.stdin, "window": window}
     try:
@@ -11550,7 +11507,7 @@ def exec_command(argv: Sequence[str]) -> int:
         fields.update(tty=True, cols=cols, rows=rows)
 
     async def run() -> int:
-        execution = Execution(Report(targets, fields, given.fold), places, given.all)
+        execution = Execution(Report(servers, fields, given.fold), places, given.all)
         return await with_signals(execution.interrupt, execution.run())
 
     return asyncio.run(run())
@@ -11578,7 +11535,7 @@ def monitor_command(argv: Sequence[str]) -> int:
     given = build_parser("monitor").parse_args(argv)
     if not given.server and not given.token_file and read_hosts()[1]:
         given.all = True
-    targets = choose_targets(given)
+    servers = choose_servers(given)
     if given.log in ("", "-"):  # perhaps an unset variable
         raise ConfigError("--log: name a file")
     is_live = os.isatty(1) and os.environ.get("TERM") != "dumb" and not (given.json or given.once)
@@ -11586,9 +11543,9 @@ def monitor_command(argv: Sequence[str]) -> int:
 
     def emit(watched: Watched, event: Fields) -> None:
         if not is_live and not given.once:
-            lines.write(watched.target.name, event)
+            lines.write(watched.server.name, event)
 
-    everybody = [Watched(target, given.cpu_alert, log, emit) for target in targets]
+    everybody = [Watched(server, given.cpu_alert, log, emit) for server in servers]
     monitor, screen = Monitor(everybody, log), Screen(everybody, log) if is_live else None
     asyncio.run(watch(monitor, screen, given.once))
     lines.output.finish()
@@ -11599,8 +11556,8 @@ def monitor_command(argv: Sequence[str]) -> int:
     if given.json:
         described = [
             {
-                "server": one.target.name,
-                "url": one.target.url,
+                "server": one.server.name,
+                "url": one.server.url,
                 "state": one.state.value,
                 "reason": one.reason,
                 "stats": one.stats,
@@ -11617,14 +11574,14 @@ def monitor_command(argv: Sequence[str]) -> int:
 def list_new(found: Sequence[Fields]) -> str:
     """Return lines for those that are not listed yet; say on stderr what to do next."""
     path, listed = read_hosts()
-    folder, urls = os.path.dirname(path), {target.url for target in listed}
+    folder, urls = os.path.dirname(path), {server.url for server in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
     if len(new) < len(found):
         write_note(f"left out, being listed: {len(found) - len(new)}")
     if any(is_token_needed(one) for one in new):
         write_note(f"next: copy each server's {USUAL_TOKEN_FILE} to {folder}/NAME.token")
     lines = []
-    for name, one in name_hosts(new, {target.name for target in listed}).items():
+    for name, one in name_hosts(new, {server.name for server in listed}).items():
         token_file = f"{name}.token" if is_token_needed(one) else ""
         if token_file and os.path.lexists(os.path.join(folder, token_file)):
             # A server that merely answers with another's name must not get its token.
