@@ -5635,8 +5635,8 @@ class Server:
 
 # 17. Client ──────────────────────────────────────────────────────────────────────────────────
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
-# a Link to each server: one WebSocket. After a break both continue where they ended, so nothing is
-# lost or doubled, or the gap is named. Whatever asks a server something raises UnreachableError.
+# a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
+# lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
 #
 # A token goes only to a server that is listed with it, or named with --token-file or
 # SERVERCONTROL_TOKEN; never to one that merely answered a probe. Text of others is cleaned.
@@ -5664,7 +5664,7 @@ class ServerAddress:
     line: str = ""
 
     def read_token(self) -> str | None:
-        """Return the token, or None; from a file as it is now. Raises UnreachableError 401."""
+        """A file is read anew for each request. Raises UnreachableError 401."""
         if not self.token_file:
             return self.token
         try:
@@ -5793,7 +5793,7 @@ def explain_failure(error: Exception) -> str:
     """Return why a connection failed, for users."""
     if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
         own, hint = os.environ.get("SSL_CERT_FILE", ""), "see SSL_CERT_FILE"
-        if own and not os.path.isfile(own):  # OpenSSL does not complain about that
+        if own and not os.path.isfile(own):  # OpenSSL ignores that
             hint = f"there is no file {own}"
         return f"its certificate is not trusted: {error.verify_message} ({hint})"
     if ssl is not None and isinstance(error, ssl.SSLError):
@@ -5811,7 +5811,7 @@ async def sleep_about(seconds: float) -> None:
 
 async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
     """Raises UnreachableError if the network fails or is too slow."""
-    # Before Python 3.12 wait_for() may lose a cancellation, and then a client does not end.
+    # Before Python 3.12 wait_for() may lose a cancellation: the client would not end.
     future = asyncio.ensure_future(something)
     # Else asyncio logs an exception that comes too late.
     future.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -5827,9 +5827,7 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 
 
 async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Raises OSError, UnicodeError. In its own thread: asyncio has few, and waits for them at the
-    end.
-    """
+    """Raises OSError, UnicodeError. asyncio's own threads are few, and it waits for their end."""
     found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # so it cannot be cancelled before it is set
 
@@ -5859,7 +5857,7 @@ async def connect_socket(host: str, port: int) -> socket.socket:
                 return connection
         except OSError as error:
             failure = failure or error
-    assert failure is not None  # getaddrinfo() returns an address, or raises
+    assert failure  # getaddrinfo() returns an address, or raises
     raise failure
 
 
@@ -5936,7 +5934,7 @@ class Control:
 
     def __init__(self, server: ServerAddress) -> None:
         self._server = server
-        # Answers are read in the order of the requests.
+        # Requests are sent, and answers are read, in the same order.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
@@ -5992,7 +5990,7 @@ NOT_AS_AGREED = (
 
 
 def check_seq(value: Any) -> int:
-    """Raises ValueError, also if all events would seem old after it."""
+    """Raises ValueError, also for one that would make all later events old."""
     if type(value) is not int or not 0 <= value < 10**18:
         raise ValueError("seq")
     return value
@@ -6120,7 +6118,7 @@ class Link:
 
 
 class Stage(enum.Enum):
-    """How far a RemoteTask is; if contact is lost then: words for the summary, and for a note."""
+    """How far a task is; words for the summary, and for a note, if contact is lost then."""
 
     NEW = "not started", ""
     ASKED = "lost after the start", "; whether the command was started is not known"
@@ -6137,23 +6135,23 @@ class RemoteTask:
     """
 
     server: ServerAddress
-    fields: Mapping[str, Any]
+    fields: Fields
     write: Callable[[bytes], None]
     drain: Callable[[], Awaitable[None]]
     tell: Callable[[str], None]
-    boot_id: str = ""  # the run of the server that has the task
+    boot_id: str = ""  # the server's run
     stage: Stage = Stage.NEW
-    is_stopping: bool = False  # by this client
+    is_stopping: bool = False
     is_stop_owed: bool = False  # the server must still be told
     task_id: str = ""
     result: tuple[int, str] = (256, "not ended")  # exit code, 256 for none; how it ended
-    failure: UnreachableError | None = None  # why there is no exit code, or output is missing
+    failure: UnreachableError | None = None  # why code or output is missing
     stream: StreamPair | None = None  # its output
     good_at: float = field(default_factory=time.monotonic)  # when the server was last heard
     position: int = 0  # bytes of output that came or are lost
     has_lost: bool = False
     is_in_line: bool = False  # the output so far ends inside a line
-    connected: Callable[[], None] = lambda: None  # called for each connection
+    connected: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         # A repeated request has the same `ref`, so it starts nothing twice.
@@ -6267,7 +6265,7 @@ class RemoteTask:
                 self.good_at = time.monotonic()
                 has_more = task["state"] != "running" or task["output_bytes"] > self.position
                 if has_more and stood_at == self.position:
-                    return  # a proxy forgot it, or stdout pauses: asking again shows we live
+                    return  # a proxy forgot it; or stdout pauses, and a new request shows we live
                 stood_at = self.position if has_more else -1
             taking.result()
         finally:
@@ -6288,7 +6286,7 @@ class RemoteTask:
                 self.is_in_line = not data.endswith(b"\n")
                 self.write(data)
 
-    async def _end(self, task: Mapping[str, Any]) -> None:
+    async def _end(self, task: Fields) -> None:
         await self.drain()  # notes stand behind the output
         exit_code, killed_by = task.get("exit_code"), task.get("killed_by")
         if type(exit_code) is not int or not 0 <= exit_code <= 255:
@@ -6361,7 +6359,7 @@ async def read_input() -> AsyncIterator[bytes]:
 
 @dataclass(eq=False, repr=False)
 class Keyboard:
-    """The terminal here in raw mode: keys and size go to a task's. Ctrl-] leaves."""
+    """The terminal here, in raw mode: keys and size go to a task's. Ctrl-] leaves."""
 
     task: RemoteTask
     leave: Callable[[], None]
@@ -6421,7 +6419,7 @@ class Keyboard:
 
 
 def write_all(fd: int, data: bytearray, seconds: float = math.inf) -> None:
-    """Write the data, and remove what is written, for at most this long. Raises OSError."""
+    """Write the data, and remove what is written. Raises OSError."""
     end = time.monotonic() + seconds
     while data and time.monotonic() < end:
         del data[: write_some(fd, data[: select.PIPE_BUF], 20)]
@@ -6452,7 +6450,7 @@ class Output:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.waiting = bytearray()
-        # While anything waits: set by the event loop when all is written.
+        # While anything waits; set when all is written.
         self._is_written: asyncio.Event | None = None
         self.error: OutputError | None = None
 
@@ -6502,9 +6500,7 @@ def list_some(names: Sequence[str]) -> str:
 class Report:
     """The commands of an `exec`, and their output. fold: show what is equal once, at the end."""
 
-    def __init__(
-        self, servers: Sequence[ServerAddress], fields: Mapping[str, Any], fold: bool
-    ) -> None:
+    def __init__(self, servers: Sequence[ServerAddress], fields: Fields, fold: bool) -> None:
         self.output, self.notes = Output(1), Output(2)
         self._is_coloured = wants_colours()
         # By a server's name: output for --fold; the line that has no end yet.
@@ -6596,7 +6592,7 @@ class Execution:
         self._stopping: asyncio.Future[None] | None = None  # by the first Ctrl-C
 
     async def run(self) -> int:
-        """Return the exit status. Raises OutputError if stdout fails, after stopping what runs."""
+        """Return the exit status. If stdout fails, stop what runs and raise OutputError."""
         everything = asyncio.ensure_future(self._run_all())
         keyboard = Keyboard(self._tasks[0], self._leave, self.interrupt)
         typing = asyncio.ensure_future(keyboard.run() if self._has_keyboard else asyncio.sleep(0))
@@ -6660,8 +6656,8 @@ class Execution:
         task.control.close()
         self._report.end(task)
 
-    def _claim(self, name: str, info: Mapping[str, Any]) -> None:
-        """Raise UnreachableError if another name of this server runs the command."""
+    def _claim(self, name: str, info: Fields) -> None:
+        """Raise UnreachableError if another name of the server runs the command."""
         if self._once and info.get("role") == "run":
             other = self._claims.setdefault(info["boot_id"], name)
             if other != name:
@@ -6722,7 +6718,7 @@ class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
     Its newest part tells the next monitor where to continue. So a new file gets a `position` record
-    of each server, and a long one again every few MiB. path: os.devnull if no log is wanted.
+    of each server, and a long one again every few MiB. path: os.devnull for no log.
     """
 
     path: str
@@ -6813,7 +6809,7 @@ class Watched:
     cpu_alert: the monitor's own threshold; None: the server's alerts count. emit: gets news.
     """
 
-    # What is remembered of a task.
+    # Remembered of a task.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
     server: ServerAddress
@@ -6824,10 +6820,10 @@ class Watched:
     reason: str = ""  # why it is not up
     _silent_at: float = 0.0  # when it was last heard while it was up
     stats: Fields = field(default_factory=dict)  # the newest `stats_update`
-    alert: str = ""  # the newest, as it is shown
+    alert: str = ""  # as it is shown
     alert_at: int = 0  # when the newest was raised (server's ms)
     _hello_seq: int = 0  # `hello` told the alerts up to there
-    tasks: dict[str, Fields] = field(default_factory=dict)  # those that run, by id
+    tasks: dict[str, Fields] = field(default_factory=dict)  # running, by id
     open_bytes: int = 0  # their size
     ended: OrderedDict[str, None] = field(default_factory=OrderedDict)  # ids of recorded ends
 
@@ -6968,10 +6964,9 @@ class Watched:
 
     def _take_stats(self, event: Fields) -> None:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
-        if not all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0])):
+        are_right = all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0]))
+        if not are_right or len(encode_json(event)) > MAX_STATS_BYTES:
             raise ValueError("wrong statistics")
-        if len(encode_json(event)) > MAX_STATS_BYTES:
-            raise ValueError("too many statistics")
         self.stats = event
         change = self._rule and self._rule.update(event["cpu"], time.monotonic())
         if change:
@@ -6986,10 +6981,10 @@ class Watched:
         what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
         self.alert = f"{when} {what} {event['cpu']:.0f} %"
         is_repeated = not is_ours and event.get("seq", 0) <= self._hello_seq
-        if is_repeated and raised <= self.alert_at:
-            return True
-        self.record(event["type"], cpu=event["cpu"], raised=raised)
-        return False
+        is_known = is_repeated and raised <= self.alert_at
+        if not is_known:
+            self.record(event["type"], cpu=event["cpu"], raised=raised)
+        return is_known
 
     TAKES = {
         "hello": _take_hello,
@@ -7016,7 +7011,7 @@ class Monitor:
         named = {watched.server.name: watched for watched in everybody}
         located = set(named) if is_whole else set()
         for line in lines:
-            with suppress(*NOT_AS_AGREED):  # half a line, or not of these servers
+            with suppress(*NOT_AS_AGREED):  # half a line, or of another server
                 record = parse_json_object(line)
                 named[record["server"]].learn(record)
                 if record["event"] == "position":
@@ -7067,7 +7062,7 @@ class EventWriter:
             dropped, self._dropped = self._dropped, 0
             now_ms = int(time.time() * 1000)
             self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
-        if self._as_json:  # in ASCII, so it cannot control a terminal
+        if self._as_json:  # in ASCII: no control characters
             line = json.dumps({**event, "server": name})
         else:
             when = format_time(event.get("timestamp", time.time() * 1000) / 1000)
@@ -7116,7 +7111,7 @@ def list_cells(one: Watched) -> list[str]:
 
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
-    """Return a line about all servers; parts that do not fit whole are left out."""
+    """Return one line; parts that do not fit whole are left out."""
     counts = Counter(one.state.value for one in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     tasks = sum(len(one.tasks) for one in everybody)
@@ -7138,7 +7133,7 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    """Return (state, line) of the titles, whose state is "", and of each server shown."""
+    """Return (state, line) of the titles, whose state is "", and of those shown."""
     name_width = min(24, max(6, *(count_cells(one.server.name) for one in everybody)))
     rows = [("", "SERVER", TITLES)]
     rows += [(one.state.value, one.server.name, list_cells(one)) for one in everybody[shown]]
@@ -7251,7 +7246,7 @@ def to_json(value: Any) -> str:
 
 
 def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
-    """Return a server, or None: anybody can reply."""
+    """Return a server, or None. Anybody can reply."""
     try:
         facts = parse_json_object(data)
     except CommandError:
@@ -7279,7 +7274,7 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 
 
 def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
-    """Return the servers in order, each with all its addresses: replies have the same id."""
+    """Return each server with all its addresses: replies have the same id."""
     servers: dict[Any, list[Fields]] = {}
     # Loopback last, which means nothing to other machines.
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
@@ -7291,7 +7286,7 @@ def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
 def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[Fields]:
     """Return what answers within `seconds`, each server once."""
     found: dict[tuple[str, int, str], Fields] = {}
-    # By address: so one that makes up thousands of servers displaces nobody.
+    # By address: one that makes up thousands of servers displaces nobody.
     counts: Counter[str] = Counter()
     start = time.monotonic()
     # Three, since a datagram may be lost.
@@ -7341,15 +7336,14 @@ def format_prometheus(found: Sequence[Fields]) -> str:
 
 def format_ansible(found: Sequence[Fields]) -> str:
     """Return an inventory with one host per address."""
-    hosts: dict[str, Fields] = {}
-    seen = set()
+    hosts: dict[str, tuple[str, Fields]] = {}
     for name, one in name_hosts(found).items():
-        if one["address"] not in seen:
-            seen.add(one["address"])
-            hosts[name] = {"ansible_host": one["address"], "servercontrol_url": one["url"]}
-            if is_loopback(one["address"]):
-                hosts[name]["ansible_connection"] = "local"
-    return to_json({"all": {"children": {"servercontrol": {"hosts": hosts}}}})
+        host = {"ansible_host": one["address"], "servercontrol_url": one["url"]}
+        if is_loopback(one["address"]):
+            host["ansible_connection"] = "local"
+        hosts.setdefault(one["address"], (name, host))
+    group = {"hosts": dict(hosts.values())}
+    return to_json({"all": {"children": {"servercontrol": group}}})
 
 
 def is_token_needed(one: Fields) -> bool:
