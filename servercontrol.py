@@ -5735,7 +5735,7 @@ def parse_hosts(text: str, source: str) -> dict[str, ServerAddress]:
 
 
 def clean_text(text: Any, width: int = 200) -> str:
-    """Make foreign text safe for a terminal: one line, only printable."""
+    """Make foreign text safe for a terminal: one printable line."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text))
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
@@ -5969,7 +5969,7 @@ class Control:
 
     @staticmethod
     async def _has_unasked(reader: Reader) -> bool:
-        """Whether it has ended, or sent what is no answer (a proxy's 408 before it closes)."""
+        """Whether it has ended, or sent what is no answer (as a proxy's 408)."""
         peek = asyncio.ensure_future(reader.read(1))
         await asyncio.wait({peek}, timeout=0)
         is_waiting = peek.cancel()
@@ -6008,8 +6008,8 @@ class Link:
 
     server: ServerAddress
     take: Callable[[Fields], None]
-    boot_id: str = ""  # the run of the server that is followed
-    seq: int = 0  # of its newest event that was taken
+    boot_id: str = ""  # the server's run
+    seq: int = 0  # of the newest event that was taken
     heard_at: float = field(default_factory=time.monotonic)  # when bytes last came
     _writer: asyncio.StreamWriter | None = None
     _websocket: WebSocketConnection = field(default_factory=WebSocketConnection)
@@ -6024,7 +6024,6 @@ class Link:
             await sleep_about(REFUSED_RETRY_SECONDS if status in REFUSED else delay)
 
     def check_silence(self, now: float) -> bool:
-        """Ping a silent server; hang up, and return True, if it is silent for too long."""
         is_silent = now - self.heard_at > SILENCE_SECONDS
         if is_silent and self._writer is not None:
             self._writer.transport.abort()
@@ -6033,14 +6032,13 @@ class Link:
         return is_silent
 
     def _write(self, opcode: Opcode, payload: bytes) -> None:
-        """Send a frame if the server reads. If it is gone, asyncio would complain."""
         if self._writer is None or self._writer.transport.is_closing():
-            return
+            return  # asyncio would complain
         if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:
             self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> tuple[str, int]:
-        """Take events of one connection; return why it ended, and the status."""
+        """Return why the connection ended, and the status."""
         self._has_hello = False
         try:
             reader = await self._upgrade()
@@ -6059,7 +6057,7 @@ class Link:
 
     async def _upgrade(self) -> Reader:
         """RFC 6455, 4.1."""
-        key = base64.b64encode(os.urandom(16)).decode("ascii")
+        key = base64.b64encode(os.urandom(16)).decode()
         path = "/ws?hello&task=none"
         if self.boot_id:
             path += f"&since={self.seq}&boot={urllib.parse.quote(self.boot_id)}"
@@ -6210,8 +6208,8 @@ class RemoteTask:
         if self.is_stop_owed:
             await self.stop()
 
-    async def follow(self) -> int:
-        """Write the output; return the exit code. Raises also what `drain` raises."""
+    async def follow(self) -> None:
+        """Write the output, to the end. Raises also what `drain` raises."""
         trouble, delay = "", RETRY_SECONDS
         while self.stage is not Stage.ENDED:
             try:
@@ -6234,7 +6232,6 @@ class RemoteTask:
                     self.tell(f"connection lost ({clean_text(trouble)}), trying again")
                 await sleep_about(delay)
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
-        return self.result[0]
 
     async def _expect(self, answer: Awaitable[Result]) -> Result:
         """Raise another UnreachableError if the server has forgotten the task."""
@@ -6489,7 +6486,7 @@ class Output:
 
 
 def wants_colours() -> bool:
-    """See no-color.org."""
+    """Also by no-color.org."""
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -6502,7 +6499,6 @@ class Report:
 
     def __init__(self, servers: Sequence[ServerAddress], fields: Fields, fold: bool) -> None:
         self.output, self.notes = Output(1), Output(2)
-        self._is_coloured = wants_colours()
         # By a server's name: output for --fold; the line that has no end yet.
         self._kept: dict[str, list[bytes]] = {}
         self._begun: dict[str, bytes] = {}
@@ -6514,7 +6510,7 @@ class Report:
             if fold:
                 write = self._kept.setdefault(name, []).append
             elif len(servers) > 1:
-                colour = COLOURS[len(self._begun) % len(COLOURS)] if self._is_coloured else ""
+                colour = COLOURS[len(self._begun) % len(COLOURS)] if wants_colours() else ""
                 prefix = f"{colour}{name:{width}} |{PLAIN if colour else ''} "
                 self._begun[name] = b""
                 write = functools.partial(self._write_lines, name, prefix.encode(errors="replace"))
@@ -6562,7 +6558,7 @@ class Report:
             if output or (name in self._kept and result.startswith("exit")):
                 groups.setdefault((result, output), []).append(name)
         self._kept.clear()
-        bold, plain = (BOLD, PLAIN) if self._is_coloured else ("", "")
+        bold, plain = (BOLD, PLAIN) if wants_colours() else ("", "")
         for (result, output), names in groups.items():
             count = f"{len(names)} servers, " if len(names) > 1 else ""
             title = f"{bold}── {', '.join(names)} ({count}{result}){plain}\n"
@@ -6573,7 +6569,6 @@ class Report:
 class Execution:
     """One command on `parallel` servers at a time. once: a server with two names runs it once."""
 
-    # Reason -> what to do.
     HINTS = {
         "connection refused": "; is it running there, on that port, with --host?",
         "no such host": "; is it a name of the list?",
@@ -6657,7 +6652,6 @@ class Execution:
         self._report.end(task)
 
     def _claim(self, name: str, info: Fields) -> None:
-        """Raise UnreachableError if another name of the server runs the command."""
         if self._once and info.get("role") == "run":
             other = self._claims.setdefault(info["boot_id"], name)
             if other != name:
@@ -6697,9 +6691,9 @@ class Execution:
 
 
 class ServerState(enum.Enum):
-    """The state of a server for the monitor. Only Watched.change() sets it."""
+    """Only Watched.change() sets it."""
 
-    CONNECTING = "connecting"  # at the start
+    CONNECTING = "connecting"
     UP = "up"
     SILENT = "silent"  # was up, and has sent nothing for SILENCE_SECONDS
     REFUSED = "refused"
@@ -6741,7 +6735,6 @@ class MonitorLog:
         return lines, self._size <= LOG_TAIL_BYTES
 
     def _open(self, tail_bytes: int) -> bytes:
-        """Open and lock the file; return its end. Raises OSError."""
         close_fds([self._fd])
         self._fd = -1
         # O_NONBLOCK: for a FIFO that nobody reads.
@@ -6819,7 +6812,7 @@ class Watched:
     state: ServerState = ServerState.CONNECTING
     reason: str = ""  # why it is not up
     _silent_at: float = 0.0  # when it was last heard while it was up
-    stats: Fields = field(default_factory=dict)  # the newest `stats_update`
+    stats: Fields = field(default_factory=dict)
     alert: str = ""  # as it is shown
     alert_at: int = 0  # when the newest was raised (server's ms)
     _hello_seq: int = 0  # `hello` told the alerts up to there
@@ -6851,10 +6844,11 @@ class Watched:
         """Take a record of an earlier monitor. Raises one of NOT_AS_AGREED."""
         event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
         if event == "position" or boot_id != self.link.boot_id:
-            self.tasks.clear()
-            self.ended.clear()
-            self.open_bytes = 0
+            self.tasks, self.open_bytes = {}, 0
+            self.ended = OrderedDict.fromkeys(record.get("ended", ()))
         self.link.boot_id, self.link.seq = boot_id, seq
+        for task in record.get("tasks", ()):
+            self.remember({"event": "task_start", **task})
         self.remember(record)
 
     def remember(self, record: Fields) -> None:
@@ -6862,11 +6856,6 @@ class Watched:
         event = record["event"]
         if event in ("cpu_alert", "alert_resolved"):
             self.alert_at = record["raised"]
-        elif event == "position":
-            for task_id in record["ended"]:
-                self.remember({"event": "task_lost", "task_id": task_id})
-            for task in record["tasks"]:
-                self.remember({"event": "task_start", **task})
         elif event == "task_start":
             task = self.tasks[record["task_id"]] = {name: record[name] for name in self.TASK}
             self.open_bytes += len(encode_json(task)) + EVENT_OVERHEAD_BYTES
@@ -6894,8 +6883,7 @@ class Watched:
         if self.state in (ServerState.CONNECTING, ServerState.UP):
             self._silent_at = self.link.heard_at
         elif state is ServerState.UP:
-            silent_ms = int((time.monotonic() - self._silent_at) * 1000)
-            what, fields = "back", {"silent_ms": silent_ms}
+            what, fields = "back", {"silent_ms": int((time.monotonic() - self._silent_at) * 1000)}
         if what != "up":
             self.alert = f"{time.strftime('%H:%M')} {what}"
         self.state, self.stats = state, {}
@@ -6917,8 +6905,7 @@ class Watched:
 
     def _take_lost(self, event: Fields) -> bool:
         before, self.reason = self.reason, event["reason"]
-        is_refused = event["status"] in REFUSED
-        state = ServerState.REFUSED if is_refused else ServerState.UNREACHABLE
+        state = ServerState.REFUSED if event["status"] in REFUSED else ServerState.UNREACHABLE
         self.change(state, reason=self.reason)
         return self.reason == before
 
@@ -6940,8 +6927,7 @@ class Watched:
             self._record_end("task_lost", task_id=task_id, reason="the server remembers it no more")
 
     def _take_start(self, task: Fields) -> None:
-        """task: an event, or an item of a list."""
-        task = {"started": task.get("timestamp"), **task}
+        task = {"started": task.get("timestamp"), **task}  # in an event `started` is missing
         start, task_id = {name: task[name] for name in self.TASK}, parse_task_id(task["task_id"])
         if not all(isinstance(start[name], kind) for name, kind in self.TASK.items()):
             raise ValueError("wrong task")
@@ -7003,7 +6989,6 @@ class Monitor:
     """Watches servers, and goes on where its log ends."""
 
     def __init__(self, everybody: Sequence[Watched], log: MonitorLog) -> None:
-        """Raises ConfigError."""
         self.all, self._log = everybody, log
         count = MAX_TOLD_ENDED // len(everybody)
         log.locate = lambda: [watched.locate(count) for watched in everybody]
@@ -7089,7 +7074,6 @@ def fit_text(text: str, width: int) -> str:
     return text + " " * (width - count_cells(text))
 
 
-# After the server's name.
 COLUMNS = "{:<10} {:>6} {:>6} {:>6} {:>5} {}"
 TITLES = ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"]
 
@@ -7156,13 +7140,12 @@ class Screen:
 
     everybody: Sequence[Watched]
     log: MonitorLog
-    leave: Callable[[], object] = lambda: None  # ends the monitor
+    leave: Callable[[], object] = lambda: None
     _sort: str = "s"
     _top: int = 0  # the first row shown
     _shown: int = 0  # how many there are
-    _drawn: str = ""  # the newest picture
+    _drawn: str = ""
     _before: list[Any] = field(default_factory=list)  # the terminal's; [] without a keyboard
-    _is_coloured: bool = field(default_factory=wants_colours)
     _output: Output = field(default_factory=lambda: Output(1))
 
     async def run(self) -> None:
@@ -7201,7 +7184,6 @@ class Screen:
         self._output.finish()
 
     def _suspend(self) -> None:
-        """Ctrl-Z."""
         self._close()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
@@ -7231,7 +7213,7 @@ class Screen:
         last_row = min(self._top + self._shown, len(everybody))
         lines = [clean_text(format_totals(self.everybody, cols), cols)]
         for state, line in format_table(everybody, cols, slice(self._top, last_row)):
-            paint = STATE_COLOURS.get(state, "") if self._is_coloured or not state else ""
+            paint = STATE_COLOURS.get(state, "") if wants_colours() or not state else ""
             lines.append(f"{paint}{line}{PLAIN if paint else ''}")
         lines += [""] * (rows - 1 - len(lines))
         keys = "q quit · c n s: by CPU, name, state · arrows scroll"
@@ -7269,7 +7251,7 @@ def parse_discovery_reply(data: bytes, address: str) -> Fields | None:
 
 def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None:
     for address in addresses:
-        with suppress(OSError):  # unreachable
+        with suppress(OSError):
             udp.sendto(DISCOVERY_PROBE, (address, port))
 
 
