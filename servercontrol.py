@@ -5639,7 +5639,7 @@ class Server:
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
 #
 # A token goes only to a server that is listed with it, or named with --token-file or
-# SERVERCONTROL_TOKEN; never to one that merely answered a probe. Text of others is cleaned.
+# SERVERCONTROL_TOKEN; never to one that merely answered a probe. clean_text() cleans foreign text.
 
 
 Result = TypeVar("Result")
@@ -5682,13 +5682,7 @@ class ServerAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.path}"
 
-    @property
-    def authority(self) -> str:
-        """For the Host field (RFC 9110, 7.2), without a zone (RFC 6874, 4)."""
-        return "localhost" if self.unix else re.sub("%[^]]*", "", self.url.split("/")[2])
 
-
-# A scheme, its s, a host, a port, a path.
 SERVER_NAME = re.compile(
     r"(?!unix:)(?=[!-~]+\Z)(?:(http|ws)(s?)://)?"
     r"(\[[0-9a-f:.]+(?:%[^]/?#@,]+)?\]|[^][:/?#@,]+)(?::([0-9]{0,5}))?(/[^?#]*)?",
@@ -5749,7 +5743,9 @@ def encode_request(
     upgrade: Mapping[str, str],
 ) -> bytes:
     """Return a request, with the token."""
-    fields, token = {"Host": server.authority, **upgrade}, server.read_token()
+    # Without a zone (RFC 6874, 4).
+    host = "localhost" if server.unix else re.sub("%[^]]*", "", server.url.split("/")[2])
+    fields, token = {"Host": host, **upgrade}, server.read_token()
     if token is not None:
         fields["Authorization"] = f"Bearer {token}"
     if method == "POST":  # /exec knows JSON by its first byte
@@ -5791,13 +5787,13 @@ def make_client_tls() -> ssl.SSLContext:
 
 def explain_failure(error: Exception) -> str:
     """Return why a connection failed, for users."""
-    if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
+    if ssl is not None and isinstance(error, ssl.SSLError):
+        if not isinstance(error, ssl.SSLCertVerificationError):
+            return "TLS failed (is it http?)"
         own, hint = os.environ.get("SSL_CERT_FILE", ""), "see SSL_CERT_FILE"
         if own and not os.path.isfile(own):  # OpenSSL ignores that
             hint = f"there is no file {own}"
         return f"its certificate is not trusted: {error.verify_message} ({hint})"
-    if ssl is not None and isinstance(error, ssl.SSLError):
-        return "TLS failed (is it http?)"
     if isinstance(error, (socket.gaierror, UnicodeError)):  # UnicodeError: a malformed name
         return "no such host"
     number = getattr(error, "errno", None)
@@ -5826,9 +5822,9 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
         future.cancel()
 
 
-async def look_up(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Raises OSError, UnicodeError. asyncio's own threads are few, and it waits for their end."""
-    found: concurrent.futures.Future[list[tuple[Any, ...]]] = concurrent.futures.Future()
+async def look_up(host: str, port: int) -> list[Any]:
+    """In its own thread: asyncio has few, and waits for their end. Raises OSError, UnicodeError."""
+    found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # so it cannot be cancelled before it is set
 
     def ask() -> None:
@@ -5934,7 +5930,7 @@ class Control:
 
     def __init__(self, server: ServerAddress) -> None:
         self._server = server
-        # Requests are sent, and answers are read, in the same order.
+        # Both in the order of the requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
@@ -5971,7 +5967,7 @@ class Control:
     async def _has_unasked(reader: Reader) -> bool:
         """Whether it has ended, or sent what is no answer (as a proxy's 408)."""
         peek = asyncio.ensure_future(reader.read(1))
-        await asyncio.wait({peek}, timeout=0)
+        await asyncio.sleep(0)
         is_waiting = peek.cancel()
         await asyncio.gather(peek, return_exceptions=True)
         return not is_waiting
@@ -6129,7 +6125,7 @@ class RemoteTask:
     """A command on a server: `curl …/exec?follow` that continues after a break.
 
     fields: the body of `POST /exec`. With a `window` the server waits for this reader, so nothing
-    is lost unless it is gone for a minute. drain: waits until all is written.
+    is lost unless it is gone for a minute.
     """
 
     server: ServerAddress
@@ -6143,8 +6139,8 @@ class RemoteTask:
     is_stop_owed: bool = False  # the server must still be told
     task_id: str = ""
     result: tuple[int, str] = (256, "not ended")  # exit code, 256 for none; how it ended
-    failure: UnreachableError | None = None  # why code or output is missing
-    stream: StreamPair | None = None  # its output
+    failure: UnreachableError | None = None  # why the exit code, or output, is missing
+    stream: StreamPair | None = None  # of its output
     good_at: float = field(default_factory=time.monotonic)  # when the server was last heard
     position: int = 0  # bytes of output that came or are lost
     has_lost: bool = False
@@ -6362,7 +6358,7 @@ class Keyboard:
     leave: Callable[[], None]
     interrupt: Callable[[], None]
     waiting: bytes = b""  # keys, until there is a connection
-    sending: set[asyncio.Future[None]] = field(default_factory=set)  # asyncio's are weak
+    sending: set[asyncio.Future[None]] = field(default_factory=set)  # else they are collected
     is_full: bool = False  # the user was told that the task does not read
 
     async def run(self) -> None:
@@ -6486,7 +6482,7 @@ class Output:
 
 
 def wants_colours() -> bool:
-    """Also by no-color.org."""
+    """See no-color.org."""
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -6582,7 +6578,7 @@ class Execution:
         self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
         self._input: list[bytes] | None = None  # all of it, if several servers get it
         self._claims: dict[str, str] = {}  # boot_id -> the name that runs the command
-        # Set when this client leaves, whatever the commands do.
+        # Set when this client leaves.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._stopping: asyncio.Future[None] | None = None  # by the first Ctrl-C
 
@@ -6637,11 +6633,11 @@ class Execution:
                     feeding = asyncio.ensure_future(self._feed(task))
                 await task.follow()
             except UnreachableError as error:
-                task.failure, task.result = error, (UNREACHABLE_STATUS, task.stage.value[0])
+                summary, known = task.stage.value
+                task.failure, task.result = error, (UNREACHABLE_STATUS, summary)
                 if error.status == SAME_STATUS:
                     task.result = 256, "listed twice"
                 where = "" if name == task.server.url else f" ({task.server.url})"
-                known: str = task.stage.value[1]
                 hint = known.format(task.task_id) or self.HINTS.get(str(error), "")
                 if task.stage is not Stage.NEW or self._report.output.error is None:
                     self._report.note(f"{name}{where}", f"{error}{hint}")
@@ -6691,7 +6687,7 @@ class Execution:
 
 
 class ServerState(enum.Enum):
-    """Only Watched.change() sets it."""
+    """Of a server in the monitor. Only Watched.change() sets it."""
 
     CONNECTING = "connecting"
     UP = "up"
@@ -6700,7 +6696,7 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or not since it refused
 
 
-# A state that is entered only from these; the others, from any.
+# State -> the only ones before it.
 STATES_BEFORE = {
     ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
@@ -6712,18 +6708,18 @@ class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
     Its newest part tells the next monitor where to continue. So a new file gets a `position` record
-    of each server, and a long one again every few MiB. path: os.devnull for no log.
+    of each server, and a long one again every few MiB.
     """
 
     path: str
     locate: Callable[[], list[Fields]] = list  # returns the `position` records
     _fd: int = -1  # the locked file, or -1
-    _size: int = 0  # of the file, after the last write
+    _size: int = 0  # after the last write
     _is_cut: bool = False  # the file ends inside a record
     _waiting: bytearray = field(default_factory=bytearray)
     problem: str = ""  # why records wait; "" if all is well
     _complained_at: float = -LOG_ERROR_SECONDS
-    _due_bytes: int = 0  # the size at which `position` records are due
+    _due_bytes: int = 0  # at this size `position` records are due
 
     def read(self) -> tuple[list[bytes], bool]:
         """Return the file's newest lines, and whether these are all. Raises ConfigError."""
@@ -6802,7 +6798,7 @@ class Watched:
     cpu_alert: the monitor's own threshold; None: the server's alerts count. emit: gets news.
     """
 
-    # Remembered of a task.
+    # What is remembered of a task.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
     server: ServerAddress
@@ -6994,16 +6990,16 @@ class Monitor:
         log.locate = lambda: [watched.locate(count) for watched in everybody]
         lines, is_whole = log.read()
         named = {watched.server.name: watched for watched in everybody}
-        located = set(named) if is_whole else set()
+        lost = {} if is_whole else dict(named)
         for line in lines:
             with suppress(*NOT_AS_AGREED):  # half a line, or of another server
                 record = parse_json_object(line)
                 named[record["server"]].learn(record)
                 if record["event"] == "position":
-                    located.add(record["server"])
+                    lost.pop(record["server"], None)
         reason = f"the newest {LOG_TAIL_BYTES // MIB} MiB of the log do not say where it stood"
-        for name in sorted(named.keys() - located):
-            named[name].record_gap(1, None, reason)
+        for watched in lost.values():
+            watched.record_gap(1, None, reason)
         log.flush()
 
     async def run(self) -> None:
@@ -7044,9 +7040,9 @@ class EventWriter:
             self._dropped += 1
             return
         if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            now_ms = int(time.time() * 1000)
-            self.write(None, {"type": "lines_dropped", "timestamp": now_ms, "lines": dropped})
+            gap = {"type": "lines_dropped", "timestamp": int(time.time() * 1000)}
+            gap["lines"], self._dropped = self._dropped, 0
+            self.write(None, gap)
         if self._as_json:  # in ASCII: no control characters
             line = json.dumps({**event, "server": name})
         else:
@@ -7061,9 +7057,12 @@ class EventWriter:
 
 def count_cells(text: str) -> int:
     """East Asian characters take two cells."""
-    joined = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
-    joined = [c for c in joined if not "\u1160" <= c <= "\u11ff"]  # inside a Hangul syllable
-    return len(joined) + sum(unicodedata.east_asian_width(c) in "WF" for c in joined)
+    return sum(
+        1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+        # Not those that combine: also some Hangul.
+        if unicodedata.category(c) not in ("Mn", "Me", "Cf") and not "\u1160" <= c <= "\u11ff"
+    )
 
 
 def fit_text(text: str, width: int) -> str:
@@ -7075,7 +7074,6 @@ def fit_text(text: str, width: int) -> str:
 
 
 COLUMNS = "{:<10} {:>6} {:>6} {:>6} {:>5} {}"
-TITLES = ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"]
 
 # Key -> (what it sorts by; the order, before that of the names).
 SORTS: dict[str, tuple[str, Callable[[Watched], Any]]] = {
@@ -7119,7 +7117,7 @@ def format_table(
 ) -> list[tuple[str, str]]:
     """Return (state, line) of the titles, whose state is "", and of those shown."""
     name_width = min(24, max(6, *(count_cells(one.server.name) for one in everybody)))
-    rows = [("", "SERVER", TITLES)]
+    rows = [("", "SERVER", ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"])]
     rows += [(one.state.value, one.server.name, list_cells(one)) for one in everybody[shown]]
     return [
         (state, clean_text(f"{fit_text(name, name_width)} {COLUMNS.format(*cells)}", width))
@@ -7136,7 +7134,7 @@ class Screen:
     KEYS.update(dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize))
     KEYS.update(dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize))
     # An escape sequence, or a character.
-    KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
+    KEY = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|.", re.DOTALL)
 
     everybody: Sequence[Watched]
     log: MonitorLog
@@ -7145,7 +7143,7 @@ class Screen:
     _top: int = 0  # the first row shown
     _shown: int = 0  # how many there are
     _drawn: str = ""
-    _before: list[Any] = field(default_factory=list)  # the terminal's; [] without a keyboard
+    _before: list[Any] = field(default_factory=list)  # attributes; [] without a keyboard
     _output: Output = field(default_factory=lambda: Output(1))
 
     async def run(self) -> None:
@@ -7272,7 +7270,7 @@ def probe_network(addresses: Sequence[str], port: int, seconds: float) -> list[F
     counts: Counter[str] = Counter()
     start = time.monotonic()
     # Three, since a datagram may be lost.
-    rounds = [start + seconds * part for part in (0.5, 0.25, 0.0)]
+    rounds = [start + seconds / 2, start + seconds / 4, start]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         udp.settimeout(0.02)
