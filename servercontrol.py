@@ -5930,7 +5930,7 @@ class Control:
 
     def __init__(self, server: ServerAddress) -> None:
         self._server = server
-        # Both in the order of the requests.
+        # Both are taken in the order of the requests.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
@@ -5973,7 +5973,7 @@ class Control:
         return not is_waiting
 
     def close(self) -> None:
-        if self._streams is not None:
+        if self._streams:
             self._streams[1].transport.abort()
             self._streams = None
 
@@ -6021,7 +6021,7 @@ class Link:
 
     def check_silence(self, now: float) -> bool:
         is_silent = now - self.heard_at > SILENCE_SECONDS
-        if is_silent and self._writer is not None:
+        if is_silent and self._writer:
             self._writer.transport.abort()
         elif now - self.heard_at > SILENCE_SECONDS / 4:
             self._write(Opcode.TEXT, b'{"type":"ping"}')
@@ -6047,7 +6047,7 @@ class Link:
         except NOT_AS_AGREED as error:
             return f"it sent what cannot be understood: {clean_text(repr(error))}", 404
         finally:
-            if self._writer is not None:
+            if self._writer:
                 self._writer.close()
                 self._writer = None
 
@@ -6070,7 +6070,7 @@ class Link:
         return reader
 
     async def _receive(self, data: bytes) -> None:
-        if data:
+        if data:  # else this end may have closed it
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         pings: list[Any] = [one.data for one in messages if one.opcode is Opcode.PING]
@@ -6140,7 +6140,7 @@ class RemoteTask:
     task_id: str = ""
     result: tuple[int, str] = (256, "not ended")  # exit code, 256 for none; how it ended
     failure: UnreachableError | None = None  # why the exit code, or output, is missing
-    stream: StreamPair | None = None  # of its output
+    stream: StreamPair | None = None
     good_at: float = field(default_factory=time.monotonic)  # when the server was last heard
     position: int = 0  # bytes of output that came or are lost
     has_lost: bool = False
@@ -6248,7 +6248,7 @@ class RemoteTask:
 
     async def _read_stream(self) -> None:
         """Write until the stream ends, or stands still although there is more."""
-        assert self.stream is not None
+        assert self.stream
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
         stood_at = -1
@@ -6642,7 +6642,7 @@ class Execution:
                 if task.stage is not Stage.NEW or self._report.output.error is None:
                     self._report.note(f"{name}{where}", f"{error}{hint}")
             finally:
-                if feeding is not None:
+                if feeding:
                     feeding.cancel()
         task.control.close()
         self._report.end(task)
@@ -6696,7 +6696,7 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or not since it refused
 
 
-# State -> the only ones before it.
+# State -> the only ones before it. Most connections of a server that is UP are back before SILENT.
 STATES_BEFORE = {
     ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
@@ -6749,7 +6749,7 @@ class MonitorLog:
 
     def add(self, record: Fields) -> None:
         """Take a record, which flush() writes."""
-        if len(self._waiting) > BATCH_BYTES and not self.problem:
+        if len(self._waiting) > BATCH_BYTES and not self.problem:  # one event may make thousands
             self.flush()
         self._waiting += encode_json(record) + b"\n"
         if len(self._waiting) > MAX_WAITING_BYTES:
@@ -6760,7 +6760,7 @@ class MonitorLog:
             self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
-        """Write what waits, after a rotation to a new file; say why not once a minute."""
+        """Write what waits, after a rotation to a new file; say once a minute why not."""
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
@@ -6798,7 +6798,6 @@ class Watched:
     cpu_alert: the monitor's own threshold; None: the server's alerts count. emit: gets news.
     """
 
-    # What is remembered of a task.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
     server: ServerAddress
@@ -7093,7 +7092,7 @@ def list_cells(one: Watched) -> list[str]:
 
 
 def format_totals(everybody: Sequence[Watched], width: int) -> str:
-    """Return one line; parts that do not fit whole are left out."""
+    """Parts that do not fit whole are left out."""
     counts = Counter(one.state.value for one in everybody)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     tasks = sum(len(one.tasks) for one in everybody)
@@ -7256,7 +7255,7 @@ def send_probes(udp: socket.socket, addresses: Iterable[str], port: int) -> None
 def merge_replies(replies: Iterable[Fields]) -> list[Fields]:
     """Return each server with all its addresses: replies have the same id."""
     servers: dict[Any, list[Fields]] = {}
-    # Loopback last, which means nothing to other machines.
+    # Loopback last: it means nothing to other machines.
     for one in sorted(replies, key=lambda one: (is_loopback(one["address"]), one["address"])):
         servers.setdefault((one["id"] or one["address"], one["port"]), []).append(one)
     merged = [{**same[0], "urls": [one["url"] for one in same]} for same in servers.values()]
@@ -7294,7 +7293,7 @@ def name_hosts(found: Sequence[Fields], taken: Collection[str] = ()) -> dict[str
     """Return name -> server; no name is in `taken`."""
     named: dict[str, Fields] = {}
     for one in found:
-        # Anybody can answer a probe, and Ansible would evaluate "{{ }}".
+        # Ansible would evaluate "{{ }}".
         name = re.sub(r"[^A-Za-z0-9.-]", "-", one["hostname"]).strip(".-")
         if not name or parse_ip(name) or name.lower().partition(".")[0] == "localhost":
             name = one["address"]  # else `exec localhost` would mean that server
