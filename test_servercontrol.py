@@ -5241,7 +5241,7 @@ import dataclasses
 async def fail(server, request):
     raise RuntimeError("injected /some/path " + "x" * 10)
 for path in ("/stats", "/kill"):
-    sc.ROUTES[path] = dataclasses.replace(sc.ROUTES[path], answer=fail)
+    sc.ROUTES[path] = sc.ROUTES[path]._replace(answer=fail)
 count, build = [0], sc.build_stats
 def build_or_fail(*arguments):
     count[0] += 1
