@@ -206,7 +206,7 @@ WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_PROTOCOL = "servercontrol.v1"
 MAX_MESSAGE_BYTES = 64 * KIB  # clients send commands, not data
-MAX_FRAGMENTS = 1024  # a proxy may split the largest event into pieces of 16 KiB
+MAX_FRAGMENTS = 1024  # of one message: empty ones could go on for ever
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
@@ -311,6 +311,7 @@ CONNECT_SECONDS = 4.0  # a lost SYN is sent again after 1 s and 3 s
 ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
+MAX_EVENT_FRAGMENTS = 1024  # a proxy may split it into pieces of 16 KiB
 MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
 RETRY_SECONDS = 0.25  # the first; doubled with each failure
@@ -1374,7 +1375,7 @@ def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
 
 
 def take_messages(
-    buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int
+    buffer: bytearray, is_server: bool, deflates: bool, max_bytes: int, max_fragments: int
 ) -> Iterator[Message | None]:
     """Yield messages, None whenever more bytes are needed. Raises WebSocketError."""
     message: DataMessage | None = None
@@ -1399,7 +1400,7 @@ def take_messages(
         # Incompressible data become a little longer.
         if message.wire_size > max_bytes * (2 if message.inflater else 1):
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
-        if message.fragments > MAX_FRAGMENTS:
+        if message.fragments > max_fragments:
             raise WebSocketError("too many fragments", CloseCode.MESSAGE_TOO_BIG)
         taken, is_whole = 0, False
         while not is_whole:
@@ -1428,6 +1429,7 @@ class WebSocketConnection:
         self,
         make_mask: Callable[[], bytes] | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_fragments: int = MAX_FRAGMENTS,
         deflate_bits: int = 0,
     ) -> None:
         self.state = WebSocketState.OPEN
@@ -1439,7 +1441,7 @@ class WebSocketConnection:
         self._make_mask = make_mask
         self._buffer = bytearray()  # not parsed yet
         self._messages = take_messages(
-            self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes
+            self._buffer, make_mask is None, deflate_bits > 0, max_message_bytes, max_fragments
         )
 
     def encode(self, opcode: Opcode, payload: bytes) -> bytes:
@@ -6066,7 +6068,8 @@ class Link:
         is_accepted = answer.get("sec-websocket-accept") == compute_accept(key)
         if not is_accepted or answer.get("sec-websocket-extensions"):  # none was offered
             raise UnreachableError("it does not answer like a WebSocket server", 404)
-        self._websocket = WebSocketConnection(lambda: os.urandom(4), MAX_EVENT_BYTES)
+        mask = functools.partial(os.urandom, 4)
+        self._websocket = WebSocketConnection(mask, MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS)
         return reader
 
     async def _receive(self, data: bytes) -> None:

@@ -93,7 +93,7 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
         assert head is not None
         extension, bits = sc.choose_deflate(head)
         writer.write(sc.encode_upgrade_response(head, sc.check_upgrade(head), extension))
-        websocket = sc.WebSocketConnection(None, 32 * sc.MIB, bits)
+        websocket = sc.WebSocketConnection(None, 32 * sc.MIB, sys.maxsize, bits)
         while websocket.state is sc.WebSocketState.OPEN and not reader.at_eof():
             for opcode, payload in websocket.receive(await reader.read(65536)):
                 echo = {sc.Opcode.PING: sc.Opcode.PONG}.get(opcode, opcode)
@@ -105,7 +105,6 @@ async def serve_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 async def run_echo(port: int) -> None:
-    sc.MAX_FRAGMENTS = sys.maxsize  # some cases have 65,536
     server = await asyncio.start_server(serve_echo, "127.0.0.1", port)
     print("ready", flush=True)
     await server.serve_forever()
@@ -1594,9 +1593,8 @@ class TestWebSocketConnection:
         ("3 fragments", build_text(b"a", b"b", b"c"), 1009),
         ("a ping", build_frame(PING, b"four"), None),
     ])  # fmt: skip
-    def test_limits_hold(self, data: bytes, code: int | None, monkeypatch: Any) -> None:
-        monkeypatch.setattr(sc, "MAX_FRAGMENTS", 2)
-        connection = sc.WebSocketConnection(max_message_bytes=3)
+    def test_limits_are_those_that_were_given(self, data: bytes, code: int | None) -> None:
+        connection = sc.WebSocketConnection(max_message_bytes=3, max_fragments=2)
         assert len(connection.receive(data)) == (code is None)
         assert connection.close_code == code
 
@@ -9593,9 +9591,10 @@ class TestMonitor:
         assert kinds == ["hello", "restarted", "hello", "gap", *["stats_update"] * 60]
         assert error.status == 0
 
-    def test_takes_only_so_many_fragments(self) -> None:
+    def test_takes_only_so_many_fragments(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(sc, "MAX_EVENT_FRAGMENTS", 9)  # not the server's limit
         start, more = (build_frame(first, b"", None) for first in (TEXT_START, CONTINUE))
-        with Babbler(start + more * 2000) as one:
+        with Babbler(start + more * 9) as one:
             kinds, error = follow(one)
         assert (kinds, error.status, str(error)) == (["hello"], 404, "1009: too many fragments")
 
