@@ -198,7 +198,7 @@ IDLE_SECONDS = 15.0  # between two requests
 LINGER_SECONDS = 2.0
 MAX_LINGER_BYTES = 4 * MIB
 WRITE_STALL_SECONDS = 30.0  # then a client that takes nothing is disconnected
-# tcp(7). TCP_KEEPALIVE is macOS's name of TCP_KEEPIDLE.
+# In seconds; KEEPCNT is a number of probes: tcp(7). macOS calls KEEPIDLE KEEPALIVE.
 KEEPALIVE = {"TCP_KEEPIDLE": 9, "TCP_KEEPALIVE": 9, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # WebSocket, RFC 6455.
@@ -210,38 +210,39 @@ MAX_FRAGMENTS = 1024  # of one message: empty ones could go on for ever
 MAX_CONTROL_PAYLOAD_BYTES = 125  # section 5.5
 # permessage-deflate, RFC 7692.
 MIN_DEFLATE_BYTES = 100  # shorter messages gain next to nothing
-FINE_BYTES = 4 * KIB  # compressed best, in 0.03 ms; longer messages fastest
+FINE_BYTES = 4 * KIB  # so much is compressed best, in 0.03 ms; more is compressed fastest
 MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # Compressing events may take this share of the time, and so much at once; the rest is sent plain.
-DEFLATE_SHARE = 0.1  # 16 MB/s, and a flood hardly slows other viewers
+DEFLATE_SHARE = 0.1  # compresses 16 MB/s, and a flood hardly slows other viewers
 DEFLATE_SECONDS = 0.003
 PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; finds clients that are gone
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
-STOP_CLOSE_SECONDS = 0.6  # the same while the server stops, which takes 1 s if it is idle
-STOP_ASK_SECONDS = 0.3  # meanwhile clients that followed a task ask how it ended
+STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one ends within 1 s
+STOP_ASK_SECONDS = 0.3  # before that, clients that followed a task may ask how it ended
 
-BATCH_BYTES = 64 * KIB  # of one write, all that a stalled viewer costs; more gains nothing
+BATCH_BYTES = 64 * KIB  # of one write, which is all that a stalled viewer costs; more gains nothing
 HIGH_WATER_BYTES = 64 * KIB  # asyncio's default: above it our client answers no ping
-# A client with more unread replies is closed; its largest is not counted (`hello` lists all running
-# tasks). Of broadcasts at most one batch waits.
+# A client with more unread replies is closed. Its largest reply is not counted: `hello` lists all
+# running tasks. Of broadcasts at most one batch waits.
 MAX_PERSONAL_BYTES = 1 * MIB
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
 UNSENT_BYTES = 256 * KIB  # that the kernel may hold for one connection
-# Of one turn of the event loop: a new connection needs six turns, and an answer within 50 ms.
+# In one turn of the event loop, for reading output and for writing it to viewers: a new connection
+# needs six turns, and must be answered within 50 ms.
 READ_TURN_SECONDS = 0.002
 FLUSH_TURN_SECONDS = 0.003
 ROUND_SECONDS = 0.05  # tasks are not read while many viewers are served, for so long at most
 ROUND_STEP = 16  # viewers between looks at the clock
-FEW_VIEWERS = 8  # are served in the turn that reads the output: that saves 15 us
+FEW_VIEWERS = 8  # so few are served in the turn that reads the output, which saves 15 us
 FEW_PAUSE_SECONDS = 0.0005  # between such turns: in a flood one write for many events costs less
-# Tasks pause so long for viewers that fall behind (Viewers._update_pressure): one that takes 32
-# MB/s loses nothing. One that took nothing for LATELY_SECONDS has stopped reading.
+# Tasks pause so long for viewers that fall behind (Viewers._update_pressure). A viewer that takes
+# 32 MB/s loses nothing. No task waits for one that took nothing for LATELY_SECONDS.
 PATIENCE_SECONDS = 0.25
 LATELY_SECONDS = 0.1
 PRESSURE_SECONDS = 0.002  # between checks
 
-# A client's input is parsed in pieces. After INPUT_TURN_SECONDS it waits for a later turn, which
-# lets CLIENTS_PER_TURN go on. So one client's tiny frames or requests delay nobody else.
+# A client's input is parsed in pieces. After INPUT_TURN_SECONDS of work it waits for a later turn,
+# which lets CLIENTS_PER_TURN go on. So one client's tiny frames or requests delay nobody else.
 INPUT_PIECE_BYTES = 512
 INPUT_TURN_SECONDS = 0.00025
 CLIENTS_PER_TURN = 2
@@ -253,31 +254,31 @@ KEEP_ALL_OUTPUT_BYTES = 64 * MIB  # of all tasks together
 # A pipe's capacity. Escaped as JSON it is below 1 MiB, the usual limit of WebSocket clients.
 READ_CHUNK_BYTES = 64 * KIB
 OUTPUT_BLOCK_BYTES = 16 * KIB  # of kept output: short chunks are joined
-MAX_KINDS = 10000  # of events, mostly tasks, whose seqs are indexed
+MAX_KINDS = 10000  # kinds of events, mostly tasks, whose seqs are indexed
 MAX_CHOSEN_TASKS = 1000  # by one viewer; each costs a look-up per batch
 MAX_COMMAND_BYTES = 64 * KIB  # the kernel takes twice that (MAX_ARG_STRLEN)
 MAX_NAME_CHARACTERS = 200
-MAX_REFS = 10000  # so that a repeated request starts nothing twice
+MAX_REFS = 10000  # remembered, so that a repeated request starts nothing twice
 MAX_TIMEOUT_SECONDS = 366 * 24 * 3600.0
-MAX_TERMINAL_SIDE = 9999
+MAX_TERMINAL_SIDE = 9999  # columns or rows
 MAX_INPUT_BYTES = 1 * MIB  # that a task has not read yet
 TERMINAL_BUFFER_BYTES = 256 * KIB  # more than a pseudo-terminal holds
-KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; as in HELP and UNIT
+KILL_GRACE_SECONDS = 3.0  # from the first signal to KILL; HELP and UNIT name it, too
 WINDOW_SECONDS = 60.0  # a task with a window waits so long for its reader
-# A task with a window keeps KEEP_TIMES --keep-output: a cut connection loses what the kernel holds
-# for its reader, up to 32 MiB (tcp_rmem).
+# A task with a window keeps KEEP_TIMES as much as --keep-output says: a cut connection loses what
+# the kernel holds for its reader, up to 32 MiB (tcp_rmem).
 KEEP_TIMES = 5
 
 # Access.
 MIN_TOKEN_CHARACTERS = 16
 MAX_WRONG_TOKENS = 10  # in WRONG_TOKEN_SECONDS, from one address
 WRONG_TOKEN_SECONDS = 60.0
-MAX_LIMITED_SOURCES = 4096  # that a RateLimit remembers
+MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 
 # Audit log.
-MAX_REFUSALS = 100  # at once, then one a second: nobody can fill the disk
+MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
-LOCKED_SECONDS = 0.001  # after LOCK_SECONDS were too short: the event loop waits, too
+LOCKED_SECONDS = 0.001  # once LOCK_SECONDS were too short, since the event loop waits, too
 
 FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
 
@@ -312,9 +313,9 @@ ANSWER_SECONDS = 15.0  # for the head of an answer, and again for its body
 CLIENT_BUFFER_BYTES = 256 * KIB
 MAX_EVENT_BYTES = KEEP_EVENTS_BYTES  # a server sends no larger one
 MAX_EVENT_FRAGMENTS = 1024  # a proxy may split it into pieces of 16 KiB
-MAX_OPEN_BYTES = MAX_EVENT_BYTES  # of running tasks; one `hello` lists them
+MAX_OPEN_BYTES = MAX_EVENT_BYTES  # remembered of running tasks; one `hello` lists them
 MAX_ANSWER_BYTES = KEEP_ALL_OUTPUT_BYTES + MIB  # kept output is the longest
-RETRY_SECONDS = 0.25  # the first; doubled with each failure
+RETRY_SECONDS = 0.25  # before the first retry; doubled with each failure
 MAX_RETRY_SECONDS = 1.5  # a server that is back is noticed within 5 s
 REFUSED_RETRY_SECONDS = 20.0  # a wrong token does not become right by itself
 SILENCE_SECONDS = 4.0  # the monitor tells within 5 s that a server is silent
@@ -324,22 +325,22 @@ EXEC_WINDOW_BYTES = 1 * MIB  # of one server: 64 such tasks fill its kept output
 EXEC_WINDOWS_BYTES = 16 * MIB  # of all servers
 INPUT_PAUSE_SECONDS = 0.1  # while a task does not read
 FINISH_SECONDS = 1.0  # to write what is left when the client ends
-REFUSED = range(400, 500)  # the same request would fail again (RFC 9110, 15.5)
+REFUSED = range(400, 500)  # with these, the same request would fail again (RFC 9110, 15.5)
 # Two states of an UnreachableError that no server has sent.
-SAME_STATUS = 208  # named twice: the server's other name runs the command
+SAME_STATUS = 208  # a server named twice: its other name runs the command
 ENDED_STATUS = 410  # contact was lost, but the command has ended
 UNREACHABLE_STATUS = 125  # as `docker run` and `timeout` exit for their own failures
-MAX_LINE_BYTES = 64 * KIB  # where several servers write; longer ones are cut
-LOG_ERROR_SECONDS = 60.0  # between complaints about an audit or monitor's log
-MAX_WAITING_BYTES = 16 * MIB  # for that log; beyond, a gap is recorded
-MAX_STATS_BYTES = 64 * KIB  # of a server's newest, which are below 1 KiB
-MAX_ENDED_TASKS = 10000  # per server, so that none is recorded twice
-LOG_TAIL_BYTES = 16 * MIB  # of its own log, read when the monitor starts
+MAX_LINE_BYTES = 64 * KIB  # of output where several servers write; longer ones are cut
+LOG_ERROR_SECONDS = 60.0  # between complaints about an audit log or the monitor's
+MAX_WAITING_BYTES = 16 * MIB  # for the monitor's log; beyond, a gap is recorded
+MAX_STATS_BYTES = 64 * KIB  # of a server's newest statistics, which take less than 1 KiB
+MAX_ENDED_TASKS = 10000  # remembered per server, so that none is recorded twice
+LOG_TAIL_BYTES = 16 * MIB  # of its log that the monitor reads when it starts
 LOG_STEP_BYTES = LOG_TAIL_BYTES // 4  # between its `position` records
-MAX_TOLD_ENDED = 200000  # ids in these records, of all servers: 2 MiB
+MAX_TOLD_ENDED = 200000  # ids of ended tasks in these records, of all servers: 2 MiB
 MAX_FOUND_SERVERS = 10000
 MAX_REPLIES_OF_ONE = 1000  # per address: 100 servers there may answer six times each
-ONCE_SECONDS = 5.0  # `monitor --once`
+ONCE_SECONDS = 5.0  # for `monitor --once`
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
 # Of a server's row, by its state; "" is the title row.
@@ -356,7 +357,7 @@ STATE_COLOURS = {
 
 
 class ServerControlError(Exception):
-    """One place tells each type to the peer."""
+    """Base of the errors that are not bugs. One place tells each type to the peer."""
 
 
 class ConfigError(ServerControlError):
@@ -364,12 +365,12 @@ class ConfigError(ServerControlError):
 
 
 class StartError(ServerControlError):
-    """This machine refuses: one line on stderr, exit status 1."""
+    """This machine refuses, whatever the options: one line on stderr, exit status 1."""
 
 
 @dataclass(eq=False, repr=False)
 class HttpError(ServerControlError):
-    """An answer with a JSON body. fields: of its head, such as `Allow` with 405."""
+    """A request that gets an error as JSON. fields: of the answer, such as `Allow` with 405."""
 
     status: int
     code: str
@@ -410,10 +411,11 @@ class CommandError(ServerControlError):
 
 
 def explain(error: Exception) -> str:
+    """Return the system's words for what failed, or else Python's."""
     return str(getattr(error, "strerror", None) or error)
 
 
-# CommandError.code -> HTTP status; else 400. What keeps somebody out is in REFUSALS, too.
+# CommandError.code -> HTTP status; else 400. A code that keeps somebody out is in REFUSALS, too.
 COMMAND_STATUS = {
     "exec_disabled": 403,
     "forbidden": 403,
@@ -533,7 +535,7 @@ class RequestHead:
         return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
-        """RFC 9110, 5.6.1."""
+        """Those of a list with commas (RFC 9110, 5.6.1)."""
         members = (member.strip(" \t") for member in ",".join(self.values(name)).split(","))
         return [member for member in members if member]
 
@@ -542,7 +544,7 @@ class RequestHead:
 
     @property
     def keep_alive(self) -> bool:
-        """RFC 9112, 9.3."""
+        """Whether another request may follow (RFC 9112, 9.3)."""
         options = self.tokens("connection")
         return "close" not in options and (not self.http_1_0 or "keep-alive" in options)
 
@@ -616,7 +618,7 @@ def parse_query(query: str) -> dict[str, str]:
 
 
 def parse_flag(parameters: Mapping[str, str], name: str) -> bool:
-    """Whether it is set, as in `?wait` and `?wait=1`. Raises HttpError 400."""
+    """Whether a flag is set, as in `?wait` and `?wait=1`. Raises HttpError 400."""
     value = parameters.get(name, "no").lower()
     is_set = value in ("", "1", "true", "yes")
     if not is_set and value not in ("0", "false", "no"):
@@ -631,8 +633,8 @@ class HttpParser:
 
     def __init__(self) -> None:
         self._buffer = bytearray()  # not consumed yet
-        self._items = self._read_items()
-        self._is_in_head = False  # after the request line
+        self._items = self._read_items()  # it stops where bytes are missing
+        self._is_in_head = False  # between the request line and the end of the head
         self.head: RequestHead | None = None  # its body comes next
 
     def feed(self, data: bytes) -> None:
@@ -643,6 +645,7 @@ class HttpParser:
         return not self._buffer and not self._is_in_head and self.head is None
 
     def take_rest(self) -> bytes:
+        """Return what follows an upgrade's head."""
         self._items.close()  # it and the parser refer to each other
         rest, self._buffer = self._buffer, bytearray()
         return bytes(rest)
@@ -673,7 +676,7 @@ class HttpParser:
         while not line:  # RFC 9112, 2.2: empty lines before it are skipped
             while not self._buffer:
                 yield
-            # In a TLS ClientHello, say, no LF may come.
+            # A TLS ClientHello, say, is refused at once: it may have no LF.
             if self._buffer[0] != 0x0D and not TOKEN.match(self._buffer[:1]):
                 raise HttpError(400, "bad_request", "this does not begin like an HTTP request")
             line = yield from self._read_line(MAX_REQUEST_LINE_BYTES, too_long)
@@ -735,7 +738,7 @@ class HttpParser:
             if size == 0:
                 break
             body += yield from self._read_bytes(size)
-            if (yield from self._read_bytes(2)) != b"\r\n":  # h11 took any two: CVE-2025-43859
+            if (yield from self._read_bytes(2)) != b"\r\n":  # h11 took any bytes: CVE-2025-43859
                 raise HttpError(400, "bad_chunk", "chunk data is not followed by CRLF")
         too_large = HttpError(431, "trailers_too_large", "trailers are too many or too long")
         yield from self._read_fields(MAX_TRAILER_BYTES, too_large)  # they are not used
@@ -806,7 +809,7 @@ class ListenerKind(enum.Enum):
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """From the options. hostname: the server's, lower-case."""
+    """The options of access. own_uid, hostname (lower-case): the server's."""
 
     own_uid: int = -1
     require_token: bool = False
@@ -902,7 +905,7 @@ def parse_host(value: str) -> tuple[str, int | None]:
 
 
 def check_host_syntax(head: RequestHead) -> str | None:
-    """Rule 1. Raises HttpError 400."""
+    """Rule 1. Return the Host field, if any. Raises HttpError 400."""
     hosts = head.values("host")
     if len(hosts) > 1 or (not hosts and not head.http_1_0):
         raise HttpError(400, "bad_host", "exactly one Host field is needed")
@@ -918,7 +921,7 @@ def check_origin(policy: AccessPolicy, scheme: str, host: str | None, head: Requ
     origins = head.values("origin")
     origin = origins[0] if len(origins) == 1 else ""
     listed = origin in policy.allow_origins
-    default = f":{DEFAULT_PORTS[scheme]}"
+    default = f":{DEFAULT_PORTS[scheme]}"  # may be left out
     own = f"{scheme}://{host.lower().removesuffix(default)}" if host else None
     if origins and not listed and origin.lower().removesuffix(default) != own:
         name = origin if re.fullmatch(r"[!-~]{1,200}", origin) else "ORIGIN"
@@ -940,7 +943,7 @@ def is_forwarded(head: RequestHead) -> bool:
 
 
 def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
-    """The Host rule: an attacker's DNS cannot point this name at this server."""
+    """The Host rule: whether an attacker's DNS cannot point this name at this server."""
     if host is None:
         return False
     name, _ = parse_host(host)
@@ -952,8 +955,8 @@ def is_trusted_host(policy: AccessPolicy, host: str | None) -> bool:
 
 
 def find_tokens(head: RequestHead) -> list[bytes]:
-    """A malformed one becomes b"", which is wrong. Browsers cannot add fields to an upgrade: theirs
-    is in the subprotocol `bearer.T`.
+    """A malformed token becomes b"", which is wrong. Browsers cannot add fields to an upgrade: they
+    send it in the subprotocol `bearer.T`.
     """
     matches = map(BEARER.fullmatch, head.values("authorization"))
     offers = head.members("sec-websocket-protocol")
@@ -985,6 +988,7 @@ def check_tokens(policy: AccessPolicy, head: RequestHead) -> Role | None:
 
 
 def is_trusted_process(policy: AccessPolicy, peer: Peer) -> bool:
+    """Whether the kernel says that the peer is a process of the server's own account."""
     return peer.is_local and peer.uid == policy.own_uid and not policy.require_token
 
 
@@ -1025,7 +1029,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
         return Role.RUN
     if is_trusted_process(policy, peer) and not is_forwarded(head):
         return Role.RUN
-    # An upgrade on `/` would receive every event.
+    # An upgrade on `/` is not the page: it would receive every event.
     is_page = head.method in ("GET", "HEAD") and not head.values("upgrade")
     if is_page and head.path in ("/", "/health"):
         return None
@@ -1035,7 +1039,7 @@ def check_access(policy: AccessPolicy, peer: Peer, head: RequestHead) -> Role | 
 
 
 def find_host_key(address: str) -> str:
-    """Limits count by IPv4 address, or IPv6 /64, which may be one host's."""
+    """Limits count a host by its IPv4 address, or its IPv6 /64, which may be all its own."""
     ip = parse_ip(address)
     return ip.packed[:8].hex() if ip and ip.version == 6 else str(ip)
 
@@ -1046,11 +1050,11 @@ class RateLimit:
 
     count: int
     seconds: float
-    # Source -> times of its last actions; who acted last is last.
+    # Source -> times of its last actions; the source that acted last is last.
     _times: OrderedDict[str, deque[float]] = field(default_factory=OrderedDict)
 
     def take(self, source: str, now: float) -> float:
-        """Return how many seconds to wait; 0 if it may be now, which counts."""
+        """Return how many seconds to wait. If none, count this action."""
         times = self._times.setdefault(source, deque(maxlen=self.count))
         if len(times) == self.count and now - times[0] < self.seconds:
             return times[0] + self.seconds - now
@@ -1143,7 +1147,7 @@ EXTENSION_WORD = re.compile(
         "T", "[!#$%&'*+.^_`|~0-9A-Za-z-]"
     )
 )
-# RFC 7692, 7.1: the values; "" stands for none.
+# The values of each parameter (RFC 7692, 7.1); "" stands for none.
 DEFLATE_PARAMETERS = {
     "server_no_context_takeover": "",
     "client_no_context_takeover": "",
@@ -1158,7 +1162,7 @@ SMALL_WINDOW_BITS = 9  # for every window below 15: an event has at most two com
 def parse_extensions(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return extensions with their parameters. Raises ValueError."""
     extensions = []
-    for member in text.split(","):  # a quoted value is a token, too: without comma and semicolon
+    for member in text.split(","):  # a quoted value is a token, too: it has no comma or semicolon
         if not member.strip("\t "):  # empty members are allowed
             continue
         words = [EXTENSION_WORD.fullmatch(word) for word in member.split(";")]
@@ -1237,7 +1241,7 @@ INFLATE_TAIL = DEFLATE_TAIL + b"\x03\0"
 
 
 def deflate(payload: bytes, bits: int) -> bytes:
-    """Return b"" if it does not pay."""
+    """Compress a payload; return b"" if that does not pay."""
     if not MIN_DEFLATE_BYTES <= len(payload) <= MAX_DEFLATE_BYTES:
         return b""
     level = 6 if len(payload) <= FINE_BYTES else 1
@@ -1254,7 +1258,7 @@ def deflate_frame(frame: bytes, bits: int) -> bytes:
 
 
 def parse_frame_header(data: bytearray, deflates: bool = False) -> FrameHeader | None:
-    """RFC 6455, 5.2. Return None until it is whole. Raises WebSocketError, also before that."""
+    """Return None until it is whole (RFC 6455, 5.2). Raises WebSocketError, also before that."""
     if len(data) < 2:
         return None
     fin, opcode, length = bool(data[0] & 0x80), data[0] & 0x0F, data[1] & 0x7F
@@ -1333,14 +1337,14 @@ class DataMessage:
         self.opcode = first.opcode
         self.max_bytes = max_bytes
         self.parts: list[Any] = []
-        # Bytes of the parts; of the frames, by their headers; number of frames.
+        # Bytes of the parts; bytes of the frames, as their headers say; number of frames.
         self.size = self.wire_size = self.fragments = 0
         self.decoder = UTF8_DECODER() if first.opcode is Opcode.TEXT else None
         # -15 takes all smaller windows, too.
         self.inflater = zlib.decompressobj(-15) if first.is_deflated else None
 
     def add(self, part: bytes, is_last: bool) -> None:
-        """Raises WebSocketError."""
+        """Take a part of a frame's payload. Raises WebSocketError."""
         left = self.max_bytes - self.size
         if self.inflater:
             part = self._inflate(self.inflater, part, left, is_last)
@@ -1355,7 +1359,7 @@ class DataMessage:
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
 
     def _inflate(self, inflater: Any, part: bytes, left: int, is_last: bool) -> bytes:
-        """RFC 7692, 7.2.2. No more than `left` and a byte: a small frame cannot fill the memory."""
+        """RFC 7692, 7.2.2. At most one byte beyond `left`: a small frame cannot fill the memory."""
         try:
             data: bytes = inflater.decompress(part + INFLATE_TAIL if is_last else part, left + 1)
         except zlib.error:
@@ -1368,7 +1372,7 @@ class DataMessage:
 
 
 def take_payload(buffer: bytearray, header: FrameHeader, start: int) -> bytes:
-    """start: bytes of the payload that were taken before."""
+    """Take what has come of a payload. start: how many of its bytes were taken before."""
     part = bytes(buffer[: header.length - start])
     del buffer[: len(part)]
     return part if header.mask is None else apply_mask(part, header.mask, start)
@@ -1397,7 +1401,7 @@ def take_messages(
         message = message or DataMessage(header, max_bytes)
         message.fragments += 1
         message.wire_size += header.length
-        # Incompressible data become a little longer.
+        # Compressing may make data a little longer.
         if message.wire_size > max_bytes * (2 if message.inflater else 1):
             raise WebSocketError("message too big", CloseCode.MESSAGE_TOO_BIG)
         if message.fragments > max_fragments:
@@ -1416,7 +1420,7 @@ def take_messages(
 
 
 class WebSocketConnection:
-    """One end. make_mask: a client's, returns 4 unpredictable bytes (5.3); None for a server.
+    """One end of a connection. make_mask: returns 4 unpredictable bytes (5.3); None for a server.
 
     deflate_bits: the window to compress with; 0 without permessage-deflate.
     """
@@ -1433,10 +1437,10 @@ class WebSocketConnection:
         deflate_bits: int = 0,
     ) -> None:
         self.state = WebSocketState.OPEN
-        # The peer's, or those of its violation.
+        # How it ended: the peer's code and reason, or those of its violation.
         self.close_code: int | None = None
         self.close_reason = ""
-        self.answer = b""  # the close frame to send then
+        self.answer = b""  # the close frame to send then, unless ours was sent before
         self.deflate_bits = deflate_bits
         self._make_mask = make_mask
         self._buffer = bytearray()  # not parsed yet
@@ -1445,7 +1449,7 @@ class WebSocketConnection:
         )
 
     def encode(self, opcode: Opcode, payload: bytes) -> bytes:
-        """Return a frame; that of a message may be compressed."""
+        """Return a frame. Text and binary messages may be compressed."""
         mask = self._make_mask and self._make_mask()
         may_deflate = self.deflate_bits and opcode in (Opcode.TEXT, Opcode.BINARY)
         data = deflate(payload, self.deflate_bits) if may_deflate else b""
@@ -1532,11 +1536,11 @@ def parse_net_dev(net_dev: str) -> dict[str, tuple[int, int]]:
 
 
 def count_traffic(before: Sample, after: Sample, way: int) -> int:
-    """way: 0 is received, 1 is sent."""
+    """Return the bytes between two samples. way: 0 is received, 1 is sent."""
     old, new = ({name: net[way] for name, net in one.net.items()} for one in (before, after))
     # Each by itself: an interface that vanishes takes its counters with it.
     more = sum(max(0, new[name] - old[name]) for name in old.keys() & new.keys())
-    # A renamed one is one gone and one new: the difference cancels its lifetime total.
+    # A renamed interface is one gone and one new: the difference cancels its lifetime total.
     come = sum(new.get(name, 0) - old.get(name, 0) for name in old.keys() ^ new.keys())
     return more + max(0, come)
 
@@ -1591,21 +1595,21 @@ class AlertRule:
 # and lag are normal delivery from another cursor; what was dropped is known: it is a `gap`.
 # OutputLog does the same for the output of one task, in bytes instead of events.
 
-# All broadcasts. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
+# All broadcast events. Watched.TAKES and the page's EVENTS name what the monitor and the page take.
 EVENT_TYPES = (
     "stats_update task_start task_output task_resize task_complete cpu_alert alert_resolved"
 ).split()
 
 
 class Choice(NamedTuple):
-    """What a viewer wants to hear: event types, and the tasks whose output."""
+    """What a viewer wants to hear: event types, and which tasks' output."""
 
     only: Kinds = None
     tasks: Kinds = None
 
     @property
     def kinds(self) -> Kinds:
-        """Those of the Feed; equal if two choices mean the same."""
+        """The Feed's kinds of events; equal if two choices mean the same."""
         kinds = frozenset(EVENT_TYPES) if self.only is None else self.only
         if "task_output" in kinds and self.tasks is not None:
             kinds = kinds - {"task_output"} | self.tasks
@@ -1620,14 +1624,14 @@ class Choice(NamedTuple):
 class Feed:
     """The newest events. Each is of one or two kinds: its type and, if it is output, its task's id.
 
-    compress: a frame for windows of so many bits; returns the same one if nothing is gained.
+    compress: makes a frame smaller, for windows of so many bits; returns the same one if it cannot.
     """
 
     encode: Callable[[Fields], bytes]
     capacity_bytes: int
     compress: Callable[[bytes, int], bytes]
     first: int = 1  # seq of the oldest kept event
-    next: int = 1
+    next: int = 1  # seq of the next event
     # seq -> event, or its frame once that was needed.
     _entries: dict[int, Any] = field(default_factory=dict)
     _bytes: int = 0
@@ -1639,7 +1643,7 @@ class Feed:
     _trim_at: int = 0
     # Up to this seq a task without a list may have dropped events.
     _forgotten: int = 0
-    # Set by Viewers: some wait; tasks must pause until slow ones have caught up.
+    # Set by Viewers, for Outputs: viewers wait; tasks must pause until slow viewers catch up.
     is_dirty: bool = False
     must_pause: bool = False
 
@@ -1656,7 +1660,7 @@ class Feed:
         return len(text) + 2 * EVENT_OVERHEAD_BYTES
 
     def append(self, event: Fields) -> tuple[str, ...]:
-        """Set the event's `seq`, drop the oldest beyond the capacity. Return its kinds."""
+        """Add an event, set its `seq`, drop the oldest beyond the capacity. Return its kinds."""
         seq = event["seq"] = self.next
         kind = event["type"]
         kinds = (kind, event["task_id"]) if kind == "task_output" else (kind,)
@@ -1717,20 +1721,20 @@ class Feed:
         return frames[seq] or entry
 
     def _find_later(self, cursor: int, kinds: frozenset[str]) -> Iterable[tuple[list[int], int]]:
-        """Yield the seqs of each kind that has a later one, and the index of that."""
+        """Yield the seqs of each kind that has one from the cursor on, and the index of that."""
         for seqs in (self._seqs[one] for one in kinds if one in self._seqs):
             if seqs[-1] >= cursor:
                 yield seqs, bisect.bisect_left(seqs, cursor)
 
     def find_next(self, cursor: int, kinds: Kinds) -> int:
-        """Return the seq of the next such event, or else `next`."""
+        """Return the seq of the next event of these kinds, or else `next`."""
         if kinds is None:
             return cursor
         later = self._find_later(cursor, kinds)
         return min((seqs[index] for seqs, index in later), default=self.next)
 
     def has_dropped(self, cursor: int, kinds: Kinds) -> bool:
-        """Whether such an event from the cursor on is no longer kept."""
+        """Whether an event of these kinds from the cursor on is no longer kept."""
         if kinds is None:
             return cursor < self.first
         is_unsure = cursor <= self._forgotten and not kinds <= set(EVENT_TYPES)
@@ -1738,7 +1742,7 @@ class Feed:
 
 
 def find_character(data: bytes, start: int) -> int:
-    """Return where the next UTF-8 character begins."""
+    """Return where the first UTF-8 character from `start` on begins."""
     while start < len(data) and data[start] & 0xC0 == 0x80:
         start += 1
     return start
@@ -1751,8 +1755,8 @@ class OutputLog:
     capacity_bytes: int
     # Each begins with a whole character, and never changes: readers hold it.
     _blocks: deque[bytes] = field(default_factory=deque)
-    _begin: int = 0  # of the first block
-    start: int = 0  # of the first kept byte in it
+    _begin: int = 0  # offset of the first block
+    start: int = 0  # offset of the first kept byte
     end: int = 0
 
     @property
@@ -1813,7 +1817,7 @@ def escape_json_text(text: bytes) -> bytes:
 
 
 def encode_event(event: Fields) -> bytes:
-    """Its `output`, if any, is UTF-8 in bytes."""
+    """Return an event's frame. Its `output`, if any, is UTF-8 in bytes."""
     rest = dict(event)
     output = rest.pop("output", None)
     body = encode_json(rest)
@@ -1823,7 +1827,7 @@ def encode_event(event: Fields) -> bytes:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
-    """For json.loads, since two readers could see different values. Raises ValueError."""
+    """For json.loads: two readers could see different values of a name. Raises ValueError."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice in an object")
@@ -1914,7 +1918,7 @@ SIDE: Rule = (
     f"1 to {MAX_TERMINAL_SIDE}",
 )
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
-# Of POST /exec. Each is also a field of ExecRequest, and a word of HELP.
+# Field of POST /exec -> its check. Each is also a field of ExecRequest, and a word of HELP.
 EXEC_FIELDS: dict[str, Rule] = {
     "cwd": TEXT,
     "env": (is_environment, "an object of strings without NUL"),
@@ -1996,7 +2000,7 @@ def parse_task_id(value: Any) -> str:
 
 
 def check_choice(name: str, value: Any, is_fit: Callable[[str], Any]) -> Kinds:
-    """Take a field of `watch`. Raises CommandError `bad_field`."""
+    """Return what a field of `watch` lists. Raises CommandError `bad_field`."""
     if value is None:  # everything
         return None
     if not isinstance(value, (list, frozenset)) or len(value) > MAX_CHOSEN_TASKS:
@@ -2038,7 +2042,7 @@ def parse_signal(value: Any) -> int:
 
 
 def encode_discovery_reply(facts: Mapping[str, Any]) -> bytes:
-    """A long hostname is cut."""
+    """Return the answer to a probe. A long hostname is cut."""
     reply = {"type": "SERVER_RESPONSE", **facts}
     while len(encoded := encode_json(reply)) > MAX_DISCOVERY_REPLY_BYTES:
         assert reply["hostname"]  # the other fields take 172 bytes
@@ -2088,7 +2092,7 @@ def encode_metrics(rows: Iterable[tuple[str, Any, str]]) -> bytes:
     """Return rows of (name, value, help) in Prometheus' text format 0.0.4.
 
     A value is a number, a Histogram, None if it is not known yet or, for a "name{label}", {value of
-    the label: number}. Names that begin with process_ are those of all exporters.
+    the label: number}. Names that begin with process_ are the same for all exporters.
     """
     lines: list[str] = []
     for title, value, text in rows:
