@@ -2844,7 +2844,8 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
-        with suppress(OSError), open(path, "r+b") as file:  # BlockingIOError: this run is alive
+        # This run is alive, or has just ended.
+        with suppress(BlockingIOError, FileNotFoundError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.read(4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
@@ -2875,7 +2876,7 @@ def find_survivors(task_id: str, session: int) -> list[int]:
     for pid in find_session(session):
         # OSError: it has ended, or is of another account.
         with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            is_ours |= mark in file.read().split(b"\0")
+            is_ours = is_ours or mark in file.read().split(b"\0")
             alive.append(pid)
     return alive if is_ours else []
 

@@ -6408,8 +6408,7 @@ class TestAuditChain:
         """Also where somebody else goes on from it, who reads the end of the file alone."""
         path = tmp_path / "audit.log"
         controls = '\x01\x1b[2J\r\n\t\x7f\x9b\u2028\x85é€😀"\\' * 3000
-        sizes = (sc.READ_CHUNK_BYTES - 200, sc.READ_CHUNK_BYTES, 300_000)
-        commands = [*("x" * size for size in sizes), controls]
+        commands = [*("x" * size for size in (3_900, 65_536, 300_000)), controls]
         for command in commands:
             audit = sc.AuditLog(str(path), "b" * 16, sc.Log("json", "error"))
             audit.write("task_start", task_id="1", command=command)
@@ -6496,6 +6495,9 @@ class TestAuditChain:
         monkeypatch.setattr(os, "dup", mock.Mock(side_effect=OSError(errno.EMFILE, "")))
         sc.mark_run(str(tmp_path), "0" * 16, "none")
         assert sc.find_crashed_runs(str(tmp_path), "none") == {}
+        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "")))
+        sc.complete_crashed_runs(str(tmp_path), mock.Mock(path="none"), log := mock.Mock())
+        assert log.write.call_args[0] == ("warning", "crash_not_completed")  # it is unknown
 
     def test_half_line_is_noted_and_holds(self, tmp_path: Path) -> None:
         path = tmp_path / "audit.log"
@@ -6637,8 +6639,7 @@ class TestAuditLog:
         records = [record for record in server.records if "prev" in record]
         assert [r["event"] for r in records] == [events[0], *events[1:3] * 3, events[-1]]
         lines = [line.strip().encode() for line in server.stderr if '"prev"' in line]
-        prevs = [FIRST_PREV, *map(hash_text, lines)]
-        assert [record["prev"] for record in records] == prevs[:-1]
+        assert [r["prev"] for r in records] == [FIRST_PREV, *map(hash_text, lines[:-1])]
         assert max(map(len, lines)) < 4096 and not standard.exists()
 
     @pytest.mark.parametrize("place", ["folder", "/dev/full", "missing/log", "fifo"])
@@ -6673,8 +6674,7 @@ class TestAuditLog:
                 listed = [int(task["task_id"]) for task in server.get("/tasks")]
                 assert listed == sorted(listed) and len(listed) == 200
                 assert server.get("/info")["audit_errors"] == 0
-        status, told = verify(path)
-        assert status == 0 and told.count("\n") == 1, told
+        assert verify(path) == (0, f"{path}: 804 lines; the chain holds\n")
         for event in ("task_start", "task_complete"):
             assert sorted(r["task_id"] for r in read_audit(path, event)) == sorted(ids)
 
