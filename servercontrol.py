@@ -2175,7 +2175,7 @@ def parse_webhook_answer(data: bytes) -> int | None:
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    for fd in set(fds):
+    for fd in fds:
         if fd >= 0:
             os.close(fd)
 
@@ -2198,9 +2198,10 @@ def format_value(value: Any) -> str:
 
 
 def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
-    """Write at most PIPE_BUF bytes, which a ready pipe takes without blocking (pipe(7)).
+    """Write if the descriptor is ready in time. Return how many bytes were. Raises OSError.
 
-    Return how many were written. Raises OSError. O_NONBLOCK would hold for other processes, too.
+    data: at most PIPE_BUF bytes, which a ready pipe takes without blocking (pipe(7)). O_NONBLOCK
+    would hold for other processes that share the descriptor, too.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -2216,6 +2217,7 @@ def write_without_waiting(fd: int, line: bytes) -> bool:
     return False
 
 
+# Event -> what it means, and what to do.
 LOG_HINTS = {
     "accept_failed": "nobody can connect for a second; a higher `ulimit -n` may help",
     "audit_failed": "tasks go on unrecorded: make room, or the file writable, or use --audit-log",
@@ -2285,7 +2287,7 @@ class Log:
 
 
 def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
-    """Raises OSError if another process holds the lock for longer."""
+    """Raises OSError if another process holds the lock for longer than that."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -2299,8 +2301,8 @@ def lock_file(file: FileIO, seconds: float = LOCK_SECONDS) -> None:
 def open_private_file(path: str, flags: int = os.O_NOFOLLOW) -> FileIO:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     status = os.fstat(fd)
-    if status.st_size == 0 and status.st_mode & 0o600 != 0o600:
-        with suppress(OSError):  # it is of another account; else the umask was too strict
+    if status.st_size == 0 and status.st_mode & 0o600 != 0o600:  # by the umask
+        with suppress(OSError):  # it is of another account
             os.fchmod(fd, stat.S_IMODE(status.st_mode) | 0o600)
     return open(fd, "r+b", buffering=0)
 
@@ -2313,7 +2315,7 @@ def is_at(path: str, fd: int) -> bool:
 
 @dataclass(repr=False)
 class TaskIds:
-    """Counts task ids in a file that all servers of this account share; else by the clock."""
+    """Counts task ids in a file that this account's servers share; without it, by the clock."""
 
     _folder: str | None
     _log: Log
@@ -2334,11 +2336,11 @@ class TaskIds:
         with open_private_file(path) as file:
             lock_file(file)
             text = file.read(64).decode("ascii", "replace").strip() or "0"
-            # If it is damaged: no counting from 1 has reached the clock.
+            # After damage ids go on from the clock, which no counting from 1 has reached.
             newest = int(text) if DIGITS.fullmatch(text) else int(time.time() * 1000)
             last = max(self._last, newest) + 1
             os.pwrite(file.fileno(), b"%18d\n" % last, 0)  # of fixed width: replaces it whole
-            file.truncate(19)
+            file.truncate(19)  # damage may be longer
             return last
 
 
@@ -2346,7 +2348,7 @@ def find_own_folder(
     environ: Mapping[str, str], variable: str = "XDG_STATE_HOME", usual: str = "~/.local/state"
 ) -> str:
     base = environ.get(variable, "")
-    if not os.path.isabs(base):  # the XDG specification ignores it
+    if not os.path.isabs(base):  # the XDG specification ignores a relative path
         base = os.path.expanduser(usual)
     return os.path.join(base, "servercontrol")
 
@@ -2397,7 +2399,7 @@ def check_token(source: str, token: str) -> str:
 
 
 def check_file(fd: int, owners: Collection[int] | None, rights: int) -> None:
-    """Raise PermissionError unless a file is an owner's, and others lack these rights.
+    """Raise PermissionError unless a file is of one of the owners, and others lack these rights.
 
     owners: None if it may be any account's, and a pipe.
     """
@@ -2416,8 +2418,9 @@ def load_token_file(source: str, path: str, credentials: str = "", is_client: bo
     """Return the token in a file. Raises ConfigError.
 
     credentials: systemd's folder for this service ($CREDENTIALS_DIRECTORY). A file there may be
-    root's; the service's access shows as the group's right to read. is_client: the token gives no
-    rights here, so the file may be any account's, a link, or a pipe as of `<(…)`.
+    root's; the service's access, by an access list, shows as the group's right to read.
+    is_client: the token gives no rights here, so the file may be any account's, a link, or a pipe
+    as of `<(…)`.
     """
     is_credential = bool(credentials) and os.path.dirname(path) == credentials
     owners = {os.geteuid(), 0} if is_credential else {os.geteuid()}
@@ -2465,9 +2468,8 @@ class Tokens(NamedTuple):
 def load_tokens(
     config: Config, environ: MutableMapping[str, str], folder: str | None, log: Log
 ) -> Tokens:
-    """Return the tokens of the environment, which loses them; else of options; else of the folder.
-
-    Raises ConfigError.
+    """Return the tokens: from the environment, which loses them; else from the options' files; else
+    from the state folder. Raises ConfigError.
     """
     found: list[tuple[str | None, str | None]] = []
     for name, path in (("token", config.token_file), ("view-token", config.view_token_file)):
@@ -2507,7 +2509,7 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
     """Return the last line, and whether it had a newline."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail[:-1]:
-        step = min(start, max(4 * KIB, len(tail)))
+        step = min(start, max(4 * KIB, len(tail)))  # doubled, as a line may be long
         start -= step
         tail = os.pread(file.fileno(), step, start) + tail
     return tail.removesuffix(b"\n").rpartition(b"\n")[2], tail.endswith(b"\n")
@@ -2516,7 +2518,7 @@ def read_last_line(file: FileIO, size: int) -> tuple[bytes, bool]:
 def write_hash(path: str, line_hash: str) -> None:
     try:
         file = open_private_file(path + ".head", os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # a folder like /var/log
+    except OSError:  # a folder like /var/log allows no new file
         return
     with file:
         os.pwrite(file.fileno(), line_hash.encode() + b"\n", 0)
@@ -2532,7 +2534,7 @@ class AuditLog:
     _hash: str = ZERO_HASH  # of the newest line that was written
     _written: tuple[int, int, int] | None = None  # device, inode and size of the file after that
     _lock_seconds: float = LOCK_SECONDS
-    # Monotonic. Each refusal adds a second; MAX_REFUSALS ahead of now, others are only counted.
+    # Monotonic. Each refusal adds a second. MAX_REFUSALS seconds ahead, others are only counted.
     _refusals_until: float = 0.0
     _skipped: int = 0
     errors: int = 0  # records that could not be written
@@ -2542,7 +2544,7 @@ class AuditLog:
         return self.path not in ("-", "none")
 
     def write(self, event: str, **fields: Any) -> None:
-        """fields: a record about another run names its `boot_id`."""
+        """fields: with `boot_id`, if the record is about another run of the server."""
         if self.path == "none":
             return
         record = {
@@ -2601,7 +2603,7 @@ class AuditLog:
             else:
                 self._hash = read_hash(self.path) or self._hash
         line = encode_json({**record, "prev": self._hash})
-        # After a crash or a full disk half a line stays.
+        # Half a line, left by a crash or a full disk, stays as it is.
         data = line + b"\n" if is_whole else b"\n" + line + b"\n"
         if os.write(file.fileno(), data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2620,7 +2622,7 @@ def check_chain(
 ) -> tuple[list[str], bool, str]:
     """Return what to say about a chain of records, whether it holds, and its last hash.
 
-    prev: which the first record must name. head: of FILE.head. Either may be None.
+    prev: the hash that the first record must name. head: that in FILE.head. None: not known.
     """
     count, first_prev, told, holds = 0, "", [], True
     seen_head = head is None or head == prev
@@ -2630,7 +2632,7 @@ def check_chain(
         try:
             named = str(parse_json_object(line)["prev"])
         except (CommandError, KeyError):
-            # After a crash. The next record names its hash nevertheless.
+            # Half a line, after a crash. The next record names its hash nevertheless.
             told.append(f"line {count} is not a whole record")
         else:
             first_prev = first_prev or named
@@ -2658,7 +2660,7 @@ def check_chain(
 
 INPUT_IS_UTF8 = 0x4000  # IUTF8 of termios(3)
 SERVER_STOP = "server stop"  # `killed_by` of tasks that the server's stop ended
-END_STATES = ("done", "killed", "timeout")  # "interrupted" in the audit log after a crash
+END_STATES = ("done", "killed", "timeout")  # after a crash the audit log has "interrupted"
 # An event's facts for the audit log and viewers, and those for viewers alone.
 TASK_EVENTS = {
     "task_start": ("task_id command cwd pid by", "tty cols rows name"),
@@ -2735,13 +2737,13 @@ class Task:
     request: ExecRequest
     by: str  # who started it: address and role
     output: OutputLog
-    window: int = 0  # of bytes beyond what its `?follow` readers have taken; 0: any number
+    window: int = 0  # bytes to read beyond what its `?follow` readers have taken; 0: any number
     readers: dict[object, int] = field(default_factory=dict)  # the offset of each
     taken: float = 0  # that of the slowest
     pid: int = 0  # of the shell, its session and its process group
     cwd: str = ""
     phase: TaskPhase = TaskPhase.RUNNING
-    started_timestamp: int = 0  # in ms
+    started_timestamp: int = 0  # wall clock, ms
     ended_timestamp: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     exit_code: int | None = None
@@ -2822,7 +2824,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def find_session(session: int) -> list[int]:
-    """Zombies included; none if that cannot be found out."""
+    """Return its processes, zombies included; none if that cannot be found out."""
     members = []
     for pid in list_pids():
         with suppress(OSError):  # it has ended
@@ -2838,7 +2840,7 @@ def is_session_gone(session: int) -> bool:
 
 
 def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> mark of crashed runs with this audit log."""
+    """Return boot id -> path of the mark, of crashed runs that used this audit log."""
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -2882,7 +2884,7 @@ def find_survivors(task_id: str, session: int) -> list[int]:
 
 
 def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
-    """Write down tasks that a crash of the server left open."""
+    """Complete in the audit log the tasks that a crash of the server left open."""
     try:
         crashed = find_crashed_runs(folder, audit.path)
         if not crashed:
@@ -2910,7 +2912,8 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
     """Lock a file while this run of the server lives, for find_crashed_runs(); return its path."""
     path = os.path.join(folder, f"run-{boot_id}")
-    with suppress(OSError), open_private_file(path) as file:  # else a crash leaves tasks open
+    # Without the mark a crash leaves tasks open.
+    with suppress(OSError), open_private_file(path) as file:
         lock_file(file)
         os.dup(file.fileno())  # holds the lock until the process ends
         file.write(os.fsencode(audit_path))
@@ -2918,6 +2921,7 @@ def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
 
 
 def signal_session(session: int, number: int) -> None:
+    """Signal every process of a session, also in other process groups."""
     with suppress(OSError):  # they have ended, or are another account's (sudo)
         os.killpg(session, number)  # the shell's group first, at once: no fork can outrun that
     for pid in find_session(session):
@@ -2927,7 +2931,10 @@ def signal_session(session: int, number: int) -> None:
 
 
 def open_streams(request: ExecRequest) -> tuple[list[int], list[int]]:
-    """Return our ends of output and input (if any), and the child's. Raises OSError."""
+    """Return our ends of [output, input] or [output], and the child's: of a terminal one for both.
+
+    Raises OSError.
+    """
     opened: list[int] = []
     try:
         opened += os.openpty() if request.tty else os.pipe()
@@ -2980,9 +2987,9 @@ class Spawner:
             task.cwd = os.readlink("/proc/self/cwd")  # which marks one that was deleted
         if request.cwd:
             task.cwd = os.path.join(task.cwd, request.cwd)
-        # Its terminal shall control its session.
+        # The child's terminal shall control its session.
         prepare = functools.partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0) if request.tty else None
-        # Else a shell takes it for an option; not every one knows `sh -c -- -x`.
+        # Else a shell takes the command for an option; not every one knows `sh -c -- -x`.
         space = " " if request.command.startswith(("-", "+")) else ""
         ours, childs = open_streams(request)
         self._lower_descriptor_limit(childs[0])
@@ -3009,7 +3016,7 @@ class Spawner:
             os.set_blocking(fd, False)
         if len(ours) > 1:
             task.input = TaskInput(ours[1], request.tty)
-        # Where it could not be lowered. AttributeError: macOS. OSError: the child has ended.
+        # Where it was not lowered before. AttributeError: macOS. OSError: the child has ended.
         with suppress(AttributeError, OSError, ValueError):
             resource.prlimit(task.pid, resource.RLIMIT_NOFILE, self._descriptor_limit)
 
@@ -3050,13 +3057,13 @@ class Outputs:
     _publish: Publish
     _feed: Feed
     _running: Mapping[str, Task]
-    _finished: Collection[Task]  # the oldest end first
+    _finished: Collection[Task]  # in the order in which they ended
     kept_bytes: int = 0
     total_bytes: int = 0  # ever read
-    # perf_counter: the end of this turn (0: none); the last read.
+    # perf_counter: when this turn ends (0: there is none); the last read.
     _turn_end: float = 0.0
     _read_at: float = 0.0
-    _queue: dict[Task, None] = field(default_factory=dict)
+    _queue: dict[Task, None] = field(default_factory=dict)  # tasks that wait to be read
 
     def resume(self, task: Task, lifts_window: bool = False) -> None:
         if lifts_window:  # its readers took nothing for WINDOW_SECONDS
@@ -3068,7 +3075,7 @@ class Outputs:
         """Read what the shell has left, but not what others write later."""
         left = 0
         if task.fd >= 0 and task.request.tty:
-            left = TERMINAL_BUFFER_BYTES  # only read() waits for what is on its way
+            left = TERMINAL_BUFFER_BYTES  # some may be on its way; only read() waits for it
         elif task.fd >= 0:
             (left,) = struct.unpack("i", fcntl.ioctl(task.fd, termios.FIONREAD, b"\0" * 4))
         while left > 0:
@@ -3166,6 +3173,7 @@ class Outputs:
             self.kept_bytes += task.output.kept_bytes - kept
 
     def _discard(self, fd: int) -> None:
+        """Drop, slowly, what is written after a task's end."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(fd)
         if read_available(fd, READ_CHUNK_BYTES) == b"":
@@ -3203,7 +3211,7 @@ class Tasks:
     # By id, oldest first; running ones are in both.
     kept: dict[str, Task] = field(default_factory=dict)
     running: dict[str, Task] = field(default_factory=dict)
-    _finished: deque[Task] = field(default_factory=deque)  # the oldest end first
+    _finished: deque[Task] = field(default_factory=deque)  # in the order in which they ended
     _refs: dict[str, str] = field(default_factory=dict)  # `ref` -> task id, kept or not
     is_stopping: bool = False  # the whole server is
 
@@ -3312,7 +3320,7 @@ class Tasks:
         if task.request.tty and number == signal.SIGTERM:
             self._hang_up(task)  # an interactive shell ignores TERM
         if number not in (signal.SIGSTOP, signal.SIGTSTP):
-            signal_session(task.pid, signal.SIGCONT)  # a stopped process gets it then
+            signal_session(task.pid, signal.SIGCONT)  # a stopped process gets the first signal then
 
     def _hang_up(self, task: Task, delay: float = 0.1) -> None:
         """Send HUP until the task ends: bash overlooks one just before its prompt."""
@@ -3364,7 +3372,7 @@ class Tasks:
 
     def _finish(self, task: Task) -> None:
         self.outputs.finish(task)
-        # None may fire once the shell is reaped, since its pid may be reused.
+        # No timer may fire once the shell is reaped, since its pid may be reused.
         for name in list(task.timers):
             task.cancel_timer(name)
         if task.input is not None:
@@ -3393,8 +3401,8 @@ class Tasks:
 # viewer everything from its cursor on, in one write.
 #
 # - A round serves all that wait. With many viewers it takes several turns. Tasks are not read
-#   meanwhile: their output gathers in the pipes, so the next events are fewer and larger. What is
-#   published meanwhile is for the next round.
+#   meanwhile, for ROUND_SECONDS at most: their output gathers in the pipes, so the next events are
+#   fewer and larger. What is published meanwhile is for the next round.
 # - While a transport has nothing to write, bytes go to the socket directly. While it has, its
 #   viewer is stalled, and passed over: it costs one batch and an integer, however slow it is, and
 #   delays others by PATIENCE_SECONDS at most.
@@ -3408,7 +3416,7 @@ def count_waiting_bytes(transport: asyncio.WriteTransport) -> int:
 
 
 class Compressor:
-    """Compresses events, for DEFLATE_SHARE of the time."""
+    """Compresses events, for DEFLATE_SHARE of the time at most."""
 
     _earned_at = 0.0  # perf_counter: when the used time is earned again
 
@@ -3522,11 +3530,11 @@ class Viewers:
         self._round: list[Viewer] = []
         self._queue: dict[Viewer, None] = {}
         self._news: set[str] = set()
-        # Where a viewer is -> frames and the cursor after them, during a flush.
+        # Audience and cursor -> frames and the cursor after them, during a flush.
         self._batches: dict[tuple[Audience, int], tuple[bytes, int]] = {}
         self._hurried_at = 0.0  # when publish() last flushed
         self._stalled: set[Viewer] = set()
-        # Viewers behind -> seconds that tasks may still wait for each.
+        # Viewers that are behind -> seconds that tasks may still wait for each.
         self._patience: dict[Viewer, float] = {}
         self._looked_at = 0.0  # when that was last counted down
 
@@ -3601,7 +3609,7 @@ class Viewers:
             self._stalled.add(viewer)
 
     def resume(self, viewer: Viewer) -> None:
-        """When its transport has written everything."""
+        """Call it when its transport has written everything."""
         if viewer.state is not ViewerState.STALLED or not viewer.is_open:
             return
         viewer.state = READY
@@ -3694,7 +3702,7 @@ class Viewers:
             self.flush()
 
     def _prepare_batch(self, viewer: Viewer) -> tuple[bytes, int]:
-        """If it has missed events, send it a `gap` first."""
+        """Return its next batch; if it has missed events, send it a `gap` first."""
         audience, first = viewer.audience, self.feed.first
         if viewer.cursor < first:
             if self.feed.has_dropped(viewer.cursor, audience.kinds):
@@ -3845,7 +3853,7 @@ class Webhook:
             with context.wrap_socket(plain, server_hostname=url.host) if context else plain as peer:
                 peer.sendall(encode_webhook_request(url, body))
                 answer, more, status = b"", b"more", None
-                # Limits also for slow answers, and for any number of 1xx.
+                # The limits hold for slow answers, too, and for any number of 1xx before them.
                 while more and status is None and len(answer) < MAX_REQUEST_LINE_BYTES:
                     peer.settimeout(max(0.01, end - time.monotonic()))
                     more = peer.recv(KIB)
@@ -3853,7 +3861,7 @@ class Webhook:
                     status = parse_webhook_answer(answer)
         if not status:
             raise ValueError("it gave no HTTP answer")
-        if not 200 <= status <= 299:  # a redirect would become a GET
+        if not 200 <= status <= 299:  # no redirect is followed: it would become a GET
             raise ValueError(f"it answered {status}")
 
 
@@ -3870,23 +3878,23 @@ class Sampler:
     config: Config
     publish: Publish
     log: Log
-    running: Mapping[str, Task]
-    notify: Callable[[Fields], None]  # gets each alert's events
+    running: Mapping[str, Task]  # which an alert names
+    notify: Callable[[Fields], None]  # gets each alert's events, too
 
     def __post_init__(self) -> None:
         config = self.config
         self._read_sample = choose_source()
-        # The newest; and that of the newest tick, for the next rates.
+        # The newest sample; and that of the newest tick, for the next rates.
         self.sample = self._ticked = self._read_sample()
         # Bytes since boot. Unlike the kernel's they do not fall when an interface goes.
         nets = self.sample.net.values()
         self.net_recv, self.net_sent = (sum(net[way] for net in nets) for way in (0, 1))
         self._rule = AlertRule(config.cpu_alert, config.alert_cooldown, config.alert_for)
-        self.alert: Fields | None = None  # the open one's newest event
+        self.alert: Fields | None = None  # the newest event of one that is not resolved
         self._alert_since = 0.0
-        # The oldest first; `resolved` is the event that ended it.
+        # The oldest first. `resolved` in each is the event that ended it.
         self.alerts: deque[Fields] = deque(maxlen=50)
-        self.newest: asyncio.Future[Fields] = asyncio.Future()  # `stats_update`
+        self.newest: asyncio.Future[Fields] = asyncio.Future()  # the newest `stats_update`
         self.history: deque[list[Any]] = deque(maxlen=600)  # ten minutes at the default interval
 
     async def run(self) -> None:
@@ -3968,15 +3976,15 @@ class Discovery:
     def __post_init__(self) -> None:
         self._each = RateLimit(MAX_REPLIES_PER_SOURCE, 1)
         self._all = RateLimit(MAX_REPLIES_PER_SECOND, 1)
-        self._networks_until = 0.0  # when to read what is on-link again
-        # One that is bound to an address receives no broadcasts, hence the last.
+        self._networks_until = 0.0  # when to read again which networks are on-link
+        # A socket that is bound to one address receives no broadcasts, hence the last.
         self._sockets: dict[str, socket.socket] = {}
         try:
             last = "127.255.255.255" if self.loopback_only else "0.0.0.0"
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # All servers on a host receive broadcasts, one of them a unicast.
+                # Servers on one host share the port: all receive broadcasts, one a unicast.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4022,7 +4030,7 @@ class Discovery:
 class SystemdNotifier:
     """Tells systemd that the server is ready, stops, and lives (sd_notify(3)).
 
-    Takes systemd's variables out of the environment, so that no task can.
+    Takes systemd's variables out of the environment, so that no task can speak for the server.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
@@ -4032,7 +4040,7 @@ class SystemdNotifier:
         # Opened now: a server without free descriptors is still alive.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         is_for_us = pid in ("", str(os.getpid())) and DIGITS.fullmatch(microseconds)
-        # Between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
+        # Seconds between two reports: half of systemd's time-out (sd_watchdog_enabled(3)); 0: none.
         self._seconds = int(microseconds) / 2e6 if is_for_us else 0.0
 
     def tell(self, *lines: str) -> None:
