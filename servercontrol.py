@@ -2198,7 +2198,7 @@ def format_value(value: Any) -> str:
 
 
 def write_some(fd: int, data: bytes | bytearray, milliseconds: int = 0) -> int:
-    """Write if the descriptor is ready in time. Return how many bytes were. Raises OSError.
+    """Write if the descriptor is ready in time. Return how many bytes were written. Raises OSError.
 
     data: at most PIPE_BUF bytes, which a ready pipe takes without blocking (pipe(7)). O_NONBLOCK
     would hold for other processes that share the descriptor, too.
