@@ -11141,7 +11141,8 @@ service that starts with the machine. To install it:
         """\
 All options of `serve` may be given too: the service is started with them.
 Without --user commands run in a sandbox, under an account that can change no
-files of this machine but the service's own. Afterwards:
+files of this machine but the service's own. The unit says what each of its
+lines is for. Afterwards:
 
   journalctl -u servercontrol              its log
   sudo cat /var/lib/servercontrol/token    its token
@@ -11479,7 +11480,8 @@ def exec_command(argv: Sequence[str]) -> int:
     place = argv.index("--") if "--" in argv else len(argv)
     words = argv[place + 1 :]
     if not words and not {"-h", "--help"} & set(argv):
-        raise ConfigError("exec: the command stands behind --, as in: exec web1 -- date")
+        problem = "no command behind" if "--" in argv else "the command stands behind"
+        raise ConfigError(f"exec: {problem} --, as in: exec web1 -- date")
     given = build_parser("exec").parse_args(argv[:place])
     servers = choose_servers(given)
     if given.tty and len(servers) > 1:
@@ -11616,7 +11618,7 @@ UNIT = """\
 Description=ServerControl: runs commands on this server and shows them live
 {order}
 [Service]
-# The Python that printed this, or the system's where the service's account cannot run that one.
+# {reason}.
 # -I: nothing is imported from the folder of the file, a home, or PYTHON* variables.
 ExecStart={command}
 Type=notify
@@ -11697,21 +11699,27 @@ SystemCallErrorNumber=EPERM
 # the access of others to files that commands make
 UMask=0077
 """
-# With commands: no JIT (Node, Java) would run, and ps would see no other account.
 UNIT_MONITOR = """\
 # Nothing is run (--no-exec), so that this costs nothing as well:
 MemoryDenyWriteExecute=yes
 ProtectProc=invisible
 SystemCallFilter=~@privileged @resources
 """
+UNIT_NO_MONITOR = """\
+# Left out, since commands may need what is in brackets: MemoryDenyWriteExecute=yes (Node, Java and
+# other JITs), ProtectProc=invisible (ps of other accounts), IPAddressDeny=any (the network).
+"""
 UNIT_ORDER = """\
 # An address beyond loopback must be there before it can be listened on.
 After=network-online.target
 Wants=network-online.target
 """
+UNIT_OWN_STATE = """\
+# The tokens and the audit log are in .local/state/servercontrol in its home.
+"""
 UNIT_ACCOUNT = """\
 # Its commands may do what the account may. A sandbox would break them (sudo, package managers,
-# mount, containers) and protect nothing.
+# mount, containers) and protect nothing. Without --user, or with --no-exec, there is one.
 User={user}
 WorkingDirectory=-~
 """
@@ -11727,11 +11735,21 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 def quote_word(text: str) -> str:
     """For ExecStart= (systemd.syntax(7), QUOTING; also % and $). Raises ConfigError."""
     if not text.isprintable():
-        raise ConfigError(f"{text!r} cannot stand in a unit")
+        raise ConfigError(f"{text!r} cannot stand in a unit: a character is not printable")
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
         return text
     escaped = re.sub(r'[\\"]', r"\\\g<0>", text).replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"'
+
+
+def is_missing(path: str) -> bool:
+    """Whether there is no such file. False if this account may not look there."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError:
+        return False
+    except OSError:
+        return True
 
 
 def format_serve_options(
@@ -11747,8 +11765,8 @@ def format_serve_options(
         is_written = name in ("unix", "audit_log") and value not in ("", "-", "none")
         if is_read or is_written or name == "shell" and "/" in value:
             value = os.path.abspath(value)  # a service starts in `/`
-        if is_read and not os.path.isfile(value):
-            doubts.append(f"{option}: no file can be seen at {value}")
+        if is_read and is_missing(value):
+            doubts.append(f"{option}: there is no file {value}")
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
         if is_read and (is_sandboxed or uid):
@@ -11781,12 +11799,15 @@ def is_permitted(path: str, uid: int, right: int) -> bool:
     )
 
 
-def choose_python(is_sandboxed: bool, uid: int) -> str:
+def choose_python(is_sandboxed: bool, uid: int) -> tuple[str, str]:
+    """Return the interpreter for the unit, and why it is that one."""
     python = os.path.abspath(sys.executable)
     # ExecStart= may not begin with these, however they are quoted.
     is_fit = python.isprintable() and not re.search(r"[$\"'\\]", python)
     is_seen = os.path.isfile(python) and not (is_sandboxed and is_hidden(python))
-    return python if is_fit and is_seen and is_permitted(python, uid, 1) else "/usr/bin/python3"
+    if is_fit and is_seen and is_permitted(python, uid, 1):
+        return python, "The Python that printed this"
+    return "/usr/bin/python3", "The system's: the service's account cannot run what printed this"
 
 
 def format_account(config: Config, account: pwd.struct_passwd | None, script: str) -> str:
@@ -11798,7 +11819,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         home, uid = account.pw_dir, account.pw_uid
         has_home = os.path.isdir(home) and os.stat(home).st_uid == uid
         text = UNIT_ACCOUNT.format(user=account.pw_name)
-        return text + ("" if has_home else UNIT_STATE) + (ambient if uid else "")
+        return text + (UNIT_OWN_STATE if has_home else UNIT_STATE) + (ambient if uid else "")
     bind = ""
     if is_hidden(script):
         # A colon would separate source and target, and here $ begins no variable.
@@ -11808,7 +11829,8 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
         bind += f"BindReadOnlyPaths={quote_word(script)}\n"
     who = UNIT_DYNAMIC_USER if account is None else f"User={account.pw_name}\n"
     sandbox = UNIT_SANDBOX.format(bind=bind, capabilities=capability)
-    return who + UNIT_STATE + sandbox + (UNIT_MONITOR if config.no_exec else "") + ambient
+    monitor = UNIT_MONITOR if config.no_exec else UNIT_NO_MONITOR
+    return who + UNIT_STATE + sandbox + monitor + ambient
 
 
 def unit_command(argv: Sequence[str]) -> int:
@@ -11824,11 +11846,12 @@ def unit_command(argv: Sequence[str]) -> int:
     script = os.path.abspath(__file__)
     is_sandboxed = account is None or config.no_exec
     uid = -1 if account is None else account.pw_uid  # -1: a DynamicUser= owns no files
-    python = choose_python(is_sandboxed, uid)
+    python, reason = choose_python(is_sandboxed, uid)
     words, credentials, doubts = format_serve_options(rest, is_sandboxed, uid)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
         order="After=network.target\n" if is_local else UNIT_ORDER,
+        reason=reason,
         command=" ".join([*map(quote_word, (python, "-I", script)), *words]),
         credentials=credentials,
         account=format_account(config, account, script),
