@@ -10876,13 +10876,14 @@ class Page:
 
 
 # 19. Command line ────────────────────────────────────────────────────────────────────────────
-# From options and environment to a Config, to the objects in their order, to the exit status.
+# Makes a Config from options and environment, builds the objects in their order, and returns the
+# exit status.
 
 FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of 512K, 8M, 1GiB and the like."""
+    """Return the number of bytes that a text such as 512K, 8M or 1GiB means."""
     match = re.fullmatch(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
@@ -10890,7 +10891,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_number(low: float, high: float, whole: str = "") -> Callable[[str], Any]:
-    """Return a check for argparse. whole: what to call a number that has only digits."""
+    """Return a check for argparse. whole: what an error calls a number that must be whole."""
 
     def parse(text: str) -> float:
         value = math.nan
@@ -10919,7 +10920,7 @@ def parse_host_option(text: str) -> str:
 
 def parse_origin(text: str) -> str:
     """For argparse: `scheme://host[:port]` (RFC 6454, 6.2)."""
-    if not re.fullmatch(r"null|file://|[a-z][a-z0-9+.-]*://[^/\s]+", text):
+    if text not in OPAQUE_ORIGINS and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.org")
     return text
 
@@ -10963,9 +10964,9 @@ class OneLineParser(argparse.ArgumentParser):
         write_output(self.format_help().encode())
 
 
-# Option -> (help; check of the value, or the allowed values; placeholder; default, if not that of
-# Config). One that has only help is a flag. One whose default is several may be repeated. What has
-# nothing is the title of a group.
+# Option -> (help; function that checks the value, or the allowed values; placeholder; default, if
+# Config has none). An option that has only help is a flag. If its default is a list or a tuple, it
+# may be repeated. A key without anything is the title of the options below it.
 OPTIONS: Options = {
     "where to listen": (),
     "--host": ("listen here; beyond loopback a token is needed", parse_host_option, "ADDRESS"),
@@ -11183,7 +11184,7 @@ def describe_option(option: str, row: Sequence[Any]) -> Fields:
 
 
 def build_parser(command: str) -> OneLineParser:
-    """For `serve`, its result has no attributes for absent options."""
+    """Return the parser of a command. That of `serve` sets nothing for options that are absent."""
     usage, text, epilog, options = SYNTAX[command]
     parser = OneLineParser(
         usage=f"python3 servercontrol.py {usage}",
@@ -11205,7 +11206,7 @@ def build_parser(command: str) -> OneLineParser:
 
 
 def parse_given(argv: Sequence[str]) -> Fields:
-    """Return fields of Config, without defaults."""
+    """Return the fields of Config that are given. Raises ConfigError."""
     given = vars(build_parser("serve").parse_args(argv))
     return {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
 
@@ -11213,7 +11214,7 @@ def parse_given(argv: Sequence[str]) -> Fields:
 # Environment twin -> field of Config.
 TWINS = {f"SERVERCONTROL_{one.name.upper()}": one for one in dataclasses.fields(Config)}
 del TWINS["SERVERCONTROL_NO_AUTH"]  # must be typed, so that nobody inherits it unseen
-# Without an option. Any other SERVERCONTROL_* is logged as unknown_variable.
+# Variables without an option. Any other SERVERCONTROL_* is logged as unknown_variable.
 OTHER_VARIABLES = {f"SERVERCONTROL_{name}" for name in ("TOKEN", "VIEW_TOKEN", "TASK_ID", "HOSTS")}
 
 
@@ -11269,7 +11270,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def explain_tls_files(cert: str, key: str) -> str:
-    # Why OpenSSL does not accept files that it can read.
+    """Return why OpenSSL does not accept files that it can read."""
     with open(cert, "rb") as cert_file, open(key or cert, "rb") as key_file:
         if b"BEGIN CERTIFICATE" not in cert_file.read():
             return "there is no certificate in it (PEM)"
@@ -11279,17 +11280,17 @@ def explain_tls_files(cert: str, key: str) -> str:
 
 
 def load_tls(config: Config, log: Log) -> TlsFiles | None:
-    """Raises ConfigError."""
+    """Return None without TLS. Raises ConfigError."""
     if not config.has_tls:
         return None
-    # Python 3.11 and newer would have 256 KiB per connection; a TLS record has 16.
+    # Python 3.11 and newer would take 256 KiB for each connection, but a TLS record has 16 KiB.
     asyncio.sslproto.SSLProtocol.max_size = 32 * KIB
     try:
         return TlsFiles(config.tls_cert, config.tls_key, log)
     except (OSError, ValueError) as error:
         names = f"{config.tls_cert} {config.tls_key}".strip()
         reason = explain(error)
-        if getattr(error, "library", "") == "SSL":
+        if getattr(error, "library", "") == "SSL":  # what it says is for programmers
             reason = explain_tls_files(config.tls_cert, config.tls_key)
         raise ConfigError(f"--tls-cert: {names}: {reason}") from None
 
@@ -11457,7 +11458,7 @@ def choose_servers(given: argparse.Namespace) -> list[ServerAddress]:
     servers = {}
     for name in given.server or ["localhost"]:
         server = named.get(name) or parse_server(name, name)
-        # A server that is named by its URL may be listed with a token.
+        # A server that is named by its URL may be listed with a token file.
         files = [one.token_file for one in (server, *listed) if one.url == server.url]
         token_file = next(filter(None, files), "")
         servers[name] = dataclasses.replace(server, token=token, token_file=token_file)
@@ -11465,7 +11466,7 @@ def choose_servers(given: argparse.Namespace) -> list[ServerAddress]:
 
 
 async def with_signals(take: Callable[[int], object], work: Awaitable[Result]) -> Result:
-    """`take` gets each signal that would end the work."""
+    """Do the work; `take` gets each signal that would end it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             asyncio.get_running_loop().add_signal_handler(number, take, number)
@@ -11563,7 +11564,7 @@ def monitor_command(argv: Sequence[str]) -> int:
 
 
 def list_new(found: Sequence[Fields]) -> str:
-    """Return lines for those that are not listed yet; say on stderr what to do next."""
+    """Return lines for the servers that are not listed yet; say on stderr what to do next."""
     path, listed = read_hosts()
     folder, urls = os.path.dirname(path), {server.url for server in listed}
     new = [one for one in found if urls.isdisjoint(one["urls"])]
@@ -11733,7 +11734,7 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 
 
 def quote_word(text: str) -> str:
-    """For ExecStart= (systemd.syntax(7), QUOTING; also % and $). Raises ConfigError."""
+    """Return a word as ExecStart= needs it (systemd.syntax(7), QUOTING). Raises ConfigError."""
     if not text.isprintable():
         raise ConfigError(f"{text!r} cannot stand in a unit: a character is not printable")
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
@@ -11755,7 +11756,7 @@ def is_missing(path: str) -> bool:
 def format_serve_options(
     argv: Sequence[str], is_sandboxed: bool, uid: int
 ) -> tuple[list[str], str, list[str]]:
-    """Return words of ExecStart=, lines for files that are handed over, and what will not work."""
+    """Return words of ExecStart=, lines for files that are handed over, and warnings."""
     words: list[str] = []
     doubts: list[str] = []
     lines = ""
@@ -11789,7 +11790,7 @@ def is_hidden(path: str) -> bool:
 
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
-    """right: 4 to read, 1 to run. Groups are left aside."""
+    """Whether an account may read (right: 4) or run (1) a file. Groups are left aside."""
     from pathlib import Path  # takes 5 ms
 
     folders = [*Path(path).parents, *Path(path).resolve().parents]  # of a link, and its target
@@ -11859,7 +11860,7 @@ def unit_command(argv: Sequence[str]) -> int:
     write_output(unit.encode())
     if script.startswith(EMPTIED_FOLDERS):
         doubts.append(f"{script} is gone when that folder is emptied; /usr/local/bin is not")
-    is_bound = is_sandboxed and is_hidden(script)  # its folders' rights do not matter then
+    is_bound = is_sandboxed and is_hidden(script)  # then the rights of its folders do not matter
     if not (os.stat(script).st_mode & 0o004 if is_bound else is_permitted(script, uid, 4)):
         doubts.append(f"the service's account cannot read {script}; in /usr/local/bin it can")
     found = [os.stat(path) for path in (script, os.path.dirname(script))]
@@ -11872,7 +11873,7 @@ def unit_command(argv: Sequence[str]) -> int:
     return 0
 
 
-# All but `serve`.
+# What runs each command but `serve`.
 COMMAND_LINES: dict[str, Callable[[Sequence[str]], int]] = {
     "discover": discover_command,
     "exec": exec_command,
@@ -11885,7 +11886,8 @@ COMMAND_LINES: dict[str, Callable[[Sequence[str]], int]] = {
 def main() -> int:
     """Return the exit status."""
     fd = -1
-    while fd < 3:  # where 0, 1 or 2 is closed, a socket would get the number, and then the log
+    # Where 0, 1 or 2 is closed, a socket would get its number, and what is written there.
+    while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     argv = sys.argv[1:] or ["serve"]
