@@ -11528,7 +11528,7 @@ def monitor_command(argv: Sequence[str]) -> int:
     if not given.server and not given.token_file and read_hosts()[1]:
         given.all = True
     servers = choose_servers(given)
-    if given.log in ("", "-"):  # perhaps an unset variable
+    if given.log in ("", "-"):  # perhaps from an unset variable
         raise ConfigError("--log: name a file")
     is_live = os.isatty(1) and os.environ.get("TERM") != "dumb" and not (given.json or given.once)
     lines, log = EventWriter(given.json), MonitorLog(given.log or os.devnull)
@@ -11734,7 +11734,7 @@ SANDBOX_FOLDERS = ("/run/servercontrol/", "/var/log/servercontrol/", "/var/lib/s
 
 
 def quote_word(text: str) -> str:
-    """Return a word as ExecStart= needs it (systemd.syntax(7), QUOTING). Raises ConfigError."""
+    """Return a word for ExecStart= (systemd.syntax(7); % and $ are doubled). Raises ConfigError."""
     if not text.isprintable():
         raise ConfigError(f"{text!r} cannot stand in a unit: a character is not printable")
     if re.fullmatch("[A-Za-z0-9_./:=@,+-]+", text):
@@ -11771,7 +11771,7 @@ def format_serve_options(
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
         if is_read and (is_sandboxed or uid):
-            # The account gets a copy that it can read (systemd 247; %d needs 250).
+            # systemd gives the account a copy, which it can read (systemd 247; %d needs 250).
             if not value.isprintable() or value != value.strip() or value.endswith("\\"):
                 raise ConfigError(f"{option}: {value!r} cannot stand in a unit")
             credential = option.strip("-").replace("-file", "")
@@ -11786,6 +11786,7 @@ def format_serve_options(
 
 
 def is_hidden(path: str) -> bool:
+    """Whether the sandbox hides a file, or the target of a link."""
     return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
