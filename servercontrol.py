@@ -5982,7 +5982,7 @@ class Control:
     async def _has_unasked(reader: Reader) -> bool:
         """Whether it has ended, or sent what is no answer (as a proxy's 408)."""
         peek = asyncio.ensure_future(reader.read(1))
-        await asyncio.sleep(0)
+        await asyncio.wait({peek}, timeout=0)  # lets the event loop read the socket, too
         is_waiting = peek.cancel()
         await asyncio.gather(peek, return_exceptions=True)
         return not is_waiting
@@ -6078,9 +6078,10 @@ class Link:
         # So that the return of a server is noticed within 5 s.
         answer, (reader, self._writer) = await wait_within(SILENCE_SECONDS * 1.2, stream)
         self.heard_at = time.monotonic()
-        is_accepted = answer.get("sec-websocket-accept") == compute_accept(key)
-        if not is_accepted or answer.get("sec-websocket-extensions"):  # none was offered
+        if answer.get("sec-websocket-accept") != compute_accept(key):
             raise UnreachableError("it does not answer like a WebSocket server", 404)
+        if answer.get("sec-websocket-extensions"):
+            raise UnreachableError("it uses a WebSocket extension that was not offered", 404)
         mask = functools.partial(os.urandom, 4)
         self._websocket = WebSocketConnection(mask, MAX_EVENT_BYTES, MAX_EVENT_FRAGMENTS)
         return reader
@@ -6963,7 +6964,7 @@ class Watched:
         numbers = [event[name] for name in ("cpu", "ram_used", "ram_total", "timestamp")]
         are_right = all(0 <= number < 1e15 for number in (*numbers, event["load_avg"][0]))
         if not are_right or len(encode_json(event)) > MAX_STATS_BYTES:
-            raise ValueError("wrong statistics")
+            raise ValueError("wrong or too many statistics")
         self.stats = event
         change = self._rule and self._rule.update(event["cpu"], time.monotonic())
         if change:
@@ -7157,7 +7158,7 @@ class Screen:
     _sort: str = "s"
     _top: int = 0  # the first row shown
     _shown: int = 0  # how many there are
-    _drawn: str = ""
+    _drawn: tuple[int, int, str] = (0, 0, "")  # the terminal's size, and what it shows
     _before: list[Any] = field(default_factory=list)  # attributes; [] without a keyboard
     _output: Output = field(default_factory=lambda: Output(1))
 
@@ -7169,8 +7170,8 @@ class Screen:
             while True:
                 cols, rows = read_terminal_size(1)
                 text = self._compose(max(cols, 20), max(rows, 4))
-                if self._drawn != text:
-                    self._drawn = text
+                if self._drawn != (cols, rows, text):  # after a change of size it may be damaged
+                    self._drawn = cols, rows, text
                     self._output.put(text.encode("utf-8", "replace"))
                     await self._output.drain()
                 await asyncio.sleep(0.2)
@@ -7200,7 +7201,7 @@ class Screen:
         self._close()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._open()
-        self._drawn = ""
+        self._drawn = 0, 0, ""
 
     def _read(self) -> None:
         data = read_available(0, 64)

@@ -2122,8 +2122,7 @@ class TestMetricsText:
         text = sc.encode_metrics((*row, "Help.") for row in rows).decode()
         lines = [line for line in text.split("\n") if not line.startswith("# HELP")]
         assert lines == [
-            "# TYPE servercontrol_load1 gauge",
-            "servercontrol_load1 0.25",
+            "# TYPE servercontrol_load1 gauge", "servercontrol_load1 0.25",
             "# TYPE servercontrol_tasks_completed_total counter",
             'servercontrol_tasks_completed_total{state="done"} 2',
             'servercontrol_tasks_completed_total{state="killed"} 0',
@@ -2133,10 +2132,8 @@ class TestMetricsText:
             'servercontrol_task_duration_seconds_bucket{le="+Inf"} 5',
             "servercontrol_task_duration_seconds_sum 6.109999999999999",
             "servercontrol_task_duration_seconds_count 5",
-            "# TYPE process_open_fds gauge",
-            "process_open_fds 7",
-            "",
-        ]
+            "# TYPE process_open_fds gauge", "process_open_fds 7", "",
+        ]  # fmt: skip
         assert text.count("# HELP") == text.count("# TYPE")
 
     @ANY_PROPERTY
@@ -6754,16 +6751,14 @@ class TestCommandLine:
     )
 
     def test_ctrl_c_at_the_start_leaves_no_trace(self) -> None:
-        code = (
-            "import builtins, os, runpy, signal\n"
-            "real = builtins.__import__\n"
-            "def load(name, *rest):\n"
-            "    if name == 'asyncio':\n"
-            "        os.kill(os.getpid(), signal.SIGINT)\n"
-            "    return real(name, *rest)\n"
-            "builtins.__import__ = load\n"
-            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        )
+        code = f"""import builtins, os, runpy, signal
+real = builtins.__import__
+def load(name, *rest):
+    if name == 'asyncio':
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest)
+builtins.__import__ = load
+runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"""
         finished = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
         assert (finished.returncode, finished.stderr) == (-signal.SIGINT, b"")
 
@@ -8175,8 +8170,7 @@ class TestTargets:
         for names, url in ([], "http://localhost:8080"), (["localhost"], "http://10.0.0.9:80"):
             given = argparse.Namespace(all=False, server=names, token_file="")
             with listing(hosts):
-                (target,) = sc.choose_servers(given)
-            assert target.url == url
+                assert [one.url for one in sc.choose_servers(given)] == [url]
 
     def test_shows_a_server_once_with_all_its_addresses(self) -> None:
         reply = {"type": "SERVER_RESPONSE", "hostname": "a", "ws_port": 9, "tls": True}
@@ -8307,8 +8301,7 @@ class TestExec:
     def test_takes_no_nonsense(self, what: str) -> None:
         with Player(NONSENSE[what]) as player:
             finished = run_client("exec", player.place, "--", "true")
-        assert finished.returncode == 125
-        assert finished.stdout in (b"", b"hi\n")
+        assert finished.returncode == 125 and finished.stdout in (b"", b"hi\n")
         assert finished.stderr.count(b"\n") == 1 and b"\x1b" not in finished.stderr
         assert finished.stderr.startswith(b"servercontrol: 127.0.0.1:")
 
@@ -8338,15 +8331,15 @@ class TestExec:
     @in_loop
     async def test_what_nobody_asked_for_is_no_answer(self) -> None:
         """As a proxy's 408 before it closes an idle connection."""
-        connections: list[int] = []
+        connections: list[Any] = []
 
         async def serve(reader: Any, writer: Any) -> None:
-            connections.append(len(connections) + 1)
-            body = b'{"n":%d}' % connections[-1]
+            connections.append(writer.get_extra_info("socket"))
+            body = b'{"n":%d}' % len(connections)
             for answered in itertools.count(1):
                 await reader.readuntil(b"\r\n\r\n")
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n" + body)
-                if (connections, answered) == ([1], 2):
+                if (len(connections), answered) == (1, 2):
                     writer.write(b"HTTP/1.1 408 Request Time-out\r\nContent-Length: 0\r\n\r\n")
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
@@ -8357,6 +8350,8 @@ class TestExec:
             await asyncio.sleep(0.3)
             assert await control.ask("GET", "/c") == {"n": 2}
             assert await control.ask("GET", "/d") == {"n": 2}  # it is kept
+            connections[-1].shutdown(socket.SHUT_WR)  # the event loop has not read this yet
+            assert await control.ask("GET", "/e") == {"n": 3}
             control.close()
 
     def test_shows_a_token_only_where_it_belongs(self, tmp_path: Path) -> None:
@@ -8485,8 +8480,7 @@ class TestExec:
         with open(os.devnull, "wb") as unreadable:
             finished = run_client("exec", place, "--stdin", "--", "cat", stdin=unreadable)
             assert finished.returncode in INTERRUPTED
-            told = b"its input is not complete (bad file descriptor); stopping it"
-            assert told in finished.stderr
+            assert b"put is not complete (bad file descriptor); stopping it" in finished.stderr
             told = "servercontrol: standard input: Bad file descriptor\n"
             check_command(1, told, "exec", *both, "--stdin", "--", "cat", stdin=unreadable)
         closed = f"exec '{sys.executable}' '{SCRIPT}' exec {place} --stdin -- wc -c <&-"
@@ -9352,25 +9346,19 @@ WRONG_STARTS: list[dict[str, Any]] = [
     *({"command": [[]]}, {"cwd": None}, {"by": {}}, {"timestamp": "5"}, {"timestamp": [5]}),
 ]
 RUBBISH = [
-    *(frame({**STATS, **wrong}) for wrong in STATS_RUBBISH),
+    *(frame({**STATS, **wrong}) for wrong in STATS_RUBBISH), frame('{"type":' * 10000),
     frame(json.dumps({**STATS, "cpu": 0}).replace('"cpu": 0', '"cpu": 1e999')),
-    frame('{"type":"task_output","seq":2,"timestamp":1e999}'),
-    frame('{"type":"task_output","seq":NaN}'),
+    frame('{"type":"task_output","seq":2,"timestamp":1e999}'), frame('{"type":"task_output","seq":NaN}'),
     frame('{"type":"task_output","seq":2,"timestamp":' + "9" * 400 + "}"),
-    frame('{"type":' * 10000),
-    frame({**START, "task_id": {}}),
-    frame({**START, "by": None}),
+    frame({**START, "task_id": {}}), frame({**START, "by": None}),
     frame({"type": "task_complete", "seq": 2, "task_id": "1"}),
-    frame({"type": "gap", "from": None, "to": "x"}),
-    frame({"type": "hello", "tasks": 5}),
+    frame({"type": "gap", "from": None, "to": "x"}), frame({"type": "hello", "tasks": 5}),
     frame({**HELLO, "alert": {"type": "cpu_alert", "timestamp": 10**30, "cpu": 1}}),
-    frame({**HELLO, "boot_id": {}, "tasks": [1]}),
+    frame({**HELLO, "boot_id": {}, "tasks": [1]}), b"\xff\xff\xff",
     *(frame(value) for value in ({"type": []}, {"seq": 1}, [], "x", "", None)),
-    b"\xff\xff\xff",
     frame(HELLO)[:1] + b"\x81\0\0\0\0x",  # masked
-    sc.encode_frame(sc.Opcode.TEXT, b"\xff"),
-    sc.encode_frame(sc.Opcode.CLOSE, b"\x03\xea" + b"\xc2\x9b2J"),
-]
+    sc.encode_frame(sc.Opcode.TEXT, b"\xff"), sc.encode_frame(sc.Opcode.CLOSE, b"\x03\xea\xc2\x9b2J"),
+]  # fmt: skip
 
 
 class Babbler(Impostor):
@@ -9542,7 +9530,7 @@ class TestMonitor:
         assert request.startswith(b"GET /ws?hello&task=none HTTP/1.1\r\n")  # it knows no run yet
         assert not {0x1B, 0x9B} & set((tmp_path / "log").read_bytes())
 
-    @pytest.mark.parametrize("extension, reason", [(TAKEN, "not answer like"), ("", "1002: ")])
+    @pytest.mark.parametrize("extension, reason", [(TAKEN, "not offered"), ("", "1002: ")])
     def test_takes_no_extension(self, extension: str, reason: str) -> None:
         """It offers none, so none may be answered or used (RFC 6455, 4.1 and 5.2)."""
         event = squeeze(json.dumps(STATS).encode())
@@ -10211,6 +10199,9 @@ class TestMonitorScreen:
         with ScreenWatcher("127.0.0.1:1", NO_COLOR=no_color, TERM="xterm") as screen:
             screen.wait_for("unreachable")
             assert (b"\x1b[31m" in screen.data) == (not no_color)
+            drawn = screen.data.count(b"\x1b[H")
+            screen.resize(100, 24)  # as a terminal may lose a part of the picture
+            wait_until(lambda: screen.read() or screen.data.count(b"\x1b[H") > drawn)
 
     def test_comes_back_from_ctrl_z(self, place: str) -> None:
         with ScreenWatcher(place) as screen:
@@ -10242,8 +10233,7 @@ class TestMonitorScreen:
             for row in range(2, 9):
                 cells = [emulator.buffer[row][column].data for column in range(80)]
                 assert cells[24] == " " and "".join(cells[25:36]) == "unreachable"
-            assert emulator.buffer[1][0].reverse
-            assert emulator.buffer[2][30].fg == "red"
+            assert emulator.buffer[1][0].reverse and emulator.buffer[2][30].fg == "red"
 
     def test_says_that_the_log_cannot_be_written(self, place: str, tmp_path: Path) -> None:
         with ScreenWatcher(place, "--log=/dev/full") as screen:
@@ -10254,8 +10244,7 @@ class TestMonitorScreen:
         _, take, watched = make_monitor()
         take(HELLO)
         take(STATS)
-        row = sc.format_table([watched], 80)[1][1]
-        assert row.split() == ["web1", "up", "5.0", "50.0", "0.10", "0"]
+        assert sc.format_table([watched], 80)[1][1].split() == "web1 up 5.0 50.0 0.10 0".split()
         take({"type": "lost", "reason": "401: no", "status": 401})
         row = sc.format_table([watched], 80)[1][1]
         assert row.split() == ["web1", "refused", "-", "-", "-", "0", "401:", "no"]
@@ -13096,13 +13085,9 @@ class TestLayout:
         """
         module = parse_module()
         owners = [module, *(node for node in module.body if isinstance(node, ast.ClassDef))]
-        public = [
-            node
-            for owner in owners
-            for node in owner.body
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            and node.name[0] != "_"
-        ]
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        named = [node for owner in owners for node in owner.body if isinstance(node, kinds)]
+        public = [node for node in named if node.name[0] != "_"]
         lines = code_lines()
         needy = [
             node
