@@ -5665,7 +5665,7 @@ StreamPair = tuple[Reader, asyncio.StreamWriter]
 @dataclass(frozen=True)
 class ServerAddress:
     """A server as a client names it. unix: its socket, instead of host and port. path: at a proxy.
-    token_file: goes before `token`. line: where it is listed.
+    token_file: is read instead of `token`. line: where it is listed.
     """
 
     name: str
@@ -5679,7 +5679,7 @@ class ServerAddress:
     line: str = ""
 
     def read_token(self) -> str | None:
-        """A file is read anew for each request. Raises UnreachableError 401."""
+        """A file is read for each request: a mended one works at once. Raises UnreachableError."""
         if not self.token_file:
             return self.token
         try:
@@ -5698,6 +5698,7 @@ class ServerAddress:
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.path}"
 
 
+# A scheme, its s, a host, a port, a path.
 SERVER_NAME = re.compile(
     r"(?!unix:)(?=[!-~]+\Z)(?:(http|ws)(s?)://)?"
     r"(\[[0-9a-f:.]+(?:%[^]/?#@,]+)?\]|[^][:/?#@,]+)(?::([0-9]{0,5}))?(/[^?#]*)?",
@@ -5758,7 +5759,7 @@ def encode_request(
     upgrade: Mapping[str, str],
 ) -> bytes:
     """Return a request, with the token."""
-    # Without a zone (RFC 6874, 4).
+    # Without an IPv6 zone (RFC 6874, 4).
     host = "localhost" if server.unix else re.sub("%[^]]*", "", server.url.split("/")[2])
     fields, token = {"Host": host, **upgrade}, server.read_token()
     if token is not None:
@@ -5816,7 +5817,7 @@ def explain_failure(error: Exception) -> str:
 
 
 async def sleep_about(seconds: float) -> None:
-    """So after a network failure not all clients come at once."""
+    """Vary the time, so that after a network failure not all clients come at once."""
     await asyncio.sleep(seconds * (0.75 + secrets.randbelow(500) / 1000))
 
 
@@ -5838,7 +5839,7 @@ async def wait_within(seconds: float, something: Awaitable[Result]) -> Result:
 
 
 async def look_up(host: str, port: int) -> list[Any]:
-    """In its own thread: asyncio has few, and waits for their end. Raises OSError, UnicodeError."""
+    """In its own thread: asyncio has few, and joins them at exit. Raises OSError, UnicodeError."""
     found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
     found.set_running_or_notify_cancel()  # so it cannot be cancelled before it is set
 
@@ -5881,7 +5882,8 @@ async def connect_server(server: ServerAddress) -> StreamPair:
         tls = {"ssl": make_client_tls(), "server_hostname": server.host}
     connection = await connect_socket(server.host, server.port)
     enable_keepalive(connection)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for what was sent
+    # Keep-alive sends no probes while sent data are not acknowledged. Then this counts (ms).
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 18_000)
     return await asyncio.open_connection(sock=connection, limit=CLIENT_BUFFER_BYTES, **tls)
 
@@ -5945,7 +5947,7 @@ class Control:
 
     def __init__(self, server: ServerAddress) -> None:
         self._server = server
-        # Both are taken in the order of the requests.
+        # Both are taken in the order of the requests, so each reads its own answer.
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
         self._streams: StreamPair | None = None
         self._unanswered = 0
@@ -6014,17 +6016,18 @@ class Link:
     Each connection begins with `hello`. The first one tells where to begin; after a restart of the
     server, a `gap` and all that it still has come. take: gets each `hello`, each `gap` (with the
     server's list of `tasks`) and every event of EVENT_TYPES; from Link itself `lost` (reason,
-    status) and `restarted`. If it raises UnreachableError, the event comes again.
+    status) at the end of a connection, and `restarted`. If it raises UnreachableError, the event
+    comes again.
     """
 
     server: ServerAddress
     take: Callable[[Fields], None]
-    boot_id: str = ""  # the server's run
+    boot_id: str = ""  # the server's run; "" before the first `hello`
     seq: int = 0  # of the newest event that was taken
     heard_at: float = field(default_factory=time.monotonic)  # when bytes last came
     _writer: asyncio.StreamWriter | None = None
     _websocket: WebSocketConnection = field(default_factory=WebSocketConnection)
-    _has_hello: bool = False
+    _has_hello: bool = False  # on this connection
 
     async def run(self) -> None:
         delay = RETRY_SECONDS / 2
@@ -6035,6 +6038,7 @@ class Link:
             await sleep_about(REFUSED_RETRY_SECONDS if status in REFUSED else delay)
 
     def check_silence(self, now: float) -> bool:
+        """Ping a quiet server, hang up on a silent one, and return that it is."""
         is_silent = now - self.heard_at > SILENCE_SECONDS
         if is_silent and self._writer:
             self._writer.transport.abort()
@@ -6045,7 +6049,7 @@ class Link:
     def _write(self, opcode: Opcode, payload: bytes) -> None:
         if self._writer is None or self._writer.transport.is_closing():
             return  # asyncio would complain
-        if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:
+        if count_waiting_bytes(self._writer.transport) < HIGH_WATER_BYTES:  # else it does not read
             self._writer.write(self._websocket.encode(opcode, payload))
 
     async def _follow(self) -> tuple[str, int]:
@@ -6099,13 +6103,15 @@ class Link:
         if self._websocket.state is not WebSocketState.OPEN:
             reason = self._websocket.close_reason or "it closed the connection"
             code = self._websocket.close_code or 0
-            # A refusal, since it would be invalid again.
+            # It would be invalid again, so this is a refusal.
             is_invalid = CloseCode.PROTOCOL_ERROR <= code <= CloseCode.MESSAGE_TOO_BIG
             raise UnreachableError(f"{code}: {clean_text(reason)}", 404 if is_invalid else 0)
         if not data:
             raise UnreachableError("disconnected")
 
     async def _take_message(self, event: Fields) -> None:
+        # An event that is not newer than `seq` was taken from an earlier connection. `hello` resets
+        # `seq` after a restart of the server, which then counts from 1 again.
         kind, newest = event["type"], event.get("seq", event.get("to"))
         if kind == "hello":
             self._has_hello = True
@@ -6154,15 +6160,15 @@ class RemoteTask:
     stage: Stage = Stage.NEW
     is_stopping: bool = False
     is_stop_owed: bool = False  # the server must still be told
-    task_id: str = ""
+    task_id: str = ""  # "" before the start
     result: tuple[int, str] = (256, "not ended")  # exit code, 256 for none; how it ended
     failure: UnreachableError | None = None  # why the exit code, or output, is missing
-    stream: StreamPair | None = None
+    stream: StreamPair | None = None  # brings the output
     good_at: float = field(default_factory=time.monotonic)  # when the server was last heard
     position: int = 0  # bytes of output that came or are lost
     has_lost: bool = False
     is_in_line: bool = False  # the output so far ends inside a line
-    connected: Callable[[], None] = lambda: None
+    connected: Callable[[], None] = lambda: None  # called at each new stream
 
     def __post_init__(self) -> None:
         # A repeated request has the same `ref`, so it starts nothing twice.
@@ -6185,18 +6191,22 @@ class RemoteTask:
         return info
 
     async def start(self) -> None:
-        """Raises UnreachableError, also if it was stopped before."""
+        """Raises UnreachableError, also if it was stopped before.
+
+        A request without an answer is repeated: by its `ref` the server starts it only once. A
+        restarted server would start it again, so learn() looks first.
+        """
         if self.is_stopping:
             raise UnreachableError("not started")
         for delay in (0.2, 1.0, 3.0, None):
             before, self.stage = self.stage, Stage.ASKED
             try:
-                if before is Stage.ASKED:  # another run would start it again
+                if before is Stage.ASKED:
                     await self.learn()
                 await self._open("/exec?follow", encode_json(self.fields))
                 return
             except UnreachableError as error:
-                if error.status:
+                if error.status:  # it started nothing
                     self.stage = before
                 if error.status or delay is None:
                     raise
@@ -6215,7 +6225,7 @@ class RemoteTask:
             self.position += lost
             self.has_lost = True
             self.tell(f"{lost} bytes of output are LOST: it keeps no more (--keep-output)")
-            if self.is_in_line:
+            if self.is_in_line:  # what comes is of another line
                 self.write(b"\n")
         self.connected()
         if self.is_stop_owed:
@@ -6232,6 +6242,7 @@ class RemoteTask:
                     await self._expect(self._open(path))
                 delay = RETRY_SECONDS
                 await self._read_stream()
+                # A proxy may have ended the stream: the task tells if that was all.
                 task = await self._ask_task()
                 if task["state"] != "running" and task["output_bytes"] <= self.position:
                     await self._end(task)
@@ -6253,7 +6264,7 @@ class RemoteTask:
         except UnreachableError as error:
             if error.status != 404:
                 raise
-        await self.learn()
+        await self.learn()  # raises after a restart
         self.stage = Stage.ENDED
         raise UnreachableError("its end was missed and is forgotten", ENDED_STATUS)
 
@@ -6264,7 +6275,11 @@ class RemoteTask:
         return task
 
     async def _read_stream(self) -> None:
-        """Write until the stream ends, or stands still although there is more."""
+        """Write until the stream ends, or stands still although there is more.
+
+        It stands still if nothing came between two answers, BEAT_SECONDS apart, that tell of more
+        output, or of the end. Then follow() opens a new stream.
+        """
         assert self.stream
         reader, writer = self.stream
         taking = asyncio.ensure_future(self._take_output(reader))
@@ -6287,7 +6302,7 @@ class RemoteTask:
     async def _take_output(self, reader: Reader) -> None:
         with suppress(OSError):  # follow() finds out what is missing
             while True:
-                await self.drain()  # so the task waits for us
+                await self.drain()  # what is not written is not read, so the task waits
                 data = await reader.read(READ_CHUNK_BYTES)
                 if not data:
                     return
@@ -6314,7 +6329,7 @@ class RemoteTask:
             raise UnreachableError(f"its output is not complete ({self.result[1]})", ENDED_STATUS)
 
     async def stop(self) -> None:
-        """Interrupt the command, now or with the next connection."""
+        """Interrupt the command, now or with the next stream. What ignores that is killed."""
         self.is_stopping = self.is_stop_owed = True
         if not self.task_id:
             return
@@ -6343,7 +6358,7 @@ class RemoteTask:
 
 
 def read_terminal_size(fd: int) -> tuple[int, int]:
-    """80 x 24 where it does not say."""
+    """Return columns and rows; 80 x 24 where it does not say."""
     cols = rows = 0
     with suppress(OSError):
         cols, rows = os.get_terminal_size(fd)
@@ -6369,13 +6384,13 @@ async def read_input() -> AsyncIterator[bytes]:
 
 @dataclass(eq=False, repr=False)
 class Keyboard:
-    """The terminal here, in raw mode: keys and size go to a task's. Ctrl-] leaves."""
+    """The local terminal in raw mode: its keys and size go to the task's. Ctrl-] leaves."""
 
     task: RemoteTask
     leave: Callable[[], None]
     interrupt: Callable[[], None]
     waiting: bytes = b""  # keys, until there is a connection
-    sending: set[asyncio.Future[None]] = field(default_factory=set)  # else they are collected
+    sending: set[asyncio.Future[None]] = field(default_factory=set)  # kept alive here
     is_full: bool = False  # the user was told that the task does not read
 
     async def run(self) -> None:
@@ -6405,7 +6420,7 @@ class Keyboard:
         if self.task.stream is not None:
             cols, rows = read_terminal_size(0)
             self._send(f"/resize?id={self.task.task_id}&cols={cols}&rows={rows}")
-            self._send_keys()
+            self._send_keys()  # those that waited
 
     def _send_keys(self) -> None:
         while self.waiting and self.task.stream is not None:
@@ -6429,7 +6444,7 @@ class Keyboard:
 
 
 def write_all(fd: int, data: bytearray, seconds: float = math.inf) -> None:
-    """Write the data, and remove what is written. Raises OSError."""
+    """Write the data, for so long at most, and remove what is written. Raises OSError."""
     end = time.monotonic() + seconds
     while data and time.monotonic() < end:
         del data[: write_some(fd, data[: select.PIPE_BUF], 20)]
@@ -6462,7 +6477,7 @@ class Output:
         self.waiting = bytearray()
         # While anything waits; set when all is written.
         self._is_written: asyncio.Event | None = None
-        self.error: OutputError | None = None
+        self.error: OutputError | None = None  # why nothing more can be written
 
     def put(self, data: bytes) -> None:
         if self.error is None:
@@ -6470,7 +6485,7 @@ class Output:
             self._flush()
 
     async def drain(self) -> None:
-        """Raises OutputError."""
+        """Wait until all is written. Raises OutputError."""
         if self._is_written is not None:
             await self._is_written.wait()
         if self.error is not None:
@@ -6545,7 +6560,7 @@ class Report:
             task.write(b"\n")
 
     def conclude(self) -> int:
-        """Show the rest and a summary; return the highest exit code."""
+        """Show what is kept or still runs, and a summary; return the highest exit code."""
         self._show_kept()
         groups: dict[tuple[int, str], list[str]] = {}
         for task in self.tasks:
@@ -6595,12 +6610,16 @@ class Execution:
         self._has_input = bool(fields.get("stdin")) and not self._has_keyboard
         self._input: list[bytes] | None = None  # all of it, if several servers get it
         self._claims: dict[str, str] = {}  # boot_id -> the name that runs the command
-        # Set when this client leaves.
+        # The exit status, set if this client leaves.
         self._left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._stopping: asyncio.Future[None] | None = None  # by the first Ctrl-C
 
     async def run(self) -> int:
-        """Return the exit status. If stdout fails, stop what runs and raise OutputError."""
+        """Return the exit status. If stdout fails, stop what runs and raise OutputError.
+
+        It ends with the last command, or when the user leaves. If stdout was closed (`| head`),
+        servers get ANSWER_SECONDS to confirm the stop; else a note says what is left running.
+        """
         everything = asyncio.ensure_future(self._run_all())
         keyboard = Keyboard(self._tasks[0], self._leave, self.interrupt)
         typing = asyncio.ensure_future(keyboard.run() if self._has_keyboard else asyncio.sleep(0))
@@ -6621,7 +6640,7 @@ class Execution:
         finally:
             typing.cancel()
             everything.cancel()
-            # This restores the terminal.
+            # Keyboard.run() restores the terminal.
             await asyncio.gather(typing, everything, return_exceptions=True)
             self._report.output.finish()
             self._report.notes.finish()
@@ -6704,7 +6723,7 @@ class Execution:
 
 
 class ServerState(enum.Enum):
-    """Of a server in the monitor. Only Watched.change() sets it."""
+    """The state of a server in the monitor. Only Watched.change() sets it."""
 
     CONNECTING = "connecting"
     UP = "up"
@@ -6713,7 +6732,8 @@ class ServerState(enum.Enum):
     UNREACHABLE = "unreachable"  # was never up, or not since it refused
 
 
-# State -> the only ones before it. Most connections of a server that is UP are back before SILENT.
+# State -> the only ones before it. A server whose connection breaks stays UP until it is SILENT,
+# since most connections are back before.
 STATES_BEFORE = {
     ServerState.SILENT: (ServerState.UP,),
     ServerState.UNREACHABLE: (ServerState.CONNECTING, ServerState.REFUSED),
@@ -6724,8 +6744,9 @@ STATES_BEFORE = {
 class MonitorLog:
     """Appends records as JSON lines to a file, which may be rotated by rename or copytruncate.
 
-    Its newest part tells the next monitor where to continue. So a new file gets a `position` record
-    of each server, and a long one again every few MiB.
+    Each record says up to which `seq` a server was read; a `position` also has its tasks. So the
+    newest part tells the next monitor where to continue: a new file begins with a `position` of
+    each server, and a long one gets them again every few MiB. path: os.devnull without a log.
     """
 
     path: str
@@ -6765,7 +6786,7 @@ class MonitorLog:
         return tail
 
     def add(self, record: Fields) -> None:
-        """Take a record, which flush() writes."""
+        """Take a record, which flush() writes. If too many wait, a `gap` replaces them."""
         if len(self._waiting) > BATCH_BYTES and not self.problem:  # one event may make thousands
             self.flush()
         self._waiting += encode_json(record) + b"\n"
@@ -6777,7 +6798,7 @@ class MonitorLog:
             self._due_bytes = 0  # the lost records may include a position
 
     def flush(self) -> None:
-        """Write what waits, after a rotation to a new file; say once a minute why not."""
+        """Write what waits, after a rotation to a new file. If it cannot, say why once a minute."""
         try:
             is_here = self._fd >= 0 and is_at(self.path, self._fd)
             if not is_here or os.fstat(self._fd).st_size < self._size:
@@ -6786,7 +6807,7 @@ class MonitorLog:
             if self._size >= self._due_bytes:
                 positions = b"".join(encode_json(record) + b"\n" for record in self.locate())
                 self._waiting += positions
-                # After at least as many other bytes, so they are never most of the file.
+                # Again after at least as many other bytes, so they are never most of the file.
                 size = len(positions)
                 self._due_bytes = self._size + size + max(LOG_STEP_BYTES, size)
             if self._waiting:
@@ -6799,6 +6820,7 @@ class MonitorLog:
                 write_without_waiting(2, encode_note(self.problem))
 
     def _append(self) -> None:
+        # Half a record may stay in the file; the next line has it whole.
         data = b"\n" * self._is_cut + self._waiting
         written = os.write(self._fd, data)
         self._size = os.fstat(self._fd).st_size
@@ -6815,6 +6837,7 @@ class Watched:
     cpu_alert: the monitor's own threshold; None: the server's alerts count. emit: gets news.
     """
 
+    # What is remembered of a task.
     TASK = {"task_id": str, "command": str, "cwd": str, "by": str, "started": int}
 
     server: ServerAddress
@@ -6855,6 +6878,7 @@ class Watched:
     def learn(self, record: Fields) -> None:
         """Take a record of an earlier monitor. Raises one of NOT_AS_AGREED."""
         event, boot_id, seq = record["event"], str(record["boot_id"]), check_seq(record["seq"])
+        # A position names all anew; of another run nothing is known yet.
         if event == "position" or boot_id != self.link.boot_id:
             self.tasks, self.open_bytes = {}, 0
             self.ended = OrderedDict.fromkeys(record.get("ended", ()))
@@ -6905,6 +6929,7 @@ class Watched:
     def _take_hello(self, event: Fields) -> bool:
         self.reason = ""
         self.change(ServerState.UP, version=event["version"])
+        # It lists the newest alerts, and their ends. Those after `alert_at` are news.
         self._hello_seq = event.get("seq", 0)
         past = [one for alert in event.get("alerts", ()) for one in (alert, alert["resolved"])]
         news = [one for one in past if one and one["timestamp"] > self.alert_at]
@@ -6922,6 +6947,7 @@ class Watched:
         return self.reason == before
 
     def _take_restarted(self, event: Fields) -> None:
+        # What else came in the old run is unknown.
         self.record_gap(self.link.seq + 1, None, "restarted")
         for task_id in list(self.tasks):
             self._record_end("task_lost", task_id=task_id, reason="the server was restarted")
@@ -6978,6 +7004,7 @@ class Watched:
         when = time.strftime("%H:%M", time.localtime(raised / 1000))
         what = "CPU" if event["type"] == "cpu_alert" else "CPU back at"
         self.alert = f"{when} {what} {event['cpu']:.0f} %"
+        # Events up to `hello` come after it, with alerts that it told.
         is_repeated = not is_ours and event.get("seq", 0) <= self._hello_seq
         is_known = is_repeated and raised <= self.alert_at
         if not is_known:
@@ -7006,6 +7033,7 @@ class Monitor:
         log.locate = lambda: [watched.locate(count) for watched in everybody]
         lines, is_whole = log.read()
         named = {watched.server.name: watched for watched in everybody}
+        # Of a long log only the end was read. A server without a `position` there gets a gap.
         lost = {} if is_whole else dict(named)
         for line in lines:
             with suppress(*NOT_AS_AGREED):  # half a line, or of another server
@@ -7043,7 +7071,7 @@ class Monitor:
 
 
 class EventWriter:
-    """Writes events as lines. Drops some rather than wait, and says how many."""
+    """Writes events as lines. It drops lines rather than wait, and says how many."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -7076,7 +7104,7 @@ def count_cells(text: str) -> int:
     return sum(
         1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
-        # Not those that combine: also some Hangul.
+        # Those that combine take none, as some of Hangul.
         if unicodedata.category(c) not in ("Mn", "Me", "Cf") and not "\u1160" <= c <= "\u11ff"
     )
 
@@ -7131,7 +7159,7 @@ def format_totals(everybody: Sequence[Watched], width: int) -> str:
 def format_table(
     everybody: Sequence[Watched], width: int, shown: slice = slice(None)
 ) -> list[tuple[str, str]]:
-    """Return (state, line) of the titles, whose state is "", and of those shown."""
+    """Return (state, line) of the titles, whose state is "", and of the servers shown."""
     name_width = min(24, max(6, *(count_cells(one.server.name) for one in everybody)))
     rows = [("", "SERVER", ["STATE", "CPU %", "MEM %", "LOAD", "TASKS", "LAST ALERT"])]
     rows += [(one.state.value, one.server.name, list_cells(one)) for one in everybody[shown]]
@@ -7149,7 +7177,6 @@ class Screen:
     KEYS = {"\x1b[A": -1, "k": -1, "\x1b[B": 1, "j": 1, "\x1b[5~": -10, "\x1b[6~": 10, " ": 10}
     KEYS.update(dict.fromkeys(("g", "\x1b[H", "\x1b[1~"), -sys.maxsize))
     KEYS.update(dict.fromkeys(("G", "\x1b[F", "\x1b[4~"), sys.maxsize))
-    # An escape sequence, or a character.
     KEY = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|.", re.DOTALL)
 
     everybody: Sequence[Watched]
