@@ -6038,7 +6038,7 @@ class Link:
             await sleep_about(REFUSED_RETRY_SECONDS if status in REFUSED else delay)
 
     def check_silence(self, now: float) -> bool:
-        """Ping a quiet server, hang up on a silent one, and return that it is."""
+        """Ping a quiet server; hang up on a silent one, and return True."""
         is_silent = now - self.heard_at > SILENCE_SECONDS
         if is_silent and self._writer:
             self._writer.transport.abort()
