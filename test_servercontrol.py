@@ -8329,7 +8329,7 @@ class TestExec:
             check_command(125, f": {status}: ", "exec", server.place, "--", "true")
 
     @in_loop
-    async def test_what_nobody_asked_for_is_no_answer(self) -> None:
+    async def test_what_nobody_asked_for_is_no_answer(self, tmp_path: Path) -> None:
         """As a proxy's 408 before it closes an idle connection."""
         connections: list[Any] = []
 
@@ -8342,9 +8342,9 @@ class TestExec:
                 if (len(connections), answered) == (1, 2):
                     writer.write(b"HTTP/1.1 408 Request Time-out\r\nContent-Length: 0\r\n\r\n")
 
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
-            control = sc.Control(sc.parse_server("a", f"127.0.0.1:{port}"))
+        path = str(tmp_path / "socket")  # what is sent over it is there at once
+        async with await asyncio.start_unix_server(serve, path):
+            control = sc.Control(sc.parse_server("a", path))
             both = await asyncio.gather(control.ask("GET", "/a"), control.ask("GET", "/b"))
             assert both == [{"n": 1}] * 2
             await asyncio.sleep(0.3)
