@@ -6091,7 +6091,7 @@ class Link:
         return reader
 
     async def _receive(self, data: bytes) -> None:
-        if data:  # else this end may have closed it
+        if data:  # none if this end hung up
             self.heard_at = time.monotonic()
         messages = self._websocket.receive(data)
         pings: list[Any] = [one.data for one in messages if one.opcode is Opcode.PING]
@@ -6258,7 +6258,7 @@ class RemoteTask:
                 delay = min(delay * 2, MAX_RETRY_SECONDS)
 
     async def _expect(self, answer: Awaitable[Result]) -> Result:
-        """Raise another UnreachableError if the server has forgotten the task."""
+        """Return the answer. Raise another error if the server has forgotten the task."""
         try:
             return await answer
         except UnreachableError as error:
