@@ -845,12 +845,10 @@ class TestHttpMessages:
 OWN_UID = 1000
 RUN_TOKEN, VIEW_TOKEN = "r" * 16 + "-._~+/==", "v" * 16
 POLICY = sc.AccessPolicy(
-    own_uid=OWN_UID,
-    allow_origins=frozenset({"https://app.test", "null", "file://"}),
-    allow_hosts=frozenset({"box.test", "port.test:9"}),
-    hostname="myname",
+    allow_origins=frozenset({"https://app.test", "null", "file://"}), own_uid=OWN_UID,
+    allow_hosts=frozenset({"box.test", "port.test:9"}), hostname="myname",
     tokens={sc.Role.RUN: RUN_TOKEN.encode(), sc.Role.VIEW: VIEW_TOKEN.encode()},
-)
+)  # fmt: skip
 STRICT_POLICY = dataclasses.replace(POLICY, require_token=True)
 OPEN_POLICY = dataclasses.replace(POLICY, no_auth=True, tokens={})
 LOOPBACK, NETWORK, UNIX = sc.ListenerKind.LOOPBACK, sc.ListenerKind.NETWORK, sc.ListenerKind.UNIX
@@ -885,10 +883,8 @@ ACCESS_TOKENS = [
 ]  # fmt: skip
 ACCESS_HOSTS = [
     ("localhost:8080", "loopback"), ("127.0.0.1", "loopback"), ("[::1]:8080", "loopback"),
-    ("a@b", "broken"),
     ("192.0.2.7:8080", "address"), ("[fe80::1]", "address"), ("Box.test:1", "listed"),
-    ("myname:8080", "own"),
-    ("evil.test:8080", "foreign"),
+    ("myname:8080", "own"), ("evil.test:8080", "foreign"), ("a@b", "broken"),
 ]  # fmt: skip
 VISIT = ["Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"]
 ACCESS_FETCHES = [
@@ -2174,13 +2170,10 @@ class TestWebhookRequest:
         method, target, fields, body = parse_with_h11(sc.encode_webhook_request(url, b'{"a":1}'))
         assert (method, target, body) == ("POST", "/a?b=c", b'{"a":1}')
         assert dict(fields) == {
-            "host": "example.org:81",
+            "host": "example.org:81", "content-type": "application/json", "content-length": "7",
             "authorization": "Basic " + base64.b64encode(b"user:p@ss:").decode(),
-            "user-agent": f"servercontrol/{sc.__version__}",
-            "content-type": "application/json",
-            "content-length": "7",
-            "connection": "close",
-        }
+            "user-agent": f"servercontrol/{sc.__version__}", "connection": "close",
+        }  # fmt: skip
         url = sc.parse_webhook_url("http://example.org/")
         assert b"Authorization" not in sc.encode_webhook_request(url, b"")
 
@@ -2557,16 +2550,14 @@ EVENT_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "signal": lambda v: v is None or f"SIG{v}" in signal.Signals.__members__,
         "state": lambda v: v in ("done", "killed", "timeout"), "duration_ms": is_count,
         "killed_by": lambda v: v is None or is_text(v),
-        "output_bytes": is_count, "cpu_s": is_number, "max_rss_kb": is_count,
-        "replaced": is_count,
+        "output_bytes": is_count, "cpu_s": is_number, "max_rss_kb": is_count, "replaced": is_count,
     },
     "cpu_alert": {
         "cpu": is_number, "hostname": is_text, "message": is_text,
         "tasks": lambda v: isinstance(v, list) and all(map(is_id, v)),
     },
     "alert_resolved": {
-        "alert": lambda v: v == "cpu_alert", "cpu": is_number, "hostname": is_text,
-        "duration_ms": is_count,
+        "alert": lambda v: v == "cpu_alert", "cpu": is_number, "hostname": is_text, "duration_ms": is_count,
     },
 }  # fmt: skip
 
@@ -12185,8 +12176,7 @@ class TestPage(OnPage):
         visit.page.evaluate("() => { window.late = []; stream.take = (one) => late.push(one); }")
         go.touch()
         visit.wait_until_true("late.at(-1)?.output.endsWith('70000\\n')")
-        release = """end => {
-          const { take } = Stream.prototype;
+        release = """end => { const { take } = Stream.prototype;
           while (late[0]?.offset < end) take.call(stream, late.shift()); }"""
         visit.page.evaluate(release, 200000)
         visit.wait_for("#lines", "70000$")
@@ -13051,12 +13041,8 @@ class TestLayout:
 
     def test_no_name_is_used_above_its_definition(self):
         defined = definitions()
-        upward = [
-            f"{name} in line {line}, defined in {defined[name]}"
-            for name, line in name_uses()
-            if name in defined and line < defined[name]
-        ]
-        assert not upward
+        uses = [(name, line, defined[name]) for name, line in name_uses() if name in defined]
+        assert [use for use in uses if use[1] < use[2]] == []
         assert len(defined) > 100  # the tree was read
 
     def test_pure_sections_name_no_io_module(self):
