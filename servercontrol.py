@@ -39,28 +39,28 @@ Map (search for the number and a dot):
     13. Tasks: phases, crashed runs, start, Outputs (reading in turns, pauses), stopping, the end
     14. Viewers: publish, flush, slow viewers and how they pause tasks, pings
     15. Background loops: sampling, webhook, answers to probes, systemd
-    16. Server: ROUTES, COMMANDS, metrics, facts for probes, heads of answers, Newcomers, stop
+    16. Server: ROUTES, COMMANDS, metrics, probe facts, answers' heads, deadlines, newcomers, stop
     17. Client: names of servers, Link, exec, monitor with log and COLUMNS, discover
     18. Dashboard: CSS, HTML, JavaScript of the page, its policy
     19. Command line: options, environment, banner, signals, verify-audit, systemd unit, main
 
 May I run this as root? Read these places in this order (the number is that of their lines):
 
-     317  section 6                 who gets in: the gate, check_access, and its rules in order
+     306  section 6                 who gets in: the gate, check_access, and its rules in order
       23  load_tokens               where the two tokens come from
-      13  check_file                whose files are believed
-      28  identify_peer             whose process is at the other end: the kernel is asked
+      14  check_file                whose files are believed
+      23  identify_peer             whose process is at the other end: the kernel is asked
       21  Exchanges._serve_request  the door: head, gate, only then the body, answer
       24  Exchanges._admit          what the gate's answer lets a request reach
       16  find_route                which role each path needs
-      26  handle_message            the second door: messages of WebSocket clients, COMMANDS
+      31  handle_message            the second door: messages of WebSocket clients, COMMANDS
        6  Server.check_role         who may run something; both doors ask it
-      17  parse_exec_fields         what a request to run something may say
+      15  parse_exec_fields         what a request to run something may say
       33  answer_exec               where the gate and the tasks meet
-      67  Spawner                   how a command is started: session, environment, descriptors
-     197  Tasks                     how it is stopped with all that it started, and ends
-      10  signal_session            which processes a signal reaches
-      91  AuditLog                  how it is written down
+      65  Spawner                   how a command is started: session, environment, descriptors
+     196  Tasks                     how it is stopped with all that it started, and ends
+       8  signal_session            which processes a signal reaches
+      84  AuditLog                  how it is written down
 
 Security stance: whoever may use this server owns the account that it runs under. So by default it
 listens on loopback only and serves only processes of that same account, which it asks the kernel
