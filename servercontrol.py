@@ -4218,6 +4218,7 @@ async def follow_output(
     If the client falls behind the kept output, the body is cut off: a hole would not be noticed.
     """
     while task.output.start <= offset:
+        move(offset)  # again after each wait: the window may have been lifted meanwhile
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
         for piece in pieces[:16]:  # what waits for the client needs memory
@@ -4347,7 +4348,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         if task.window and request.role is Role.RUN:  # who may only watch does not delay a task
             server.tasks.outputs.move_reader(task, reader, offset)
 
-    move(start)
+    request.ends.callback(task.wake)  # other readers may have waited for this one
     request.ends.callback(task.readers.pop, reader, None)
     pieces = follow_output(task, start, trailers, move)
     return Response(200, b"", PLAIN_TEXT, fields, pieces, trailers)
@@ -5389,7 +5390,7 @@ class Listeners:
     def find_places(self) -> list[str]:
         """Return the IPv4 addresses that are listened on; [] for all."""
         tcp = [one for one in self.kinds if one.family != socket.AF_UNIX]
-        hosts = dict.fromkeys(one.getsockname()[0] for one in tcp)
+        hosts = dict.fromkeys(one.getsockname()[0].removeprefix("::ffff:") for one in tcp)
         if "0.0.0.0" in hosts or "::" in hosts:
             return []
         return [one for one in hosts if ":" not in one] or ["127.0.0.1"] * self.is_loopback

@@ -4619,17 +4619,13 @@ class TestTls(RunsTasks):
                 with contextlib.suppress(ConnectionError):
                     plain.sendall(data)
                 answer = read_all(plain)
-            is_http = data.startswith(b"GET")
-            assert is_http == (b"HTTP/" in answer)
-            if is_http:
-                assert "speaks https" in json.loads(answer.partition(b"\r\n\r\n")[2])["message"]
+            assert data.startswith(b"GET") == (b"HTTP/" in answer) == (b"speaks https" in answer)
 
     def test_silent_connection_is_closed_at_the_deadline(self, tls_server: TlsServer) -> None:
         with tls_server.connect_plain() as silent, tls_server.connect_plain() as half:
             started = time.monotonic()
             half.sendall(b"\x16\x03\x01\x02\x00\x01")
-            for plain in (silent, half):
-                assert read_all(plain) == b""
+            assert read_all(silent) + read_all(half) == b""
             assert 0.8 < time.monotonic() - started < 20
 
     def test_half_open_handshakes_keep_nobody_out(self, tls_server: TlsServer) -> None:
@@ -4797,8 +4793,7 @@ class TestUnixSocket:
 
     @pytest.mark.parametrize("loop", loops())
     def test_network_bind_leaves_it_trusted(self, tmp_path: Path, loop: str) -> None:
-        options = (NETWORK_BIND, f"--loop={loop}")
-        with UnixServer(tmp_path, *options, env=TOKENS) as server:
+        with UnixServer(tmp_path, NETWORK_BIND, f"--loop={loop}", env=TOKENS) as server:
             assert server.run("echo here")["output"] == "here\n"
             check_error(ask_from(server, "", make_request("GET /tasks")), 401)
             assert server.get("/tasks")[0]["by"] == f"unix run uid={os.geteuid()}"
@@ -4971,9 +4966,7 @@ class TestTimeouts:
 
     @pytest.mark.parametrize("query", ["raw", "follow", "offset=1"])
     def test_reader_that_stalls_is_dropped(self, hasty_server: ServerProcess, query: str) -> None:
-        command = "head -c 16000000 /dev/zero | tr '\\0' a"
-        task_id = hasty_server.start(command)
-        assert hasty_server.wait_for_end(task_id)["output_bytes"] == 16000000
+        task_id = hasty_server.finish("head -c 16000000 /dev/zero | tr '\\0' a")
         with unharmed(hasty_server, runs=True), socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", hasty_server.port))
@@ -5160,11 +5153,9 @@ class TestLimits:
     def test_no_exec_runs_types_and_kills_nothing(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, "--no-exec") as server:
             with unharmed(server):
-                for path in ("/exec", "/exec?wait", "/exec?follow"):
+                for path in ("/exec", "/exec?wait", "/exec?follow", "/stdin?id=1"):
                     check_error(server.request("POST", path, b"true"), 403)
                 assert server.request("POST", "/kill?id=1").status in (403, 404)
-                answer = server.request("POST", "/stdin?id=1", b"x")
-                assert answer.json()["error"] == "exec_disabled"
                 assert server.get("/info")["exec"] is False and server.get("/stats")["cpus"] > 0
             with RawPeer(server) as peer:
                 peer.say(type="hello")
@@ -5223,7 +5214,6 @@ class TestLimits:
 
     def test_failure_in_one_place_stays_there(self, tmp_path: Path) -> None:
         code = """
-import dataclasses
 async def fail(server, request):
     raise RuntimeError("injected /some/path " + "x" * 10)
 for path in ("/stats", "/kill"):
@@ -5785,12 +5775,14 @@ class TestTaskWindow:
     @pytest.mark.usefixtures("tidy")
     def test_waits_for_the_slowest(self, server: ServerProcess) -> None:
         task_id = server.start("yes", window=100_000)
-        with self.follow(server, task_id, 0), self.follow(server, task_id, 0) as fast:
-            read = threading.Thread(target=fast.read)
-            read.start()
-            assert self.wait_for_pause(server, task_id) < 100_000 + self.ON_THE_WAY
+        with self.follow(server, task_id, 0) as fast:
+            read = threading.Thread(target=fast.read, args=[2 * self.ON_THE_WAY])
+            with self.follow(server, task_id, 0):
+                read.start()
+                assert self.wait_for_pause(server, task_id) < 100_000 + self.ON_THE_WAY
+            read.join(sc.WINDOW_SECONDS / 2)  # the slowest has gone
+            assert not read.is_alive()
             assert server.end(task_id)["state"] == "killed"  # which waits for no reader
-            read.join()
 
     @in_loop
     async def test_gets_its_turns_again(self) -> None:
@@ -6908,6 +6900,13 @@ class TestPorts:
     def test_address_that_cannot_be_bound_is_status_1(self, tmp_path: Path, hosts: Any) -> None:
         options = [f"--host={host}" for host in hosts]
         check_refusal(tmp_path, 1, [hosts[-1]], *options, "--port=0", "--ws-port=0")
+
+    @pytest.mark.parametrize("hosts, places", [
+        ("::1 ::ffff:10.0.0.1", ["10.0.0.1"]), ("10.0.0.1 ::ffff:0.0.0.0", []), ("fe80::1%lo", []),
+    ])  # fmt: skip
+    def test_probes_are_answered_from_an_address_of_http(self, hosts: str, places: list[str]):
+        kinds = [mock.Mock(**{"getsockname.return_value": (host,)}) for host in hosts.split()]
+        assert sc.Listeners.find_places(mock.Mock(kinds=kinds, is_loopback=False)) == places
 
     @pytest.mark.parametrize("hosts, served, refused", [
         ("127.0.0.1 127.0.0.9 127.0.0.1", "127.0.0.1 127.0.0.9", "127.0.0.2"),
