@@ -4057,13 +4057,15 @@ class SystemdNotifier:
 
 
 # 16. Server ──────────────────────────────────────────────────────────────────────────────────
-# A connection: accept, ask the kernel whose it is, then requests (gate, route, answer) or a Viewer.
+# A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
+# route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
 def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
+    """Ask netlink for the uid of the socket whose own end is `peer`: 0.2 ms."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
         netlink.sendto(encode_diag_request(peer, local), (0, 0))
@@ -4071,13 +4073,13 @@ def query_socket_owner(peer: Endpoint, local: Endpoint) -> int:
 
 
 def scan_socket_owner(peer: Endpoint, local: Endpoint) -> int:
-    """Without netlink: 33 ms among 16,000 sockets, not 0.2 ms."""
+    """The same without netlink: 33 ms among 16,000 sockets."""
     path = "/proc/net/tcp" if peer[0].version == 4 else "/proc/net/tcp6"
     return parse_proc_tcp(read_proc_file(path), peer, local)
 
 
 def choose_owner_query() -> OwnerQuery:
-    """Return netlink's if it works for a socket of this process."""
+    """Return query_socket_owner if it finds a socket of this process."""
     try:
         with socket.socket() as client, socket.create_server(("127.0.0.1", 0)) as listener:
             client.connect(listener.getsockname())
@@ -4089,7 +4091,10 @@ def choose_owner_query() -> OwnerQuery:
 
 
 def read_trusted_uid() -> int:
-    """Return the server's uid; -1 if a user namespace shows it for all accounts it does not map."""
+    """Return the server's uid, or -1 if other accounts may have the same.
+
+    In a user namespace, one uid stands for all accounts that it does not map.
+    """
     uid = os.geteuid()
     try:
         overflow_uid = int(read_proc_file("/proc/sys/kernel/overflowuid"))
@@ -4139,7 +4144,7 @@ class TlsFiles:
     def __init__(self, cert: str, key: str, log: Log) -> None:
         self._paths = cert, key or cert
         self._log = log
-        self._read = self._seen = self._look()  # when they were read; at the last check
+        self._read = self._seen = self._look()  # how they were when read; at the last check
         self.context = self._load()
 
     def _look(self) -> list[tuple[int, int, int]] | None:
@@ -4156,7 +4161,7 @@ class TlsFiles:
         return context
 
     def refresh(self) -> None:
-        """Read the files again if they have changed, but not since the last check."""
+        """Read changed files again, once they are as they were at the last check."""
         before, self._seen = self._seen, self._look()
         if self._seen != before or self._seen == self._read:
             return
@@ -4179,12 +4184,13 @@ class Request:
     role: Role | None
     by: str  # the client, for events and logs
     body: bytes = b""
-    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed at its end
+    # Closed when the answer is written, or the client has gone.
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 @dataclass(repr=False)
 class Response:
-    """An answer. pieces: instead of `body`; trailers: filled meanwhile."""
+    """An answer. pieces: instead of `body`; trailers: filled while those are made."""
 
     status: int = 200
     body: bytes = b""
@@ -4200,7 +4206,7 @@ async def iterate_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: bool) -> Response:
-    """Return output as text, or in JSON; a long one piece by piece."""
+    """Return output as text, or as a field of JSON; a long one piece by piece."""
     if is_raw:
         return Response(media_type=PLAIN_TEXT, pieces=iterate_pieces(pieces))
     start = b'%b,"%b":"' % (encode_json(fields)[:-1], name.encode("ascii"))
@@ -4213,7 +4219,7 @@ def output_response(fields: Fields, name: str, pieces: Sequence[bytes], is_raw: 
 async def follow_output(
     task: Task, offset: int, trailers: dict[str, str], move: Callable[[int], None]
 ) -> AsyncIterator[bytes]:
-    """Yield a task's output to its end; call move() with the offset that the kernel has taken.
+    """Yield a task's output to its end. move: is told up to which offset the kernel has taken it.
 
     If the client falls behind the kept output, the body is cut off: a hole would not be noticed.
     """
@@ -4355,7 +4361,9 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
 
 
 def find_exec_request(server: Server, request: Request) -> ExecRequest:
-    """Parse the body; with `again`, repeat that task's request, whose input no client can see."""
+    """Return what the body asks for, or with `again` what that task was asked for: with its input
+    and environment, which no client can see.
+    """
     ref = request.parameters.get("ref") or None
     check_field("ref", ref or "none", NAME)
     if "again" not in request.parameters:
@@ -4368,7 +4376,7 @@ def find_exec_request(server: Server, request: Request) -> ExecRequest:
     return dataclasses.replace(task.request, ref=ref, window=0, cols=cols, rows=rows)
 
 
-# Flags of /exec, and what each needs one of.
+# Flags of /exec; each needs one of those behind it.
 EXEC_FLAGS = {"raw": ("wait", "follow"), "tie": ("wait", "follow"), "fail": ("wait",)}
 
 
@@ -4432,7 +4440,7 @@ async def answer_tasks(server: Server, request: Request) -> Any:
 
 
 async def answer_logs(server: Server, request: Request) -> Response:
-    """The kept output of a task from `offset` on."""
+    """The kept output of a task from `offset` on, or its last `tail` bytes."""
     task = find_task(server, request)
     name = "tail" if "tail" in request.parameters else "offset"
     text = request.parameters.get(name, "0")
@@ -4651,6 +4659,9 @@ COMMANDS: dict[str, tuple[Role, Command]] = {
 }
 
 
+# Connections and their requests
+
+
 def find_route(head: RequestHead, scheme: str) -> Route:
     """Raises HttpError 404, 405 or 426."""
     route = ROUTES.get(head.path)
@@ -4704,7 +4715,7 @@ class End(enum.Enum):
 
     WRITTEN = "written"  # when everything is written
     NOW = "now"  # the server stops; the kernel may deliver what it has taken
-    RESET = "reset"  # the peer does not keep up; the kernel drops what that does not take
+    RESET = "reset"  # the peer does not keep up; what it has not taken is dropped
 
 
 class Turns(deque["asyncio.Future[None]"]):
@@ -4741,7 +4752,7 @@ class Inbox(asyncio.StreamReader):
         return data
 
     async def rest(self) -> None:
-        """After a piece of work: wait for a later turn if this client has had its share."""
+        """Wait for another turn if this client has had its share. For after each piece of work."""
         if time.perf_counter() > self._until:
             await self._turns.wait()
             self._until = time.perf_counter() + INPUT_TURN_SECONDS
@@ -4827,7 +4838,7 @@ class Exchanges:
         return self._parser.take_rest()
 
     async def _serve_request(self) -> bool:
-        """Whether another may follow."""
+        """Answer one request. Whether another may follow."""
         connection = self._connection
         if connection.phase is not Phase.READING:  # not the first request
             connection.begin_phase(Phase.IDLE, IDLE_SECONDS)
@@ -4849,7 +4860,7 @@ class Exchanges:
         return await self._answer(request)
 
     async def _receive(self, parse: Callable[[], Any]) -> Any:
-        """Read until parse() finds something. At the end: ConnectionError."""
+        """Read until parse() finds something. Raises HttpError, and ConnectionError at the end."""
         while True:
             found = parse()
             if found is not None:
@@ -4869,7 +4880,7 @@ class Exchanges:
             self._parser.feed(data)
 
     def _admit(self, head: RequestHead) -> Request | None:
-        """Pass the gate, find the route. None: it was an upgrade."""
+        """Let a request pass the gate, and find its route. None: it was an upgrade."""
         connection, server = self._connection, self._server
         connection.role = None
         role = connection.role = server.check_access(connection.peer, head)
@@ -4912,7 +4923,7 @@ class Exchanges:
             return await self._write_response(request.head, response)
 
     async def _write_response(self, head: RequestHead, response: Response) -> bool:
-        """At the client's pace. Whether another request may follow."""
+        """Write an answer at the client's pace. Whether another request may follow."""
         pieces = response.pieces
         # In HTTP/1.0 such a body ends with the connection.
         is_last = self._server.tasks.is_stopping or (pieces is not None and head.http_1_0)
@@ -5034,7 +5045,7 @@ class Connection(asyncio.Protocol):
                 error = HttpError(503, "too_many_clients", "too many connections are open")
                 self.transport.write(encode_last_answer(self.server, error))
                 return
-            # Not kept: it would be much of an idle viewer's memory.
+            # Exchanges are not kept: they would be much of an idle viewer's memory.
             backlog = await Exchanges(self, self.server, self.transport).serve()
             if self.viewer:
                 await serve_websocket(self, self.viewer, backlog)
@@ -5077,8 +5088,8 @@ class Connection(asyncio.Protocol):
     def end(self, how: End) -> None:
         """Close the connection; connection_lost() follows. No other place closes the transport.
 
-        During a TLS handshake there is none: closing the socket makes the handshake fail, and then
-        _run() calls again.
+        During a TLS handshake there is no transport: shutting the socket down makes the handshake
+        fail, and then _run() calls again.
         """
         if self.phase is Phase.OPENING:
             with suppress(OSError):  # the peer may have reset it
@@ -5095,7 +5106,7 @@ class Connection(asyncio.Protocol):
             if self.peer.scheme == "https":
                 self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
         else:
-            # Else the kernel keeps what waits for minutes, and a peer that still writes hangs.
+            # Else the kernel would keep the rest for minutes, and a peer that writes would hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
                 with suppress(OSError):  # it is closed already
                     reset = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER
@@ -5114,8 +5125,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        # pause_writing() comes when anything must wait, resume_writing() when all is written. With
-        # TLS and 0, asyncio would pause for nothing, too.
+        # pause_writing() comes when anything must wait, resume_writing() when all is written.
+        # With TLS it is 1: asyncio would pause for 0 bytes, too.
         self.transport.set_write_buffer_limits(high=1 if self.peer.scheme == "https" else 0)
         self.inbox.set_transport(transport)
         self.opened_at = time.monotonic()  # with TLS, after the handshake
@@ -5154,7 +5165,7 @@ class Connection(asyncio.Protocol):
         return self.peer.scheme == "http"  # TLS cannot be left open in one direction
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it, and end its work."""
+        """Forget the connection, and end its work."""
         self.server.connections.discard(self)
         self.server.newcomers.pop(self, None)
         self.server.stalled.discard(self)
@@ -5166,7 +5177,8 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def check_progress(self, now: float) -> None:
-        # Meanwhile only a viewer's replies are added; written_bytes counts those.
+        """End a connection whose peer takes nothing for too long."""
+        # While it is stalled, only a viewer's replies are added; written_bytes counts those.
         written = self.viewer.written_bytes if self.viewer else 0
         taken = written - count_waiting_bytes(self.transport)
         if taken > self._taken_bytes:
@@ -5175,8 +5187,8 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def expire(self, now: float) -> None:
-        """Ping a viewer, answer 408, or end the connection."""
-        self.begin_phase(self.phase)
+        """Its deadline has passed: ping a viewer, answer 408, or end the connection."""
+        self.begin_phase(self.phase)  # without a deadline
         if self.viewer and self.viewer.is_open and self.viewer.ping(now):
             self.begin_phase(self.phase, PING_SECONDS)
         elif self.phase in (Phase.IDLE, Phase.READING):
@@ -5187,6 +5199,7 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def begin_phase(self, phase: Phase, seconds: float = math.inf) -> None:
+        """Also set its deadline. Of each length, the newest falls due last."""
         deadlines = self.server.deadlines
         deadlines.get(self.phase_seconds, {}).pop(self, None)
         self.phase, self.phase_seconds = phase, seconds
@@ -5242,9 +5255,10 @@ def resolve_hosts(hosts: Sequence[str]) -> list[list[Place]]:
 def bind_host(
     places: Sequence[Place], port: int, v6_only: bool, bound: list[socket.socket]
 ) -> None:
-    """Listen on the addresses of one host, save those (but not all) that the machine lacks.
+    """Listen on all addresses of one host; add the sockets to `bound`.
 
-    `localhost` is ::1 even without IPv6. `::` takes IPv4 too, unless v6_only. bound: is filled.
+    An address that this machine lacks is left out if there is another: `localhost` is ::1 too, even
+    without IPv6. `::` takes IPv4 too, unless v6_only.
     """
     left = len(places)
     for family, (host, _, *more) in places:
@@ -5282,7 +5296,7 @@ def bind_unix(path: str) -> socket.socket:
     """Listen on a socket with mode 0600, in place of one that a crash left. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any other file
+        is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # as by any file
     if is_refused and stat.S_ISSOCK(os.lstat(path).st_mode):
         os.unlink(path)
     mask = os.umask(0o177)
@@ -5361,7 +5375,7 @@ class Listeners:
         if hosts == Config.host:  # as one host: the machine may lack ::1
             places = [[*itertools.chain(*places)]]
         v6_only = [(socket.AF_INET, ("0.0.0.0", 0))] in places  # then `::` leaves IPv4 to it
-        # A port that the kernel chooses is free at the first address only.
+        # A port that the kernel chooses may be busy at the other addresses.
         for candidate in range(port, min(port + PORT_TRIES, 65536)) if port else [0] * PORT_TRIES:
             bound: list[socket.socket] = []
             try:
@@ -5396,7 +5410,7 @@ class Listeners:
         return [one for one in hosts if ":" not in one] or ["127.0.0.1"] * self.is_loopback
 
     def close(self) -> None:
-        """Also remove the Unix socket, if it is still ours."""
+        """Stop listening; remove the Unix socket, if it is still ours."""
         for one in itertools.chain(*self._bound.values()):
             one.close()
         if self._unix_file:
@@ -5455,9 +5469,11 @@ class Server:
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
         self.stalled: set[Connection] = set()  # whose transport has something to write
-        # Seconds of a phase -> when it must be over (monotonic), soonest first.
+        # Seconds that a phase may take -> its connections, and when it must be over (monotonic),
+        # soonest first: begin_phase() sets it.
         self.deadlines: dict[float, dict[Connection, float]] = {}
-        self.query_owner = choose_owner_query()  # once: else "no such socket" means long tables
+        # Chosen once: else each "no such socket" would mean reading long tables.
+        self.query_owner = choose_owner_query()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         # A task has up to three descriptors: output, input, the pipe of what it left.
@@ -5465,7 +5481,7 @@ class Server:
         self.max_clients = max(4, min(config.max_clients, room))
         if self.max_clients < config.max_clients:
             log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
-        self.newcomers: dict[Connection, None] = {}  # not past the gate yet, oldest first
+        self.newcomers: dict[Connection, None] = {}  # not past the gate, oldest first
         self._discovery: Discovery | None = None
 
     # Starting
@@ -5555,6 +5571,7 @@ class Server:
             self.audit.write_refusal(**fields)
 
     async def _sweep(self) -> None:
+        """Look at connections that are overdue or take nothing, then at newcomers."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
@@ -5573,10 +5590,10 @@ class Server:
                     self.log.write_fault("sweep_failed")
 
     def make_room(self, now: float) -> None:
-        """End newcomers above the limit: of the source with the most, the oldest.
+        """End newcomers above the limit: the source with the most of them loses its oldest.
 
-        For many clients that reconnect at once each has NEWCOMER_GRACE_SECONDS first, unless there
-        are more than MAX_BURST, or half of `--max-clients` are connected. So the sweep asks again.
+        When many clients reconnect at once, each has NEWCOMER_GRACE_SECONDS first, unless there are
+        more than MAX_BURST of them, or half of `--max-clients` are connected.
         """
         newcomers, half = self.newcomers, self.max_clients // 2
         while len(newcomers) > min(MAX_NEWCOMERS, half):
@@ -5591,7 +5608,7 @@ class Server:
             loser.end(End.RESET)
 
     def check_role(self, needed: Role | None, role: Role | None) -> None:
-        """Raises CommandError."""
+        """Raises CommandError if the role or --no-exec forbids this."""
         if needed is Role.RUN and role is not Role.RUN:
             raise CommandError("forbidden", "this needs the role run")
         if needed is Role.RUN and self.config.no_exec:
