@@ -4106,7 +4106,7 @@ def read_trusted_uid() -> int:
 
 def enable_keepalive(connection: socket.socket) -> None:
     """Let the kernel notice within 20 s that the other host is dead (tcp(7))."""
-    with suppress(OSError):  # it is closed already, or a Unix socket
+    with suppress(OSError, AttributeError):  # it is closed already, or a Unix socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
@@ -4224,7 +4224,7 @@ async def follow_output(
     If the client falls behind the kept output, the body is cut off: a hole would not be noticed.
     """
     while task.output.start <= offset:
-        move(offset)  # again after each wait: the window may have been lifted meanwhile
+        move(offset)  # also after a wait: the window may have been lifted
         pieces = task.output.read(offset)
         offset = task.output.end - sum(map(len, pieces))
         for piece in pieces[:16]:  # what waits for the client needs memory
@@ -4354,7 +4354,7 @@ def follow_response(server: Server, request: Request, task: Task, offset: int) -
         if task.window and request.role is Role.RUN:  # who may only watch does not delay a task
             server.tasks.outputs.move_reader(task, reader, offset)
 
-    request.ends.callback(task.wake)  # other readers may have waited for this one
+    request.ends.callback(task.wake)  # others may have waited for this one
     request.ends.callback(task.readers.pop, reader, None)
     pieces = follow_output(task, start, trailers, move)
     return Response(200, b"", PLAIN_TEXT, fields, pieces, trailers)
@@ -4752,7 +4752,7 @@ class Inbox(asyncio.StreamReader):
         return data
 
     async def rest(self) -> None:
-        """Wait for another turn if this client has had its share. For after each piece of work."""
+        """After a piece of work: wait for another turn if this client has had its share."""
         if time.perf_counter() > self._until:
             await self._turns.wait()
             self._until = time.perf_counter() + INPUT_TURN_SECONDS
@@ -5203,7 +5203,8 @@ class Connection(asyncio.Protocol):
         deadlines = self.server.deadlines
         deadlines.get(self.phase_seconds, {}).pop(self, None)
         self.phase, self.phase_seconds = phase, seconds
-        deadlines.setdefault(seconds, {})[self] = time.monotonic() + seconds
+        if seconds < math.inf:  # else a lost one would stay
+            deadlines.setdefault(seconds, {})[self] = time.monotonic() + seconds
 
     def name_client(self) -> str:
         uid = "" if self.peer.uid is None else f" uid={self.peer.uid}"
@@ -5469,8 +5470,7 @@ class Server:
         self.sampler = Sampler(config, self.viewers.publish, log, self.tasks.running, notify)
         self.connections: set[Connection] = set()
         self.stalled: set[Connection] = set()  # whose transport has something to write
-        # Seconds that a phase may take -> its connections, and when it must be over (monotonic),
-        # soonest first: begin_phase() sets it.
+        # Length of a phase (s) -> connection -> its end (monotonic), soonest first: begin_phase().
         self.deadlines: dict[float, dict[Connection, float]] = {}
         # Chosen once: else each "no such socket" would mean reading long tables.
         self.query_owner = choose_owner_query()

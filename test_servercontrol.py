@@ -4634,10 +4634,6 @@ class TestTls(RunsTasks):
         with crowded_by_nobody(tls_server.connect_plain, 1000, hello):
             for _ in range(3):
                 assert ask(tls_server, right).json()["role"] == "run"
-                with tls_server.connect() as connection:
-                    connection.sendall(right)
-                    (answer,) = AnswerStream(connection).rest()
-                    assert answer.status == 200
 
     def test_large_output_comes_whole(self, tls_server: TlsServer, certificates: list[Certificate]):
         """Less than is kept: else curl, if it is slow, would be cut off."""
@@ -5002,6 +4998,11 @@ class TestTimeouts:
                     if not data:
                         readers.remove(reader)
         assert min(received.values()) > 20000000
+
+    def test_nothing_is_kept_of_what_is_lost(self) -> None:
+        connection = mock.Mock(server=mock.Mock(deadlines={}), phase_seconds=1.0)
+        sc.Connection.begin_phase(connection, sc.Phase.CLOSING)
+        assert connection.server.deadlines == {}
 
     def test_idle_time_is_its_own(self, tmp_path: Path) -> None:
         with ServerProcess(tmp_path, HEAD_SECONDS=600.0, IDLE_SECONDS=0.5) as server:
