@@ -78,7 +78,7 @@ import signal
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036 (before 3.7, the line above says it)
-    sys.exit("servercontrol.py: Python 3.9 or newer is needed; this is " + sys.version.split()[0])
+    sys.exit("servercontrol: Python 3.9 or newer is needed; this is " + sys.version.split()[0])
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us without a trace of the imports
 
@@ -127,7 +127,7 @@ try:
     import termios
     import tty
 except ImportError:
-    sys.exit("servercontrol.py: needs Linux (or another Unix); this system is " + sys.platform)
+    sys.exit("servercontrol: needs Linux (or another Unix); this system is " + sys.platform)
 
 try:
     import ssl
@@ -6479,7 +6479,7 @@ def write_output(data: bytes) -> None:
 def encode_note(text: str) -> bytes:
     is_raw = os.isatty(2) and not termios.tcgetattr(2)[1] & termios.OPOST
     end = "\r\n" if is_raw else "\n"
-    return f"servercontrol: {text}{end}".encode("utf-8", "replace")
+    return f"servercontrol: {text}{end}".encode("utf-8", "backslashreplace")
 
 
 def write_note(text: str) -> None:
