@@ -535,7 +535,7 @@ class RequestHead:
         return next(iter(self.values(name)), None)
 
     def members(self, name: str) -> list[str]:
-        """Those of a list with commas (RFC 9110, 5.6.1)."""
+        """Return the members of a list with commas (RFC 9110, 5.6.1)."""
         members = (member.strip(" \t") for member in ",".join(self.values(name)).split(","))
         return [member for member in members if member]
 
@@ -2162,7 +2162,7 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# ── From here on: I/O ─────────────────────────────────────────────────────────────────────────
+# ── From here on: I/O ─────────────────────────────────────────────────
 
 # 12. Log, state folder and audit log ──────────────────────────────────
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
@@ -2846,7 +2846,7 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
-        # This run is alive, or has just ended.
+        # BlockingIOError: this run is alive. FileNotFoundError: it has just ended.
         with suppress(BlockingIOError, FileNotFoundError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.read(4096) == os.fsencode(audit_path):
@@ -4276,7 +4276,7 @@ server is a service, in /var/lib/servercontrol/token.
                           fails; &tie: stop it when this client goes away
     GET  /tasks           all tasks; ?id=1: one. State, exit code, times, who asked
     GET  /logs?id=1       its output; &raw: as text, &follow: to its end,
-                          &offset=B: from there on
+                          &offset=B: from there on, &tail=B: its last B bytes
     POST /stdin?id=1      the body goes to its standard input; &eof ends that
     POST /kill?id=1       stop it: TERM, after 3 s KILL; &signal=NAME: another first
     GET  /stats           CPU, memory, disk, network; ?history: newest 600 samples
