@@ -29,24 +29,24 @@ Map (search for the number and a dot):
     3. Errors: what others may do wrong, COMMAND_STATUS; see also REFUSALS in 16
     4. Configuration: Config, the options of `serve`
     5. HTTP messages: HttpParser, RequestHead, query, answers' heads and chunks
-    6. Access: Role, check_access, tokens, owners of sockets, RateLimit
+    6. Access: Role, check_access, tokens in requests, owners of sockets, RateLimit
     7. WebSocket handshake and frames: upgrade, Opcode, CloseCode, frames, permessage-deflate
     8. WebSocket connection: messages from frames, the closing handshake
     9. Statistics and alerts: parsers of /proc, rates, AlertRule
     10. Feed and kept output: EVENT_TYPES, the log of events, its cursors; output kept per task
     11. Messages and datagrams: JSON, events, EXEC_FIELDS, forms of metrics, discovery, webhook
-    12. Log, state folder and audit log: stderr, task ids, tokens, the chain
+    12. Log, state folder and audit log: stderr, task ids, token files, the chain (TASK_EVENTS: 13)
     13. Tasks: phases, crashed runs, start, Outputs (reading in turns, pauses), stopping, the end
     14. Viewers: publish, flush, slow viewers and how they pause tasks, pings
     15. Background loops: sampling, webhook, answers to probes, systemd
     16. Server: ROUTES, COMMANDS, metrics, probe facts, answers' heads, deadlines, newcomers, stop
     17. Client: names of servers, Link, exec, monitor with log and COLUMNS, discover
-    18. Dashboard: CSS, HTML, JavaScript of the page, its policy
+    18. Dashboard: CSS, HTML, JavaScript of the page (`// ──` begins its parts), its policy
     19. Command line: options, environment, banner, signals, verify-audit, systemd unit, main
 
 May I run this as root? Read these places in this order (the number is that of their lines):
 
-     306  section 6                 who gets in: the gate, check_access, and its rules in order
+     307  section 6                 who gets in: the gate, check_access, and its rules in order
       23  load_tokens               where the two tokens come from
       14  check_file                whose files are believed
       23  identify_peer             whose process is at the other end: the kernel is asked
@@ -215,7 +215,7 @@ MAX_DEFLATE_BYTES = 256 * KIB  # longer messages would take more than 5 ms
 # Compressing events may take this share of the time, and so much at once; the rest is sent plain.
 DEFLATE_SHARE = 0.1  # compresses 16 MB/s, and a flood hardly slows other viewers
 DEFLATE_SECONDS = 0.003
-PING_SECONDS = 20.0  # keeps NAT tables and proxies awake; finds clients that are gone
+PING_SECONDS = 20.0  # between pings, and for the pong: keeps NATs awake, finds lost clients
 CLOSE_SECONDS = 5.0  # from our close frame to the end of the TCP connection
 STOP_CLOSE_SECONDS = 0.6  # the same while the server stops: an idle one ends within 1 s
 STOP_ASK_SECONDS = 0.3  # before that, clients that followed a task may ask how it ended
@@ -278,7 +278,7 @@ MAX_LIMITED_SOURCES = 4096  # addresses that a RateLimit remembers
 # Audit log.
 MAX_REFUSALS = 100  # recorded at once, then one a second: nobody can fill the disk
 LOCK_SECONDS = 1.0  # to wait for a file's lock, held for 0.05 ms unless its holder hangs
-LOCKED_SECONDS = 0.001  # once LOCK_SECONDS were too short, since the event loop waits, too
+LOCKED_SECONDS = 0.001  # instead, after a wait in vain: the event loop stands still meanwhile
 
 FRESH_SECONDS = 1.0  # /metrics samples again if the newest sample is older (except CPU)
 
@@ -779,6 +779,7 @@ def encode_chunk(data: bytes) -> bytes:
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::([0-9]{1,5}))?")
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
+# Fields with which a proxy marks a request, such as X-Forwarded-For (rule 4).
 FORWARDED = re.compile("forwarded|x-forwarded-.*|x-real-ip|via|cf-connecting-ip|true-client-ip")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 TOKEN_TEXT = "[A-Za-z0-9._~+/-]+=*"  # RFC 6750, 2.1: b64token
@@ -2595,7 +2596,7 @@ class AuditLog:
     def _continue(self, file: FileIO, record: Fields) -> None:
         status, is_whole = os.fstat(file.fileno()), True
         place = status.st_dev, status.st_ino
-        # While the file is as we left it, our hash stays: a changed last line will be found.
+        # While file and size are as we left them, our hash stays: so a changed last line shows.
         if (*place, status.st_size) != self._written:
             if status.st_size:
                 last, is_whole = read_last_line(file, status.st_size)
@@ -3060,7 +3061,7 @@ class Outputs:
     _finished: Collection[Task]  # in the order in which they ended
     kept_bytes: int = 0
     total_bytes: int = 0  # ever read
-    # perf_counter: when this turn ends (0: there is none); the last read.
+    # perf_counter: the end of this turn (0 between turns); of the last read of any task.
     _turn_end: float = 0.0
     _read_at: float = 0.0
     _queue: dict[Task, None] = field(default_factory=dict)  # tasks that wait to be read
@@ -3095,6 +3096,7 @@ class Outputs:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
+        """While tasks wait, each turn of the event loop has READ_TURN_SECONDS for them."""
         self._turn_end = 0.0
         if self._queue:
             self._turn_end = time.perf_counter() + READ_TURN_SECONDS
@@ -3102,7 +3104,7 @@ class Outputs:
             self._read_queue()
 
     def _read_queue(self) -> None:
-        """Read waiting tasks in order, until the turn ends; but not during a round of viewers."""
+        """Read waiting tasks in order, until the turn ends; not during a round of viewers (14)."""
         now = time.perf_counter()
         if now - self._read_at < ROUND_SECONDS and self._feed.is_dirty:
             return
@@ -3627,9 +3629,9 @@ class Viewers:
     def _update_pressure(self) -> None:
         """Set whether tasks must pause, so that viewers that still read lose no events.
 
-        They pause once a viewer is half the feed behind, until it has caught up: without limit for
-        one that was not served yet; for PATIENCE_SECONDS in all for a stalled one that took
-        something within LATELY_SECONDS. Any other has stopped reading.
+        They pause once a viewer is half the feed behind, until it has caught up: without limit
+        while we are slow to serve it; for PATIENCE_SECONDS in all while it is stalled, but took
+        something within LATELY_SECONDS. They wait for no other: that has stopped reading.
         """
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * PRESSURE_SECONDS), now
@@ -4105,7 +4107,7 @@ def read_trusted_uid() -> int:
 
 
 def enable_keepalive(connection: socket.socket) -> None:
-    """Let the kernel notice within 20 s that the other host is dead (tcp(7))."""
+    """Let the kernel notice within 20 s that a host is dead for which no data wait (tcp(7))."""
     with suppress(OSError, AttributeError):  # it is closed already, or a Unix socket
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
@@ -4240,7 +4242,10 @@ async def follow_output(
 
 
 class Route(NamedTuple):
-    """role: who may use the path; None: all. answer: returns a Response, or a value for JSON."""
+    """One path. role: who may use it; None: whom the gate lets through (rule 5).
+
+    answer: returns a Response, or a value for JSON.
+    """
 
     method: str
     role: Role | None
@@ -5086,10 +5091,11 @@ class Connection(asyncio.Protocol):
             raise ConnectionAbortedError
 
     def end(self, how: End) -> None:
-        """Close the connection; connection_lost() follows. No other place closes the transport.
+        """Close the connection. connection_lost() follows, and cancels _run().
 
-        During a TLS handshake there is no transport: shutting the socket down makes the handshake
-        fail, and then _run() calls again.
+        _run() calls this at its end, also if others have called it before. Only this and _end_tls()
+        close the transport. During a TLS handshake there is none: shutting the socket down makes
+        the handshake fail.
         """
         if self.phase is Phase.OPENING:
             with suppress(OSError):  # the peer may have reset it
@@ -5199,7 +5205,7 @@ class Connection(asyncio.Protocol):
             self.end(End.RESET)
 
     def begin_phase(self, phase: Phase, seconds: float = math.inf) -> None:
-        """Also set its deadline. Of each length, the newest falls due last."""
+        """Also set its deadline. Those of one length stay in order of time."""
         deadlines = self.server.deadlines
         deadlines.get(self.phase_seconds, {}).pop(self, None)
         self.phase, self.phase_seconds = phase, seconds
@@ -5592,8 +5598,8 @@ class Server:
     def make_room(self, now: float) -> None:
         """End newcomers above the limit: the source with the most of them loses its oldest.
 
-        When many clients reconnect at once, each has NEWCOMER_GRACE_SECONDS first, unless there are
-        more than MAX_BURST of them, or half of `--max-clients` are connected.
+        Each has NEWCOMER_GRACE_SECONDS first, so that many can reconnect at once; but not with more
+        than MAX_BURST newcomers, or more than half of max_clients connected.
         """
         newcomers, half = self.newcomers, self.max_clients // 2
         while len(newcomers) > min(MAX_NEWCOMERS, half):
@@ -6031,11 +6037,11 @@ def check_seq(value: Any) -> int:
 class Link:
     """The events of one server except output, each once and in order, over many connections.
 
-    Each connection begins with `hello`. The first one tells where to begin; after a restart of the
-    server, a `gap` and all that it still has come. take: gets each `hello`, each `gap` (with the
-    server's list of `tasks`) and every event of EVENT_TYPES; from Link itself `lost` (reason,
-    status) at the end of a connection, and `restarted`. If it raises UnreachableError, the event
-    comes again.
+    Each connection begins with `hello`. The very first tells where to begin; after later ones comes
+    what was missed or, from a restarted server, a `gap` and all that it still has. take: gets each
+    `hello`, each `gap` (with the server's list of `tasks`) and every event of EVENT_TYPES; from
+    Link itself `lost` (reason, status) at the end of a connection, and `restarted`. If it raises
+    UnreachableError, the event comes again.
     """
 
     server: ServerAddress
@@ -6635,8 +6641,8 @@ class Execution:
     async def run(self) -> int:
         """Return the exit status. If stdout fails, stop what runs and raise OutputError.
 
-        It ends with the last command, or when the user leaves. If stdout was closed (`| head`),
-        servers get ANSWER_SECONDS to confirm the stop; else a note says what is left running.
+        It ends with the last command, or when the user leaves. After a failure of stdout (`| head`)
+        servers have ANSWER_SECONDS to confirm the stop; a note names what then still runs.
         """
         everything = asyncio.ensure_future(self._run_all())
         keyboard = Keyboard(self._tasks[0], self._leave, self.interrupt)
