@@ -11881,7 +11881,7 @@ def format_account(config: Config, account: pwd.struct_passwd | None, script: st
     bind = ""
     if is_hidden(script):
         # A colon would separate source and target, and here $ begins no variable.
-        if re.search("[:$]", script):
+        if re.search("[:$]", script) or not script.isprintable():
             raise ConfigError(f"{script!r} cannot stand in a unit: put it into /usr/local/bin")
         bind = "# The file is in a folder that the sandbox hides.\n"
         bind += f"BindReadOnlyPaths={quote_word(script)}\n"
@@ -11908,11 +11908,11 @@ def unit_command(argv: Sequence[str]) -> int:
     words, credentials, doubts = format_serve_options(rest, is_sandboxed, uid)
     is_local = all(host == "localhost" or is_loopback(host.strip("[]")) for host in config.host)
     unit = UNIT.format(
+        account=format_account(config, account, script),
         order="After=network.target\n" if is_local else UNIT_ORDER,
         reason=reason,
         command=" ".join([*map(quote_word, (python, "-I", script)), *words]),
         credentials=credentials,
-        account=format_account(config, account, script),
     )
     write_output(unit.encode())
     if script.startswith(EMPTIED_FOLDERS):
