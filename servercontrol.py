@@ -73,7 +73,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
-# 1. Imports and version ───────────────────────────────────────────────
+# 1. Imports and version -----------------------------------------------
 import signal
 import sys
 
@@ -177,7 +177,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
 __version__ = "0.1.0"
 
-# 2. Constants ─────────────────────────────────────────────────────────
+# 2. Constants ---------------------------------------------------------
 # Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
@@ -352,7 +352,7 @@ STATE_COLOURS = {
     "connecting": "\x1b[2m",
 }
 
-# 3. Errors ────────────────────────────────────────────────────────────
+# 3. Errors ------------------------------------------------------------
 # What a user, a peer or the machine causes. Any other exception is a bug.
 
 
@@ -431,7 +431,7 @@ COMMAND_STATUS = {
     "no_resources": 503,
 }
 
-# 4. Configuration ─────────────────────────────────────────────────────
+# 4. Configuration -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Config:
         }
 
 
-# 5. HTTP messages ─────────────────────────────────────────────────────
+# 5. HTTP messages -----------------------------------------------------
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
 # differently, a request can be smuggled past one of them.
 
@@ -759,7 +759,7 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# 6. Access ────────────────────────────────────────────────────────────
+# 6. Access ------------------------------------------------------------
 # The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
@@ -1066,7 +1066,7 @@ class RateLimit:
         return 0.0
 
 
-# 7. WebSocket handshake and frames ────────────────────────────────────
+# 7. WebSocket handshake and frames ------------------------------------
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
 # one compression of an event serves all viewers, and no connection keeps a window.
@@ -1303,7 +1303,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
     return struct.pack("!H", code) + text.encode()
 
 
-# 8. WebSocket connection ──────────────────────────────────────────────
+# 8. WebSocket connection ----------------------------------------------
 # RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
 #   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
@@ -1495,7 +1495,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
 
-# 9. Statistics and alerts ─────────────────────────────────────────────
+# 9. Statistics and alerts ---------------------------------------------
 # A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
@@ -1589,7 +1589,7 @@ class AlertRule:
         return "cpu_alert"
 
 
-# 10. Feed and kept output ─────────────────────────────────────────────
+# 10. Feed and kept output ---------------------------------------------
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
@@ -1782,19 +1782,23 @@ class OutputLog:
         if self._blocks:
             self.start = self._begin + find_character(self._blocks[0], self.start - self._begin)
 
-    def read(self, offset: int = 0) -> list[bytes]:
-        """Return pieces from the first whole character at `offset` on."""
+    def read(self, offset: int = 0, is_exact: bool = False) -> list[bytes]:
+        """Return pieces from `offset` on; if not is_exact, from the first whole character there.
+
+        Exact, since a client's connection may have broken inside a character.
+        """
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
         for block in reversed(self._blocks):
             if begin <= offset:
                 break
             begin -= len(block)
-            pieces.append(block[find_character(block, max(0, offset - begin)) :])
+            skip = max(0, offset - begin)
+            pieces.append(block[skip if is_exact else find_character(block, skip) :])
         return [piece for piece in reversed(pieces) if piece]
 
 
-# 11. Messages and datagrams ───────────────────────────────────────────
+# 11. Messages and datagrams -------------------------------------------
 # JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
 # UTF-8, and every field of a request is checked.
 
@@ -2163,9 +2167,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# ── From here on: I/O ─────────────────────────────────────────────────
+# -- From here on: I/O -------------------------------------------------
 
-# 12. Log, state folder and audit log ──────────────────────────────────
+# 12. Log, state folder and audit log ----------------------------------
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
 # failure here stops the server: a full or unread stderr, a read-only folder, a full disk.
 #
@@ -2650,7 +2654,7 @@ def check_chain(
     return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
-# 13. Tasks ────────────────────────────────────────────────────────────
+# 13. Tasks ------------------------------------------------------------
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
@@ -2840,15 +2844,19 @@ def is_session_gone(session: int) -> bool:
     return bool(members) and all(pid == session or is_zombie(pid) for pid in members)
 
 
-def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
-    """Return boot id -> path of the mark, of crashed runs that used this audit log."""
+def find_crashed_runs(folder: str, audit_path: str, held: contextlib.ExitStack) -> dict[str, str]:
+    """Return boot id -> path of the mark, of crashed runs that used this audit log.
+
+    held: keeps the marks locked, so that no other server completes these runs as well.
+    """
     crashed = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if not re.fullmatch(r"run-[0-9a-f]{16}", name) or not os.path.isfile(path):
             continue
         # BlockingIOError: this run is alive. FileNotFoundError: it has just ended.
-        with suppress(BlockingIOError, FileNotFoundError), open(path, "r+b") as file:
+        with suppress(BlockingIOError, FileNotFoundError):
+            file = held.enter_context(open(path, "r+b"))  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.read(4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
@@ -2856,21 +2864,27 @@ def find_crashed_runs(folder: str, audit_path: str) -> dict[str, str]:
 
 
 def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return task id -> (boot id, pid) of tasks that these runs left open."""
-    open_tasks: dict[str, tuple[str, int]] = {}
+    """Return task id -> (boot id, pid) of tasks that these runs left open.
+
+    path: of the audit log. What it was renamed to is read too: PATH.1, PATH-20261128.
+    """
+    started: dict[str, tuple[str, int]] = {}
+    ended = set()
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # faster than parsing each line
-    with open(path, "rb") as file:
-        for line in filter(pattern.search, file):
-            try:
-                record = parse_json_object(line)
-                event, task_id, boot_id = (record[name] for name in ("event", "task_id", "boot_id"))
-            except (CommandError, KeyError):
-                continue  # half a line, or about no task
-            if event == "task_complete":
-                open_tasks.pop(task_id, None)
-            elif event == "task_start" and boot_id in boot_ids:
-                open_tasks[task_id] = boot_id, int(record["pid"])
-    return open_tasks
+    folder, log_name = os.path.split(path)
+    for name in os.listdir(folder):
+        if not name.startswith(log_name):
+            continue
+        with suppress(PermissionError), open(os.path.join(folder, name), "rb") as file:
+            for line in filter(pattern.search, file):
+                with suppress(CommandError, KeyError):  # half a line, or about no task
+                    record = parse_json_object(line)
+                    task_id, boot_id = record["task_id"], record["boot_id"]
+                    if record["event"] == "task_complete":
+                        ended.add(task_id)
+                    elif record["event"] == "task_start" and boot_id in boot_ids:
+                        started[task_id] = boot_id, int(record["pid"])
+    return {task_id: started[task_id] for task_id in started if task_id not in ended}
 
 
 def find_survivors(task_id: str, session: int) -> list[int]:
@@ -2885,24 +2899,29 @@ def find_survivors(task_id: str, session: int) -> list[int]:
 
 
 def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
-    """Complete in the audit log the tasks that a crash of the server left open."""
-    try:
-        crashed = find_crashed_runs(folder, audit.path)
-        if not crashed:
-            return
-        open_tasks = find_open_tasks(audit.path, crashed)
-        for mark in crashed.values():
-            os.unlink(mark)
-    except OSError as error:
-        log.write("warning", "crash_not_completed", error=explain(error))
-        return
+    """Complete in the audit log the tasks that a crash of the server left open.
+
+    The marks of these runs go once that is written; else the next start tries again.
+    """
     pids: list[int] = []
-    for task_id, (boot_id, pid) in open_tasks.items():
-        alive = find_survivors(task_id, pid)
-        pids += alive
-        how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
-        how["reason"] = "the server ended without stopping this task"
-        audit.write("task_complete", boot_id=boot_id, task_id=task_id, **how, pids=alive)
+    with contextlib.ExitStack() as held:
+        try:
+            crashed = find_crashed_runs(folder, audit.path, held)
+            open_tasks = find_open_tasks(audit.path, crashed) if crashed else {}
+        except OSError as error:
+            log.write("warning", "crash_not_completed", error=explain(error))
+            return
+        for task_id, (boot_id, pid) in open_tasks.items():
+            alive = find_survivors(task_id, pid)
+            pids += alive
+            how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
+            how["reason"] = "the server ended without stopping this task"
+            audit.write("task_complete", boot_id=boot_id, task_id=task_id, **how, pids=alive)
+        if not crashed or audit.errors:
+            return
+        for mark in crashed.values():
+            with suppress(OSError):
+                os.unlink(mark)
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
@@ -3170,7 +3189,8 @@ class Outputs:
             if excess <= 0:
                 return
             kept = task.output.kept_bytes
-            least = 0 if is_last else min(kept, task.window)
+            needed = task.window and task.window + READ_CHUNK_BYTES  # what finish() read, too
+            least = 0 if is_last else min(kept, needed)
             task.output.drop_to(max(least, kept - excess))
             self.kept_bytes += task.output.kept_bytes - kept
 
@@ -3398,7 +3418,7 @@ class Tasks:
         task.wake()
 
 
-# 14. Viewers ──────────────────────────────────────────────────────────
+# 14. Viewers ----------------------------------------------------------
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
@@ -3720,7 +3740,7 @@ class Viewers:
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
-# 15. Background loops ─────────────────────────────────────────────────
+# 15. Background loops -------------------------------------------------
 # What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
@@ -3775,7 +3795,7 @@ def read_psutil_sample() -> Sample:
         ram_total=memory.total,
         swap_used=swap.used,
         swap_total=swap.total,
-        net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
+        net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics},
         **read_basics(),
     )
 
@@ -3986,12 +4006,14 @@ class Discovery:
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: all receive broadcasts, one a unicast.
-                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                # Servers on one host share the port: all receive broadcasts, one a unicast. If it is
+                # chosen by the kernel (0), that must not be another's.
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.port > 0)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)  # never leaves the link
                 udp.bind((address, self.port))
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 self.port = int(udp.getsockname()[1])
                 asyncio.get_running_loop().add_reader(udp, self._receive, address)
         except OSError:
@@ -4058,7 +4080,7 @@ class SystemdNotifier:
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
 
-# 16. Server ───────────────────────────────────────────────────────────
+# 16. Server -----------------------------------------------------------
 # A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
 # route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
@@ -4227,8 +4249,7 @@ async def follow_output(
     """
     while task.output.start <= offset:
         move(offset)  # also after a wait: the window may have been lifted
-        pieces = task.output.read(offset)
-        offset = task.output.end - sum(map(len, pieces))
+        pieces = task.output.read(offset, is_exact=True)
         for piece in pieces[:16]:  # what waits for the client needs memory
             yield piece
             offset += len(piece)
@@ -4456,7 +4477,8 @@ async def answer_logs(server: Server, request: Request) -> Response:
         raise HttpError(400, "bad_offset", f"the output has {task.output.end} bytes so far")
     if parse_flag(request.parameters, "follow"):
         return follow_response(server, request, task, offset)
-    pieces = task.output.read(offset)
+    is_raw = parse_flag(request.parameters, "raw")
+    pieces = task.output.read(offset, is_exact=is_raw)
     start = task.output.end - sum(map(len, pieces))
     fields = {
         "task_id": task.task_id,
@@ -4465,7 +4487,7 @@ async def answer_logs(server: Server, request: Request) -> Response:
         "dropped": task.output.start,
         "running": task.phase is not TaskPhase.ENDED,
     }
-    response = output_response(fields, "logs", pieces, parse_flag(request.parameters, "raw"))
+    response = output_response(fields, "logs", pieces, is_raw)
     response.fields = [("X-Offset", str(start)), ("X-Next-Offset", str(task.output.end))]
     return response
 
@@ -4518,7 +4540,7 @@ def describe_server(server: Server, role: Role | None) -> Fields:
         "exec": not server.config.no_exec,
         "auth": not server.config.no_auth,
         "alert": server.sampler.alert,
-        "limits": server.config.limits(),
+        "limits": {**server.config.limits(), "max_clients": server.max_clients},
         **({"warning": warning} if warning else {}),
     }
 
@@ -4911,6 +4933,8 @@ class Exchanges:
 
     async def _answer(self, request: Request) -> bool:
         connection = self._connection
+        if connection not in self._server.connections:  # make_room() has ended it
+            raise ConnectionAbortedError
         if request.parameters.keys().isdisjoint(("wait", "follow")):
             connection.begin_phase(Phase.ANSWERING)
         else:
@@ -5484,7 +5508,7 @@ class Server:
         soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         # A task has up to three descriptors: output, input, the pipe of what it left.
         room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
-        self.max_clients = max(4, min(config.max_clients, room))
+        self.max_clients = min(config.max_clients, max(4, room))
         if self.max_clients < config.max_clients:
             log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
         self.newcomers: dict[Connection, None] = {}  # not past the gate, oldest first
@@ -5601,7 +5625,7 @@ class Server:
         Each has NEWCOMER_GRACE_SECONDS first, so that many can reconnect at once; but not with more
         than MAX_BURST newcomers, or more than half of max_clients connected.
         """
-        newcomers, half = self.newcomers, self.max_clients // 2
+        newcomers, half = self.newcomers, (self.max_clients + 1) // 2
         while len(newcomers) > min(MAX_NEWCOMERS, half):
             counts = Counter(one.source for one in newcomers)
             loser = max(newcomers, key=lambda one: counts[one.source])
@@ -5648,7 +5672,8 @@ class Server:
             await asyncio.sleep(STOP_ASK_SECONDS)
         self.audit.write("stop", reason=reason)
         with suppress(OSError):
-            os.unlink(self._mark)
+            if not self.tasks.running:  # else the next start completes them in the audit log
+                os.unlink(self._mark)
         self.viewers.flush_all()
         for connection in list(self.connections):
             if connection.viewer:
@@ -5672,7 +5697,7 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Client ───────────────────────────────────────────────────────────
+# 17. Client -----------------------------------------------------------
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
 # a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
@@ -6230,9 +6255,10 @@ class RemoteTask:
                 await self._open("/exec?follow", encode_json(self.fields))
                 return
             except UnreachableError as error:
-                if error.status:  # it started nothing
+                is_refused = error.status not in (0, 502, 504)  # a proxy may have passed it on
+                if is_refused:
                     self.stage = before
-                if error.status or delay is None:
+                if is_refused or delay is None:
                     raise
             await asyncio.sleep(delay)
 
@@ -6241,7 +6267,7 @@ class RemoteTask:
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             stream[1].transport.abort()
-            raise foreign_error()
+            raise UnreachableError(str(foreign_error()), 502)
         self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, stream
         self.good_at = time.monotonic()
         lost = int(offset) - self.position
@@ -6312,6 +6338,8 @@ class RemoteTask:
             while not (await asyncio.wait({taking}, timeout=BEAT_SECONDS))[0]:
                 task = await self._ask_task()
                 self.good_at = time.monotonic()
+                if self.is_stop_owed:
+                    await self.stop()
                 has_more = task["state"] != "running" or task["output_bytes"] > self.position
                 if has_more and stood_at == self.position:
                     return  # a proxy forgot it; or stdout pauses, and a new request shows we live
@@ -6587,7 +6615,8 @@ class Report:
         """Show what is kept or still runs, and a summary; return the highest exit code."""
         self._show_kept()
         groups: dict[tuple[int, str], list[str]] = {}
-        for task in self.tasks:
+        tasks, self.tasks = self.tasks, []  # once: the user may leave after it
+        for task in tasks:
             self.end(task)
             if task.is_running:
                 url = f"{task.server.url}/logs?id={task.task_id}"
@@ -6598,8 +6627,8 @@ class Report:
             f"{len(names)} {what}" + (f" ({list_some(names)})" if code else "")
             for (code, what), names in sorted(groups.items())
         ]
-        if len(self.tasks) > 1:
-            self.note(f"{len(self.tasks)} servers: {'; '.join(parts)}")
+        if len(tasks) > 1:
+            self.note(f"{len(tasks)} servers: {'; '.join(parts)}")
         return max((code for code, _ in groups if code < 256), default=0)
 
     def _show_kept(self) -> None:
@@ -6780,6 +6809,7 @@ class MonitorLog:
     _is_cut: bool = False  # the file ends inside a record
     _waiting: bytearray = field(default_factory=bytearray)
     problem: str = ""  # why records wait; "" if all is well
+    _lost: int = 0  # records that a `gap` among those that wait stands for
     _complained_at: float = -LOG_ERROR_SECONDS
     _due_bytes: int = 0  # at this size `position` records are due
 
@@ -6816,8 +6846,9 @@ class MonitorLog:
         self._waiting += encode_json(record) + b"\n"
         if len(self._waiting) > MAX_WAITING_BYTES:
             gap = {name: record[name] for name in ("time", "boot_id", "seq")}
-            count = self._waiting.count(b"\n")
-            gap.update(event="gap", server=None, records=count, reason=self.problem)
+            self._lost += self._waiting.count(b"\n")
+            gap.update(event="gap", server=None, records=self._lost, reason=self.problem)
+            self._lost -= 1  # this gap, should it be lost in turn
             self._waiting = bytearray(encode_json(gap) + b"\n")
             self._due_bytes = 0  # the lost records may include a position
 
@@ -6836,7 +6867,7 @@ class MonitorLog:
                 self._due_bytes = self._size + size + max(LOG_STEP_BYTES, size)
             if self._waiting:
                 self._append()
-                self.problem = ""
+                self.problem, self._lost = "", 0
         except OSError as error:
             self.problem = f"--log: {self.path}: {error.strerror}"
             if time.monotonic() - self._complained_at >= LOG_ERROR_SECONDS:
@@ -7402,7 +7433,7 @@ def format_found(found: Sequence[Fields]) -> str:
     """Return a table."""
     rows = [("SERVER", "URL", "VERSION", "TOKEN NEEDED", "RUNS COMMANDS", "ALSO AT")]
     for one in found:
-        token = "yes" if is_token_needed(one) else "not by its own account"
+        token = "yes" if is_token_needed(one) else "by other accounts"
         token = token if one["auth"] else "NO: OPEN TO ALL"
         runs, more = "yes" if one["exec"] else "no", " ".join(one["urls"][1:])
         rows.append((one["hostname"], one["url"], one["version"], token, runs, more))
@@ -7411,7 +7442,7 @@ def format_found(found: Sequence[Fields]) -> str:
     return "".join(line.rstrip() + "\n" for line in padded)
 
 
-# 18. Dashboard ────────────────────────────────────────────────────────
+# 18. Dashboard --------------------------------------------------------
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -8658,7 +8689,7 @@ class Terminal {
   // cols 0 makes a log; dropped: lines gone from the front; reply answers a program's questions
   constructor(cols, rows) {
     this.isLog = !cols;
-    this.cols = cols || Infinity;
+    this.cols = cols || MAX_STRING;
     this.rows = rows || LOG_ROWS;
     this.time = 0;
     this.dropped = 0;
@@ -8745,9 +8776,10 @@ class Terminal {
   collect(char, code) {
     const isFinal = code > (this.state === ESCAPE ? 47 : 63);
     if (this.state === ESCAPE && !this.between && "[]PX^_".includes(char)) this.begin(char);
-    else if (!isFinal && code < 48) this.between += char;
+    else if (!isFinal && code < 48) this.between = char + this.between.slice(0, 9);
     else if (!isFinal) {
-      const isWrong = this.between || (char >= "<" && (this.params || this.prefix));
+      const isAfter = this.params || this.prefix;
+      const isWrong = this.between || this.params[999] || (char >= "<" && isAfter);
       if (isWrong) this.state = IGNORE;
       else if (char >= "<") this.prefix = char;
       else this.params += char;
@@ -9015,13 +9047,13 @@ class Terminal {
     if (isAlternate && !this.isLog && isOn === !this.main) this.switchScreen(number, isOn);
   }
   switchScreen(number, isOn) {
-    const { lines, base, saved, main } = this;
+    const { lines, base, main } = this;
     if (isOn) {
       if (number === 1049) this.save();
       Object.assign(this, { lines: [], base: 0, main: { lines, base, saved: this.saved } });
-      if (number !== 1049) this.saved = saved;
     } else {
-      Object.assign(this, main, { main: null });
+      Object.assign(this, main, number === 1049 && main.saved, { main: null });
+      this.resize(this.cols, this.rows);
       if (number === 1049) this.restore();
     }
     this.row();
@@ -9677,7 +9709,8 @@ async function api(path, { body, method = body ? "POST" : "GET", form = "json" }
     if (!$("login").open) $("login").showModal();
   }
   const pause = Number(response.headers.get("Retry-After"));
-  throw Object.assign(new Error(message ?? `the answer was ${status}`), { status, message, pause });
+  const failure = new Error(message ?? `the answer was ${status}`);
+  throw Object.assign(failure, { status, said: message, pause });
 }
 async function connect() {
   clearTimeout(timer);
@@ -9752,16 +9785,17 @@ function watch() {
   return send({ type: "watch", only: hidden ? QUIET : null, tasks });
 }
 // Says what is the matter and what helps.
-function explain({ status, message, isCut }) {
+function explain({ status, said, isCut }) {
   if (isCut) return "A proxy in between stops WebSockets: it must pass on Upgrade and Connection.";
   if (!status) return "The server does not answer: was it stopped, or is the network down?";
-  if (status === 403) return `This page may not talk to the server: ${message ?? "403"}.`;
+  if (status === 403) return `This page may not talk to the server: ${said ?? "403"}.`;
   if (status === 429) return "There were too many requests from here: the page waits a while.";
-  if (message) return `The server cannot serve this page now: ${message}.`;
+  if (said) return `The server cannot serve this page now: ${said}.`;
   return `A proxy in between answers ${status}: does the server run behind it?`;
 }
 function retry(error) {
   socket = null;
+  for (const task of tasks.values()) task.sizes = [];
   failures++;
   setLink(`offline${error.reason ? ` (${error.reason})` : ""}, trying again`, "bad");
   if (failures > 1 || error.status === 403) {
@@ -9780,7 +9814,7 @@ function send(message) {
 }
 setInterval(() => {
   // A connection that died in silence is ended here. In a hidden tab this comes once a minute.
-  if (socket && heard < asked && Date.now() - asked > 15000) {
+  if (socket && heard < asked && Date.now() - heard > 15000) {
     const dead = socket;
     retry({ reason: "silence" });
     dead.close();
@@ -9877,7 +9911,7 @@ class Stream {
   }
   async refill() {
     // piece by piece: there may be megabytes
-    if (this.waiting) return;
+    if (this.waiting) return (this.isStale = true);
     const waiting = (this.waiting = []);
     // All output of a task that was started just now is new, in whatever way it is read.
     const isNew = isRecent(this.task.started);
@@ -9898,10 +9932,12 @@ class Stream {
       this.next = Math.max(this.next, waiting[0]?.offset ?? 0);
     }
     this.waiting = null;
+    if (stream !== this) return;
+    if (this.isStale) this.refill((this.isStale = false));
     waiting.forEach((event) => this.take(event));
   }
   take(event) {
-    if (event.offset > this.next) this.refill();
+    if (event.offset > this.next && !this.waiting) this.refill();
     if (this.waiting) {
       // one that falls off here will be missed, and read again
       if (this.waiting.push(event) > 256) this.waiting.shift();
@@ -9927,7 +9963,9 @@ class Stream {
     this.arrived += item.data?.length ?? 0;
     this.count(item.data, 1);
     while (this.queued > MAX_QUEUE && this.queue.length > 2) {
-      this.count(this.queue.shift().data, -1);
+      const { data, size } = this.queue.shift();
+      this.count(data, -1);
+      if (size) this.terminal.resize(...size);
       this.isHasty = true;
     }
     this.pump();
@@ -10554,9 +10592,9 @@ function sendInput(data) {
 // Sends what a person did; says so when it cannot.
 function type(data) {
   if (document.activeElement === $("keys")) takeSize();
-  for (let at = 0; at < data.length; at += 8192) {
-    // a message may have 64 KiB
-    if (!sendInput(data.slice(at, at + 8192))) notice("Offline: what you type is not sent.");
+  // a message may have 64 KiB
+  for (const part of data.match(/.{1,8192}/gsu) ?? []) {
+    if (!sendInput(part)) notice("Offline: what you type is not sent.");
   }
   view.follow = true;
   held.ctrl = held.alt = false;
@@ -10677,14 +10715,14 @@ async function submit() {
   const tty = $("tty").checked;
   const cwd = $("cwd").value.trim();
   if (!cmd.trim()) return $("command").focus();
+  setCommand("");
   const problem = await run({ cmd, tty, cwd, timeout: Number($("timeout").value) });
   show("run-error", problem);
-  if (problem) return;
+  if (problem) return setCommand(cmd + $("command").value);
   if (runs.at(-1) !== cmd) runs.push(cmd);
   runs.splice(0, runs.length - 200);
   runAt = runs.length;
   for (const at of Object.keys(drafts)) delete drafts[at];
-  setCommand("");
   remember("history", JSON.stringify(runs));
 }
 function onCommandKey(event) {
@@ -10927,7 +10965,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 19. Command line ─────────────────────────────────────────────────────
+# 19. Command line -----------------------------------------------------
 # Makes a Config from options and environment, builds the objects in their order, and returns the
 # exit status.
 
@@ -11012,8 +11050,8 @@ class OneLineParser(argparse.ArgumentParser):
             message += suggest(word, self._option_string_actions) + " (see --help)"
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
-    def print_help(self, file: Any = None) -> None:
-        write_output(self.format_help().encode())
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write_output(message.encode())
 
 
 # Option -> (help; function that checks the value, or the allowed values; placeholder; default, if
@@ -11381,14 +11419,15 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
         option = f"-H 'Authorization: Bearer {tokens.run}' "
     facts = {
         "page": f"{http}/{page}",
-        "run": f"curl {option}-d 'date' -N '{http}/exec?follow'",
+        "run": "" if config.no_exec else f"curl {option}-d 'date' -N '{http}/exec?follow'",
         "watch": f"{ws}/",
         "open to": who,
         "token": tokens.run_file or "",
         "stop": "Ctrl-C",
     }
-    lines = [f"  {name:8} {text}" for name, text in facts.items() if text]
-    print(f"ServerControl {__version__}", *lines, sep="\n", flush=True)
+    lines = [f"  {name:8} {text}\n" for name, text in facts.items() if text]
+    text = f"ServerControl {__version__}\n" + "".join(lines)
+    write_without_waiting(1, text.encode("utf-8", "replace"))
 
 
 def reset_signals() -> bool:
@@ -11437,7 +11476,8 @@ async def serve(config: Config, log: Log) -> None:
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
     audit = AuditLog(find_audit_log(config.audit_log, folder), boot_id, log)
-    spawner, ids = Spawner(config.shell, dict(os.environb), descriptor_limit), TaskIds(folder, log)
+    shell = os.path.abspath(config.shell) if "/" in config.shell else config.shell
+    spawner, ids = Spawner(shell, dict(os.environb), descriptor_limit), TaskIds(folder, log)
     parts = (config, log, audit, tokens, ids, listeners, tls, spawner, boot_id, folder, Page())
     try:
         check_exposure(config, listeners, tokens, log)
@@ -11634,7 +11674,8 @@ def list_new(found: Sequence[Fields]) -> str:
         if token_file and os.path.lexists(os.path.join(folder, token_file)):
             # A server that merely answers with another's name must not get its token.
             token_file = f"# {token_file} is there already: is it of this server?"
-        lines.append(f"{name} {one['url']} {token_file}".rstrip() + "\n")
+        others = "".join(f" # also {url}" for url in one["urls"][1:])
+        lines.append(f"{name} {one['url']} {token_file}".rstrip() + others + "\n")
     return "".join(lines)
 
 
@@ -11824,6 +11865,8 @@ def format_serve_options(
             value = os.path.abspath(value)  # a service starts in `/`
         if is_read and is_missing(value):
             doubts.append(f"{option}: there is no file {value}")
+        if name == "shell" and is_sandboxed and is_hidden(value):
+            doubts.append(f"{option}: the service cannot see {value}")
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")
         if is_read and (is_sandboxed or uid):
@@ -11896,7 +11939,8 @@ def unit_command(argv: Sequence[str]) -> int:
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
-    config = parse_config(["serve", *rest], {})  # without the environment of the caller
+    # With systemd's environment, not the caller's.
+    config = parse_config(["serve", *rest], {"PATH": "/usr/local/bin:/usr/bin:/bin"})
     try:
         account = None if given.user is None else pwd.getpwnam(given.user)
     except (KeyError, ValueError):
