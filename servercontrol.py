@@ -73,7 +73,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
-# 1. Imports and version -----------------------------------------------
+# 1. Imports and version -----------------------
 import signal
 import sys
 
@@ -177,7 +177,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
 __version__ = "0.1.0"
 
-# 2. Constants ---------------------------------------------------------
+# 2. Constants ---------------------------------
 # Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
@@ -352,7 +352,7 @@ STATE_COLOURS = {
     "connecting": "\x1b[2m",
 }
 
-# 3. Errors ------------------------------------------------------------
+# 3. Errors ------------------------------------
 # What a user, a peer or the machine causes. Any other exception is a bug.
 
 
@@ -431,7 +431,7 @@ COMMAND_STATUS = {
     "no_resources": 503,
 }
 
-# 4. Configuration -----------------------------------------------------
+# 4. Configuration -----------------------------
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Config:
         }
 
 
-# 5. HTTP messages -----------------------------------------------------
+# 5. HTTP messages -----------------------------
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
 # differently, a request can be smuggled past one of them.
 
@@ -759,7 +759,7 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# 6. Access ------------------------------------------------------------
+# 6. Access ------------------------------------
 # The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
@@ -1066,7 +1066,7 @@ class RateLimit:
         return 0.0
 
 
-# 7. WebSocket handshake and frames ------------------------------------
+# 7. WebSocket handshake and frames ------------
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
 # one compression of an event serves all viewers, and no connection keeps a window.
@@ -1303,7 +1303,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
     return struct.pack("!H", code) + text.encode()
 
 
-# 8. WebSocket connection ----------------------------------------------
+# 8. WebSocket connection ----------------------
 # RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
 #   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
@@ -1495,7 +1495,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
 
-# 9. Statistics and alerts ---------------------------------------------
+# 9. Statistics and alerts ---------------------
 # A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
@@ -1589,7 +1589,7 @@ class AlertRule:
         return "cpu_alert"
 
 
-# 10. Feed and kept output ---------------------------------------------
+# 10. Feed and kept output ---------------------
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
@@ -1798,7 +1798,7 @@ class OutputLog:
         return [piece for piece in reversed(pieces) if piece]
 
 
-# 11. Messages and datagrams -------------------------------------------
+# 11. Messages and datagrams -------------------
 # JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
 # UTF-8, and every field of a request is checked.
 
@@ -2167,9 +2167,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# -- From here on: I/O -------------------------------------------------
+# -- From here on: I/O -------------------------
 
-# 12. Log, state folder and audit log ----------------------------------
+# 12. Log, state folder and audit log ----------
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
 # failure here stops the server: a full or unread stderr, a read-only folder, a full disk.
 #
@@ -2654,7 +2654,7 @@ def check_chain(
     return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
-# 13. Tasks ------------------------------------------------------------
+# 13. Tasks ------------------------------------
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
@@ -2871,11 +2871,11 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
     started: dict[str, tuple[str, int]] = {}
     ended = set()
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # faster than parsing each line
-    folder, log_name = os.path.split(path)
-    for name in os.listdir(folder):
-        if not name.startswith(log_name):
+    for name in os.listdir(os.path.dirname(path)):
+        found = os.path.join(os.path.dirname(path), name)
+        if not found.startswith(path) or not os.path.isfile(found):
             continue
-        with suppress(PermissionError), open(os.path.join(folder, name), "rb") as file:
+        with suppress(PermissionError), open(found, "rb") as file:
             for line in filter(pattern.search, file):
                 with suppress(CommandError, KeyError):  # half a line, or about no task
                     record = parse_json_object(line)
@@ -2884,7 +2884,7 @@ def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, 
                         ended.add(task_id)
                     elif record["event"] == "task_start" and boot_id in boot_ids:
                         started[task_id] = boot_id, int(record["pid"])
-    return {task_id: started[task_id] for task_id in started if task_id not in ended}
+    return {task_id: one for task_id, one in started.items() if task_id not in ended}
 
 
 def find_survivors(task_id: str, session: int) -> list[int]:
@@ -2914,9 +2914,9 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
         for task_id, (boot_id, pid) in open_tasks.items():
             alive = find_survivors(task_id, pid)
             pids += alive
-            how: Fields = {"exit_code": None, "signal": None, "state": "interrupted"}
+            how: Fields = {"exit_code": None, "signal": None, "state": "interrupted", "pids": alive}
             how["reason"] = "the server ended without stopping this task"
-            audit.write("task_complete", boot_id=boot_id, task_id=task_id, **how, pids=alive)
+            audit.write("task_complete", boot_id=boot_id, task_id=task_id, **how)
         if not crashed or audit.errors:
             return
         for mark in crashed.values():
@@ -2925,8 +2925,8 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
-    runs, tasks = len(crashed), len(open_tasks)
-    log.write("warning", "crash_completed", runs=runs, tasks=tasks, message=message)
+    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
+    log.write("warning", "crash_completed", **counts, message=message)
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
@@ -3418,7 +3418,7 @@ class Tasks:
         task.wake()
 
 
-# 14. Viewers ----------------------------------------------------------
+# 14. Viewers ----------------------------------
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
@@ -3623,7 +3623,9 @@ class Viewers:
 
     def find_seen(self, viewer: Viewer) -> int:
         """Return the seq up to which it has been sent all that it chose."""
-        return self.feed.find_next(viewer.cursor, viewer.audience.kinds) - 1
+        cursor, kinds = viewer.cursor, viewer.audience.kinds
+        has_missed = self.feed.has_dropped(cursor, kinds)  # the gap will begin here
+        return (cursor if has_missed else self.feed.find_next(cursor, kinds)) - 1
 
     def stall(self, viewer: Viewer) -> None:
         if viewer.state is READY:
@@ -3708,6 +3710,8 @@ class Viewers:
             if viewer.cursor != cursor or viewer.audience is not audience:
                 data, after = self._prepare_batch(viewer)
                 audience, cursor, size = viewer.audience, viewer.cursor, len(data)
+                if viewer.state is not READY:  # its `gap` waits to be written
+                    continue
             viewer.cursor = after
             try:
                 sent = viewer.send(data) if size else 0
@@ -3740,7 +3744,7 @@ class Viewers:
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
-# 15. Background loops -------------------------------------------------
+# 15. Background loops -------------------------
 # What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
@@ -3795,7 +3799,7 @@ def read_psutil_sample() -> Sample:
         ram_total=memory.total,
         swap_used=swap.used,
         swap_total=swap.total,
-        net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics},
+        net={name: (nic.bytes_recv, nic.bytes_sent) for name, nic in nics if name != "lo"},
         **read_basics(),
     )
 
@@ -4006,8 +4010,8 @@ class Discovery:
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: all receive broadcasts, one a unicast. If it is
-                # chosen by the kernel (0), that must not be another's.
+                # Servers on one host share the port: all receive broadcasts, one a unicast. But one
+                # that the kernel chooses (0) is free.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.port > 0)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4080,7 +4084,7 @@ class SystemdNotifier:
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
 
-# 16. Server -----------------------------------------------------------
+# 16. Server -----------------------------------
 # A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
 # route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
@@ -5018,7 +5022,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
         if websocket.state is WebSocketState.CLOSED:
             connection.transport.write(websocket.answer)
             # A TLS client that is done waits for us to close (RFC 6455, 7.1.1).
-            if connection.transport.can_write_eof() or not is_done:
+            if not is_done or (websocket.answer and connection.transport.can_write_eof()):
                 await linger(connection)
             return
         data = await connection.inbox.read_piece()
@@ -5697,7 +5701,7 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Client -----------------------------------------------------------
+# 17. Client -----------------------------------
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
 # a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
@@ -7442,7 +7446,7 @@ def format_found(found: Sequence[Fields]) -> str:
     return "".join(line.rstrip() + "\n" for line in padded)
 
 
-# 18. Dashboard --------------------------------------------------------
+# 18. Dashboard --------------------------------
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -10965,7 +10969,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 19. Command line -----------------------------------------------------
+# 19. Command line -----------------------------
 # Makes a Config from options and environment, builds the objects in their order, and returns the
 # exit status.
 
