@@ -6271,7 +6271,7 @@ class RemoteTask:
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             stream[1].transport.abort()
-            raise UnreachableError(str(foreign_error()), 502)
+            raise UnreachableError(str(foreign_error()), 502 if body else 404)
         self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, stream
         self.good_at = time.monotonic()
         lost = int(offset) - self.position
