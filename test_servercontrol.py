@@ -10136,7 +10136,8 @@ class ScreenWatcher(OnTerminal):
     def lines(self) -> list[str]:
         """What the newest picture shows."""
         self.read()
-        frame = self.data.rpartition(b"\x1b[J")[0].rpartition(b"\x1b[H")[2].decode()
+        whole = self.data.rpartition(b"\x1b[J")[0] or self.data
+        frame = whole.rpartition(b"\x1b[H")[2].decode()
         return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("\r+\n", frame)]
 
     def wait_for(self, pattern: str) -> list[str]:
