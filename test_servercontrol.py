@@ -2044,6 +2044,19 @@ class TestMessages:
             assert granted == [True] * 50 + [False] * 50
             assert allow("99", 10.0)
 
+    @in_loop
+    async def test_port_that_the_kernel_chooses_is_no_other_servers(self, monkeypatch: Any) -> None:
+        shared: list[bool] = []
+
+        class Socket(socket.socket):
+            def bind(self, address: Any) -> None:
+                shared.append(self.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) != 0)
+                super().bind(address)
+
+        monkeypatch.setattr(socket, "socket", Socket)
+        sc.Discovery(0, ["127.0.0.1"], True, dict).close()
+        assert shared == [False, True]
+
     @cases(
         ("loopback", True, "127.0.0.1", True), ("loopback net", True, "127.9.9.9", True),
         ("other on loopback bind", True, "192.0.2.7", False),
@@ -2504,6 +2517,13 @@ class TestWebSocketRules:
     def test_times_are_those_of_the_contract(self) -> None:
         assert (sc.CLOSE_SECONDS, sc.PING_SECONDS) == (5.0, 20.0)
         assert (sc.WRITE_STALL_SECONDS, sc.KEEP_EVENTS_BYTES) == (30.0, 16 * sc.MIB)
+
+    def test_nothing_lingers_after_both_closes(self, tmp_path: Path) -> None:
+        with ServerProcess(tmp_path, LINGER_SECONDS=300.0) as server, RawPeer(server) as peer:
+            peer.send(make_frame(0x82, b"x"))
+            assert peer.read_until(0x88)[-1][1][:2] == (1003).to_bytes(2, "big")
+            peer.send(make_frame(0x88, b"\x03\xeb"))
+            assert list(peer.frames()) == []
 
     @each_loop
     def test_pings_and_dead_peers(self, loop: str, tmp_path: Path) -> None:
@@ -5220,6 +5240,18 @@ class TestLimits:
                 assert server.request("GET", "/health").status == 503
             wait_until(lambda: server.request("GET", "/health").status == 200)
             assert not server.log("loop_error")
+
+    def test_connection_that_made_room_starts_nothing(self, tmp_path: Path) -> None:
+        """Its request is there, but its client will get no answer."""
+        with TokenServer(tmp_path, "--max-clients=4") as server, contextlib.ExitStack() as stack:
+            os.kill(server.pid, signal.SIGSTOP)
+            peers = [stack.enter_context(server.connect()) for _ in range(3)]
+            for peer in peers:
+                peer.sendall(post(bearer(SERVER_RUN_TOKEN), "Connection: close", body=b"true"))
+            os.kill(server.pid, signal.SIGCONT)
+            answers = [read_all(peer) for peer in peers]
+            assert answers[0] == b"" and answers[2].startswith(b"HTTP/1.1 200 ")
+            assert len(server.get("/tasks")) == sum(map(bool, answers))
 
     @pytest.mark.parametrize("places", [100, 20])
     def test_strangers_cannot_take_all_places(self, tmp_path: Path, places: int) -> None:
@@ -8664,6 +8696,25 @@ class TestExec:
             process.send_signal(signal.SIGHUP)
             process.stdin.write(b"\n")
             process.stdin.close()
+
+    @in_loop
+    async def test_tells_again_what_could_not_be_told(self, plain_server, monkeypatch):
+        """Where the stream lives and Ctrl-C did not get through, with the next beat."""
+        monkeypatch.setattr(sc, "BEAT_SECONDS", 0.1)
+        task, _, told = await self.start_here(plain_server.port, "exec sleep 60")
+        with mock.patch.object(task.control, "ask", side_effect=sc.UnreachableError("x")):
+            await task.stop()
+        await task.follow()
+        assert told == ["could not be stopped (x), trying again"]
+        assert task.result[0] in INTERRUPTED
+
+    @in_loop
+    async def test_sums_up_once(self) -> None:
+        servers = [sc.parse_server(name, f"{name}:1") for name in ("a", "b")]
+        report = sc.Report(servers, {}, fold=True)
+        with mock.patch.object(report, "note") as note:
+            assert [report.conclude(), report.conclude()] == [0, 0]  # Ctrl-C at the end
+        note.assert_called_once_with("2 servers: 2 not ended (a, b)")
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_shows_what_it_has_when_it_goes(self, plain_server: Any, number: Any):
