@@ -901,7 +901,7 @@ ACCESS_REQUESTS = [
     ("GET /", []), ("GET /?", []), ("HEAD /health", []), ("GET /health", []), ("POST /", []),
     ("GET /tasks", []),
     ("GET /", UPGRADE), ("GET /ws", UPGRADE), ("POST /kill?id=1", []), ("POST /exec", FORM),
-    ("OPTIONS /exec", []), ("OPTIONS /exec", PREFLIGHT),
+    ("OPTIONS /exec", []), ("OPTIONS /exec", PREFLIGHT), ("GET /tasks", PREFLIGHT),
     ("POST /exec", ["Transfer-Encoding: chunked", "Content-Type: application/JSON; a"]),
 ]  # fmt: skip
 
@@ -915,7 +915,7 @@ def expect_access(
     by_browser = origin != "none" or fetch != "no metadata"
     is_open = line in ("GET /", "GET /?", "HEAD /health", "GET /health")
     is_listed = origin in ("listed", "opaque")
-    is_preflight = fields is PREFLIGHT and is_listed
+    is_preflight = request == ("OPTIONS /exec", PREFLIGHT) and is_listed
     served = {"loopback", "listed"} | ({"address", "own"} if policy.no_auth else set())
     asks_host = policy.no_auth or peer.listener is not NETWORK
     trusted = own and not proxied and not policy.require_token
@@ -3960,7 +3960,9 @@ class TestRoutes(RunsTasks):
         assert later["tasks_running"] == 0
 
     def test_page_holds_no_data(self, server: ServerProcess) -> None:
-        server.run("echo '<img onerror>' # marker-of-a-task")
+        as_page = (f"Origin: http://{server.place}", "Sec-Fetch-Site: same-origin", JSON_FIELD)
+        body = b'{"cmd":"echo \'<img onerror>\' # marker-of-a-task"}'
+        check_answer(server, 200, "POST /exec?wait", *as_page, body=body, host=server.place)
         answer = server.request("GET", "/")
         assert answer.status == 200 and b"marker" not in answer.body
         assert socket.gethostname().encode() not in answer.body.split()
@@ -4097,15 +4099,6 @@ class TestOwnerOfAPort:
 class TestAccessOptions:
     """SPEC 4 with options; each test has a server of its own."""
 
-    def test_nothing_set_and_it_works(self, tmp_path: Path) -> None:
-        with ServerProcess(tmp_path) as server, unharmed(server, runs=True):
-            told = curl("-d", "echo ok", f"localhost:{server.port}/exec?wait")
-            assert json.loads(told.stdout.decode())["output"] == "ok\n"
-            own = f"http://localhost:{server.port}"
-            fields = ("-H", f"Origin: {own}", "-H", "Sec-Fetch-Site: same-origin", "-H", JSON_FIELD)
-            told = curl("-d", '{"cmd":"echo page"}', *fields, f"{own}/exec?wait")
-            assert json.loads(told.stdout.decode())["output"] == "page\n"
-
     def test_server_of_other_account_does_not_trust_root(self, tmp_path: Path) -> None:
         if os.geteuid() != 0:
             pytest.skip("only root can start a server of another account")
@@ -4139,7 +4132,8 @@ class TestAccessOptions:
                     assert "access-control-allow-credentials" not in answer.headers
                 assert answer.body == b""
                 assert "POST" in answer.headers["access-control-allow-methods"]
-                assert "content-type" in answer.headers["access-control-allow-headers"].lower()
+                allowed = answer.headers["access-control-allow-headers"].lower()
+                assert allowed.split(", ") == ["authorization", "content-type"]
                 check_answer(server, 101, "GET /ws", *marks, *UPGRADE_FIELDS)
             tasks = server.get("/tasks")
             assert [task["command"] for task in tasks] == ["true", "true"]
@@ -4259,10 +4253,9 @@ class TestTokens:
                 assert answer.headers["www-authenticate"] == "Bearer"
             check_answers(network_server, 200, OPEN_REQUESTS, host=address)
 
-    @pytest.mark.parametrize("field", [
-        bearer(SERVER_RUN_TOKEN), f"authorization: bearer  {SERVER_RUN_TOKEN}",
-        protocol("bearer." + SERVER_RUN_TOKEN),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        "field", [bearer(SERVER_RUN_TOKEN), protocol("bearer." + SERVER_RUN_TOKEN)]
+    )
     @pytest.mark.parametrize("address", find_addresses())
     def test_run_token_opens_everything(self, network_server: Any, address: str, field: str):
         statuses = []
@@ -4342,32 +4335,9 @@ class TestTokens:
             assert ask_from(network_server, source, make_request("GET /")).status == 200
             check_error(ask_from(network_server, fresh_source(), wrong), 401)
 
-    def test_preflight_of_a_listed_origin_needs_no_token(self, network_server: TokenServer) -> None:
-        with unharmed(network_server):
-            fields = ("Origin: https://one.test", PREFLIGHT_FIELD)
-            answer = check_answer(network_server, 204, "OPTIONS /exec", *fields)
-            assert answer.headers["access-control-allow-origin"] == "https://one.test"
-            assert "authorization" in answer.headers["access-control-allow-headers"]
-            check_answer(network_server, 403, "OPTIONS /exec", "Origin: null", PREFLIGHT_FIELD)
-            check_answer(network_server, 401, "OPTIONS /exec", fields[0])
-            check_answer(network_server, 401, "GET /tasks", *fields)
-
 
 class TestTokenOptions:
     """SPEC 4: where tokens come from and when they are asked for; each test has its own server."""
-
-    def test_token_on_loopback_counts_before_trust(self, tmp_path: Path) -> None:
-        """CASES 46: who shows a token gets its role, a wrong one nothing; nobody falls back."""
-        with ServerProcess(tmp_path, env=TOKENS) as server, unharmed(server):
-            wrong = SERVER_RUN_TOKEN[:-1]
-            for field in (bearer(wrong), protocol("servercontrol.v1", f"bearer.{wrong}")):
-                data = make_request("POST /exec", field, body=b"true")
-                check_error(ask_from(server, fresh_source(), data), 401)
-            check_answer(server, 403, "POST /exec", bearer(SERVER_VIEW_TOKEN), body=b"true")
-            right = bearer(SERVER_RUN_TOKEN)
-            for fields in ((), ("Via: 1.1 proxy", right)):
-                assert check_answer(server, 200, "GET /info", *fields).json()["role"] == "run"
-            check_answer(server, 200, "GET /info", right, host="evil.test")  # a page has no token
 
     @pytest.mark.parametrize("loop", loops())
     def test_require_token_asks_our_own_account(self, tmp_path: Path, loop: str) -> None:
@@ -4416,11 +4386,6 @@ class TestTokenOptions:
                 events = receive_events(w, is_type("task_complete"))
             assert not [token for token in TOKENS.values() if token in json.dumps(events)]
             check_nowhere(server, SERVER_RUN_TOKEN, SERVER_VIEW_TOKEN)
-
-    def test_no_auth_cannot_come_from_the_environment(self, tmp_path: Path) -> None:
-        with TokenServer(tmp_path, env={"SERVERCONTROL_NO_AUTH": "1"}) as server:
-            check_answer(server, 401, "GET /tasks")
-            assert server.get("/info")["auth"] is True and not server.log("no_auth")
 
     def test_network_beside_loopback_trusts_on_loopback_alone(self, tmp_path: Path) -> None:
         """The bound socket decides, not the first of the options."""
@@ -6363,6 +6328,7 @@ class TestTokenFiles:
             for token, role in ((run, "run"), (view, "view")):
                 data = make_request("GET /info", bearer(token.strip()))
                 assert ask(server, data).json()["role"] == role
+            check_answer(server, 401, "GET /info", bearer("x" * 43))  # CASES 46: no falling back
             (listening,) = server.log("listening")
             assert listening["token_file"] == str(folder / "token")
             assert listening["view_token_file"] == str(folder / "view-token")
@@ -6375,9 +6341,7 @@ class TestTokenFiles:
         *((mode, f"chmod {mode} $0") for mode in ("644", "640", "610", "601")),
         ("other account", f"chown {NOBODY} $0"), ("symlink", "mv $0 real; ln -s real $0"),
         ("FIFO", "rm $0; mkfifo -m 600 $0"), ("folder", "rm $0; mkdir -m 700 $0"),
-        ("empty", ": >$0"), ("short", "printf '%015d\\n' 0 >$0"),
-        ("two lines", "printf '%020d\\n%020d' 0 0 >$0"),
-        ("binary", "printf '\\344%.0s' $(seq 43) >$0"),
+        ("short", "printf '%015d\\n' 0 >$0"),
     ])  # fmt: skip
     @pytest.mark.parametrize("name", ["token", "view-token"])
     def test_file_that_may_be_known_is_refused(self, tmp_path: Path, becomes: str, name: str):
@@ -6847,14 +6811,17 @@ runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"""
         twin = "SERVERCONTROL_" + name.upper().replace("-", "_")
         check_refusal(tmp_path, 2, [f"--{name}", "environment", value], **{twin: value})
 
-    def test_misspelt_variable_is_a_warning(self, tmp_path: Path) -> None:
-        env = {"PROT": "1", "TASK_ID": "7", "TOKEN": "t" * 16, "MAX_TASKS": "3"}
+    def test_variable_of_no_option_is_a_warning(self, tmp_path: Path) -> None:
+        """--no-auth has none: it cannot come from the environment."""
+        env = {"PROT": "1", "NO_AUTH": "1", "TASK_ID": "7", "TOKEN": "t" * 16, "MAX_TASKS": "3"}
         env = {f"SERVERCONTROL_{name}": value for name, value in env.items()}
         with ServerProcess(tmp_path, "--cpu-alert=100", env=env) as server:
-            assert server.get("/info")["limits"]["max_tasks"] == 3
+            info = server.get("/info")
+            assert (info["limits"]["max_tasks"], info["auth"]) == (3, True)
             warnings = [r for r in server.records if r["level"] == "warning"]
-        (told,) = [(r["event"], r["name"]) for r in warnings]
-        assert told == ("unknown_variable", "SERVERCONTROL_PROT")
+        told = [(r["event"], r["name"]) for r in warnings]
+        names = ("SERVERCONTROL_NO_AUTH", "SERVERCONTROL_PROT")
+        assert told == [("unknown_variable", name) for name in names]
 
     @parametrize_rows("options, env, word", [
         ("unknown option", ["--bogus"], {}, "--bogus"),
