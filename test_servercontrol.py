@@ -2594,7 +2594,9 @@ class TestEvents:
     """SPEC 2: broadcast events, requests and answers."""
 
     def test_events_of_a_task(self, server: ServerProcess) -> None:
-        with server.websocket() as websocket:
+        with server.websocket() as websocket, RawPeer(server) as asking:
+            asking.send(make_frame(0x81, '{"type":"hello"}'), make_frame(0x81, "nonsense"))
+            asking.receive(is_type("error"))  # both answers are its own
             task_id = server.start("printf 'a\\033\\000\\r\\n\\377€'; exit 7", name="n", cwd="/")
             events = receive_events(websocket, is_complete(task_id))
         for event in events:
@@ -2606,14 +2608,6 @@ class TestEvents:
         assert (end["exit_code"], end["state"]) == (7, "done")
         assert "".join(event["output"] for event in outputs) == "a\033\0\r\n\ufffd€"
         assert (end["signal"], end["output_bytes"]) == (None, 11)
-
-    def test_silent_client_gets_broadcasts_alone(self, server: ServerProcess) -> None:
-        with RawPeer(server) as silent, server.websocket() as asking:
-            asking.send('{"type":"hello"}')
-            asking.send("nonsense")
-            task_id = server.start("echo x")
-            events = silent.receive(is_complete(task_id))
-        assert all("seq" in event for event in events)
 
     def test_hello(self, server: ServerProcess) -> None:
         """It may be long: who takes it is no client that asks but never reads."""
@@ -3025,14 +3019,9 @@ class TestCompression:
             with server.websocket(compression="deflate") as client:
                 client.send('{"type":"ping","x":"%s"}' % ("x" * (65536 - 23)))  # the longest
                 assert any("pong" in client.recv(PATIENCE_SECONDS) for _ in range(9))
-            for data, code in (
-                (make_frame(0xC1, squeeze(b" " * 65537)), 1009),
-                (make_frame(0xC1, squeeze(bytes(2**24))), 1009),
-                (make_frame(0xC1, b"\xff"), 1007), (make_frame(0xC9, b""), 1002),
-            ):  # fmt: skip
-                with RawPeer(server, offer=TAKEN) as peer:
-                    peer.send(data)
-                    assert peer.read_close()[0] == code
+            with RawPeer(server, offer=TAKEN) as peer:
+                peer.send(make_frame(0xC1, squeeze(b" " * 65537)))
+                assert peer.read_close()[0] == 1009
             answer = server.exchange(upgrade_request("/ws", "permessage-deflate; ="))
             assert b" 400 " in answer and b"bad_extension" in answer
 
@@ -3092,6 +3081,7 @@ class TestSlowViewers:
             assert feed.must_pause is is_pressed, cursor
 
     def test_viewers_that_read_nothing(self, server: ServerProcess) -> None:
+        """CASES 57: of 100 MB without a line end."""
         with contextlib.ExitStack() as stack:
             peers = [RawPeer(server, receive_bytes=size) for size in [0] + [4096] * 10]
             fast, *stalled = map(stack.enter_context, peers)
@@ -3107,6 +3097,9 @@ class TestSlowViewers:
             texts = [event["output"] for event in events if event["type"] == "task_output"]
             assert sum(map(len, texts)) == sum(text.count("x") for text in texts) == 100_000_000
             assert server.get("/health") == {"ok": True}
+            logs = server.get(f"/logs?id={task_id}")  # CASES 71
+            assert (logs["dropped"], logs["next_offset"]) == (100_000_000 - 8 * sc.MIB, 100_000_000)
+            assert logs["logs"] == "x" * 8 * sc.MIB
             assert server.resident_kib() - before < 64 * 1024
             # Whoever begins to read now has missed much, and is told exactly what.
             by_seq = {event["seq"]: event for event in events}
@@ -3588,14 +3581,11 @@ def chunks(data: bytes) -> bytes:
 # (name, bytes, status): errors after which the connection ends. RFC 9112.
 REFUSED = [
     ("length and chunked", post(LENGTH_5, CHUNKED, body=b"0\r\n\r\n"), 400),
-    ("length above the limit", post("Content-Length: 262145"), 413),
     ("coding gzip", post("Transfer-Encoding: gzip"), 501),
     ("gzip body", post("Content-Encoding: gzip", body=b"\x1f\x8b\x08\0"), 415),
-    ("chunk size +5", chunks(b"+5\r\nhello\r\n"), 400),
     ("chunks above the limit", chunks(b"20001\r\n" + b"a" * 0x20001 + b"\r\n20000\r\n"), 413),
     ("trailers too long", chunks(b"0\r\n" + (b"a: " + b"b" * 1000 + b"\r\n") * 5 + b"\r\n"), 431),
-    ("bare LF everywhere", make_request("GET /tasks").replace(b"\r", b""), 400),
-    ("target *", make_request("GET *"), 400), ("HTTP/0.9", b"GET /tasks\r\n\r\n", 400),
+    ("HTTP/0.9", b"GET /tasks\r\n\r\n", 400),
     *((f"host {host!r}", make_request("POST /exec", host=host, body=b"true"), 400)
       for host in (None, "", "a@localhost", "localhost:x")),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
@@ -3672,14 +3662,6 @@ class TestHttpRefused(RunsNothing):
         answer = server.request(method, target, b"true" if method == "POST" else None)
         check_error(answer, status)
         assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", answer.body)
-
-    @pytest.mark.parametrize("media_type, body, status", [
-        ("application/x-www-form-urlencoded", b"cmd=true", 400), ("APPLICATION/JSON; a", b"true", 400),
-        ("multipart/form-data; boundary=x", b"--x", 415), ("text/plain", b"#" * 65537, 413),
-    ], ids=lambda value: str(value)[:50])  # fmt: skip
-    def test_unusable_exec_body_runs_nothing(self, server, media_type, body, status):
-        for path in ("/exec", "/exec?wait", "/exec?follow"):
-            check_error(server.request("POST", path, body, Content_Type=media_type), status)
 
     @pytest.mark.parametrize("path, status", [
         *((path, 200) for path in ("/", "/health", "/tasks", "/stats", "/stats?history", "/info")),
@@ -4067,19 +4049,31 @@ class TestOwnerOfAPort:
                 assert AnswerStream(victim).next().json() == []
             assert server.get("/tasks") == []
 
-    def test_orphans_of_another_account_run_nothing(self, server: ServerProcess) -> None:
-        request = make_request("POST /exec", body=b"id")
+    @each_loop
+    @pytest.mark.parametrize("who", ["stranger", "own account"])
+    def test_orphaned_socket_is_nobodys(self, tmp_path: Path, who: str, loop: str) -> None:
+        """CASES 38: closed before we accept it, it has no inode, and on many kernels uid 0 whoever
+        it was; so not even our own is believed."""
 
         def attack() -> bytes:
-            for number in range(300):
-                with server.connect() as connection:
-                    connection.sendall(request)
+            for number in range(count):
+                with server.connect() as orphan:
+                    orphan.sendall(post(body=b"false"))
                     if number % 3:
-                        connection.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
+                        orphan.shutdown(socket.SHUT_RDWR if number % 2 else socket.SHUT_WR)
             return b"sent"
 
-        assert as_nobody(attack) == b"sent"
-        assert server.get("/tasks") == []
+        with ServerProcess(tmp_path, f"--loop={loop}") as server:
+            server.run("true")
+            before, count = server.descriptors(), 30
+            with stopped(server):
+                assert (as_nobody(attack) if who == "stranger" else attack()) == b"sent"
+            if who == "stranger":  # at any moment
+                count = 300
+                assert as_nobody(attack) == b"sent"
+            server.run("true")  # accepted after them
+            wait_until(lambda: server.descriptors() <= before)
+            assert [task["command"] for task in server.get("/tasks")] == ["true", "true"]
 
     @pytest.mark.parametrize("loop", loops())
     def test_pipelined_requests_keep_nobody_waiting(self, tmp_path: Path, loop: str) -> None:
@@ -5268,8 +5262,6 @@ sc.build_stats = build_or_fail
 
 # Pieces for processes ------------------------------------------------------------------------
 
-both_loops = pytest.mark.parametrize("loop", ["asyncio", "auto"])
-
 
 def child_pids(pid: int) -> list[int]:
     threads = Path(f"/proc/{pid}/task").iterdir()
@@ -5602,16 +5594,6 @@ class TestTaskProcess:
         answer = server.execute("echo", **fields)
         assert (answer.status, answer.json()["error"]) == (status, code)
         assert server.get("/tasks") == before
-
-    def test_hundred_megabytes_without_a_line_end(self, server: Any) -> None:
-        """CASES 57, 71."""
-        before, size = server.resident_kib(), 100 * 1000 * 1000
-        task_id = server.start(f"head -c {size} /dev/zero | tr '\\0' x")
-        assert server.wait_for_end(task_id)["output_bytes"] == size
-        logs = server.get(f"/logs?id={task_id}")
-        assert (logs["dropped"], logs["next_offset"]) == (size - 8 * sc.MIB, size)
-        assert logs["logs"] == "x" * 8 * sc.MIB
-        assert server.resident_kib() - before < 100 * 1024
 
 
 @pytest.mark.usefixtures("tidy")
@@ -7087,7 +7069,7 @@ class TestLogging:
         ("full", "2>/dev/full"), ("stderr closed", "2>&-"), ("stdout closed", ">&-"),
         ("stdin closed", "<&-"), ("all closed", "<&- >&- 2>&-"), ("both full", ">/dev/full 2>&1"),
     ])  # fmt: skip
-    @both_loops
+    @each_loop
     def test_log_that_cannot_be_written(self, tmp_path: Path, redirect: str, loop: str) -> None:
         """What is opened later must not become descriptor 0, 1 or 2: the log would go there."""
         popen = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -7123,7 +7105,7 @@ class TestStarter:
 
     ODD = ("INT", "QUIT", "HUP", "CHLD", "TTOU", "TTIN", "TSTP", "USR1", "ALRM", "PIPE", "WINCH")
 
-    @both_loops
+    @each_loop
     def test_signals_do_not_reach_children(self, tmp_path: Path, loop: str) -> None:
         """Ignored or blocked by the starter, INT and QUIT as by a shell's `&`; fact 5: CHLD."""
 
@@ -7142,7 +7124,7 @@ class TestStarter:
                     os.kill(server.pid, number)  # what was ignored stays so
                 assert server.run("ulimit -c 0; kill -QUIT $$")["signal"] == "QUIT"
 
-    @both_loops
+    @each_loop
     def test_out_of_descriptors(self, tmp_path: Path, loop: str) -> None:
         """Facts 11, 12: an answer, one log line a second; all is well again afterwards."""
         with ServerProcess(tmp_path, f"--loop={loop}", "--interval=0.1") as server:
@@ -7196,33 +7178,11 @@ class TestStarter:
                 os.kill(pid, signal.SIGTERM)
                 assert server.process.wait(PATIENCE_SECONDS) == 0
 
-    @both_loops
-    @pytest.mark.parametrize("who", ["stranger", "own account"])
-    def test_orphaned_socket_is_nobodys(self, tmp_path: Path, who: str, loop: str) -> None:
-        """Fact 1, CASES 38: closed before we accept it, it has no inode, and on many kernels
-        uid 0 whoever it was; so not even our own is believed."""
-        if os.geteuid() != 0 and who == "stranger":
-            pytest.skip("needs root, to become somebody else")
-        with ServerProcess(tmp_path, f"--loop={loop}") as server:
-            server.run("true")
-            before, own = server.descriptors(), os.geteuid()
-            with stopped(server):
-                for _ in range(5):
-                    os.seteuid(65534 if who == "stranger" else own)
-                    try:
-                        with server.connect() as orphan:
-                            orphan.sendall(post(body=b"false"))
-                    finally:
-                        os.seteuid(own)
-            server.run("true")  # accepted after them
-            wait_until(lambda: server.descriptors() <= before)
-            assert [task["command"] for task in server.get("/tasks")] == ["true", "true"]
-
 
 class TestStopping:
     """SPEC 8."""
 
-    @both_loops
+    @each_loop
     @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
     def test_idle_server_stops_within_a_second(self, tmp_path: Path, name: str, loop: str) -> None:
         """CASES 77; facts 6, 7: with clients that are connected."""
@@ -7241,7 +7201,7 @@ class TestStopping:
             for port in (server.port, server.ws_port):
                 bind(port).close()
 
-    @both_loops
+    @each_loop
     def test_tasks_are_stopped_and_their_ends_sent_first(self, tmp_path: Path, loop: str) -> None:
         """CASES 78; then comes 1001, and after it nothing."""
         with contextlib.ExitStack() as stack:
