@@ -3776,8 +3776,6 @@ class TestHttpConnection(RunsTasks):
 
 # End to end: the routes ----------------------------------------------------------------------
 
-JSON_TYPE = "application/json"
-
 
 class TestRoutes(RunsTasks):
     """SPEC 3: every route, its fields and what it does."""
@@ -3801,7 +3799,7 @@ class TestRoutes(RunsTasks):
     def test_exec_answers_for_scripts(self, server: Any, query: str, status: int, body: Any):
         answer = server.request("POST", f"/exec?{query}", "echo a; exit 3")
         is_text = body is not None
-        media_type = sc.PLAIN_TEXT if is_text else JSON_TYPE
+        media_type = sc.PLAIN_TEXT if is_text else "application/json"
         assert (answer.status, answer.headers["content-type"]) == (status, media_type)
         assert answer.body.decode() == body if is_text else answer.json()
         code = answer.headers.get("x-exit-code")
@@ -3834,8 +3832,7 @@ class TestRoutes(RunsTasks):
             ended = server.wait_for_end(task_id)
             assert (ended["state"], ended["signal"]) == ("killed", "TERM")
             assert ended["killed_by"] == ended["by"]
-            audit = Path(server.env["XDG_STATE_HOME"], "servercontrol", "audit.log").read_text()
-            end = json.loads(audit.splitlines()[-1])
+            end = read_audit(state_file(server, "audit.log"))[-1]
             assert (end["task_id"], end["killed_by"]) == (task_id, ended["by"])
             return
         try:  # the pipe of the task is still open, and nothing else
@@ -3956,7 +3953,7 @@ class TestRoutes(RunsTasks):
 
 JSON_FIELD = "Content-Type: application/json"
 RUN_TRUE = b'{"cmd":"true"}'
-# Three ways in for a web page: (request line, fields, body).
+# Ways in for a web page: (request line, fields, body).
 PAGE_REQUESTS = [
     ("POST /exec", (JSON_FIELD,), RUN_TRUE), ("GET /tasks", (), b""), ("GET /health", (), b""),
     ("GET /", UPGRADE_FIELDS, b""), ("GET /ws", UPGRADE_FIELDS, b""),
@@ -4114,7 +4111,7 @@ class TestAccessOptions:
                     ("GET /tasks", (), b"", 200), ("POST /exec?wait", (JSON_FIELD,), RUN_TRUE, 200),
                     ("GET /nothing", (), b"", 404), ("POST /exec?wait", (JSON_FIELD,), b"[]", 400),
                     ("POST /nothing", (JSON_FIELD,), b"{}", 404), ("POST /exec", (), b"true", 415),
-                    ("OPTIONS /exec", ("Access-Control-Request-Method: POST",), b"", 204),
+                    ("OPTIONS /exec", PREFLIGHT, b"", 204),
                 ]:  # fmt: skip
                     answer = check_answer(server, status, line, *marks, *fields, body=body)
                     assert answer.headers.get("access-control-allow-origin") == origin, line
@@ -4127,7 +4124,7 @@ class TestAccessOptions:
                 check_answer(server, 101, "GET /ws", *marks, *UPGRADE_FIELDS)
             tasks = server.get("/tasks")
             assert [task["command"] for task in tasks] == ["true", "true"]
-            requests = [*PAGE_REQUESTS, ("OPTIONS /exec", (PREFLIGHT_FIELD,), b"")]
+            requests = [*PAGE_REQUESTS, ("OPTIONS /exec", PREFLIGHT, b"")]
             for answer in check_answers(server, 403, requests, "Origin: https://one.test:444"):
                 assert not [n for n in answer.headers if n.startswith("access-control")]
             assert ask(server, make_request("GET /tasks")).headers["vary"] == "Origin"
@@ -4150,7 +4147,6 @@ SERVER_RUN_TOKEN = "run-token-0123456789.~+"  # of what a subprotocol may hold, 
 SERVER_VIEW_TOKEN = "view-token-9876543210_-"
 TOKENS = {"SERVERCONTROL_TOKEN": SERVER_RUN_TOKEN, "SERVERCONTROL_VIEW_TOKEN": SERVER_VIEW_TOKEN}
 NETWORK_BIND = "--host=0.0.0.0"
-PREFLIGHT_FIELD = "Access-Control-Request-Method: POST"
 
 
 def bearer(token: str) -> str:
@@ -4168,15 +4164,6 @@ class TokenServer(ServerProcess):
 
     def __init__(self, state: Path, *options: str, env: Any = None, **popen: Any) -> None:
         super().__init__(state, NETWORK_BIND, *options, env={**TOKENS, **(env or {})}, **popen)
-
-
-SOURCES = itertools.count()
-
-
-def fresh_source() -> str:
-    """Return an own address that has shown no wrong token yet: ten a minute are its share."""
-    number = next(SOURCES)
-    return f"127.1.{number // 250}.{number % 250 + 1}"
 
 
 def ask_from(server: ServerProcess, source: str, data: bytes, address="127.0.0.1") -> Answer:
@@ -4224,7 +4211,7 @@ def check_nowhere(server: ServerProcess, *tokens: str) -> None:
 def network_server(request: Any, tmp_path_factory: Any) -> Iterator[TokenServer]:
     """A server on the network with both tokens; its task 1 has ended."""
     state = tmp_path_factory.mktemp("network")
-    options = (f"--loop={request.param}", "--allow-origin=https://one.test", "--interval=0.2")
+    options = (f"--loop={request.param}", "--interval=0.2")
     with TokenServer(state, *options) as server:
         assert server.run("true")["task_id"] == "1"
         yield server
@@ -4296,7 +4283,7 @@ class TestTokens:
             check_stream(receive_events(websocket, is_complete(task_id)))
 
     def test_token_in_the_address_is_401_and_nowhere(self, network_server: TokenServer) -> None:
-        source = fresh_source()
+        source = "127.1.0.1"  # each has ten wrong tokens a minute
         with unharmed(network_server):
             for path, fields in (("/tasks", [bearer(SERVER_RUN_TOKEN)]), ("/ws", UPGRADE_FIELDS)):
                 for token in TOKENS.values():
@@ -4310,7 +4297,7 @@ class TestTokens:
             check_nowhere(network_server, SERVER_RUN_TOKEN, SERVER_VIEW_TOKEN)
 
     def test_many_wrong_tokens_are_429_and_the_right_one_200(self, network_server: TokenServer):
-        source = fresh_source()
+        source = "127.1.0.2"
         wrong = make_request("GET /tasks", bearer("x" * 20))
         with unharmed(network_server):
             answers = [ask_from(network_server, source, wrong) for _ in range(12)]
@@ -4323,7 +4310,7 @@ class TestTokens:
             assert ask_from(network_server, source, right).status == 200
             check_error(ask_from(network_server, source, make_request("GET /tasks")), 401)
             assert ask_from(network_server, source, make_request("GET /")).status == 200
-            check_error(ask_from(network_server, fresh_source(), wrong), 401)
+            check_error(ask_from(network_server, "127.1.0.3", wrong), 401)
 
 
 class TestTokenOptions:
