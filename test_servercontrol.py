@@ -3026,8 +3026,7 @@ class TestCompression:
             assert b" 400 " in answer and b"bad_extension" in answer
 
     def test_a_python_without_zlib_does_without(self, tmp_path: Path) -> None:
-        script = make_launcher(tmp_path, zlib=None)
-        with ServerProcess(tmp_path, script=script) as server:
+        with ServerProcess(tmp_path, code="sc.zlib = None") as server:
             page = server.request("GET", "/", Accept="text/html", Accept_Encoding="gzip")
             assert page.status == 200 and "content-encoding" not in page.headers
         with mock.patch.object(sc, "zlib", None), pytest.raises(sc.ConfigError, match="--compress"):
@@ -6806,14 +6805,11 @@ runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"""
         ("no token file", ["--token-file=/nonexistent/t"], {}, "--token-file"),
         ("key without certificate", ["--tls-key=x"], {}, "--tls-key"),
         ("no certificate in it", ["--tls-cert=/etc/hostname"], {}, "no certificate in it"),
+        *[("loop that is not installed", ["--loop=uvloop"], {}, "--loop")] * (sc.uvloop is None),
     ])  # fmt: skip
     def test_refused_with_status_2(self, tmp_path: Path, options: Any, env: Any, word: str):
         any_ports = {"SERVERCONTROL_PORT": "0", "SERVERCONTROL_WS_PORT": "0"}
         check_refusal(tmp_path, 2, [word], *options, **any_ports, **env)
-
-    @pytest.mark.skipif(sc.uvloop is not None, reason="uvloop is installed")
-    def test_loop_that_is_not_installed(self, tmp_path: Path) -> None:
-        check_refusal(tmp_path, 2, ["--loop"], "--loop=uvloop")
 
     def test_help_and_version(self) -> None:
         names = ["--" + name.replace("_", "-") for name in sc.Config.__dataclass_fields__]
