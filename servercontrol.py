@@ -7456,7 +7456,7 @@ def format_found(found: Sequence[Fields]) -> str:
 
 CSS = r"""
 :root {
-  /* each colour once: for light, for dark; data-theme overrides what the system says */
+  /* each colour once: for light, for dark; as the system says, or setTheme() */
   color-scheme: light dark;
   --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   --page: light-dark(#f4f6f8, #0d1117);
@@ -7479,12 +7479,6 @@ CSS = r"""
   --c5: var(--violet);
   --c6: light-dark(#0f6f7d, #3cbfca);
   --c7: light-dark(#66707b, #c5ced8);
-}
-[data-theme="light"] {
-  color-scheme: light;
-}
-[data-theme="dark"] {
-  color-scheme: dark;
 }
 * {
   box-sizing: border-box;
@@ -7912,9 +7906,6 @@ code {
   margin: 0;
   padding: 0.3rem;
   color: inherit;
-  background: var(--panel);
-  border: 1px solid var(--edge);
-  border-radius: 8px;
   box-shadow: 0 8px 24px #0004;
 }
 #signal-menu button {
@@ -8109,9 +8100,6 @@ dialog {
   max-width: calc(100vw - 2rem);
   padding: 1.3rem;
   color: inherit;
-  border: 1px solid var(--edge);
-  border-radius: 10px;
-  background: var(--panel);
 }
 dialog form {
   display: grid;
@@ -8354,7 +8342,7 @@ HTML = r"""
             ▾
           </button></span
         >
-        <div id="signal-menu" popover aria-label="Signals">
+        <div id="signal-menu" class="panel" popover aria-label="Signals">
           <button data-signal="INT">INT, like Ctrl-C</button>
           <button data-signal="TERM">TERM, asks it to end</button>
           <button data-signal="HUP">HUP, hangs up</button>
@@ -8413,7 +8401,7 @@ HTML = r"""
     </section>
   </main>
   <div id="spoken" role="status"></div>
-  <dialog id="login" aria-labelledby="login-title">
+  <dialog id="login" class="panel" aria-labelledby="login-title">
     <form id="login-form">
       <h2 id="login-title">Token needed</h2>
       <p class="dim">
@@ -8660,11 +8648,6 @@ const GRAPHICS = Object.fromEntries(
     .match(/../gu)
     .map((pair) => [...pair]),
 );
-function countLines(text) {
-  let count = 0;
-  for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) count++;
-  return count;
-}
 function countEnds(data) {
   let count = 0;
   for (let at = 0; at < data.length; at++) if (data[at] === 10) count++; // 30 times indexOf()
@@ -8755,7 +8738,7 @@ class Terminal {
     const isPlain = this.state === GROUND && !/[^\r\n\x20-\x7e\xa0-\uffff]/.test(text);
     const isLineEnd = this.isLog || text[end - 2] === "\r"; // or else x would not be known
     if (!end || !isWhole || !isPlain || !isLineEnd) return this.write(text, time);
-    this.dropped += this.lines.length - 1 + countLines(text);
+    this.dropped += this.lines.length + text.split("\n").length - 2;
     Object.assign(this, { lines: [new Line(time)], base: 0, x: 0, y: 0 });
     this.isPending = false;
     this.atEnd = this.isLog;
@@ -8887,10 +8870,6 @@ class Terminal {
     if (this.y === this.bottom) this.scroll(1);
     else this.y = Math.min(this.y + 1, this.rows - 1);
   }
-  reverseIndex() {
-    if (this.y === this.top) this.scroll(-1);
-    else this.vertical(-1);
-  }
   // Up; down where count is negative.
   scroll(count, top = this.top, keeps = top === 0 && !this.main) {
     const { bottom, eraseStyle, lines } = this;
@@ -9010,17 +8989,13 @@ class Terminal {
     const { fg, bg, flags, link } = this;
     this.style = fg + bg + flags === -2 && !link ? "" : `${fg},${bg},${flags},${link}`;
   }
-  // Says that the line above does not go on in row y any more.
-  cutAbove(y) {
-    const above = this.lines[this.base + y - 1];
-    if (above) above.next = null;
-  }
   // 0 to the end, 1 from the start, 2 all
   eraseLine(what, y = this.y) {
     const line = this.row(y);
     line.erase(what ? 0 : this.x, what === 1 ? this.x + 1 : this.cols, this.eraseStyle);
     if (what !== 1) line.next = null;
-    if (what || !this.x) this.cutAbove(y);
+    const above = this.lines[this.base + y - 1];
+    if (above && (what || !this.x)) above.next = null;
     this.isPending = false;
   }
   // The same; 3 what is kept above it
@@ -9051,13 +9026,14 @@ class Terminal {
     if (isAlternate && !this.isLog && isOn === !this.main) this.switchScreen(number, isOn);
   }
   switchScreen(number, isOn) {
-    const { lines, base, main } = this;
+    const { lines, base, cols, rows, main } = this;
     if (isOn) {
       if (number === 1049) this.save();
-      Object.assign(this, { lines: [], base: 0, main: { lines, base, saved: this.saved } });
+      const { saved } = this;
+      Object.assign(this, { lines: [], base: 0, main: { lines, base, saved, cols, rows } });
     } else {
       Object.assign(this, main, number === 1049 && main.saved, { main: null });
-      this.resize(this.cols, this.rows);
+      if (cols !== this.cols || rows !== this.rows) this.resize(cols, rows);
       if (number === 1049) this.restore();
     }
     this.row();
@@ -9081,7 +9057,7 @@ function reportStatus(t, n) {
 }
 // What follows "ESC [", intermediates and private prefix included; n is the first number, else 1.
 const CSI = {
-  "@": (t, n) => t.row().edit(t.x, 0, erasedCells(Math.min(n, 9999), t.eraseStyle), t.cols),
+  "@": (t, n) => t.row().edit(t.x, 0, erasedCells(n, t.eraseStyle), t.cols),
   A: (t, n) => t.vertical(-n),
   B: (t, n) => t.vertical(n),
   C: (t, n) => t.go(t.x + n),
@@ -9154,7 +9130,7 @@ const ESCAPES = {
   D: (t) => t.index(),
   E: (t) => t.newLine(),
   H: (t) => t.setTab(true),
-  M: (t) => t.reverseIndex(),
+  M: (t) => (t.y === t.top ? t.scroll(-1) : t.vertical(-1)),
   c: (t) => t.reset(),
   "#8": (t) => {
     for (let y = 0; y < (t.isLog ? 0 : t.rows); y++) {
@@ -9487,8 +9463,12 @@ const view = {
     const end = Math.max(0, height - output.clientHeight);
     const seen = (this.follow ? end : Math.min(end, output.scrollTop)) / this.row;
     const last = this.at(seen + output.clientHeight / this.row);
-    // What is selected stays in the document, or else the selection would shrink.
-    const selected = this.selectedLines().map((line) => t.lines.indexOf(line));
+    // What is selected stays in the document, or else the selection would shrink; but not if it is
+    // far away, or gone, or else the document would grow with the output.
+    const isNear = (i) => i >= 0 && Math.abs(i - last) < 9999;
+    const selected = this.selectedLines()
+      .map((line) => t.lines.indexOf(line))
+      .filter(isNear);
     const from = Math.max(0, Math.min(this.at(seen) - 10, ...selected));
     this.place(t.lines.slice(from, Math.max(last, ...selected) + 10), from + t.dropped);
     $("lines").style.transform = `translateY(${(sums[from] - sums[0]) * this.row}px)`;
@@ -9737,19 +9717,23 @@ async function connect() {
 }
 // Takes over a server, or a new start of one, that this page does not know.
 async function begin(fresh) {
+  await readAll(true);
+  if (info) notice("The server was restarted. Its earlier tasks are gone.");
+  info = fresh;
+  showServer();
+  if (wanted && !tasks.has(wanted)) openAddress();
+}
+// Takes what the server has now. Tasks that it has no more go; isNew: all that were known here.
+async function readAll(isNew) {
+  const known = [...tasks.values()];
   const requests = ["stats?history", "stats?alerts", "tasks"].map((path) => api(path));
   const [{ samples }, { alerts }, list] = await Promise.all(requests);
-  if (info) notice("The server was restarted. Its earlier tasks are gone.");
-  if (stream) stream.task.isGone = true; // its output stays on the page
-  if (stream?.task.state === "running") update(stream.task, { state: "lost" });
-  for (const [id, task] of tasks) if (task !== stream?.task) dropTask(id);
-  info = fresh;
-  past.splice(0, Infinity, ...samples);
-  showServer();
+  const ids = list.map((task) => task.task_id);
+  for (const task of known) if (isNew || !ids.includes(task.task_id)) loseTask(task);
   list.forEach(takeTask);
   showAlerts(alerts);
+  past.splice(0, Infinity, ...samples);
   drawCharts();
-  if (wanted && !tasks.has(wanted)) openAddress();
 }
 function listen(since) {
   const origin = location.origin.replace("http", "ws"); // https becomes wss
@@ -9860,24 +9844,11 @@ const EVENTS = {
     say("spoken", `Task ${task.task_id}: ${describe(task)[0]}`);
     if (task === stream?.task && event.output_bytes > stream.next) stream.refill();
   },
-  cpu_alert(event) {
-    takeAlert(event);
-    tellAlert(event);
-  },
-  alert_resolved(event) {
-    takeAlert(event);
-    tellAlert(event);
-  },
+  cpu_alert: hearAlert,
+  alert_resolved: hearAlert,
   gap({ from, to }) {
-    notice(`Events ${from} to ${to} were missed; tasks and output have been read again.`);
-    api("tasks").then(
-      (list) => list.forEach(takeTask),
-      () => {},
-    );
-    api("stats?alerts").then(
-      ({ alerts }) => showAlerts(alerts),
-      () => {},
-    );
+    notice(`Events ${from} to ${to} were missed; all has been read again.`);
+    readAll(false).catch(() => {});
     stream?.refill();
   },
   error(event) {
@@ -9915,7 +9886,8 @@ class Stream {
   }
   async refill() {
     // piece by piece: there may be megabytes
-    if (this.waiting) return (this.isStale = true);
+    this.isStale = !!this.waiting; // then it is read once more
+    if (this.isStale) return;
     const waiting = (this.waiting = []);
     // All output of a task that was started just now is new, in whatever way it is read.
     const isNew = isRecent(this.task.started);
@@ -9925,19 +9897,19 @@ class Stream {
       const start = Number(headers.get("X-Offset"));
       const lost = start - this.next;
       this.next = start;
-      if (lost) this.note(`${bytes(lost)} of output before this are no longer kept`);
+      if (lost) this.push({ note: `${bytes(lost)} of output before this are no longer kept` });
       const reader = body.getReader();
       for (let part; stream === this && !(part = await reader.read()).done;) {
         this.add(part.value, 0, isNew);
       }
       reader.cancel();
     } catch (error) {
-      this.note(`Not read: ${error.message}`);
+      this.push({ note: `Not read: ${error.message}` });
       this.next = Math.max(this.next, waiting[0]?.offset ?? 0);
     }
     this.waiting = null;
     if (stream !== this) return;
-    if (this.isStale) this.refill((this.isStale = false));
+    if (this.isStale) this.refill();
     waiting.forEach((event) => this.take(event));
   }
   take(event) {
@@ -9958,9 +9930,6 @@ class Stream {
     this.next += data.length;
     task.read = Math.max(task.read, this.next);
     this.push({ data, time, isLive });
-  }
-  note(note) {
-    this.push({ note });
   }
   push(item) {
     this.queue.push(item);
@@ -10139,12 +10108,9 @@ function drawChart(id, top, ...columns) {
   [area, ...paths].forEach((d, n) => $(id).children[n].setAttribute("d", d));
 }
 function drawCharts(ramTotal) {
-  const charts = [
-    ["cpu-chart", 100, 1],
-    ["ram-chart", ramTotal, 2],
-    ["net-chart", 0, 3, 4],
-  ];
-  for (const chart of charts) drawChart(...chart);
+  drawChart("cpu-chart", 100, 1);
+  drawChart("ram-chart", ramTotal, 2);
+  drawChart("net-chart", 0, 3, 4);
 }
 function notice(text) {
   say("words", text);
@@ -10195,7 +10161,9 @@ function takeAlert(event) {
   count.classList.toggle("bad", alerting);
   setLink($("link").textContent, $("link").className.slice("badge ".length));
 }
-function tellAlert(event) {
+// Takes a new alert, and tells it on the desktop if that was asked for.
+function hearAlert(event) {
+  takeAlert(event);
   if (window.Notification?.permission !== "granted") return;
   try {
     new Notification(event.hostname, { body: describeAlert(event) });
@@ -10231,7 +10199,7 @@ function showServer() {
 function describe({ state, stopping, signal, exit_code: code }) {
   // [words, look]
   if (state === "running") return stopping ? [stopping, "warn"] : ["running", "busy"];
-  if (state === "lost") return ["lost: server restarted", "warn"];
+  if (state === "lost") return ["lost: its end is unknown", "warn"];
   if (state === "timeout") return ["stopped: time was up", "bad"];
   if (state === "killed") return [`stopped by ${signal ?? "us"}`, "warn"];
   if (signal) return [`died by ${signal}`, "bad"];
@@ -10242,7 +10210,7 @@ function lasted({ started, ended }) {
 }
 function takeTask(fields) {
   const known = tasks.get(fields.task_id);
-  if (known) return update(known, fields);
+  if (known) return known.ended || update(known, fields);
   const parts = ["code", "span", "small", "small"].map((tag) => make(tag));
   const button = make("button", { type: "button" }, ...parts);
   // read: output up to here was shown; sizes: of its terminal, that this page has asked for
@@ -10250,15 +10218,22 @@ function takeTask(fields) {
   button.onclick = () => select(task);
   tasks.set(task.task_id, task);
   $("tasks").prepend(task.row);
-  for (const [id, { state }] of tasks.size > 400 ? [...tasks].slice(0, 100) : []) {
-    if (state !== "running" && id !== stream?.task.task_id) dropTask(id);
+  for (const old of tasks.size > 400 ? [...tasks.values()].slice(0, 100) : []) {
+    if (old.state !== "running" && old !== stream?.task) dropTask(old);
   }
   update(task, {});
   if (task.task_id === wanted) select(task);
 }
-function dropTask(id) {
-  tasks.get(id).row.remove();
-  tasks.delete(id);
+function dropTask(task) {
+  task.row.remove();
+  tasks.delete(task.task_id);
+  countTasks();
+}
+// The server has it no more. The output that is shown stays on the page.
+function loseTask(task) {
+  if (task !== stream?.task) return dropTask(task);
+  task.isGone = true;
+  if (task.state === "running") update(task, { state: "lost" });
 }
 // What is read is what was run: shows characters that are invisible or turn the direction of
 // text. Joiners stay where they join, in emoji and scripts that need them.
@@ -10424,12 +10399,7 @@ async function stop(name) {
 async function copy() {
   const { lines, isLog } = stream.terminal;
   const text = joinLines(lines);
-  await writeClipboard(isLog ? text.slice(0, -1) : text.replace(/\n+$/, "\n"));
-  say("spoken", "Copied");
-  say("copy", "Copied");
-  setTimeout(say, 1500, "copy", "Copy");
-}
-async function writeClipboard(value) {
+  const value = isLog ? text.slice(0, -1) : text.replace(/\n+$/, "\n");
   const area = make("textarea", { value });
   const focused = document.activeElement;
   try {
@@ -10442,6 +10412,9 @@ async function writeClipboard(value) {
     area.remove();
     focused.focus();
   }
+  say("spoken", "Copied");
+  say("copy", "Copied");
+  setTimeout(say, 1500, "copy", "Copy");
 }
 async function download() {
   const id = stream.task.task_id;
@@ -10482,29 +10455,8 @@ const TILDES = {
   F12: 24,
 };
 const PLAIN = { Enter: "\r", Tab: "\t", Backspace: "\x7f", Escape: "\x1b" };
-// What Ctrl makes of a digit or sign, as in xterm; with others it stays the browser's.
-const CONTROLS = {
-  " ": "\0",
-  "@": "\0",
-  2: "\0",
-  "[": "\x1b",
-  3: "\x1b",
-  "\\": "\x1c",
-  4: "\x1c",
-  "]": "\x1d",
-  5: "\x1d",
-  "^": "\x1e",
-  6: "\x1e",
-  _: "\x1f",
-  "/": "\x1f",
-  7: "\x1f",
-  "?": "\x7f",
-  8: "\x7f",
-  "\x7f": "\b",
-  "\r": "\r",
-  "\t": "\t",
-  "\x1b": "\x1b",
-};
+// What Ctrl takes a key for, before it makes a control character of it, as in xterm.
+const CONTROLS = { " ": "@", 2: "@", 3: "[", 4: "\\", 5: "]", 6: "^", 7: "_", "/": "_", 8: "?" };
 // What a US keyboard has at a position: without and with Shift.
 const POSITIONS = {
   Minus: "-_",
@@ -10550,11 +10502,14 @@ function sequence({ key, code, isCtrl, isAlt, isShift }, modes) {
   if (text.length > 1 || (!isCtrl && !isAlt && !PLAIN[key])) return null;
   if (isCtrl && !isAlt && text > "~" && !PLAIN[key]) text = keysAt(code)[isShift ? 1 : 0] ?? text;
   if (isAlt && !PLAIN[key] && !isUnchanged(text, code)) return text;
-  if (isCtrl) text = /^[a-z]$/i.test(text) ? toControl(text) : CONTROLS[text];
-  if (text === undefined) return null;
+  if (isCtrl && key === "Backspace") text = "\b";
+  if (isCtrl && !PLAIN[key]) {
+    text = CONTROLS[text] ?? text.toUpperCase();
+    if (!/^[?-_]$/.test(text)) return null; // it stays the browser's
+    text = String.fromCharCode(text.charCodeAt(0) ^ 64);
+  }
   return isAlt ? `\x1b${text}` : text;
 }
-const toControl = (letter) => String.fromCharCode(letter.charCodeAt(0) & 31);
 // Keys that the browser or this page keeps.
 function isOurs({ key, code, keyCode, isComposing, metaKey, ctrlKey, altKey, shiftKey }) {
   if (isComposing || keyCode === 229 || metaKey) return false;
@@ -10590,15 +10545,14 @@ function showComposition() {
   const cells = [...value].reduce((sum, char) => sum + widthOf(char), 1);
   style.width = `${Math.max(measureText(value, false), cells * font.cell)}px`;
 }
-function sendInput(data) {
-  return send({ type: "task_input", task_id: stream.task.task_id, data });
-}
 // Sends what a person did; says so when it cannot.
 function type(data) {
   if (document.activeElement === $("keys")) takeSize();
+  const { task_id } = stream.task;
   // a message may have 64 KiB
   for (const part of data.match(/.{1,8192}/gsu) ?? []) {
-    if (!sendInput(part)) notice("Offline: what you type is not sent.");
+    const isSent = send({ type: "task_input", task_id, data: part });
+    if (!isSent) notice("Offline: what you type is not sent.");
   }
   view.follow = true;
   held.ctrl = held.alt = false;
@@ -10701,7 +10655,7 @@ const drafts = {}; // by place in runs: what was changed there, or is being type
 const THEMES = { Auto: "Dark", Dark: "Light", Light: "Auto" };
 let runAt = runs.length;
 function setTheme(name) {
-  document.documentElement.dataset.theme = name.toLowerCase();
+  document.documentElement.style.colorScheme = name === "Auto" ? "" : name.toLowerCase();
   say("theme", name);
   $("theme").ariaLabel = `Colours: ${name}`;
   remember("theme", name);
@@ -10722,7 +10676,7 @@ async function submit() {
   setCommand("");
   const problem = await run({ cmd, tty, cwd, timeout: Number($("timeout").value) });
   show("run-error", problem);
-  if (problem) return setCommand(cmd + $("command").value);
+  if (problem) return setCommand([cmd, $("command").value].filter(Boolean).join("\n"));
   if (runs.at(-1) !== cmd) runs.push(cmd);
   runs.splice(0, runs.length - 200);
   runAt = runs.length;
@@ -10748,9 +10702,9 @@ async function askForNotifications() {
   const { Notification: told, isSecureContext } = window;
   const answer = isSecureContext ? await told?.requestPermission() : "insecure";
   const words = {
-    granted: "Desktop notifications are on",
+    granted: "Notifications are on",
     insecure: "Browsers notify only for https and localhost",
-    denied: "Notifications are blocked: allow them in this site's settings",
+    denied: "Blocked: allow them in this site's settings",
     default: "Not decided: click once more to be asked",
   };
   say("notify", words[answer] ?? "This browser cannot notify");
@@ -10790,9 +10744,9 @@ const HANDLERS = {
     connect();
   },
   "filter input": ({ target }) => filterTasks(kindShown, target.value),
-  "all click": () => filterTasks("all", textShown),
-  "running click": () => filterTasks("running", textShown),
-  "failed click": () => filterTasks("failed", textShown),
+  "filters click": ({ target }) => {
+    if (target.id in KINDS) filterTasks(target.id, textShown);
+  },
   "stop click": () => stop(stream.task.stopping ? "KILL" : "TERM"),
   "signal-menu beforetoggle": () => {
     const { left, bottom } = $("stop").getBoundingClientRect();
@@ -10901,17 +10855,13 @@ addEventListener("popstate", () => {
   if (takeTokenFromAddress()) location.reload();
   else openAddress();
 });
-for (const kind of ["online", "visibilitychange"]) {
-  // back on the network, or from sleep
-  addEventListener(kind, () => {
-    if (info && !document.hidden) connect();
-  });
-}
+addEventListener("online", onVisible);
 document.addEventListener("visibilitychange", onVisible);
-// Nothing is heard or drawn while nobody looks; it is made up for.
+// Nothing is heard or drawn while nobody looks, or without a network; it is made up for.
 async function onVisible() {
   watch();
   if (document.hidden || !info) return;
+  connect();
   stream?.pump();
   const { samples } = await api("stats?history").catch(() => ({ samples: past }));
   past.splice(0, Infinity, ...samples);
