@@ -8673,7 +8673,8 @@ const PEN = {
   isOrigin: false,
 };
 class Terminal {
-  // cols 0 makes a log; dropped: lines gone from the front; reply answers a program's questions
+  // cols 0 makes a log, with more columns than are ever used; dropped: lines gone from the front;
+  // reply answers a program's questions
   constructor(cols, rows) {
     this.isLog = !cols;
     this.cols = cols || MAX_STRING;
@@ -8763,7 +8764,7 @@ class Terminal {
   collect(char, code) {
     const isFinal = code > (this.state === ESCAPE ? 47 : 63);
     if (this.state === ESCAPE && !this.between && "[]PX^_".includes(char)) this.begin(char);
-    else if (!isFinal && code < 48) this.between = char + this.between.slice(0, 9);
+    else if (!isFinal && code < 48) this.between = (this.between + char).slice(0, 9);
     else if (!isFinal) {
       const isAfter = this.params || this.prefix;
       const isWrong = this.between || this.params[999] || (char >= "<" && isAfter);
@@ -9463,8 +9464,8 @@ const view = {
     const end = Math.max(0, height - output.clientHeight);
     const seen = (this.follow ? end : Math.min(end, output.scrollTop)) / this.row;
     const last = this.at(seen + output.clientHeight / this.row);
-    // What is selected stays in the document, or else the selection would shrink; but not if it is
-    // far away, or gone, or else the document would grow with the output.
+    // What is selected stays in the document, or else the selection would shrink. It does not if it
+    // is gone (-1) or far away: the document would grow with the output.
     const isNear = (i) => i >= 0 && Math.abs(i - last) < 9999;
     const selected = this.selectedLines()
       .map((line) => t.lines.indexOf(line))
@@ -9723,7 +9724,7 @@ async function begin(fresh) {
   showServer();
   if (wanted && !tasks.has(wanted)) openAddress();
 }
-// Takes what the server has now. Tasks that it has no more go; isNew: all that were known here.
+// Takes what the server has now. Tasks that it has no more are dropped; isNew: all that were here.
 async function readAll(isNew) {
   const known = [...tasks.values()];
   const requests = ["stats?history", "stats?alerts", "tasks"].map((path) => api(path));

@@ -11718,6 +11718,7 @@ SEQUENCES = [
     ("DECSTR", "\x1b[2;4r\x1b[4h\x1b[?6h\x1b[!pab\rX\x1b[6;1Hz", "|Xb||||z"), ("DECSET DECRST DECAWM", "\x1b[?7l" + "x" * 25 + "y\x1b[?7h", None),
     ("DECOM", "\x1b[3;5r\x1b[?6hx\x1b[2;2Hy\x1b[9;1Hz\x1b[?6lw", "w||x| y|z"), ("1049", "main\x1b[?1049halt\x1b[?1049lx", "mainx"),
     ("47", "main\x1b[?47halt\x1b[?47lx", "main   x"), ("1047", "main\x1b[?1047halt\x1b[?1047lx", "main   x"),
+    ("1049 in a region", FILL + "\x1b[2;4r\x1b[?1049h\x1b[?1049l\x1b[4;1H\nX", "AAAAA0|CCCCC2|DDDDD3|X|EEEEE4|FFFFF5"),
     ("1048", "\x1b[3;3H\x1b[?1048h\x1b[H\x1b[?1048lx", "||  x"), ("delete half", "\u6f22\u5b57\x1b[2G\x1b[P", " \u5b57"),
     # Cut by others, or unknown: read to their end, never printed.
     ("CAN", "a\x1b[31\x18b", "ab"), ("SUB", "a\x1b[31\x1ab", "ab"), ("CAN in a string", "a\x1b]0;t\x18b", "ab"),
@@ -12109,6 +12110,11 @@ class TestPage(OnPage):
         visit.page.keyboard.type("xy")
         shown = visit.wait_for("#lines", r"x\s+y")
         assert re.sub(r"\s+", "", shown) == r">033[200~two\rlines033[201~xy"
+        visit.page.evaluate("window.sent = []; send = ({ data }) => sent.push(data); 0")
+        visit.page.evaluate(
+            paste, "x" + "\U0001f600" * 9999
+        )  # in parts, none of which ends inside one
+        assert visit.page.evaluate("sent[1] && sent.every((part) => part.isWellFormed())")
 
     @pytest.mark.parametrize("name", PROGRAMS)
     def test_screen_of_a_program_equals_that_of_pyte(self, visit, tmp_path, monkeypatch, name):
@@ -12259,6 +12265,16 @@ class TestPage(OnPage):
         modes = visit.page.evaluate(script, data)[4]
         on = ["1", "5", "7", "1000", "1002", "1003", "1004", "1006", "1007", "2004"]
         assert sorted((key for key in modes if modes[key]), key=int) == on
+
+    def test_what_is_odd_neither_grows_nor_gets_lost(self, visit: Visit):
+        script = """fill => { const t = new Terminal(20, 6), log = new Terminal(0, 0);
+          t.write(fill + "\\x1b[?1049h"); t.resize(20, 3); t.write("\\x1b[?1049lX");
+          log.write("\\x1b[9999@".repeat(9) + "\\x1b[" + " ".repeat(1e5) + "m\\x1b[" + "1".repeat(1e5));
+          const sizes = [log.row().cells.length <= 65536, log.between.length < 99, log.params.length <= 1000];
+          stream = new Stream({ tty: true, cols: 80, rows: 24 }); stream.isPumping = true; // none is taken
+          for (const size of [[90, 30], [], []]) stream.push({ size, data: new Uint8Array(8e6) });
+          return [t.lines.length - t.base, t.row(2).text, sizes, stream.terminal.cols]; }"""
+        assert visit.page.evaluate(script, FILL) == [3, "FFFFF5X", [True] * 3, 90]
 
     def test_any_colours_can_be_read(self, visit: Visit):
         script = """() => { const bad = [];
@@ -12499,6 +12515,11 @@ class TestPage(OnPage):
         visit.page.fill("#find", "99999")
         visit.wait_for("#hits", "^1 of 1$")
         visit.wait_for("#lines .hit", "^99999$")
+        script = """count => { view.follow = false; document.getElementById("output").scrollTop = 0; view.render();
+          getSelection().selectAllChildren(document.querySelector("#lines > div")); stream.terminal.drop(count);
+          view.follow = true; view.render(); return document.querySelectorAll("#lines > div").length; }"""
+        for count in (0, 5000):  # what is selected is far away, or gone
+            assert visit.page.evaluate(script, count) < 120
 
 
 class TestPageAround(OnPage):
@@ -12517,6 +12538,42 @@ class TestPageAround(OnPage):
         shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
         assert shown == [*map(str, range(151)), ""]
         assert visit.page.is_hidden("#notice")
+
+    def test_connection_that_dies_in_silence_is_noticed(self, visit: Visit):
+        visit.page.clock.install()
+        visit.reload().page.evaluate("wait = 60000; socket.onmessage = null")
+        visit.page.clock.run_for(25000)
+        visit.wait_for("#link", "offline .silence.")
+
+    def test_output_is_read_again_if_need_be_but_not_when_it_is_left(self, visit, server, tmp_path):
+        go = tmp_path / "go"
+        visit.run(f"echo one; until [ -e {go} ]; do sleep 0.02; done; echo late; sleep 60")
+        visit.wait_for("#lines", "^one$")
+        hold = """() => { window.real = api; send({ type: "watch", tasks: [] });
+          api = async (...given) => { const answer = await real(...given);
+            await new Promise((go) => (window.release = go)); return answer; };
+          stream.refill(); }"""
+        visit.page.evaluate(hold)
+        visit.wait_until_true("window.release")
+        go.touch()
+        wait_until(lambda: server.get("/tasks")[-1]["output_bytes"] == len("one\nlate\n"))
+        visit.page.evaluate(
+            "api = real, EVENTS.watching({ tasks: [stream.task.task_id] }), release()"
+        )
+        visit.wait_for("#lines", "^one\nlate$")
+        leave = """() => { window.old = stream; old.refill(); closeTask();
+          old.waiting.push({ type: "task_output", offset: 1e9, output: "" }); }"""
+        visit.page.evaluate(leave)
+        visit.wait_until_true("!old.waiting")
+
+    def test_tasks_that_ended_in_a_gap_do_not_run_for_ever(self, visit: Visit):
+        visit.allowed = "status of 400"
+        script = """() => { const fields = { state: "running", command: "", by: "", started: 1, ended: null };
+          for (const task_id of "ab") takeTask({ ...fields, task_id });
+          select(tasks.get("a")); EVENTS.gap({ from: 1, to: 2 }); takeTask({ ...fields, task_id: "c" }); }"""
+        visit.page.evaluate(script)
+        visit.wait_for("#state", "lost")
+        assert visit.page.evaluate("[...'abc'].filter((id) => tasks.has(id))") == ["a", "c"]
 
     def test_gap_after_a_lost_connection_is_told_and_filled(self, browser: Any, tmp_path: Path):
         go, given = tmp_path / "go", {"KEEP_EVENTS_BYTES": 20_000}
@@ -12877,6 +12934,28 @@ class TestPageAround(OnPage):
             visit.page.click("#theme")
             visit.page.click("#failed")
 
+    def test_command_is_run_once_and_nothing_is_lost(self, visit: Visit):
+        box, held = visit.page.locator("#command"), []
+        visit.allowed = "status of 502"
+        visit.page.route("**/exec", lambda route: held.append(route))
+        for end, *shown, left in (
+            (
+                lambda route: route.fulfill(status=502),
+                "#run-error",
+                "answer was 502",
+                "echo ran\nx",
+            ),
+            (lambda route: route.continue_(), "#lines", "^ran$", "x"),
+        ):
+            box.fill("echo ran")
+            for key in ("Enter", "Enter", "x"):
+                box.press(key)
+            visit.wait_until(lambda: held)
+            assert len(held) == 1
+            end(held.pop())
+            visit.wait_for(*shown)
+            assert box.input_value() == left
+
     def test_draft_and_keys_are_not_lost(self, visit: Visit):
         visit.run("echo before")
         box = visit.page.locator("#command")
@@ -12926,6 +13005,12 @@ class TestPageAround(OnPage):
             wait_until(lambda: is_size_of(visit))
             visit.page.set_viewport_size({"width": 1100, "height": 800})
             visit.wait_until_true("view.cols > 85")
+            wait_until(lambda: is_size_of(visit))
+            visit.page.evaluate("socket.send = () => {}")  # it is dead, and seems to be open
+            visit.page.set_viewport_size({"width": 1200, "height": 800})
+            visit.wait_until_true("stream.task.sizes.length")
+            visit.page.evaluate("const dead = socket; wait = 50; retry({}); dead.close()")
+            visit.wait_live().page.keyboard.type("x")
             wait_until(lambda: is_size_of(visit))
             size = sizes()[0]
             visit.page.keyboard.press("Control+c")
