@@ -2863,27 +2863,28 @@ def find_crashed_runs(folder: str, audit_path: str, held: contextlib.ExitStack) 
     return crashed
 
 
-def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return task id -> (boot id, pid) of tasks that these runs left open.
+def read_rotated(path: str) -> Iterator[bytes]:
+    """Yield the lines of a log, and of what it was renamed to: PATH.1, PATH-20261128."""
+    for name in os.listdir(os.path.dirname(path)):
+        found = os.path.join(os.path.dirname(path), name)
+        if found.startswith(path) and os.path.isfile(found):
+            with suppress(PermissionError), open(found, "rb") as file:
+                yield from file
 
-    path: of the audit log. What it was renamed to is read too: PATH.1, PATH-20261128.
-    """
+
+def find_open_tasks(path: str, boot_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Return task id -> (boot id, pid) of tasks that these runs left open."""
     started: dict[str, tuple[str, int]] = {}
     ended = set()
     pattern = re.compile("|".join(boot_ids).encode("ascii"))  # faster than parsing each line
-    for name in os.listdir(os.path.dirname(path)):
-        found = os.path.join(os.path.dirname(path), name)
-        if not found.startswith(path) or not os.path.isfile(found):
-            continue
-        with suppress(PermissionError), open(found, "rb") as file:
-            for line in filter(pattern.search, file):
-                with suppress(CommandError, KeyError):  # half a line, or about no task
-                    record = parse_json_object(line)
-                    task_id, boot_id = record["task_id"], record["boot_id"]
-                    if record["event"] == "task_complete":
-                        ended.add(task_id)
-                    elif record["event"] == "task_start" and boot_id in boot_ids:
-                        started[task_id] = boot_id, int(record["pid"])
+    for line in filter(pattern.search, read_rotated(path)):
+        with suppress(CommandError, KeyError):  # half a line, or about no task
+            record = parse_json_object(line)
+            task_id, boot_id = record["task_id"], record["boot_id"]
+            if record["event"] == "task_complete":
+                ended.add(task_id)
+            elif record["event"] == "task_start" and boot_id in boot_ids:
+                started[task_id] = boot_id, int(record["pid"])
     return {task_id: one for task_id, one in started.items() if task_id not in ended}
 
 
@@ -11805,6 +11806,11 @@ def is_missing(path: str) -> bool:
         return True
 
 
+def is_hidden(path: str) -> bool:
+    """Whether the sandbox hides a file, or the target of a link."""
+    return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
+
+
 def format_serve_options(
     argv: Sequence[str], is_sandboxed: bool, uid: int
 ) -> tuple[list[str], str, list[str]]:
@@ -11837,11 +11843,6 @@ def format_serve_options(
     if lines:
         lines = "# Read by systemd as root, at each start: restart after a change.\n" + lines
     return words, lines, doubts
-
-
-def is_hidden(path: str) -> bool:
-    """Whether the sandbox hides a file, or the target of a link."""
-    return any(one.startswith(HIDDEN_FOLDERS) for one in (path, os.path.realpath(path)))
 
 
 def is_permitted(path: str, uid: int, right: int) -> bool:
