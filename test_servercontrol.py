@@ -7764,7 +7764,7 @@ def node_command() -> list[str] | None:
     for command in (["node"], ["node", "--experimental-websocket"]):
         probe = [*command, "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]
         if shutil.which("node") and subprocess.run(probe, capture_output=True).returncode == 0:
-            return command
+            return [*command, "--no-warnings"]
     return None
 
 
@@ -8525,35 +8525,21 @@ class TestExec:
             person.read_until("2 servers")
             assert (b"\x1b[" in person.data) == (not no_color)
 
-    @pytest.mark.parametrize(
-        "words", [("exec", "PLACE", "--", "yes"), ("verify-audit", os.devnull), ("unit",)]
-    )
-    def test_says_that_the_disk_is_full(self, place: str, words: tuple[str, ...]) -> None:
-        words = tuple(place if word == "PLACE" else word for word in words)
-        told = "servercontrol: standard output: No space left"
-        with open("/dev/full", "wb") as full:
-            check_command(1, told, *words, streams={"stdout": full})
-
-    @pytest.mark.parametrize("words, status", [
-        (("exec", "PLACE", "--", "echo a; exit 4"), 4),
-        (("exec", "PLACE", "PLACE2", "--", "echo a; exit 4"), 4),
-        (("monitor", "--once", "PLACE"), 0), (("discover", "--timeout=0.1", "--json"), None),
-        (("unit",), 0),
+    @pytest.mark.parametrize("stream, statuses, words", [
+        *((">/dev/full", [1], words) for words in ("exec {0} -- yes", "verify-audit /dev/null", "unit")),
+        (">&-", [4], "exec {0} -- 'echo a; exit 4'"), (">&-", [4], "exec {0} {1} -- 'echo a; exit 4'"),
+        (">&-", [0], "monitor --once {0}"), (">&-", [0], "unit"),
+        (">&-", [0, 1], "discover --timeout=0.1 --json"), ("2>&-", [2], "unit --port=x"),
+        ("2>&-", [125], "exec 127.0.0.1:1 -- true"), ("2>/dev/full", [2], "exec --all -- true"),
     ])  # fmt: skip
-    def test_works_without_standard_output(self, both: Any, words: Any, status: int | None) -> None:
-        places = dict(zip(("PLACE", "PLACE2"), both))
-        prefix = ("sh", "-c", 'exec "$@" >&-', "sh")
-        finished = run_client(*(places.get(word, word) for word in words), prefix=prefix)
-        assert finished.returncode == status or (status is None and finished.returncode in (0, 1))
-        assert b"Error" not in finished.stderr and b"understood" not in finished.stderr
-
-    def test_writes_no_error_to_standard_output(self) -> None:
-        prefix = ("sh", "-c", 'exec "$@" 2>&-', "sh")
-        for words in (["exec", "127.0.0.1:1", "--", "true"], ["unit", "--port=x"]):
-            finished = run_client(*words, prefix=prefix)
-            assert (finished.returncode in (2, 125), finished.stdout) == (True, b"")
-        prefix = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
-        assert run_client("exec", "--all", "--", "true", prefix=prefix).returncode == 2
+    def test_does_without_a_stream(self, both: Any, stream: str, statuses: list[int], words: str):
+        """What cannot be written to standard error is not written to standard output."""
+        prefix = ("sh", "-c", f'exec "$@" {stream}', "sh")
+        finished = run_client(*shlex.split(words.format(*both)), prefix=prefix)
+        assert (finished.returncode in statuses, finished.stdout) == (True, b""), finished
+        told = "servercontrol: standard output: No space left" if stream == ">/dev/full" else ""
+        assert told in finished.stderr.decode()
+        assert not re.search(b"Error|understood", finished.stderr)
 
     @pytest.mark.parametrize("is_blocking", [True, False])
     @pytest.mark.parametrize("count", [1, 2])
@@ -9251,20 +9237,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Watcher:
+class Watcher(contextlib.ExitStack):
     """`monitor --json` while it runs, and the events it has printed."""
 
     def __init__(self, *arguments: str, **options: Any) -> None:
-        self.context = running_client("monitor", "--json", *arguments, **options)
+        super().__init__()
+        running = running_client("monitor", "--json", *arguments, **options)
+        self.process = self.enter_context(running)
         self.events: list[dict[str, Any]] = []
-
-    def __enter__(self) -> Watcher:
-        self.process = self.context.__enter__()
         threading.Thread(target=self._read, daemon=True).start()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.context.__exit__(*exc_info)
 
     def _read(self) -> None:
         with contextlib.suppress(ValueError):  # closed
@@ -10100,16 +10081,6 @@ class ScreenWatcher(OnTerminal):
 
         return wait_until(find)
 
-    def is_stopped(self) -> bool:
-        """Whether Ctrl-S has had its effect, which it has a little later."""
-        fd = os.open(os.ttyname(self.slave), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            return os.write(fd, b"\0") == 0
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-
     def check_restored(self) -> None:
         # A terminal passes on what was written last a little later.
         wait_until(lambda: self.read() or self.data.rstrip().endswith(RESTORED))
@@ -10138,8 +10109,8 @@ class TestMonitorScreen:
             assert lines[-1].startswith("1-2 of 2 by state")
             assert len(lines) == 24 and all(len(line) <= 80 for line in lines)
             if end == "stopped":
-                screen.type("\x13")  # Ctrl-S
-                wait_until(screen.is_stopped)
+                screen.type("\x13")  # Ctrl-S, which has its effect a little later
+                wait_until(lambda: not select.select([], [screen.slave], [], 0)[1])
                 end = signal.SIGTERM
             screen.quit(end)
 
@@ -10316,7 +10287,7 @@ class TestRealRun:
         post += [f"({job}) 2>&1 | tee {tmp_path}/expected", f"http://{server.place}/exec?follow"]
         url, node = f"ws://127.0.0.1:{server.ws_port}/", node_command()
         command = node or ["true"]  # which collects nothing
-        collector = [*command, "--no-warnings", "-e", NODE_COLLECTOR, url]
+        collector = [*command, "-e", NODE_COLLECTOR, url]
         with subprocess.Popen(collector, stdout=-1, stderr=-1) as client:
             assert client.stderr.readline() == (b"open\n" if node else b"")
             with server.websocket() as websocket:
@@ -10367,26 +10338,25 @@ class TestManyViewers:
 class TestReadme:
     """The README's client examples, run as they stand there."""
 
-    def watch(self, server: ServerProcess, command: list[str]) -> str:
-        """Run a client, then a task, until the client has printed all it should."""
+    @pytest.mark.parametrize("name", ["client.py", "client.js"])
+    def test_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path, name: str):
+        """Without a server, or with a wrong token, it says so."""
+        command = [sys.executable, "-u"] if name == "client.py" else node_command()
+        if command is None:
+            pytest.skip("no Node with a WebSocket client here")
+        (tmp_path / name).write_text(read_example(name))
+        url, program = f"ws://127.0.0.1:{server.ws_port}/", [*command, str(tmp_path / name)]
         printed = ""
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+        with subprocess.Popen([*program, url], stdout=subprocess.PIPE) as client:
             try:
                 for raw in client.stdout:
-                    if "CPU" in raw.decode() and "exit code" not in printed:
-                        server.run("echo one; exit 7")
                     printed += raw.decode()
                     if "exit code" in printed:
                         break
+                    if b"CPU" in raw:
+                        server.run("echo one; exit 7")
             finally:
                 client.kill()
-        return printed
-
-    def run_example(self, server: ServerProcess, command: list[str], name: str, folder: Path):
-        """It prints what it should; without a server, or with a wrong token, it says so."""
-        (folder / name).write_text(read_example(name))
-        url, program = f"ws://127.0.0.1:{server.ws_port}/", [*command, str(folder / name)]
-        printed = self.watch(server, [*program, url])
         assert re.search(r"CPU [0-9.]+ %, RAM \d+ of \d+ MiB", printed)
         assert re.search(r"\[\d+\] \$ echo one; exit 7\n\[\d+\] one\n", printed)
         assert re.search(r"\[\d+\] exit code 7", printed)
@@ -10394,15 +10364,6 @@ class TestReadme:
         for place in (url, "ws://127.0.0.1:1/"):
             failed = subprocess.run([*program, place], env=env, capture_output=True, timeout=60)
             assert failed.returncode == 1 and failed.stderr
-
-    def test_python_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
-        self.run_example(server, [sys.executable, "-u"], "client.py", tmp_path)
-
-    def test_javascript_example_prints_every_kind(self, server: ServerProcess, tmp_path: Path):
-        node = node_command()
-        if node is None:
-            pytest.skip("no Node with a WebSocket client here")
-        self.run_example(server, [*node, "--no-warnings"], "client.js", tmp_path)
 
     def test_documents_are_short_and_their_links_lead_somewhere(self):
         assert len(README.read_text().splitlines()) <= 300 and len(DOCS) == 8
@@ -11269,26 +11230,23 @@ class TestFromElsewhere:
                 assert refused.returncode == 125 and b"401: it needs a token" in refused.stderr
 
 
-def find_ansible(name: str) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return find_program(name, "ansible-core, or pip install ansible-core", path)
-
-
 class TestAnsible:
     """SPEC 11: the inventory of `discover --ansible`, read by Ansible."""
 
     @staticmethod
     def run(folder: Path, program: str, *options: str) -> str:
-        command = [find_ansible(program), "-i", f"{folder}/servers.yml", *options]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        found = find_program(program, "ansible-core, or pip install ansible-core", path)
+        command = [found, "-i", f"{folder}/servers.yml", *options]
         env = {**os.environ, "HOME": str(folder), "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1"}
         finished = subprocess.run(command, env=env, cwd=folder, capture_output=True, timeout=120)
         assert finished.returncode == 0, finished
         assert b"WARN" not in finished.stderr, finished.stderr
         return finished.stdout.decode()
 
-    def discover(self, folder: Path, port: int) -> dict[str, Any]:
+    def discover(self, folder: Path, port: int, *options: str) -> dict[str, Any]:
         """Write the inventory, and return what Ansible makes of it."""
-        words = ("discover", "--ansible", "--timeout=1", f"--discovery-port={port}")
+        words = ("discover", "--ansible", "--timeout=1", f"--discovery-port={port}", *options)
         (folder / "servers.yml").write_bytes(run_client(*words).stdout)
         return dict(json.loads(self.run(folder, "ansible-inventory", "--list")))
 
@@ -11309,17 +11267,8 @@ class TestAnsible:
         evil = f"{{{{ lookup('pipe','touch {tmp_path}/x') }}}}"
         facts = {"type": "SERVER_RESPONSE", "port": 80, "ws_port": 80, "hostname": evil}
         reply = json.dumps({**facts, "version": evil, "tls": evil, "url": evil, evil: evil})
-        with bind_udp("127.255.255.255") as impostor:
-
-            def answer() -> None:
-                _, source = impostor.recvfrom(100)
-                with bind_udp("127.66.0.1") as udp:
-                    udp.sendto(reply.encode(), source)
-
-            thread = threading.Thread(target=answer)
-            thread.start()
-            listed = self.discover(tmp_path, impostor.getsockname()[1])
-            thread.join()
+        with TestDiscover.answering(reply.encode()) as port:
+            listed = self.discover(tmp_path, port, "--at=127.0.0.1")
         (name,) = listed["servercontrol"]["hosts"]
         assert "lookup" in name and set(listed["_meta"]["hostvars"]) == {name}
         show = ("-m", "debug", "-a", "msg={{ hostvars }}")
@@ -11362,11 +11311,6 @@ class TestShipper:
                 plain = {"Content_Type": "text/plain"}
                 server.request("POST", "/exec?wait", "true " + "\x01" * 60000, **plain)
 
-            def rotate() -> None:
-                nonlocal written
-                log.rename(tmp_path / f"audit.log.{len(written)}")
-                written += (tmp_path / f"audit.log.{len(written)}").read_bytes()
-
             def is_all_there() -> bool:
                 return collector.answer == written + log.read_bytes()
 
@@ -11374,7 +11318,7 @@ class TestShipper:
             with in_foreground(command, tmp_path / "out", is_all_there):
                 for _ in range(2):
                     run_some()
-                    rotate()
+                    written += log.rename(tmp_path / f"audit.log.{len(written)}").read_bytes()
                     run_some()
                     wait_until(is_all_there)
             run_some()  # nobody reads meanwhile
