@@ -8899,7 +8899,6 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
     ])  # fmt: skip
     def test_tells_what_it_cannot_know(self, second: bytes, told: str, count: int) -> None:
         """No answer to POST /exec came, and then none again or a refusal: it may run all the same."""
-
         with Player({"/exec": (b"", second)}) as busy:
             finished = run_client("exec", busy.place, "x:1", "--", "true")
             refs = [one[one.index(b'"ref"') :] for one in busy.received if b"POST" in one]
@@ -9553,10 +9552,7 @@ class TestMonitor:
         events = [{**STATS, "seq": number} for number in range(1, 61)]
         said = [{**HELLO, "boot_id": "c"}, {"type": "gap", "from": 0, "to": 0}, *events]
 
-        async def list_tasks(*_: Any) -> bytes:
-            return b"[]"
-
-        monkeypatch.setattr(sc, "fetch", list_tasks)
+        monkeypatch.setattr(sc, "fetch", mock.AsyncMock(return_value=b"[]"))
         with Babbler(b"".join(map(frame, said)) + end) as babbler:
             kinds, error = follow(babbler)
         assert kinds == ["hello", "restarted", "hello", "gap", *["stats_update"] * 60]
@@ -10843,7 +10839,12 @@ class TestPrometheus:
             for server in [*servers, tls]:
                 server.fields = (bearer(SERVER_RUN_TOKEN),)
                 stack.enter_context(server)
-            name0, name1, name2 = self.write_targets(tmp_path, port, [*servers, tls])
+            words = ("discover", "--prometheus", f"--discovery-port={port}", "--timeout=1")
+            discover = lambda: json.loads(run_client(*words).stdout)  # noqa: E731
+            found = wait_until(lambda: len(listed := discover()) == 3 and listed)
+            (tmp_path / "servers.json").write_text(json.dumps(found))
+            names = {one["targets"][0].split(":")[1]: one["labels"]["hostname"] for one in found}
+            name0, name1, name2 = (names[str(server.port)] for server in [*servers, tls])
             stack.enter_context(alertmanager.running)
             stack.enter_context(prometheus.running)
             self.check_all_are_scraped(prometheus, {name0, name1, name2})
@@ -10857,20 +10858,6 @@ class TestPrometheus:
             wrong = {("TasksStopped", name1), ("ServerSilent", name0), ("ServerSilent", name2)}
             wait_until(lambda: not wrong & alertmanager.firing())
             self.check_queries_find_something(prometheus)
-
-    @staticmethod
-    def write_targets(folder: Path, port: int, servers: list[ServerProcess]) -> list[str]:
-        """Write Prometheus' list of the servers that discovery finds; return their names."""
-
-        def find() -> Any:
-            words = ("discover", "--prometheus", f"--discovery-port={port}", "--timeout=1")
-            listed = json.loads(run_client(*words).stdout)
-            return listed if len(listed) == len(servers) else None
-
-        found = wait_until(find)
-        (folder / "servers.json").write_text(json.dumps(found))
-        names = {one["targets"][0].split(":")[1]: one["labels"]["hostname"] for one in found}
-        return [names[str(server.port)] for server in servers]
 
     @staticmethod
     def check_all_are_scraped(prometheus: Engine, names: set[str]) -> None:
@@ -10980,7 +10967,7 @@ class Network:
 # Run between two namespaces: a link, lossy and slow, for kernels without netem. Arguments: the
 # namespaces, the part of the packets that is lost, seconds on the way.
 LOSSY_LINK = r"""
-import collections, ctypes, fcntl, os, random, select, struct, sys, time
+import collections, ctypes, fcntl, os, random, select, signal, struct, sys, time
 
 def open_tunnel(namespace):
     with open("/run/netns/" + namespace) as file:
@@ -10993,13 +10980,13 @@ fds = [open_tunnel(namespace) for namespace in sys.argv[1:3]]
 loss, delay = map(float, sys.argv[3:])
 other, waiting, chance = dict(zip(fds, fds[::-1])), collections.deque(), random.Random(7)
 counts = [0, 0]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print(*counts)))
 print("ready", flush=True)
 while True:
     timeout = max(0, waiting[0][0] - time.monotonic()) if waiting else None
     for fd in select.select(fds, [], [], timeout)[0]:
         packet, is_lost = os.read(fd, 65536), chance.random() < loss
         counts[is_lost] += 1
-        print(*counts, flush=True)
         if not is_lost:
             waiting.append((time.monotonic() + delay, other[fd], packet))
     while waiting and waiting[0][0] <= time.monotonic():
@@ -11122,19 +11109,16 @@ class TestNetwork:
                 for here, there in ("34", "43"):
                     network.ip(here, f"address add 10.79.0.{here} peer 10.79.0.{there} dev lossy")
                     network.ip(here, "link set lossy up")
-                counted: list[bytes] = []
-                count = threading.Thread(target=lambda: counted.extend(lossy.stdout or ()))
-                count.start()
                 options = [f"--token-file={network.folder}/token", "--", "seq 1 300000; exit 4"]
                 begin = time.monotonic()
                 words = ("exec", "10.79.0.3", *options)
                 shown = check_command(4, "", *words, prefix=network.at("4"))
                 print(f"{time.monotonic() - begin:.1f} s")
             finally:
-                lossy.kill()
-        count.join()
-        print("passed and lost:", counted[-1])
-        assert int(counted[-1].split()[1]) > 10
+                lossy.terminate()
+            counted = lossy.stdout.read()
+        print("passed and lost:", counted)
+        assert int(counted.split()[1]) > 10
         assert shown == "".join(f"{n}\n" for n in range(1, 300_001))
 
 
@@ -13877,13 +13861,11 @@ class SoakViewer:
                     continue
                 except ConnectionResetError:
                     return
-                frame = take_frame(peer.buffer)
-                while frame is not None:
-                    if frame[0] in (0x81, 0xC1):
-                        self.take(json.loads(inflate_text(*frame)))
-                    elif frame[0] == 0x89:
-                        peer.send(make_frame(0x8A, frame[1]))
-                    frame = take_frame(peer.buffer)
+                for first, payload in iter(lambda: take_frame(peer.buffer), None):
+                    if first in (0x81, 0xC1):
+                        self.take(json.loads(inflate_text(first, payload)))
+                    elif first == 0x89:
+                        peer.send(make_frame(0x8A, payload))
             peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
