@@ -8610,10 +8610,10 @@ class TestExec:
                 assert shown == f"── {place} (exit code 0)\nresult {number:d}\n".encode()
 
     def test_shows_half_a_line_when_it_goes(self, both: Any) -> None:
-        with running_client("exec", *both, "--", "printf 'one\\nhalf'; sleep 66") as process:
+        words = ("exec", *both, "--", "printf 'one\\nhalf'; sleep 66")
+        with ending_client(128 + signal.SIGTERM, " is left running: ", *words) as process:
             assert [process.stdout.readline()[-5:] for _ in both] == [b" one\n"] * 2
             process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
             assert process.stdout.read().count(b" | half\n") == 2
 
     def test_shows_what_a_server_sent_before_it_died(self, place: str, tmp_path: Path) -> None:
@@ -8970,12 +8970,12 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
 
     def test_has_help_for_each_command(self) -> None:
         for command in sc.COMMAND_LINES:
-            finished = run_client(command, "--help")
-            assert finished.returncode == 0
-            assert f"servercontrol.py {command}".encode() in finished.stdout
-            assert max(map(len, finished.stdout.split(b"\n"))) <= 80
-            assert run_client("help", command).stdout == finished.stdout
-        assert all(name.encode() in run_client("help").stdout for name in sc.COMMAND_LINES)
+            shown = check_command(0, "", command, "--help")
+            assert f"servercontrol.py {command}" in shown
+            assert max(map(len, shown.split("\n"))) <= 80
+            assert check_command(0, "", "help", command) == shown
+        shown = check_command(0, "", "help")
+        assert all(name in shown for name in sc.COMMAND_LINES)
         assert set(sc.SYNTAX) - {"serve"} == set(sc.COMMAND_LINES)
 
 
@@ -9249,11 +9249,6 @@ class Watcher(contextlib.ExitStack):
         """Return the event of a type that is number `count`, when it comes."""
         found = wait_until(lambda: [e for e in self.events if e["type"] == kind][count - 1 :])
         return found[0]
-
-    def catch_up(self) -> None:
-        """Wait for statistics of later than now: what was published before comes before them."""
-        now, is_stats = time.time() * 1000, is_type("stats_update")
-        wait_until(lambda: [e for e in self.events if is_stats(e) and e["timestamp"] > now])
 
     def stop(self, complaint: str = "") -> None:
         self.process.send_signal(signal.SIGINT)
@@ -10036,7 +10031,9 @@ class TestMonitorLog:
             last = server.start("exit 1")
             wait_until(lambda: ends_in(log, last))
             wait_until(lambda: not server.get("/info")["tasks_running"])
-            watcher.catch_up()
+            # What was published before these statistics comes before them.
+            now, is_stats = time.time() * 1000, is_type("stats_update")
+            wait_until(lambda: [e for e in watcher.events if is_stats(e) and e["timestamp"] > now])
             watcher.stop()
             assert cutter.cut > 2
         log.write_text(log.read_text().replace(half + "\n", ""))
@@ -11134,9 +11131,8 @@ def check_client(place: str, *options: str, **env: str) -> None:
     assert shown == "".join(f"{n}\n" for n in range(1, 700_001))
     words = ("exec", place, *options, "--stdin", "--", "wc -c")
     assert run_client(*words, stdin=b"x" * 700_000, **env).stdout == b"700000\n"
-    (told,) = json.loads(
-        check_command(0, "", "monitor", place, *options, "--once", "--json", **env)
-    )
+    looked = check_command(0, "", "monitor", place, *options, "--once", "--json", **env)
+    (told,) = json.loads(looked)
     assert told["state"] == "up" and told["stats"]["ram_total"] > 0
 
 
@@ -14069,24 +14065,21 @@ def soak_siege(server: ServerProcess, scale: float) -> str:
     return f"{len(delays)} requests of a token holder: {soak_tell('', delays)}; {grown:+} KiB"
 
 
-# What each job needs of its server besides.
-SOAK_OPTIONS = {
-    "cuts": ("--compress=on",),
-    "siege": ("--require-token", "--audit-log=none"),
+# With what each job needs of its server besides.
+SOAK_JOBS: dict[str, tuple[Any, ...]] = {
+    "cuts": (soak_cuts, "--compress=on"),
     # So that /logs has what the events no longer have.
-    "stalls": ("--compress=on", "--keep-output=64MiB"),
-}
-SOAK_JOBS = {
-    "cuts": soak_cuts, "stalls": soak_stalls, "load": soak_load, "short-tasks": soak_short_tasks,
-    "siege": soak_siege,
+    "stalls": (soak_stalls, "--compress=on", "--keep-output=64MiB"),
+    "load": (soak_load,), "short-tasks": (soak_short_tasks,),
+    "siege": (soak_siege, "--require-token", "--audit-log=none"),
 }  # fmt: skip
 
 
 def soak_run(name: str, scale: float, *options: str) -> str:
     with tempfile.TemporaryDirectory(prefix="servercontrol-soak-") as folder:
-        options = ("--cpu-alert=100", *SOAK_OPTIONS.get(name, ()), *options)
-        with ServerProcess(Path(folder), *options) as server:
-            return SOAK_JOBS[name](server, scale)
+        work, *own = SOAK_JOBS[name]
+        with ServerProcess(Path(folder), "--cpu-alert=100", *own, *options) as server:
+            return str(work(server, scale))
 
 
 def soak_main(argv: list[str]) -> int:
