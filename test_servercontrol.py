@@ -8281,10 +8281,8 @@ class TestExec:
             servers = [stack.enter_context(ServerProcess(tmp_path / str(n))) for n in range(3)]
             names = [server.place for server in servers]
             command = f"mkdir {tmp_path}/lock && sleep 0.2 && rmdir {tmp_path}/lock"
-            alone = run_client("exec", *names, "--parallel=1", "--", command)
-            assert alone.returncode == 0, alone.stdout
-            together = run_client("exec", *names, "--", command)
-            assert together.returncode == 1, together.stdout
+            check_command(0, "", "exec", *names, "--parallel=1", "--", command)
+            check_command(1, "", "exec", *names, "--", command)
 
     @pytest.mark.parametrize("what", NONSENSE)
     def test_takes_no_nonsense(self, what: str) -> None:
