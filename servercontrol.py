@@ -73,7 +73,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
-# 1. Imports and version -----------------------
+# 1. Imports and version --------------------
 import signal
 import sys
 
@@ -177,7 +177,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
 __version__ = "0.1.0"
 
-# 2. Constants ---------------------------------
+# 2. Constants ------------------------------
 # Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
@@ -352,7 +352,7 @@ STATE_COLOURS = {
     "connecting": "\x1b[2m",
 }
 
-# 3. Errors ------------------------------------
+# 3. Errors ---------------------------------
 # What a user, a peer or the machine causes. Any other exception is a bug.
 
 
@@ -431,7 +431,7 @@ COMMAND_STATUS = {
     "no_resources": 503,
 }
 
-# 4. Configuration -----------------------------
+# 4. Configuration --------------------------
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Config:
         }
 
 
-# 5. HTTP messages -----------------------------
+# 5. HTTP messages --------------------------
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
 # differently, a request can be smuggled past one of them.
 
@@ -759,7 +759,7 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# 6. Access ------------------------------------
+# 6. Access ---------------------------------
 # The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
@@ -1066,7 +1066,7 @@ class RateLimit:
         return 0.0
 
 
-# 7. WebSocket handshake and frames ------------
+# 7. WebSocket handshake and frames ---------
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
 # one compression of an event serves all viewers, and no connection keeps a window.
@@ -1303,7 +1303,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
     return struct.pack("!H", code) + text.encode()
 
 
-# 8. WebSocket connection ----------------------
+# 8. WebSocket connection -------------------
 # RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
 #   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
@@ -1495,7 +1495,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
 
-# 9. Statistics and alerts ---------------------
+# 9. Statistics and alerts ------------------
 # A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
@@ -1589,7 +1589,7 @@ class AlertRule:
         return "cpu_alert"
 
 
-# 10. Feed and kept output ---------------------
+# 10. Feed and kept output ------------------
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
@@ -1798,7 +1798,7 @@ class OutputLog:
         return [piece for piece in reversed(pieces) if piece]
 
 
-# 11. Messages and datagrams -------------------
+# 11. Messages and datagrams ----------------
 # JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
 # UTF-8, and every field of a request is checked.
 
@@ -2167,9 +2167,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# -- From here on: I/O -------------------------
+# -- From here on: I/O ----------------------
 
-# 12. Log, state folder and audit log ----------
+# 12. Log, state folder and audit log -------
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
 # failure here stops the server: a full or unread stderr, a read-only folder, a full disk.
 #
@@ -2654,7 +2654,7 @@ def check_chain(
     return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
-# 13. Tasks ------------------------------------
+# 13. Tasks ---------------------------------
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
@@ -3419,7 +3419,7 @@ class Tasks:
         task.wake()
 
 
-# 14. Viewers ----------------------------------
+# 14. Viewers -------------------------------
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
@@ -3745,7 +3745,7 @@ class Viewers:
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
-# 15. Background loops -------------------------
+# 15. Background loops ----------------------
 # What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
@@ -4085,7 +4085,7 @@ class SystemdNotifier:
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
 
-# 16. Server -----------------------------------
+# 16. Server --------------------------------
 # A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
 # route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
@@ -5702,7 +5702,7 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Client -----------------------------------
+# 17. Client --------------------------------
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
 # a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
@@ -7447,7 +7447,7 @@ def format_found(found: Sequence[Fields]) -> str:
     return "".join(line.rstrip() + "\n" for line in padded)
 
 
-# 18. Dashboard --------------------------------
+# 18. Dashboard -----------------------------
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -9258,7 +9258,7 @@ function measureText(text, isBold) {
   return width;
 }
 function kindOf(char, width, style) {
-  if (char >= " " && char <= "~") return "text";
+  if (char >= " " && char <= "~" && !char[1]) return "text"; // else it has marks
   if (char === "\t") return "box";
   const isBold = style && style.split(",", 3)[2] & BOLD;
   const isFitting = Math.abs(measureText(char, isBold) - width * font.cell) < 0.05;
@@ -10921,7 +10921,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 19. Command line -----------------------------
+# 19. Command line --------------------------
 # Makes a Config from options and environment, builds the objects in their order, and returns the
 # exit status.
 
@@ -11196,7 +11196,7 @@ lines is for. Afterwards:
   sudo python3 servercontrol.py exec \\
     --token-file /var/lib/servercontrol/token -- date
 
-With --user the token is in ~/.local/state/servercontrol of that account.
+With --user, but not --no-exec, the token is in ~/.local/state/servercontrol of that account.
 """,
         {"--user": ("run as this account, without a sandbox", str, "NAME")},
     ),

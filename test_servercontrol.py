@@ -12101,8 +12101,8 @@ class TestPage(OnPage):
         script = """async () => {
           const frame = () => new Promise((go) => requestAnimationFrame(go));
           const draw = async (size) => {
-            stream.drawn = Infinity;
-            stream.push({ time: 1, data: encoder.encode("x".repeat(size - 1) + "\\n") });
+            Object.assign(stream, { drawn: Infinity, arrived: size - 2 });
+            stream.push({ time: 1, data: encoder.encode("x\\n") });
             await frame();
             return stream.queue.length;
           };
@@ -12123,7 +12123,8 @@ class TestPage(OnPage):
           while (late[0]?.offset < end) take.call(stream, late.shift()); }"""
         visit.page.evaluate(release, 200000)
         visit.wait_for("#lines", "70000$")
-        assert visit.page.evaluate("stream.next < 300000 && view.terminal !== stream.terminal")
+        is_ahead = "stream.next < 300000 && view.terminal !== stream.terminal"
+        visit.wait_until_true(f"!stream.queue.length && {is_ahead}")
         visit.page.fill("#find", "11999")  # what has come in its turn is searched
         visit.wait_for("#hits", "^1 of 1$")
         visit.page.evaluate(release, 1000000)
@@ -12233,17 +12234,17 @@ class TestPage(OnPage):
     def test_row_never_shifts(self, visit: Visit):
         odd = "\u2764\ufe0f \u26a0\ufe0f \u23fa \u2460 \u280b \u6f22\u5b57 \u1112\u1161\u11ab \U0001f469\u200d\U0001f4bb e\u0301 \ufdfa \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31 Z\u0351\u036b\u0343".split()
         visit.run("printf '%s|\\n' " + " ".join(odd) + "; sleep 60", tty=True)
-        visit.wait_until_true(f"stream.terminal.y === {len(odd)}")
-        visit.page.wait_for_timeout(100)
+        visit.wait_until_true(f"document.querySelectorAll('#lines > div').length >= {len(odd)}")
         script = """() => { const { left, top } = document.getElementById("lines").getBoundingClientRect();
-          return [...document.querySelectorAll("#lines > div")].slice(0, -1).map((row, i) => {
+          return [...document.querySelectorAll("#lines > div")].slice(0, %d).map((row, i) => {
             const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT), range = document.createRange();
             let node; while (walker.nextNode()) if (walker.currentNode.data.endsWith("|")) node = walker.currentNode;
             range.setStart(node, node.length - 1); range.setEnd(node, node.length);
             const place = range.getBoundingClientRect(), box = row.getBoundingClientRect();
             return [(place.left - left) / font.cell, (box.top - top) / view.row, box.height / view.row, stream.terminal.row(i).open().length - 1]; }); }"""
-        shown = zip(odd, visit.page.evaluate(script))
-        for number, (text, (x, y, height, cells)) in enumerate(shown):
+        rows = visit.page.evaluate(script % len(odd))
+        assert len(rows) == len(odd)
+        for number, (text, (x, y, height, cells)) in enumerate(zip(odd, rows)):
             assert abs(x - cells) < 0.1 and abs(y - number) < 0.01 and abs(height - 1) < 0.01, text
 
     def test_nothing_is_blank_and_hits_are_seen_in_any_script(self, visit: Visit):
@@ -12346,6 +12347,7 @@ class TestPage(OnPage):
     def test_mouse_and_focus_are_told_when_asked_for(self, visit: Visit):
         visit.run("stty raw -echo; printf 'on\\r\\n'; exec cat", tty=True, shows="on")
         listen = "window.sent = []; send = (message) => message && sent.push(message.data ?? ''); 0"
+        listen += "; addEventListener('wheel', () => (window.wheel = 1), true)"
         visit.page.evaluate(listen)
         box = visit.page.locator("#lines").bounding_box()
         cell, row = visit.page.evaluate("[font.cell, view.row]")
@@ -12366,7 +12368,7 @@ class TestPage(OnPage):
         assert do("\x1b[?1000;1006h", *click) == ["\x1b[<0;3;2M", "\x1b[<0;4;2m"]
         assert do("\x1b[?1002h", *click) == ["\x1b[<0;3;2M", "\x1b[<32;4;2M", "\x1b[<0;4;2m"]
         assert do("\x1b[?1003h", lambda: go(9, 1))[-1] == "\x1b[<35;9;1M"
-        pause = lambda: visit.page.wait_for_timeout(100)  # noqa: E731
+        pause = lambda: visit.wait_until_true("window.wheel && !(window.wheel = 0)")  # noqa: E731
         assert do("", lambda: mouse.wheel(0, -100), pause)[-1:] == ["\x1b[<64;3;2M"]
         keyboard = visit.page.keyboard
         shifted = (lambda: keyboard.down("Shift"), *click, lambda: keyboard.up("Shift"))
@@ -12434,10 +12436,10 @@ class TestPageAround(OnPage):
         go = tmp_path / "go"
         more = "for i in $(seq 21 150); do echo $i; sleep 0.01; done"
         visit.run(f"seq 0 20; until [ -e {go} ]; do sleep 0.02; done; {more}", shows="20$")
-        visit.page.evaluate("wait = 1000; socket.close()")
+        visit.page.evaluate("wait = 60000; socket.close()")
         visit.wait_for("#link", "offline")
         go.touch()
-        visit.wait_live()
+        visit.wait_until_true("(connect(), $('link').textContent === 'live')")
         visit.wait_for("#state", "done")
         visit.wait_until_true("stream.queue.length === 0 && stream.terminal.lines.length === 152")
         shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
@@ -12485,12 +12487,12 @@ class TestPageAround(OnPage):
             visit.run(f"echo 0; until [ -e {go} ]; do sleep 0.02; done; seq 20000; sleep 60")
             visit.wait_for("#lines", "^0$")
             (task,) = server.get("/tasks")
-            visit.page.evaluate("wait = 1000; socket.close()")
+            visit.page.evaluate("wait = 60000; socket.close()")
             visit.wait_for("#link", "offline")
             server.run("true")  # of which the page would hear
             go.touch()
             wait_until(lambda: server.task(task["task_id"])["output_bytes"] == 108_896)
-            visit.wait_live()
+            visit.wait_until_true("(connect(), $('link').textContent === 'live')")
             visit.wait_for("#notice", r"Events \d+ to \d+ were missed")
             visit.wait_until_true("stream.terminal.lines.length === 20002")
             shown = visit.page.evaluate("stream.terminal.lines.map((line) => line.text)")
