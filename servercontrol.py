@@ -9911,8 +9911,8 @@ class Stream {
     }
     this.waiting = null;
     if (stream !== this) return;
-    if (this.isStale) this.refill();
     waiting.forEach((event) => this.take(event));
+    if (this.isStale) this.refill();
   }
   take(event) {
     if (event.offset > this.next && !this.waiting) this.refill();
@@ -10212,7 +10212,8 @@ function lasted({ started, ended }) {
 }
 function takeTask(fields) {
   const known = tasks.get(fields.task_id);
-  if (known) return known.ended || update(known, fields);
+  if (known?.isGone) dropTask(known);
+  else if (known) return known.ended || update(known, fields);
   const parts = ["code", "span", "small", "small"].map((tag) => make(tag));
   const button = make("button", { type: "button" }, ...parts);
   // read: output up to here was shown; sizes: of its terminal, that this page has asked for
@@ -10307,7 +10308,7 @@ function select(task) {
   stream = new Stream(task);
   showDetail();
   layOut();
-  if (!watch()) stream.refill();
+  if (!watch() || task.isGone) stream.refill();
   if (!isMine || !task.tty) return;
   takeSize();
   $("keys").focus();
@@ -11196,7 +11197,8 @@ lines is for. Afterwards:
   sudo python3 servercontrol.py exec \\
     --token-file /var/lib/servercontrol/token -- date
 
-With --user, but not --no-exec, the token is in ~/.local/state/servercontrol of that account.
+With --user, but not --no-exec, the token is in ~/.local/state/servercontrol of
+that account.
 """,
         {"--user": ("run as this account, without a sandbox", str, "NAME")},
     ),
