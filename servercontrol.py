@@ -73,7 +73,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
-# 1. Imports and version --------------------
+# 1. Imports and version ----------------
 import signal
 import sys
 
@@ -177,7 +177,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
 __version__ = "0.1.0"
 
-# 2. Constants ------------------------------
+# 2. Constants --------------------------
 # Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
@@ -352,7 +352,7 @@ STATE_COLOURS = {
     "connecting": "\x1b[2m",
 }
 
-# 3. Errors ---------------------------------
+# 3. Errors -----------------------------
 # What a user, a peer or the machine causes. Any other exception is a bug.
 
 
@@ -431,7 +431,7 @@ COMMAND_STATUS = {
     "no_resources": 503,
 }
 
-# 4. Configuration --------------------------
+# 4. Configuration ----------------------
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Config:
         }
 
 
-# 5. HTTP messages --------------------------
+# 5. HTTP messages ----------------------
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
 # differently, a request can be smuggled past one of them.
 
@@ -759,7 +759,7 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# 6. Access ---------------------------------
+# 6. Access -----------------------------
 # The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
@@ -1066,7 +1066,7 @@ class RateLimit:
         return 0.0
 
 
-# 7. WebSocket handshake and frames ---------
+# 7. WebSocket handshake and frames -----
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
 # one compression of an event serves all viewers, and no connection keeps a window.
@@ -1303,7 +1303,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
     return struct.pack("!H", code) + text.encode()
 
 
-# 8. WebSocket connection -------------------
+# 8. WebSocket connection ---------------
 # RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
 #   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
@@ -1495,7 +1495,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
 
-# 9. Statistics and alerts ------------------
+# 9. Statistics and alerts --------------
 # A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
@@ -1589,7 +1589,7 @@ class AlertRule:
         return "cpu_alert"
 
 
-# 10. Feed and kept output ------------------
+# 10. Feed and kept output --------------
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
@@ -1798,7 +1798,7 @@ class OutputLog:
         return [piece for piece in reversed(pieces) if piece]
 
 
-# 11. Messages and datagrams ----------------
+# 11. Messages and datagrams ------------
 # JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
 # UTF-8, and every field of a request is checked.
 
@@ -2167,9 +2167,9 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# -- From here on: I/O ----------------------
+# -- From here on: I/O -------------------
 
-# 12. Log, state folder and audit log -------
+# 12. Log, state folder and audit log ---
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
 # failure here stops the server: a full or unread stderr, a read-only folder, a full disk.
 #
@@ -2654,7 +2654,7 @@ def check_chain(
     return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
-# 13. Tasks ---------------------------------
+# 13. Tasks -----------------------------
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
@@ -2860,14 +2860,15 @@ def find_crashed_runs(folder: str, audit_path: str, held: contextlib.ExitStack) 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.read(4096) == os.fsencode(audit_path):
                 crashed[name[4:]] = path
+            else:
+                file.close()
     return crashed
 
 
 def read_rotated(path: str) -> Iterator[bytes]:
     """Yield the lines of a log, and of what it was renamed to: PATH.1, PATH-20261128."""
-    for name in os.listdir(os.path.dirname(path)):
-        found = os.path.join(os.path.dirname(path), name)
-        if found.startswith(path) and os.path.isfile(found):
+    for found in os.scandir(os.path.dirname(path)):
+        if found.path.startswith(path) and found.is_file():
             with suppress(PermissionError), open(found, "rb") as file:
                 yield from file
 
@@ -2908,11 +2909,11 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     with contextlib.ExitStack() as held:
         try:
             crashed = find_crashed_runs(folder, audit.path, held)
-            open_tasks = find_open_tasks(audit.path, crashed) if crashed else {}
+            tasks = find_open_tasks(audit.path, crashed) if crashed else {}
         except OSError as error:
             log.write("warning", "crash_not_completed", error=explain(error))
             return
-        for task_id, (boot_id, pid) in open_tasks.items():
+        for task_id, (boot_id, pid) in tasks.items():
             alive = find_survivors(task_id, pid)
             pids += alive
             how: Fields = {"exit_code": None, "signal": None, "state": "interrupted", "pids": alive}
@@ -2926,7 +2927,7 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
-    counts = {"runs": len(crashed), "tasks": len(open_tasks)}
+    counts = {"runs": len(crashed), "tasks": len(tasks)}
     log.write("warning", "crash_completed", **counts, message=message)
 
 
@@ -3419,7 +3420,7 @@ class Tasks:
         task.wake()
 
 
-# 14. Viewers -------------------------------
+# 14. Viewers ---------------------------
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
@@ -3745,7 +3746,7 @@ class Viewers:
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
-# 15. Background loops ----------------------
+# 15. Background loops ------------------
 # What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
@@ -4011,8 +4012,8 @@ class Discovery:
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: all receive broadcasts, one a unicast. But one
-                # that the kernel chooses (0) is free.
+                # Servers on one host share the port: all receive broadcasts, one a unicast. With
+                # port 0 the kernel must choose a free one.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.port > 0)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4085,7 +4086,7 @@ class SystemdNotifier:
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
 
-# 16. Server --------------------------------
+# 16. Server ----------------------------
 # A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
 # route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
@@ -5022,7 +5023,7 @@ async def serve_websocket(connection: Connection, viewer: Viewer, data: bytes) -
                 connection.begin_phase(Phase.CLOSING, CLOSE_SECONDS)
         if websocket.state is WebSocketState.CLOSED:
             connection.transport.write(websocket.answer)
-            # A TLS client that is done waits for us to close (RFC 6455, 7.1.1).
+            # Nothing follows both close frames; a TLS client then waits for us (RFC 6455, 7.1.1).
             if not is_done or (websocket.answer and connection.transport.can_write_eof()):
                 await linger(connection)
             return
@@ -5702,7 +5703,7 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Client --------------------------------
+# 17. Client ----------------------------
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
 # a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
@@ -6272,6 +6273,7 @@ class RemoteTask:
         task_id, offset = fields.get("x-task-id", ""), fields.get("x-offset", "")
         if not DIGITS.fullmatch(task_id) or not DIGITS.fullmatch(offset):
             stream[1].transport.abort()
+            # As a proxy's 502: it may have been started.
             raise UnreachableError(str(foreign_error()), 502 if body else 404)
         self.stage, self.task_id, self.stream = Stage.RUNNING, task_id, stream
         self.good_at = time.monotonic()
@@ -6387,14 +6389,13 @@ class RemoteTask:
 
     async def stop(self) -> None:
         """Interrupt the command, now or with the next stream. What ignores that is killed."""
-        self.is_stopping = self.is_stop_owed = True
+        self.is_stopping, self.is_stop_owed = True, not self.task_id
         if not self.task_id:
             return
         try:
             await self.control.ask("POST", f"/kill?id={self.task_id}&signal=INT")
-            self.is_stop_owed = False
         except UnreachableError as error:
-            self.is_stop_owed = not error.status
+            self.is_stop_owed = error.status not in REFUSED
             again = ", trying again" if self.is_stop_owed else ""
             if error.status != 409:  # it has ended
                 self.tell(f"could not be stopped ({error}){again}")
@@ -6814,7 +6815,7 @@ class MonitorLog:
     _is_cut: bool = False  # the file ends inside a record
     _waiting: bytearray = field(default_factory=bytearray)
     problem: str = ""  # why records wait; "" if all is well
-    _lost: int = 0  # records that a `gap` among those that wait stands for
+    _lost: int = 0  # records that the waiting `gap` counts
     _complained_at: float = -LOG_ERROR_SECONDS
     _due_bytes: int = 0  # at this size `position` records are due
 
@@ -7447,7 +7448,7 @@ def format_found(found: Sequence[Fields]) -> str:
     return "".join(line.rstrip() + "\n" for line in padded)
 
 
-# 18. Dashboard -----------------------------
+# 18. Dashboard -------------------------
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -10922,7 +10923,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 19. Command line --------------------------
+# 19. Command line ----------------------
 # Makes a Config from options and environment, builds the objects in their order, and returns the
 # exit status.
 
@@ -11385,7 +11386,8 @@ def print_banner(config: Config, listeners: Listeners, tokens: Tokens) -> None:
     }
     lines = [f"  {name:8} {text}\n" for name, text in facts.items() if text]
     text = f"ServerControl {__version__}\n" + "".join(lines)
-    write_without_waiting(1, text.encode("utf-8", "replace"))
+    with suppress(OSError):
+        write_all(1, bytearray(text.encode("utf-8", "replace")), FINISH_SECONDS)
 
 
 def reset_signals() -> bool:
@@ -11828,7 +11830,7 @@ def format_serve_options(
             value = os.path.abspath(value)  # a service starts in `/`
         if is_read and is_missing(value):
             doubts.append(f"{option}: there is no file {value}")
-        if name == "shell" and is_sandboxed and is_hidden(value):
+        if name == "shell" and "/" in value and is_sandboxed and is_hidden(value):
             doubts.append(f"{option}: the service cannot see {value}")
         if is_written and is_sandboxed and not value.startswith(SANDBOX_FOLDERS):
             doubts.append(f"{option}: the service can write to {' '.join(SANDBOX_FOLDERS)} alone")

@@ -1987,7 +1987,8 @@ class TestMessages:
     )  # fmt: skip
     def test_exec_body_refused(self, media_type: str, body: bytes, code: str) -> None:
         assert status_of(sc.parse_exec_body, media_type, body) == code
-        assert sc.COMMAND_STATUS.get(code, 400) in (400, 413, 415)
+        status = {"too_large": 413, "unsupported_media_type": 415}.get(code, 400)
+        assert sc.COMMAND_STATUS.get(code, 400) == status
 
     def test_task_id(self) -> None:
         assert sc.parse_task_id("107") == "107"
@@ -2515,7 +2516,7 @@ class TestWebSocketRules:
             wait_until(lambda: server.get("/info")["clients"] == 0)
 
     def test_times_are_those_of_the_contract(self) -> None:
-        assert (sc.CLOSE_SECONDS, sc.PING_SECONDS) == (5.0, 20.0)
+        assert (sc.CLOSE_SECONDS, sc.PING_SECONDS, sc.STOP_CLOSE_SECONDS) == (5.0, 20.0, 0.6)
         assert (sc.WRITE_STALL_SECONDS, sc.KEEP_EVENTS_BYTES) == (30.0, 16 * sc.MIB)
 
     def test_nothing_lingers_after_both_closes(self, tmp_path: Path) -> None:
@@ -2959,11 +2960,11 @@ class TestRounds:
         code = f"sc.Outputs._feed = property(lambda self: {feed}, lambda self, feed: None)"
         own = ServerProcess(tmp_path, code=code, ROUND_SECONDS=0.25)
         with own as server, RawPeer(server) as peer:
-            task_id = server.start("for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.1; done")
+            task_id = server.start("for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.5; done")
             chunks = [e for e in peer.receive(is_complete(task_id)) if e["type"] == "task_output"]
             assert "".join(e["output"] for e in chunks) == "".join(f"{n}\n" for n in range(1, 11))
             times = [e["timestamp"] for e in chunks[:-1]]  # the end of a task does not wait
-            assert all(after - before > 200 for before, after in zip(times, times[1:]))
+            assert times and all(after - before > 200 for before, after in zip(times, times[1:]))
 
 
 class TestCompression:
@@ -3138,10 +3139,9 @@ class TestSlowViewers:
                         assert size, "the slow one is closed too"
                         taken += size
                     assert server.get("/info")["clients"] == 2 or time.monotonic() - began > 2.9
-                    return passed > 5.5
+                    return passed > 5.5 and server.get("/info")["clients"] == 1
 
                 wait_until(take_slowly)
-                assert server.get("/info")["clients"] == 1
                 assert check_stream(slow.receive(is_complete(task_id))) == []
                 with contextlib.suppress(ConnectionResetError):
                     while stalled.read_some():
@@ -4111,7 +4111,7 @@ class TestAccessOptions:
                     ("GET /tasks", (), b"", 200), ("POST /exec?wait", (JSON_FIELD,), RUN_TRUE, 200),
                     ("GET /nothing", (), b"", 404), ("POST /exec?wait", (JSON_FIELD,), b"[]", 400),
                     ("POST /nothing", (JSON_FIELD,), b"{}", 404), ("POST /exec", (), b"true", 415),
-                    ("OPTIONS /exec", PREFLIGHT, b"", 204),
+                    ("OPTIONS /exec", (*PREFLIGHT, "Via: 1.1 a"), b"", 204),
                 ]:  # fmt: skip
                     answer = check_answer(server, status, line, *marks, *fields, body=body)
                     assert answer.headers.get("access-control-allow-origin") == origin, line
@@ -4400,13 +4400,13 @@ class TestTokenPieces:
         assert "NAME" in str(error.value) and "\n" not in str(error.value)
         assert len(text) < 10 or text not in str(error.value)
         path = tmp_path / "token"
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(os.fsencode(text))
         path.chmod(0o600)
         with pytest.raises(sc.ConfigError):
             sc.load_token_file("NAME", str(path))
         with pytest.raises(sc.ConfigError):
             sc.load_kept_token(str(tmp_path), "token", sc.Log("json", "error"))
-        assert path.read_text(encoding="utf-8") == text
+        assert path.read_bytes() == os.fsencode(text)
 
     def test_file_is_made_only_where_it_may_be(self, tmp_path: Path) -> None:
         path, log = tmp_path / "token", sc.Log("json", "error")
@@ -4606,8 +4606,8 @@ class TestTls(RunsTasks):
             assert data.startswith(b"GET") == (b"HTTP/" in answer) == (b"speaks https" in answer)
 
     def test_silent_connection_is_closed_at_the_deadline(self, tls_server: TlsServer) -> None:
+        started = time.monotonic()
         with tls_server.connect_plain() as silent, tls_server.connect_plain() as half:
-            started = time.monotonic()
             half.sendall(b"\x16\x03\x01\x02\x00\x01")
             assert read_all(silent) + read_all(half) == b""
             assert 2 < time.monotonic() - started < 20
@@ -5108,7 +5108,7 @@ class TestSmallPieces:
 class TestLimits:
     """Every count and buffer that a peer can fill has a limit; each test has its own server."""
 
-    @pytest.mark.parametrize("loop, most", [*((loop, 5) for loop in loops()), ("asyncio", 1)])
+    @pytest.mark.parametrize("loop, most", [*((loop, 5) for loop in loops()), ("asyncio", 3)])
     def test_connections_above_the_limit_get_503(
         self, tmp_path: Path, loop: str, most: int
     ) -> None:
@@ -8823,7 +8823,7 @@ asyncio.selector_events.BaseSelectorEventLoop._close_self_pipe = close_and_signa
     async def test_leaves_a_connection_that_stands_still(self, plain_server, monkeypatch, limit):
         """Such as through a firewall that forgot it: it is open, and nothing comes."""
         monkeypatch.setattr(sc, "BEAT_SECONDS", 0.3)
-        monkeypatch.setattr(sc, "ANSWER_SECONDS", 3.0 if limit == 50 else 15.0)
+        monkeypatch.setattr(sc, "ANSWER_SECONDS", 6.0 if limit == 50 else 15.0)
         command = "seq 300000; sleep 0.1; exit 4"
         with Cutter(plain_server.port, lambda n: limit if n == 1 else None, stalls=True) as cutter:
             task, output, told = await self.start_here(cutter.port, command)
@@ -10161,6 +10161,7 @@ class TestMonitorScreen:
                 screen.read()
                 before = screen.data.count(b"\x1b[H")
                 server.start("timeout 2 yes")
+                wait_until(lambda: screen.read() or screen.data.count(b"\x1b[H") > before)
                 while time.monotonic() < began + 2:
                     screen.read()
                 drawn = screen.data.count(b"\x1b[H") - before
@@ -10650,9 +10651,9 @@ class TestWebhook:
                 server.wait_for_log("webhook_sent")
         assert reason in failed["reason"] and failed["alert"] == "cpu_alert"
         assert len(server.log("webhook_failed")) == 1
-        assert [path for path, _, _ in receiver.posts] == ["/x/"] * 4  # no redirect was followed
+        assert {path for path, _, _ in receiver.posts} == {"/x/"}  # no redirect was followed
         kinds = [body["type"] for _, _, body in receiver.posts]
-        assert kinds == ["cpu_alert"] * 3 + ["alert_resolved"]
+        assert kinds[:4] == ["cpu_alert"] * 3 + ["alert_resolved"]
 
     def test_place_that_cannot_be_reached_is_a_failure(self, tmp_path: Path) -> None:
         with bind() as silent, bind() as dead:
@@ -12234,7 +12235,7 @@ class TestPage(OnPage):
     def test_row_never_shifts(self, visit: Visit):
         odd = "\u2764\ufe0f \u26a0\ufe0f \u23fa \u2460 \u280b \u6f22\u5b57 \u1112\u1161\u11ab \U0001f469\u200d\U0001f4bb e\u0301 \ufdfa \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31 Z\u0351\u036b\u0343".split()
         visit.run("printf '%s|\\n' " + " ".join(odd) + "; sleep 60", tty=True)
-        visit.wait_until_true(f"document.querySelectorAll('#lines > div').length >= {len(odd)}")
+        visit.wait_until_true(f"$('lines').textContent.split('|').length > {len(odd)}")
         script = """() => { const { left, top } = document.getElementById("lines").getBoundingClientRect();
           return [...document.querySelectorAll("#lines > div")].slice(0, %d).map((row, i) => {
             const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT), range = document.createRange();
