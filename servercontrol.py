@@ -73,7 +73,7 @@ What it does not have: a scheduler, a file manager, plug-ins, stored metrics, Wi
 
 from __future__ import annotations  # ServerControl needs Python 3.9 or newer
 
-# 1. Imports and version ----------------
+# 1. Imports and version ---
 import signal
 import sys
 
@@ -177,7 +177,7 @@ if TYPE_CHECKING:  # for annotations alone, which are never evaluated here
 
 __version__ = "0.1.0"
 
-# 2. Constants --------------------------
+# 2. Constants ---
 # Every limit and time-out that is no option, with its reason.
 
 KIB = 1024
@@ -352,7 +352,7 @@ STATE_COLOURS = {
     "connecting": "\x1b[2m",
 }
 
-# 3. Errors -----------------------------
+# 3. Errors ---
 # What a user, a peer or the machine causes. Any other exception is a bug.
 
 
@@ -431,7 +431,7 @@ COMMAND_STATUS = {
     "no_resources": 503,
 }
 
-# 4. Configuration ----------------------
+# 4. Configuration ---
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Config:
         }
 
 
-# 5. HTTP messages ----------------------
+# 5. HTTP messages ---
 # HTTP/1.1 (RFC 9110, RFC 9112), read as strictly as the RFCs allow: if two programs read a message
 # differently, a request can be smuggled past one of them.
 
@@ -759,7 +759,7 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# 6. Access -----------------------------
+# 6. Access ---
 # The gate: check_access decides about every request and upgrade, by these rules, in this order:
 #
 #   1. Syntax. There is exactly one well-formed Host (HTTP/1.0 may have none). Else 400.
@@ -1066,7 +1066,7 @@ class RateLimit:
         return 0.0
 
 
-# 7. WebSocket handshake and frames -----
+# 7. WebSocket handshake and frames ---
 # RFC 6455, sections 4 and 5, for both roles: only clients mask their frames. The only extension is
 # permessage-deflate (RFC 7692), without context takeover: each message is compressed by itself. So
 # one compression of an event serves all viewers, and no connection keeps a window.
@@ -1303,7 +1303,7 @@ def encode_close_payload(code: int, reason: str = "") -> bytes:
     return struct.pack("!H", code) + text.encode()
 
 
-# 8. WebSocket connection ---------------
+# 8. WebSocket connection ---
 # RFC 6455, sections 5.4 to 8.1, for both roles: bytes go in; messages and frames to send come out.
 #
 #   OPEN -- close() --> CLOSING -- peer's close, or a violation --> CLOSED
@@ -1495,7 +1495,7 @@ class WebSocketConnection:
         self.state = WebSocketState.CLOSED
 
 
-# 9. Statistics and alerts --------------
+# 9. Statistics and alerts ---
 # A Sample is what the kernel counts; two of them give rates. Time is monotonic.
 
 
@@ -1589,7 +1589,7 @@ class AlertRule:
         return "cpu_alert"
 
 
-# 10. Feed and kept output --------------
+# 10. Feed and kept output ---
 # The heart of the server. Every broadcast event is appended to the Feed once and gets the next seq.
 # It is encoded as a WebSocket frame once, when the first viewer needs it. Every viewer reads the
 # same bytes at its own cursor, the seq that it needs next. So a viewer costs one integer; replay
@@ -1785,7 +1785,7 @@ class OutputLog:
     def read(self, offset: int = 0, is_exact: bool = False) -> list[bytes]:
         """Return pieces from `offset` on; if not is_exact, from the first whole character there.
 
-        Exact, since a client's connection may have broken inside a character.
+        Exact: a connection may break inside a character.
         """
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
@@ -1798,7 +1798,7 @@ class OutputLog:
         return [piece for piece in reversed(pieces) if piece]
 
 
-# 11. Messages and datagrams ------------
+# 11. Messages and datagrams ---
 # JSON on the wire, Prometheus' text format, the webhook's request. All text that is sent is valid
 # UTF-8, and every field of a request is checked.
 
@@ -2167,7 +2167,7 @@ def parse_webhook_answer(data: bytes) -> int | None:
     return None
 
 
-# -- From here on: I/O -------------------
+# From here on: I/O ---
 
 # 12. Log, state folder and audit log ---
 # Log lines on stderr; what survives a restart (tokens, task ids); the record of who did what. No
@@ -2384,9 +2384,10 @@ def make_token_file(path: str) -> None:
     """Write a new token, whole or not at all: servers that start together use the same."""
     # Random: in containers that share the folder each server has pid 1.
     temporary = f"{path}.{secrets.token_hex(8)}"
-    with open_private_file(temporary, os.O_EXCL) as file:
-        file.write(secrets.token_urlsafe(32).encode() + b"\n")
+    file = open_private_file(temporary, os.O_EXCL)
     try:
+        with file:
+            file.write(secrets.token_urlsafe(32).encode() + b"\n")
         with suppress(FileExistsError):  # another server was faster
             os.link(temporary, path)
     finally:
@@ -2654,7 +2655,7 @@ def check_chain(
     return [*told, f"{count} lines; {verdict}{start}"], holds, last_hash
 
 
-# 13. Tasks -----------------------------
+# 13. Tasks ---
 # Each command runs as SHELL -c COMMAND in a session of its own, with one pipe or terminal for
 # stdout and stderr. A task is complete when its shell has ended and all that the shell wrote has
 # been read. What a background child writes later is dropped, so that it neither blocks nor breaks.
@@ -2847,7 +2848,7 @@ def is_session_gone(session: int) -> bool:
 def find_crashed_runs(folder: str, audit_path: str, held: contextlib.ExitStack) -> dict[str, str]:
     """Return boot id -> path of the mark, of crashed runs that used this audit log.
 
-    held: keeps the marks locked, so that no other server completes these runs as well.
+    held: keeps their marks locked, so that no other server completes them.
     """
     crashed = {}
     for name in sorted(os.listdir(folder)):
@@ -3420,7 +3421,7 @@ class Tasks:
         task.wake()
 
 
-# 14. Viewers ---------------------------
+# 14. Viewers ---
 # publish() never waits: it appends to the Feed, and one flush per turn of the event loop gives each
 # viewer everything from its cursor on, in one write.
 #
@@ -3746,7 +3747,7 @@ class Viewers:
         viewer.send_json({"type": "gap", "from": first, "to": last})
 
 
-# 15. Background loops ------------------
+# 15. Background loops ---
 # What happens without a request: statistics, alerts, answers to probes, word to systemd.
 
 
@@ -4012,8 +4013,8 @@ class Discovery:
             for address in dict.fromkeys((*self.places, last)):
                 udp = self._sockets[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
                 udp.setblocking(False)
-                # Servers on one host share the port: all receive broadcasts, one a unicast. With
-                # port 0 the kernel must choose a free one.
+                # Servers on one host share the port: all receive broadcasts, one a unicast. But
+                # port 0 must give a free one.
                 udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.port > 0)
                 if sys.platform == "darwin":
                     udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -4086,7 +4087,7 @@ class SystemdNotifier:
             asyncio.get_running_loop().call_later(self._seconds, self.beat)
 
 
-# 16. Server ----------------------------
+# 16. Server ---
 # A connection: accept it, ask the kernel whose it is, read a request, pass the gate, find the
 # route, answer; or become a Viewer. make_error_response() and handle_message() answer errors.
 
@@ -5140,7 +5141,8 @@ class Connection(asyncio.Protocol):
             if not self.transport.is_closing():
                 self.transport.close()
             if self.peer.scheme == "https":
-                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
+                latest = time.monotonic() + WRITE_STALL_SECONDS
+                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls, latest)
         else:
             # Else the kernel would keep the rest for minutes, and a peer that writes would hang.
             if how is End.RESET and count_waiting_bytes(self.transport):
@@ -5149,13 +5151,19 @@ class Connection(asyncio.Protocol):
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             self.transport.abort()
 
-    def _end_tls(self) -> None:
+    def _end_tls(self, latest: float) -> None:
         """Do not wait for the peer's close_notify, as asyncio before 3.11 does (RFC 8446, 6.1)."""
-        if self in self.server.connections:
-            if count_waiting_bytes(self.transport):
-                self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls)
-            else:
-                self.transport.abort()
+        if self not in self.server.connections:
+            return
+        waiting = count_waiting_bytes(self.transport)
+        # Newer ones do not count what their inner transport holds; the kernel has some then.
+        with suppress(OSError, ValueError):  # it is closed
+            if time.monotonic() < latest:
+                waiting += any(fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0" * 4))
+        if waiting:
+            self.server.loop.call_later(TLS_GOODBYE_SECONDS, self._end_tls, latest)
+        else:
+            self.transport.abort()
 
     # What the event loop says
 
@@ -5703,7 +5711,7 @@ class Server:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loop is about to close
 
 
-# 17. Client ----------------------------
+# 17. Client ---
 # `exec` uses only HTTP: output comes from `?follow`, a Control sends everything else. `monitor` has
 # a Link to each server: one WebSocket. After a break both continue where they ended: nothing is
 # lost or doubled, or the gap is named. Whatever asks a server raises UnreachableError.
@@ -7448,7 +7456,7 @@ def format_found(found: Sequence[Fields]) -> str:
     return "".join(line.rstrip() + "\n" for line in padded)
 
 
-# 18. Dashboard -------------------------
+# 18. Dashboard ---
 # One page: style, structure and script as three constants, put together once, on the first visit.
 # Nothing is ever put into it per request or from the server's data, so its hash can vouch for it
 # in the policy that it is sent with; what it shows it fetches like any other client. Nothing from
@@ -10923,7 +10931,7 @@ class Page:
         return f"default-src 'none'; {self._sources}; connect-src {connect}; {NO_FRAMES}"
 
 
-# 19. Command line ----------------------
+# 19. Command line ---
 # Makes a Config from options and environment, builds the objects in their order, and returns the
 # exit status.
 
@@ -10932,7 +10940,7 @@ FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as 512K, 8M or 1GiB means."""
-    match = re.fullmatch(r"([0-9]{1,12})\s*(|[kKmMgG])(i?[bB])?", text)
+    match = re.fullmatch(r"([0-9]+)\s*(|[kKmMgG])(i?[bB])?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8MiB")
     return int(match[1]) * int(1024 ** " kmg".index(match[2].lower() or " "))
@@ -11899,7 +11907,6 @@ def unit_command(argv: Sequence[str]) -> int:
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
-    # With systemd's environment, not the caller's.
     config = parse_config(["serve", *rest], {"PATH": "/usr/local/bin:/usr/bin:/bin"})
     try:
         account = None if given.user is None else pwd.getpwnam(given.user)
