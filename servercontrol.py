@@ -1785,7 +1785,7 @@ class OutputLog:
     def read(self, offset: int = 0, is_exact: bool = False) -> list[bytes]:
         """Return pieces from `offset` on; if not is_exact, from the first whole character there.
 
-        Exact: a connection may break inside a character.
+        Whoever comes back after a break needs exact bytes: it may have had half a character.
         """
         offset, begin = max(offset, self.start), self.end
         pieces: list[bytes] = []
@@ -2928,8 +2928,7 @@ def complete_crashed_runs(folder: str, audit: AuditLog, log: Log) -> None:
     message = "the server was killed, or crashed; the audit log has its tasks as interrupted"
     if pids:
         message += f". They may still run; to end them: kill {' '.join(map(str, pids))}"
-    counts = {"runs": len(crashed), "tasks": len(tasks)}
-    log.write("warning", "crash_completed", **counts, message=message)
+    log.write("warning", "crash_completed", runs=len(crashed), tasks=len(tasks), message=message)
 
 
 def mark_run(folder: str, boot_id: str, audit_path: str) -> str:
@@ -3627,8 +3626,9 @@ class Viewers:
     def find_seen(self, viewer: Viewer) -> int:
         """Return the seq up to which it has been sent all that it chose."""
         cursor, kinds = viewer.cursor, viewer.audience.kinds
-        has_missed = self.feed.has_dropped(cursor, kinds)  # the gap will begin here
-        return (cursor if has_missed else self.feed.find_next(cursor, kinds)) - 1
+        if cursor < self.feed.first and self.feed.has_dropped(cursor, kinds):
+            return cursor - 1  # its gap will begin at the cursor
+        return self.feed.find_next(cursor, kinds) - 1
 
     def stall(self, viewer: Viewer) -> None:
         if viewer.state is READY:
@@ -4547,7 +4547,7 @@ def describe_server(server: Server, role: Role | None) -> Fields:
         "exec": not server.config.no_exec,
         "auth": not server.config.no_auth,
         "alert": server.sampler.alert,
-        "limits": {**server.config.limits(), "max_clients": server.max_clients},
+        "limits": server.config.limits(),
         **({"warning": warning} if warning else {}),
     }
 
@@ -5067,7 +5067,7 @@ class Connection(asyncio.Protocol):
         if not is_trusted_process(server.policy, self.peer):
             server.newcomers[self] = None
             server.make_room(self.opened_at)
-        is_extra = len(server.connections) > server.max_clients
+        is_extra = len(server.connections) > server.config.max_clients
         self.inbox = Inbox(server.turns)
         self.task = server.loop.create_task(self._run(is_extra))
 
@@ -5156,7 +5156,7 @@ class Connection(asyncio.Protocol):
         if self not in self.server.connections:
             return
         waiting = count_waiting_bytes(self.transport)
-        # Newer ones do not count what their inner transport holds; the kernel has some then.
+        # Newer ones do not count what their inner transport holds; then the kernel has bytes, too.
         with suppress(OSError, ValueError):  # it is closed
             if time.monotonic() < latest:
                 waiting += any(fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0" * 4))
@@ -5521,10 +5521,10 @@ class Server:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         soft = sys.maxsize if soft == resource.RLIM_INFINITY else soft
         # A task has up to three descriptors: output, input, the pipe of what it left.
-        room = soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4)
-        self.max_clients = min(config.max_clients, max(4, room))
-        if self.max_clients < config.max_clients:
-            log.write("warning", "few_descriptors", limit=soft, max_clients=self.max_clients)
+        room = max(4, soft - SPARE_DESCRIPTORS - min(3 * config.max_tasks, soft // 4))
+        if room < config.max_clients:
+            log.write("warning", "few_descriptors", limit=soft, max_clients=room)
+            self.config = dataclasses.replace(config, max_clients=room)
         self.newcomers: dict[Connection, None] = {}  # not past the gate, oldest first
         self._discovery: Discovery | None = None
 
@@ -5639,7 +5639,7 @@ class Server:
         Each has NEWCOMER_GRACE_SECONDS first, so that many can reconnect at once; but not with more
         than MAX_BURST newcomers, or more than half of max_clients connected.
         """
-        newcomers, half = self.newcomers, (self.max_clients + 1) // 2
+        newcomers, half = self.newcomers, (self.config.max_clients + 1) // 2
         while len(newcomers) > min(MAX_NEWCOMERS, half):
             counts = Counter(one.source for one in newcomers)
             loser = max(newcomers, key=lambda one: counts[one.source])
@@ -5685,8 +5685,8 @@ class Server:
             self.tasks.kill_all()
             await asyncio.sleep(STOP_ASK_SECONDS)
         self.audit.write("stop", reason=reason)
-        with suppress(OSError):
-            if not self.tasks.running:  # else the next start completes them in the audit log
+        if not self.tasks.running:  # else the next start completes them in the audit log
+            with suppress(OSError):
                 os.unlink(self._mark)
         self.viewers.flush_all()
         for connection in list(self.connections):
@@ -10938,6 +10938,11 @@ class Page:
 FLAG_ON, FLAG_OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
+def parse_shell(text: str) -> str:
+    """Return a path as an absolute one: tasks run in other folders. A name is found in PATH."""
+    return os.path.abspath(text) if "/" in text else text
+
+
 def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as 512K, 8M or 1GiB means."""
     match = re.fullmatch(r"([0-9]+)\s*(|[kKmMgG])(i?[bB])?", text)
@@ -11016,7 +11021,7 @@ class OneLineParser(argparse.ArgumentParser):
             message += suggest(word, self._option_string_actions) + " (see --help)"
         raise ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
-    def _print_message(self, message: str, file: Any = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:  # help, and the version
         write_output(message.encode())
 
 
@@ -11048,7 +11053,7 @@ OPTIONS: Options = {
     "--alert-for": ("usage must stay above for so long", parse_number(0, 1e9), "SECONDS"),
     "--alert-webhook": ("gets each alert as a POST of JSON", parse_webhook_option, "URL"),
     "tasks": (),
-    "--shell": ("runs commands as PATH -c COMMAND", str, "PATH"),
+    "--shell": ("runs commands as PATH -c COMMAND", parse_shell, "PATH"),
     "--max-tasks": ("running at once", parse_count, "N"),
     "--keep-output": ("output kept per task", parse_size, "SIZE"),
     "--keep-tasks": ("finished tasks kept", parse_count, "N"),
@@ -11444,8 +11449,7 @@ async def serve(config: Config, log: Log) -> None:
     listeners = Listeners(config, log, take_passed_sockets(os.environ))
     boot_id = os.urandom(8).hex()
     audit = AuditLog(find_audit_log(config.audit_log, folder), boot_id, log)
-    shell = os.path.abspath(config.shell) if "/" in config.shell else config.shell
-    spawner, ids = Spawner(shell, dict(os.environb), descriptor_limit), TaskIds(folder, log)
+    spawner, ids = Spawner(config.shell, dict(os.environb), descriptor_limit), TaskIds(folder, log)
     parts = (config, log, audit, tokens, ids, listeners, tls, spawner, boot_id, folder, Page())
     try:
         check_exposure(config, listeners, tokens, log)
@@ -11834,7 +11838,7 @@ def format_serve_options(
         option = "--" + name.replace("_", "-")
         is_read = name in CREDENTIALS and value
         is_written = name in ("unix", "audit_log") and value not in ("", "-", "none")
-        if is_read or is_written or name == "shell" and "/" in value:
+        if is_read or is_written:
             value = os.path.abspath(value)  # a service starts in `/`
         if is_read and is_missing(value):
             doubts.append(f"{option}: there is no file {value}")
@@ -11907,6 +11911,7 @@ def unit_command(argv: Sequence[str]) -> int:
     given, rest = build_parser("unit").parse_known_args(argv)
     if not os.path.isfile(globals().get("__file__", "")):
         raise ConfigError("unit: this was read from a pipe, and a service needs a file to run")
+    # systemd's PATH, and nothing of the caller's environment.
     config = parse_config(["serve", *rest], {"PATH": "/usr/local/bin:/usr/bin:/bin"})
     try:
         account = None if given.user is None else pwd.getpwnam(given.user)

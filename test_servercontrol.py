@@ -5315,9 +5315,9 @@ def bind(port: int = 0, address: str = "127.0.0.1") -> socket.socket:
 
 
 @contextlib.contextmanager
-def bind_udp(address: str = "127.0.0.1") -> Iterator[socket.socket]:
+def bind_udp() -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        udp.bind((address, 0))
+        udp.bind(("127.0.0.1", 0))
         udp.settimeout(PATIENCE_SECONDS)
         yield udp
 
